@@ -1,0 +1,155 @@
+"""Walk the decoder blocks of any Hugging Face causal language model: find them, capture their inputs, run one.
+
+Everything is found by structure, so that a new architecture needs no entry anywhere: the decoder is the list of modules
+that holds the most parameters, the layers to binarize are the linear ones in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lbllm.errors import ModelError
+
+BlockCall = dict[str, Any]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path of the decoder's block list in ``model`` and the list. Raises ModelError where there is none."""
+    best: tuple[str, nn.ModuleList] | None = None
+    most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(linear_layers(block) for block in module):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > most:
+                best, most = (name, module), size
+    if best is None:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear layers in it")
+    return best
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a block by their name in it; GPT-2's Conv1D (a linear layer stored transposed) counts."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as a view of shape (out, in), whichever way it is stored."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ModelError, naming the parameter, where a block holds matrices that are not linear layers (MoE experts)."""
+    path, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        inside = {id(parameter) for layer in linear_layers(block).values() for parameter in layer.parameters()}
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
+                shape = tuple(parameter.shape)
+                raise ModelError(
+                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. Mixture-of-experts "
+                    "blocks and other fused weights are not supported; choose a dense model of the family"
+                )
+        if any(isinstance(module, nn.ModuleList) for module in block.modules()):
+            raise ModelError(
+                f"{type(model).__name__}: {path}.{index} holds lists of sub-modules, as mixture-of-experts blocks do; "
+                "choose a dense model of the family"
+            )
+
+
+class _Captured(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Split one call of a block into its hidden states and all other arguments by name."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        arguments |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    first = next(iter(bound.signature.parameters))
+    return arguments.pop(first), arguments
+
+
+@torch.no_grad()
+def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
+    """The arguments besides the hidden states with which the model calls each block, from one sequence (1, T).
+
+    They depend on positions and masks alone and broadcast over the batch, so they serve every batch of length T.
+    """
+    _, blocks = decoder_blocks(model)
+    calls: list[BlockCall] = []
+
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_call_arguments(block, args, kwargs)[1])
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        model(input_ids=sequence, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
+    """The hidden states (n, T, hidden) that enter the first block for token ids (n, T)."""
+    _, blocks = decoder_blocks(model)
+    outputs: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outputs.append(_call_arguments(block, args, kwargs)[0])
+        raise _Captured
+
+    handle = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for part in sequences.split(batch):
+            try:
+                model(input_ids=part.to(model.device), use_cache=False)
+            except _Captured:
+                continue
+    finally:
+        handle.remove()
+    return torch.cat(outputs)
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
+    """The block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` takes the place of the KV cache."""
+    if cache is not None:
+        names = inspect.signature(block.forward).parameters
+        name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
+        if name is None:
+            raise ModelError(f"{type(block).__name__} takes no KV cache; set quant.kv_bits=16")
+        call = call | {name: cache}
+    output = block(hidden, **call)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def record_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, each linear layer's latest input is kept by the layer's name; layers that share an input share it."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return keep
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(block).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

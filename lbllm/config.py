@@ -1,0 +1,231 @@
+"""Every setting of a run, as frozen pydantic models: one JSON document describes and reproduces a run.
+
+``RunConfig`` holds the model, the text and one section for each stage. Unknown keys are refused, every value is checked
+before anything is loaded, and ``preset(name)`` gives the named starting points.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lbllm.errors import ConfigError
+
+SCHEMA_VERSION = 1
+WHOLE_ROW = -1
+
+Format = Literal["w1+1", "w1"]
+Stage = Literal["ptq", "wat", "aar"]
+STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar")
+STAGE_NAMES: dict[Stage, str] = {
+    "ptq": "Stage 1: PTQ initialization",
+    "wat": "Stage 2: weight-aware training",
+    "aar": "Stage 3: activation-aware refinement",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerOverride(_Section):
+    """Settings of the layers whose name matches a pattern; ``None`` keeps the run's own value."""
+
+    format: Format | None = None
+    group_size: int | None = Field(None, ge=-1)
+    param_bits: Literal[8, 16] | None = None
+    act_bits: Literal[4, 8, 16] | None = None
+
+
+class LayerFormat(_Section):
+    """The format of one linear layer after overrides."""
+
+    format: Format
+    group_size: int
+    param_bits: Literal[8, 16]
+    act_bits: Literal[4, 8, 16]
+
+
+class QuantConfig(_Section):
+    """The deployed format: W(1+1) or W1 weights, group parameters, activations, KV cache.
+
+    ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
+    shorter. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several matching
+    patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
+    """
+
+    format: Format = "w1+1"
+    group_size: int = Field(64, ge=-1, description="weights that share one set of levels; -1: the whole row")
+    param_bits: Literal[8, 16] = 16
+    act_bits: Literal[4, 8, 16] = 4
+    kv_bits: Literal[4, 8, 16] = 4
+    tail_steps: int = Field(2, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
+    skip: tuple[str, ...] = ()
+    overrides: dict[str, LayerOverride] = {}
+
+    @field_validator("group_size")
+    @classmethod
+    def _no_empty_group(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("a group has at least one weight; -1 makes one group of a whole row")
+        return value
+
+    def layer(self, name: str) -> LayerFormat | None:
+        """The format of the layer ``name`` (its full module path), or None where it stays dense."""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
+            return None
+        values = {"format": self.format, "group_size": self.group_size}
+        values |= {"param_bits": self.param_bits, "act_bits": self.act_bits}
+        for pattern, override in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                values |= override.model_dump(exclude_none=True)
+        return LayerFormat.model_validate(values)
+
+
+class PtqConfig(_Section):
+    """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
+
+    tokens: int = Field(16_384, gt=0)
+    em_steps: int = Field(12, ge=1)
+    damping: float = Field(0.01, gt=0)
+    sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
+
+
+class WatConfig(_Section):
+    """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight scale."""
+
+    tokens: int = Field(32_768, gt=0)
+    epochs: int = Field(2, ge=1)
+    batch_tokens: int = Field(1_024, gt=0)
+    lr_weight: float = Field(1e-3, ge=0)
+    lr_levels: float = Field(1e-3, ge=0)
+    lr_bitmap: float = Field(1e-2, ge=0)
+    bitmap: Literal["coupled", "relaxed"] = "coupled"
+    reg_weight: float = Field(1e-2, ge=0, description="lambda of the paper's bitmap polarization")
+    loss: Literal["relative", "mse"] = "relative"
+    grad_clip: float = Field(0.3, gt=0)
+
+
+class AarConfig(_Section):
+    """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's step."""
+
+    tokens: int = Field(16_384, gt=0)
+    epochs: int = Field(1, ge=0)
+    batch_tokens: int = Field(1_024, gt=0)
+    search_tokens: int = Field(2_048, gt=0)
+    lr_levels: float = Field(5e-4, ge=0)
+    lr_act: float = Field(5e-3, ge=0)
+    temperature: float = Field(0.5, gt=0)
+    grad_clip: float = Field(0.3, gt=0)
+
+
+class RunConfig(_Section):
+    """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or a path."""
+
+    schema_version: Literal[1] = 1
+    model: str = "smollm2-135m-instruct"
+    corpus: str = "embedded"
+    preset: str = "custom"
+    stages: tuple[Stage, ...] = STAGES
+    seq_len: int = Field(512, ge=8)
+    seed: int = 0
+    device: str = "auto"
+    quant: QuantConfig = QuantConfig()
+    ptq: PtqConfig = PtqConfig()
+    wat: WatConfig = WatConfig()
+    aar: AarConfig = AarConfig()
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if not value or value != STAGES[: len(value)]:
+            raise ValueError(f"stages run in the order {', '.join(STAGES)} and each needs the one before it")
+        return value
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that the run reads from its corpus: the most that any of its stages asks for."""
+        return max(getattr(self, stage).tokens for stage in self.stages)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "preview": {
+        "seq_len": 256,
+        "ptq": {"tokens": 2_048, "sweeps": 1},
+        "wat": {"tokens": 2_048, "epochs": 1},
+        "aar": {"tokens": 2_048, "search_tokens": 1_024},
+    },
+    "quick": {},
+    "standard": {
+        "seq_len": 1_024,
+        "ptq": {"tokens": 65_536},
+        "wat": {"tokens": 262_144, "epochs": 2, "batch_tokens": 2_048},
+        "aar": {"tokens": 131_072, "epochs": 2, "batch_tokens": 2_048},
+    },
+    "paper": {
+        "seq_len": 2_048,
+        "corpus": "redpajama",
+        "quant": {"group_size": 128},
+        "ptq": {"tokens": 262_144},
+        "wat": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
+        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
+    },
+}
+
+
+def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "overrides"
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(document: dict[str, Any], assignment: str) -> None:
+    """Apply ``section.key=value`` (the value as JSON, else as a plain string) to a nested dict."""
+    path, separator, text = assignment.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set {assignment!r}: expected key=value, for example wat.epochs=4")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *sections, key = path.split(".")
+    place = document
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {assignment!r}: {section!r} is not a section")
+    place[key] = value
+
+
+def make_config(
+    preset: str = "quick", changes: dict[str, Any] | None = None, assignments: tuple[str, ...] = ()
+) -> RunConfig:
+    """The preset with nested ``changes`` and then ``key=value`` assignments applied. Raises ConfigError."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
+    document = _merge(_merge({"preset": preset}, PRESETS[preset]), changes or {})
+    for assignment in assignments:
+        _set(document, assignment)
+    return parse_config(document)
+
+
+def parse_config(document: dict[str, Any]) -> RunConfig:
+    """Check a settings document, e.g. one read from a file. Raises ConfigError naming each bad key and its value."""
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"settings of schema version {version!r}: this program reads version {SCHEMA_VERSION}")
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"])
+            given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
+            known = "is not a setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+            lines.append(f"{place}: {known}{given}")
+        raise ConfigError("bad settings: " + "; ".join(lines)) from None

@@ -1,0 +1,167 @@
+"""Sample a training corpus from a teacher: the embedded corpus of this project, made by one command.
+
+    python -m lbllm corpora sample --model smollm2-135m-instruct --tokens 1000000 --out assets/corpus.jsonl.gz
+
+A language model's own samples are the text whose distribution the student has to match, they need no download and no
+foreign licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat template: a
+seed question, the teacher's answer, then the teacher also writes the next user turn (Magpie, Xu et al. 2024). The other
+half are documents that continue a short opening. Rows advance in lock step and have the same length, so that nothing
+is padded: a row that ends a turn or a document goes on with forced template or seed tokens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lbllm.corpora import ASSETS
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Key/value cache of one layer with room for ``capacity`` positions: a step writes in place instead of copying all."""
+
+    capacity = 2048
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (batch, heads, new, head_dim) states; returns views of all positions so far."""
+        new = key_states.shape[-2]
+        if not self.is_initialized:
+            batch, heads, _, dim = key_states.shape
+            self.key_room = key_states.new_empty(batch, heads, self.capacity, dim)
+            self.value_room = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
+            self.length = 0
+            self.is_initialized = True
+            self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_room[:, :, self.length : self.length + new] = key_states
+        self.value_room[:, :, self.length : self.length + new] = value_states
+        self.length += new
+        self.keys = self.key_room[:, :, : self.length]
+        self.values = self.value_room[:, :, : self.length]
+        return self.keys, self.values
+
+
+def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """The literal text of the chat template before a user turn, between question and answer, and after an answer."""
+    marks = ["QUESTIONONE", "ANSWERONE", "QUESTIONTWO"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    head, rest = text.split(marks[0])
+    middle, rest = rest.split(marks[1])
+    return head, middle, rest.split(marks[2])[0]
+
+
+def _seeds(rng: random.Random, table: dict[str, list[str]]) -> tuple[str, str]:
+    """A random user question and a random document opening."""
+    topic = rng.choice(table["topics"])
+    question = rng.choice(table["prompts"]) if rng.random() < 0.15 else rng.choice(table["questions"])
+    opener = rng.choice(table["openers"])
+    fill = {"t": topic, "T": topic[0].upper() + topic[1:]}
+    return question.format(**fill), opener.format(**fill)
+
+
+def sample_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    temperature: float = 0.9,
+    min_p: float = 0.03,
+) -> Iterator[dict[str, str]]:
+    """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
+
+    Tokens below ``min_p`` times the most likely token's probability are never drawn. Deterministic in ``seed`` on
+    one machine.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    table = json.loads((ASSETS / "seeds.json").read_text())
+    templated = tokenizer.chat_template is not None
+    head, middle, after = chat_pieces(tokenizer) if templated else ("", "", "")
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    end_ids = {tokenizer.eos_token_id, *encode("<|endoftext|>")[:1]} if templated else {tokenizer.eos_token_id}
+    # The template's own end of turn is sampled, not forced: what follows it in the template is.
+    eos = tokenizer.eos_token or ""
+    to_answer = encode(middle.removeprefix(eos))
+    to_question = encode(after.removeprefix(eos))
+
+    kinds = ["chat" if templated and row % 2 == 0 else "text" for row in range(rows)]
+    forced: list[deque[int]] = []
+    answering = [True] * rows
+    for kind in kinds:
+        question, opener = _seeds(rng, table)
+        text = head + question + middle if kind == "chat" else opener
+        forced.append(deque(encode(text) or [tokenizer.eos_token_id]))
+
+    PreallocatedLayer.capacity = length
+    cache = Cache(layer_class_to_replicate=PreallocatedLayer)
+    tokens = torch.empty(rows, length, dtype=torch.long)
+    current = torch.tensor([[queue.popleft()] for queue in forced])
+    with torch.inference_mode():
+        for step in range(length):
+            tokens[:, step] = current[:, 0]
+            if step + 1 == length:
+                break
+            logits = model(input_ids=current, past_key_values=cache, use_cache=True).logits[:, -1]
+            weights = torch.softmax(logits / temperature, -1)
+            weights.masked_fill_(weights < min_p * weights.amax(-1, keepdim=True), 0)
+            total = weights.cumsum(-1)
+            draw = torch.rand(rows, 1, generator=generator) * total[:, -1:]
+            drawn = torch.searchsorted(total, draw).clamp_(max=total.shape[-1] - 1)[:, 0].tolist()
+            for row in range(rows):
+                if forced[row]:
+                    drawn[row] = forced[row].popleft()
+                elif drawn[row] in end_ids:
+                    if kinds[row] == "text":
+                        forced[row].extend(encode(_seeds(rng, table)[1]))
+                    else:
+                        drawn[row] = tokenizer.eos_token_id
+                        forced[row].extend(to_question if answering[row] else to_answer)
+                        answering[row] = not answering[row]
+            current = torch.tensor(drawn)[:, None]
+    for row in range(rows):
+        yield {"kind": kinds[row], "text": str(tokenizer.decode(tokens[row], skip_special_tokens=False))}
+
+
+def sample_corpus(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    tokens: int,
+    length: int = 512,
+    batch: int = 256,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
+
+    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call goes on from there.
+    """
+    parts: list[Path] = []
+    for index in range(-(-tokens // (batch * length))):
+        part = out.with_name(f"{out.name}.part{index}")
+        if not part.exists():
+            rows = list(sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index))
+            temporary = part.with_suffix(part.suffix + ".tmp")
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            temporary.rename(part)
+        parts.append(part)
+        yield (index + 1) * batch * length
+    with out.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
+        for part in parts:
+            packed.write(part.read_bytes())
+    for part in parts:
+        part.unlink()
