@@ -66,7 +66,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"initializer_range": 0.12, "bos_token_id": 1, "eos_token_id": 2},
     ),
     # attention and MLP in parallel, fused q, k, v, partly rotary (Pythia)
-    "gpt_neox": ("gpt_neox", _COMMON | {"use_parallel_residual": True}),
+    "gpt_neox": ("gpt_neox", _COMMON | {"num_attention_heads": 3, "use_parallel_residual": True}),
     # fused q, k, v and fused gate and up projections
     "phi3": ("phi3", _GROUPED),
     # sliding window in every layer
