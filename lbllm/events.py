@@ -17,6 +17,18 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class RunQueued(_Event):
+    """A worker process was started for the run and waits its turn. After an earlier end it marks a resume."""
+
+    kind: Literal["run_queued"] = "run_queued"
+
+
+class RunLoading(_Event):
+    """It is the run's turn: the model and the text are being loaded."""
+
+    kind: Literal["run_loading"] = "run_loading"
+
+
 class RunStarted(_Event):
     """The model is loaded and work begins. ``resumed_blocks``: (stage, block) pairs taken over from earlier."""
 
@@ -135,7 +147,9 @@ class RunFailed(_Event):
 
 
 Event = (
-    RunStarted
+    RunQueued
+    | RunLoading
+    | RunStarted
     | StageStarted
     | BlockStarted
     | LayerDone
