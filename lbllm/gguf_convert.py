@@ -1,0 +1,150 @@
+"""Turn a GGUF file into a dense Hugging Face model folder, once; every later use reads the folder.
+
+    <home>/models/<file name>-<first 16 digits of the file's sha256>/
+        config.json, model.safetensors (float32), tokenizer.json, ...
+        source.json       what the weights are: precision, licence, the file's name and sha256
+
+The folder appears under its name only when it is complete and flushed to disk. A lock file beside it makes concurrent
+converters wait for the first one; what a killed converter left behind is removed by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from filelock import FileLock
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+from transformers.integrations.gguf.reader import read_gguf_metadata
+
+from lbllm.errors import ModelError, ResourceError
+
+# Vocabularies whose merges were learned with every digit on its own (llama.cpp gives these names the pattern \p{N}).
+# transformers builds them without that split, which changes runs of blanks before a digit.
+_DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_BAD_FILE = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, struct.error)
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The key-value part of a GGUF file; arrays of strings as their lengths. Raises ModelError."""
+    try:
+        return read_gguf_metadata(str(file))[0]
+    except _BAD_FILE as error:
+        raise ModelError(f"{file} can't be read as a GGUF file: {error}") from None
+
+
+def precision(metadata: dict[str, Any]) -> str:
+    """The file's main weight type as a name, e.g. ``Q4_1``."""
+    try:
+        return gguf.LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (KeyError, ValueError):
+        return "GGUF of unstated type"
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def converted_folder(file: Path, models: Path) -> Path:
+    """Where the conversion of ``file`` lies or will lie under ``models``."""
+    return models / f"{file.stem}-{sha256(file)[:16]}"
+
+
+def gguf_model_config(file: Path) -> PretrainedConfig:
+    """The transformers config that the metadata of a GGUF file describes. Raises ModelError."""
+    read_metadata(file)
+    try:
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except _BAD_FILE as error:
+        raise ModelError(f"{file}: transformers can't make a model config of this GGUF file: {error}") from None
+
+
+def convert(file: Path, models: Path) -> Path:
+    """The dense folder made from ``file``; converts it if that has not been done. Raises ModelError, ResourceError.
+
+    Weights are dequantized to float32, so the folder takes 4 bytes a parameter on disk.
+    """
+    folder = converted_folder(file, models)
+    if folder.is_dir():
+        return folder
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{folder.name}.lock"):
+        if folder.is_dir():
+            return folder
+        unfinished = models / f".{folder.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            _write(file, unfinished)
+            for path in [*unfinished.iterdir(), unfinished]:
+                _flush(path)
+            unfinished.rename(folder)
+            _flush(models)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write(file: Path, folder: Path) -> None:
+    metadata = read_metadata(file)
+    config = gguf_model_config(file)
+    with torch.device("meta"):
+        needed = 4 * AutoModelForCausalLM.from_config(config).num_parameters() + 16 * 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"converting {file.name} needs {needed / 1e9:.2f} GB in {folder.parent}, {free / 1e9:.2f} GB are free; "
+            "free some space or set LBLLM_HOME to a folder on another disk"
+        )
+    place = str(file.parent)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars has no other switch
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, config=config, gguf_file=file.name)
+    except _BAD_FILE as error:
+        raise ModelError(f"{file} can't be converted: {error}") from error
+    if metadata.get("tokenizer.ggml.pre") in _DIGIT_SPLITTERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
+        raise ResourceError(f"the converted model can't be written to {folder.parent}: {error}") from None
+    source = {
+        "file": file.name,
+        "sha256": sha256(file),
+        "precision": precision(metadata),
+        "licence": metadata.get("general.license", "not stated in the file"),
+    }
+    (folder / "source.json").write_text(json.dumps(source, indent=1))
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk, so that the rename can't survive a power cut that its content doesn't."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
