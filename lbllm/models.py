@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.errors import HTTPError as HubUnreachable  # type: ignore[attr-defined]
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -38,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lbllm import hub
 from lbllm.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
 from lbllm.errors import ModelError
 from lbllm.gguf_convert import convert, converted_folder, gguf_model_config, read_metadata, sha256
@@ -253,25 +252,21 @@ def _dense_place(source: _Source) -> tuple[str, bool]:
 
 def _hub_is_offline(hub_id: str) -> bool:
     """False when the hub answers, True when it doesn't but the model was downloaded before. Raises ModelError."""
-    try:
-        huggingface_hub.HfApi().model_info(hub_id, timeout=10)
-        return False
-    except GatedRepoError:
-        raise ModelError(f"{hub_id} is gated: accept its licence on the hub and log in with `hf auth login`") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        close = difflib.get_close_matches(
-            hub_id, [entry.hub_id for entry in CATALOGUE if entry.hub_id], n=3, cutoff=0.5
-        )
+    answer = hub.ask(hub_id, "model")
+    if answer == "gated":
+        raise ModelError(_GATED.format(hub_id))
+    if answer == "unknown":
+        known = [entry.hub_id for entry in CATALOGUE if entry.hub_id]
+        close = difflib.get_close_matches(hub_id, known, n=3, cutoff=0.5)
         hint = f"; close names: {', '.join(close)}" if close else ""
-        raise ModelError(f"the hub has no public model {hub_id}, and no folder has that name{hint}") from None
-    except (HubUnreachable, OSError):
-        if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
-            return True
+        raise ModelError(f"the hub has no public model {hub_id}, and no folder has that name{hint}")
+    if answer == "unreachable":
         raise ModelError(
             f"{hub_id} can't be downloaded: the hub is not reachable and no folder has that name. Download it "
             f"elsewhere (`hf download {hub_id} --local-dir FOLDER`) and give the folder, "
             "or use smollm2-135m-instruct, which needs no download"
-        ) from None
+        )
+    return answer == "cached"
 
 
 def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
@@ -302,8 +297,8 @@ def _check_weights(folder: Path) -> None:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
-            f"folder {folder} holds pickled weights only ({pickled[0]}), and loading those can run code. Where you trust the "
-            "file, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
+            f"folder {folder} holds pickled weights only ({pickled[0]}), and loading those can run code. "
+            "Where you trust the file, convert it: from_pretrained and then save_pretrained writes safetensors"
         )
     raise ModelError(f"folder {folder} holds no weights: no *.safetensors file in it")
 
