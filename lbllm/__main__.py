@@ -1,0 +1,8 @@
+"""``python -m lbllm``: the command line."""
+
+import sys
+
+from lbllm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

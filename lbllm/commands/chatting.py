@@ -1,0 +1,85 @@
+"""chat."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lbllm.attended import interrupts
+from lbllm.commands.opening import open_model
+from lbllm.commands.options import DeviceOption, JsonOption
+from lbllm.commands.output import print_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def chat(
+    model: Annotated[list[str], typer.Option("--model", "-m", help="A teacher or a packed checkpoint; two compare.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end; else talk.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    seed: int = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to one model, or to two at once. Ctrl-C ends an answer, Ctrl-D or an empty line the conversation."""
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json needs --prompt: a conversation is no single document")
+    if len(model) > 2:
+        raise typer.BadParameter(f"--model was given {len(model)} times; one or two models can answer")
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    opened = [(name, *open_model(name, device)) for name in model]
+    begin = [{"role": "system", "content": system}] if system else []
+    talks = [list(begin) for _ in opened]
+    out = Console(quiet=as_json)
+    while True:
+        try:
+            question = prompt if prompt is not None else out.input("[bold]> [/bold]").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        answers = []
+        for (name, network, tokenizer), talk in zip(opened, talks, strict=True):
+            talk.append({"role": "user", "content": question})
+            if len(opened) > 1:
+                out.print(f"[bold]{escape(name)}[/bold]")
+            answers.append({"model": name, **_answer(network, tokenizer, talk, options, out)})
+            talk.append({"role": "assistant", "content": answers[-1]["answer"]})
+        if prompt is not None:
+            if as_json:
+                print_json({"prompt": prompt, "answers": answers})
+            return
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    options: dict[str, Any],
+    out: Console,
+) -> dict[str, Any]:
+    """Write the answer as it comes, then its measurements. Ctrl-C ends it where it is."""
+    from lbllm.chat import ChatPiece, stream
+
+    stop = threading.Event()
+    last = ChatPiece("", 0.0, 0.0, 0)
+    text = ""
+    with interrupts() as pressed:
+        for last in stream(model, tokenizer, messages, stop=stop, **options):
+            text += last.text
+            out.print(last.text, end="", markup=False, highlight=False, soft_wrap=True)
+            if pressed:
+                stop.set()
+    out.print()
+    speed = f"first after {last.first_token_seconds:.2f} s, then {last.tokens_per_second:.1f} a second"
+    out.print(f"{last.tokens} tokens, {speed}", style="dim", highlight=False)
+    measured = {"tokens": last.tokens, "tokens_per_second": last.tokens_per_second}
+    return {"answer": text, **measured, "first_token_seconds": last.first_token_seconds}

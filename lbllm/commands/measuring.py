@@ -1,0 +1,139 @@
+"""evaluate, table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lbllm.commands.opening import device_named, open_model, windows
+from lbllm.commands.options import (
+    DeviceOption,
+    JsonOption,
+    LimitOption,
+    ModelOption,
+    RunArgument,
+    SeqLenOption,
+    TextOption,
+)
+from lbllm.commands.output import counter, notices, plain, print_json, results
+from lbllm.errors import CorpusError, ModelError, RunError
+from lbllm.events import Evaluated
+from lbllm.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from lbllm.table import TableRow
+
+
+def evaluate(
+    model: ModelOption,
+    text: TextOption = "wikitext2",
+    seq_len: SeqLenOption = None,
+    limit: LimitOption = None,
+    teacher: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text."""
+    from lbllm.evaluate import divergence, perplexity
+
+    student, tokenizer = open_model(model, device)
+    sequences = windows(text, student, tokenizer, seq_len, limit)
+    document: dict[str, Any] = {"model": model, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}
+    with counter(notices(quiet=as_json)) as show:
+        if teacher is None:
+            result = perplexity(student, sequences, on_progress=lambda done, total: show(model, done, total))
+            document |= asdict(result)
+        else:
+            reference, other = open_model(teacher, device)
+            if other.get_vocab() != tokenizer.get_vocab():
+                raise ModelError(f"{model} and {teacher} have different vocabularies and can't be compared")
+            compared = divergence(
+                reference, student, sequences, on_progress=lambda done, total: show(model, done, total)
+            )
+            document |= {"perplexity": compared.student_perplexity, "tokens": compared.tokens, "teacher": teacher}
+            document |= {"teacher_perplexity": compared.teacher_perplexity, "kl": compared.kl}
+            document |= {"top1_agreement": compared.top1_agreement}
+    if as_json:
+        print_json(document)
+        return
+    counted = f"{document['tokens']:,} tokens, windows of {sequences.shape[1]}"
+    plain(results(), f"perplexity {document['perplexity']:.4f}  ({counted})")
+    if teacher is not None:
+        plain(results(), f"teacher {document['teacher_perplexity']:.4f}, KL {document['kl']:.4f} nats a token")
+        plain(results(), f"same most likely token: {100 * document['top1_agreement']:.1f}%")
+
+
+def table(
+    run: RunArgument,
+    text: Annotated[str | None, typer.Option(help="As for evaluate. \\[default: wikitext2 if it can be had]")] = None,
+    seq_len: SeqLenOption = None,
+    limit: LimitOption = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a finished run's teacher, plain round-to-nearest at the same bits, and the model after each stage."""
+    store = RunStore()
+    found = store.get(run)
+    if found.state != "done":
+        raise RunError(f"run {run} is {found.state}; the table needs a finished run")
+    measured_on, rows = evaluate_run(store, found, notices(quiet=as_json), text=text, seq_len=seq_len, limit=limit)
+    if as_json:
+        print_json({"run": run, "text": measured_on, "rows": [asdict(row) for row in rows]})
+    else:
+        results().print(rows_table(measured_on, rows))
+
+
+def evaluate_run(
+    store: RunStore,
+    run: Run,
+    console: Console,
+    *,
+    text: str | None = None,
+    seq_len: int | None = None,
+    limit: int | None = None,
+) -> tuple[str, list[TableRow]]:
+    """What the rows were measured on, and the rows. Each also goes on record as an event of the run.
+
+    Without a ``text`` it is WikiText-2, or the embedded text's held-out part where WikiText-2 can't be had.
+    """
+    from lbllm.models import load_teacher
+    from lbllm.table import stages_table
+
+    teacher = load_teacher(run.config.model, device=device_named(run.config.device))
+    try:
+        sequences = windows(text or "wikitext2", teacher.model, teacher.tokenizer, seq_len, limit)
+        text = text or "wikitext2"
+    except CorpusError as error:
+        if text is not None:
+            raise
+        plain(console, f"{error}. Evaluating on the embedded text's held-out part")
+        text = "embedded"
+        sequences = windows(text, teacher.model, teacher.tokenizer, seq_len, limit)
+    measured_on = f"{text}, {len(sequences)} windows of {sequences.shape[1]} tokens"
+    rows: list[TableRow] = []
+    with counter(console) as show:
+        for row in stages_table(run.config, run.folder, teacher, sequences, on_progress=show):
+            rows.append(row)
+            event = Evaluated(
+                what=row.what,
+                text=measured_on,
+                perplexity=row.perplexity,
+                tokens=row.tokens,
+                kl=row.kl,
+                top1_agreement=row.top1_agreement,
+            )
+            store.append(run.id, event)
+    return measured_on, rows
+
+
+def rows_table(title: str, rows: list[TableRow]) -> Table:
+    """The rows for a terminal."""
+    grid = Table(title=title)
+    for heading in ("", "perplexity", "KL to teacher", "same top token"):
+        grid.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        grid.add_row(row.label, f"{row.perplexity:,.2f}", f"{row.kl:.3f}", f"{100 * row.top1_agreement:.1f}%")
+    return grid

@@ -1,0 +1,69 @@
+"""Open what a command line names: models, devices, texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lbllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WINDOW = 2048
+CATALOGUE_WINDOWS = 100
+
+
+def open_model(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A packed checkpoint's folder, or any teacher. Raises ModelError, CheckpointError."""
+    from lbllm.models import load_teacher
+
+    if is_packed(Path(name)):
+        import lbllm
+
+        model, tokenizer = lbllm.load(Path(name))
+        return model.to(device_named(device)), tokenizer
+    teacher = load_teacher(name, device=device_named(device))
+    return teacher.model, teacher.tokenizer
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder is a checkpoint of this program; whether it is a sound one is for its loader to say."""
+    try:
+        document = json.loads((folder / "config.json").read_text())
+        return bool(document["quantization_config"]["quant_method"] == "lbllm")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def device_named(name: str) -> str:
+    """The device that --device means. Raises ConfigError where there is none such."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no CUDA device is visible here; use cpu")
+    return name
+
+
+def windows(
+    text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int | None, limit: int | None
+) -> Tensor:
+    """Windows (n, T) of the text to evaluate on. Raises ConfigError, CorpusError."""
+    from lbllm.corpora import CATALOGUE, evaluation_tokens, load_corpus
+
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = seq_len or min(WINDOW, context or WINDOW)
+    if context is not None and length > context:
+        raise ConfigError(f"--seq-len {length} is more than the model's context of {context} tokens")
+    if text != "wikitext2" and text in (entry.id for entry in CATALOGUE):
+        wanted = (limit or CATALOGUE_WINDOWS) * length
+        return load_corpus(text, tokenizer, seq_len=length, tokens=wanted, part="heldout").sequences
+    return evaluation_tokens(text, tokenizer, seq_len=length, limit=limit)

@@ -1,0 +1,80 @@
+"""Options that several commands share, and the settings that those of a run add up to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lbllm.config import PRESETS, RunConfig, make_config
+from lbllm.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=f"Catalogue id, hub id, folder or .gguf file. \\[default: {DEFAULT_MODEL}]"),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A teacher (catalogue id, hub id, folder, .gguf file) or a packed checkpoint."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PresetOption = Annotated[str | None, typer.Option(help=f"Starting point: {', '.join(PRESETS)}. \\[default: quick]")]
+GroupSizeOption = Annotated[int | None, typer.Option(help="Weights that share a set of levels; -1: a whole row.")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="w1+1, or w1 (signs only).")]
+ActBitsOption = Annotated[int | None, typer.Option(help="Bits of activations: 4, 8 or 16.")]
+KvBitsOption = Annotated[int | None, typer.Option(help="Bits of the KV cache: 4, 8 or 16.")]
+CorpusOption = Annotated[str | None, typer.Option(help="Catalogue id or path of the text to train on.")]
+RunDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. wat.epochs=4. Repeatable.")
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="JSON file of settings, as a run's config.json.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `runs list` shows it.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the packed checkpoint.")]
+TextOption = Annotated[str, typer.Option("--text", help="wikitext2, a text file, or a catalogue text (held-out part).")]
+SeqLenOption = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a window. \\[default: 2048, or the model's context if shorter]")
+]
+IgnoreMemoryOption = Annotated[bool, typer.Option("--ignore-memory", help="Start even if memory seems too small.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N windows only.")]
+
+
+def run_config(
+    model: str | None = None,
+    preset: str | None = None,
+    group_size: int | None = None,
+    weight_format: str | None = None,
+    act_bits: int | None = None,
+    kv_bits: int | None = None,
+    corpus: str | None = None,
+    device: str | None = None,
+    assignments: list[str] | None = None,
+    file: Path | None = None,
+) -> RunConfig:
+    """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError."""
+    document: dict[str, Any] = {}
+    if file is not None:
+        try:
+            document = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{file} is not valid JSON ({error})") from None
+        if not isinstance(document, dict):
+            raise ConfigError(f"{file} holds a {type(document).__name__}; a JSON object of settings is needed")
+    named = document.pop("preset", None)
+    base = preset or (named if named in PRESETS else "quick")
+    options = {
+        "model": model,
+        "corpus": corpus,
+        "device": device,
+        "quant.group_size": group_size,
+        "quant.format": weight_format,
+        "quant.act_bits": act_bits,
+        "quant.kv_bits": kv_bits,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return make_config(base, document, (*given, *(assignments or ())))

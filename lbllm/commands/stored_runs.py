@@ -1,0 +1,103 @@
+"""runs list, show, resume, stop, cancel."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from lbllm.attended import attend, check_out
+from lbllm.commands.options import JsonOption, RunArgument
+from lbllm.commands.output import notices, plain, print_json, results
+from lbllm.commands.training import print_outcome
+from lbllm.errors import RunError
+from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
+from lbllm.progress import RunProgress
+from lbllm.runs import Request, Run, RunStore
+
+
+def runs_list(as_json: JsonOption = False) -> None:
+    """All runs, oldest first."""
+    found = RunStore().all()
+    if as_json:
+        print_json({"runs": [_run_document(run) for run in found]})
+        return
+    grid = Table(Column("id", no_wrap=True), "name", "state", "created", box=None)
+    for run in found:
+        grid.add_row(run.id, escape(run.name), run.state, f"{datetime.fromtimestamp(run.created):%Y-%m-%d %H:%M}")
+    if found:
+        results().print(grid)
+    else:
+        plain(results(), "no runs yet; `python -m lbllm quantize` makes one")
+
+
+def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
+    """A run's settings, state and results so far."""
+    store = RunStore()
+    found = store.get(run)
+    stored = store.events(run)
+    if as_json:
+        document = _run_document(found) | {"config": found.config.model_dump(mode="json"), "events": len(stored)}
+        # The last event of each kind tells where the run stands; the evaluations are all results.
+        document["latest"] = {one.event.kind: one.event.model_dump(mode="json") for one in stored}
+        evaluations = [one.event for one in stored if isinstance(one.event, Evaluated)]
+        document["evaluated"] = [event.model_dump(mode="json") for event in evaluations]
+        print_json(document)
+        return
+    console = results()
+    config = found.config
+    plain(console, f"{found.id}  {found.name}  {found.state}")
+    plain(console, str(found.folder))
+    plain(console, f"model {config.model}, text {config.corpus}, preset {config.preset}")
+    progress = RunProgress()
+    for one in stored:
+        progress.update(one)
+        if isinstance(one.event, RunFailed):
+            plain(console, one.event.message, style="red")
+        elif isinstance(one.event, StageDone | Evaluated | RunDone):
+            plain(console, str(progress.line(one.event)))
+    if found.state == "running" and stored:
+        console.print(progress.render(stored[-1].time))
+
+
+def runs_resume(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also copy the finished checkpoint here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a stopped, failed or interrupted run from its last finished block."""
+    store = RunStore()
+    found = store.get(run)
+    if out is not None:
+        check_out(out)
+    if found.state == "queued":
+        raise RunError(f"run {run} is queued and can't be resumed; only runs that ended early can")
+    print_outcome(attend(store, found, RunProgress(), notices(quiet=as_json), out), as_json=as_json)
+
+
+def runs_stop(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Ask a run to stop after its current step; finished blocks are kept."""
+    _request(run, "stop", as_json)
+
+
+def runs_cancel(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Ask a run to end and delete its finished blocks."""
+    _request(run, "cancel", as_json)
+
+
+def _request(run: str, request: Request, as_json: bool) -> None:
+    store = RunStore()
+    store.request(run, request)
+    state = store.get(run).state
+    if as_json:
+        print_json({"run": run, "request": request, "state": state})
+    else:
+        plain(results(), f"asked run {run} to {request}; it is {state}")
+
+
+def _run_document(run: Run) -> dict[str, Any]:
+    return {"id": run.id, "name": run.name, "state": run.state, "created": run.created, "folder": run.folder}

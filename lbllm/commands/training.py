@@ -1,0 +1,175 @@
+"""quantize, estimate, demo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lbllm.attended import Outcome, attend, check_memory, check_out
+from lbllm.commands.chatting import chat
+from lbllm.commands.measuring import evaluate_run, rows_table
+from lbllm.commands.opening import is_packed
+from lbllm.commands.options import (
+    ActBitsOption,
+    ConfigOption,
+    CorpusOption,
+    FormatOption,
+    GroupSizeOption,
+    IgnoreMemoryOption,
+    JsonOption,
+    KvBitsOption,
+    LimitOption,
+    OutOption,
+    PresetOption,
+    RunDeviceOption,
+    SetOption,
+    TeacherOption,
+    run_config,
+)
+from lbllm.commands.output import notices, plain, print_json, results
+from lbllm.config import RunConfig
+from lbllm.errors import LbllmError
+from lbllm.progress import RunProgress, duration, size
+from lbllm.runs import RESUMABLE, Run, RunStore
+
+if TYPE_CHECKING:
+    from lbllm.estimate import Estimate
+
+
+def quantize(
+    out: OutOption,
+    model: TeacherOption = None,
+    preset: PresetOption = None,
+    group_size: GroupSizeOption = None,
+    weight_format: FormatOption = None,
+    act_bits: ActBitsOption = None,
+    kv_bits: KvBitsOption = None,
+    corpus: CorpusOption = None,
+    device: RunDeviceOption = None,
+    assignments: SetOption = None,
+    config: ConfigOption = None,
+    ignore_memory: IgnoreMemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Binarize a model: all stages with live progress, then the packed checkpoint in --out.
+
+    Ctrl-C stops the run and keeps its finished blocks; `runs resume` goes on from them.
+    """
+    settings = run_config(
+        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config
+    )
+    outcome = _quantize(RunStore(), settings, out, notices(quiet=as_json), ignore_memory=ignore_memory)
+    print_outcome(outcome, as_json=as_json)
+
+
+def _quantize(
+    store: RunStore, config: RunConfig, out: Path, console: Console, *, ignore_memory: bool = False
+) -> Outcome:
+    """Check, estimate, run, and put the checkpoint in ``out``."""
+    from lbllm.estimate import estimate, free_memory
+
+    check_out(out)
+    result = estimate(config)
+    console.print(_estimate_table(config, result))
+    if not ignore_memory:
+        check_memory(result.memory_bytes, free_memory())
+    run = store.create(config)
+    plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
+    return attend(store, run, RunProgress(result.stage_seconds), console, out)
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    """What a finished run gave."""
+    if as_json:
+        print_json(asdict(outcome))
+        return
+    took = f"{size(outcome.disk_bytes)}, {outcome.bpw:.3f} bits per weight, {duration(outcome.seconds)}"
+    plain(results(), f"run {outcome.run} is done. {outcome.path}: {took}")
+
+
+def estimate(
+    model: TeacherOption = None,
+    preset: PresetOption = None,
+    group_size: GroupSizeOption = None,
+    weight_format: FormatOption = None,
+    act_bits: ActBitsOption = None,
+    kv_bits: KvBitsOption = None,
+    corpus: CorpusOption = None,
+    device: RunDeviceOption = None,
+    assignments: SetOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say beforehand what a run gives and takes: bits per weight, disk, memory, time."""
+    from lbllm.estimate import estimate
+
+    settings = run_config(
+        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config
+    )
+    result = estimate(settings)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        results().print(_estimate_table(settings, result))
+
+
+def demo(
+    out: OutOption = Path("runs/quick"),
+    model: TeacherOption = None,
+    preset: PresetOption = None,
+    limit: LimitOption = 10,
+    prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "What is the capital of France?",
+) -> None:
+    """Binarize, print the table of all stages, and let teacher and student answer: the whole thing in one command.
+
+    A checkpoint that lies in --out already is used as it is; an unfinished run of the same settings is resumed.
+    """
+    config = run_config(model, preset)
+    console = notices()
+    store = RunStore()
+    same = [run for run in store.all() if _has_config(run, config)]
+    finished = [run for run in same if run.state == "done"]
+    unfinished = [run for run in same if run.state in RESUMABLE]
+    if is_packed(out) and finished:
+        run = finished[-1]
+        plain(console, f"{out} is there already, from run {run.id} or one like it")
+    else:
+        if unfinished:
+            check_out(out)
+            plain(console, f"resuming run {unfinished[-1].id}")
+            outcome = attend(store, unfinished[-1], RunProgress(), console, out)
+        else:
+            outcome = _quantize(store, config, out, console)
+        print_outcome(outcome, as_json=False)
+        run = store.get(outcome.run)
+    text, rows = evaluate_run(store, run, console, limit=limit)
+    results().print(rows_table(text, rows))
+    chat([config.model, str(out)], prompt=prompt, max_new_tokens=64)
+
+
+def _has_config(run: Run, config: RunConfig) -> bool:
+    try:
+        return run.config == config
+    except LbllmError:
+        return False
+
+
+def _estimate_table(config: RunConfig, result: Estimate) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    quant = config.quant
+    grid.add_row("model", config.model)
+    grid.add_row(
+        "settings", f"{config.preset}: {quant.format}, group {quant.group_size}, A{quant.act_bits}KV{quant.kv_bits}"
+    )
+    grid.add_row("blocks", str(result.blocks))
+    grid.add_row("binarized weights", f"{result.weights:,} at {result.bpw:.3f} bits each, parameters included")
+    grid.add_row("kept dense", f"{result.dense_weights:,}")
+    grid.add_row("checkpoint", size(result.disk_bytes))
+    grid.add_row("peak memory", size(result.memory_bytes))
+    grid.add_row("time", f"about {duration(result.seconds)}")
+    return grid
