@@ -42,7 +42,7 @@ LIFECYCLE = ("run_queued", "run_loading", "run_started", "run_done", "run_stoppe
 _IS_LIFECYCLE = f"kind IN {LIFECYCLE}"
 _VERSION = 1
 _SCHEMA = (
-    "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL)",
+    "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL, cwd TEXT NOT NULL)",
     "CREATE TABLE events (run_id TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, time REAL NOT NULL, "
     "body TEXT NOT NULL, kind TEXT AS (json_extract(body, '$.kind')), PRIMARY KEY (run_id, seq)) WITHOUT ROWID",
     f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {_IS_LIFECYCLE}",
@@ -52,12 +52,16 @@ _SCHEMA = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was when it was read from the store. ``created``: seconds since the epoch."""
+    """A run as it was when it was read from the store.
+
+    ``created``: seconds since the epoch. ``cwd``: where relative paths of its settings begin, for each of its workers.
+    """
 
     id: str
     name: str
     folder: Path
     created: float
+    cwd: Path
     state: State
 
     @cached_property
@@ -160,21 +164,21 @@ class RunStore:
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(created)) + secrets.token_hex(3)
         folder = self.root / run_id
         with self._transaction() as db:
-            db.execute("INSERT INTO runs VALUES (?, ?, ?)", (run_id, name, created))
+            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (run_id, name, created, str(Path.cwd())))
             folder.mkdir()
             (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         return self.get(run_id)
 
     def get(self, run_id: str) -> Run:
         """The run as it is now. Raises RunError where there is none of that id."""
-        row = self._query("SELECT id, name, created FROM runs WHERE id = ?", run_id)
+        row = self._query("SELECT id, name, created, cwd FROM runs WHERE id = ?", run_id)
         if not row:
             raise RunError(f"no run {run_id!r} in {self.root}")
         return self._run(*row[0])
 
     def all(self) -> list[Run]:
         """All runs, oldest first."""
-        return [self._run(*row) for row in self._query("SELECT id, name, created FROM runs ORDER BY created, id")]
+        return [self._run(*row) for row in self._query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")]
 
     def append(self, run_id: str, event: Event) -> Stored:
         """Add an event to a run; it is on record when this returns. Any process may do it."""
@@ -291,8 +295,8 @@ class RunStore:
         threading.Thread(target=process.wait, daemon=True).start()
         return process
 
-    def _run(self, run_id: str, name: str, created: float) -> Run:
-        return Run(run_id, name, self.root / run_id, created, self._state(run_id))
+    def _run(self, run_id: str, name: str, created: float, cwd: str) -> Run:
+        return Run(run_id, name, self.root / run_id, created, Path(cwd), self._state(run_id))
 
     def _state(self, run_id: str) -> State:
         while True:

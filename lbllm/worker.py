@@ -166,6 +166,9 @@ def work(store: RunStore, run: Run) -> int:
                 record(RunStopped(request=requests.pending or "stop"))
                 return 0
             record(RunLoading())
+            # It may have been resumed from anywhere. Where the folder is gone, a relative path fails by its name.
+            if run.cwd.is_dir():
+                os.chdir(run.cwd)
             keep_large_allocations()
             from lbllm import pipeline  # late: a waiting worker needs neither torch nor its memory
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kill_resume import hashes
 from lbllm.config import RunConfig, make_config
-from lbllm.errors import CorpusError
-from lbllm.events import Acknowledged, RunQueued, RunStopped
+from lbllm.errors import CorpusError, RunError
+from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped
 from lbllm.runs import Request, Run, RunStore, State
 from lbllm.worker import failure_message
+from tests.tiny_models import SENTENCES, save_tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,8 +167,10 @@ LIMITED_WRITERS = """
 import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from benchmarks.kill_resume import hashes
 from lbllm.config import RunConfig
 from lbllm.worker import failure_message
+from tests.tiny_models import SENTENCES, save_tiny
 folder, tensor = Path(sys.argv[1]), torch.zeros(100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (
@@ -198,6 +205,26 @@ def test_a_failure_is_told_with_its_place_and_the_way_out(
         assert part in message
 
 
+LIMITED_WORKER = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("lbllm.worker", run_name="__main__", alter_sys=True)
+"""
+
+
+def limited_worker(store: RunStore, run: Run, limit: int) -> subprocess.Popen[str]:
+    """A worker of the new run none of whose files can grow beyond ``limit`` bytes: the same as a full disk."""
+    with store.enqueue(run.id, "run", ("queued",)) as lock:
+        return subprocess.Popen(
+            [sys.executable, "-c", LIMITED_WORKER, str(limit), str(run.folder), "--lock", str(lock.fileno())],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            pass_fds=(lock.fileno(),),
+            text=True,
+        )
+
+
 def test_a_file_that_finds_no_room_is_told_whoever_writes_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED_WRITERS, str(tmp_path)]
     messages = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -205,3 +232,172 @@ def test_a_file_that_finds_no_room_is_told_whoever_writes_it(tmp_path: Path) -> 
     for message in messages:
         for part in DISK:
             assert part in message
+
+
+def test_a_store_that_can_take_no_more_ends_the_worker_and_nothing_else(store: RunStore) -> None:
+    """The disk is so full that not even the failure can be put on record."""
+    run = store.create(RunConfig())
+    process = limited_worker(store, run, (store.root / "runs.db-wal").stat().st_size)
+    _, told = process.communicate()
+    assert process.returncode == 1
+    assert "can't be written" in told
+    assert "free some space" in told
+    assert kinds(store, run) == ["run_queued"]
+    assert store.get(run.id).state == "interrupted"
+    with another_run_at_work(store):
+        resumed = store.resume(run.id)
+        assert store.get(run.id).state == "queued"
+        store.request(run.id, "stop")
+        assert resumed.wait(20) == 0
+
+
+# Whole runs of a tiny model.
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of seconds: two small blocks, a few steps a block."""
+    pytest.importorskip("lbllm.pipeline")
+    folder = tmp_path_factory.mktemp("tiny")
+    generator = random.Random(0)
+    text = "\n".join(" ".join(generator.choices(SENTENCES, k=4)) for _ in range(400))
+    (folder / "text.txt").write_text(text)
+    changes = {
+        "model": str(save_tiny(folder / "teacher", "llama")),
+        "corpus": str(folder / "text.txt"),
+        "seq_len": 32,
+        "device": "cpu",
+        "quant": {"group_size": 16},
+        "ptq": {"tokens": 256, "em_steps": 4, "sweeps": 1},
+        "wat": {"tokens": 512, "epochs": 1, "batch_tokens": 64},
+        "aar": {"tokens": 512, "epochs": 1, "batch_tokens": 64, "search_tokens": 128},
+    }
+    return make_config("preview", changes)
+
+
+def begun(store: RunStore, run: Run, kind: str) -> None:
+    """Wait until the run has an event of the kind."""
+    wait_until(lambda: kind in kinds(store, run) or store.get(run.id).state not in ("queued", "running"))
+    assert store.get(run.id).state == "running", store.events(run.id)[-1]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, tiny_config: RunConfig) -> tuple[RunStore, str]:
+    """A store with an uninterrupted run and one that was killed three times, and what the comparison printed."""
+    root = tmp_path_factory.mktemp("killed")
+    settings = tiny_config.model_dump(mode="json", exclude={"model", "corpus", "preset", "schema_version"})
+    command = [sys.executable, "-m", "benchmarks.kill_resume", "--kills", "3", "--root", str(root), "--seed", "1"]
+    command += ["--model", tiny_config.model, "--corpus", tiny_config.corpus, "--preset", "preview"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return RunStore(root), result.stdout
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(killed: tuple[RunStore, str]) -> None:
+    store, printed = killed
+    assert re.search(r"3 of 3 kills; all [1-9]\d* files equal", printed), printed
+    whole, resumed = store.all()
+    assert hashes(whole.folder / "checkpoint") == hashes(resumed.folder / "checkpoint")
+    assert kinds(store, resumed).count("run_queued") == 4
+
+
+def test_a_whole_run_tells_its_story_in_order(killed: tuple[RunStore, str], tiny_config: RunConfig) -> None:
+    store, _ = killed
+    for run in store.all():
+        assert run.state == "done"
+        events = store.events(run.id)
+        assert [stored.seq for stored in events] == list(range(1, len(events) + 1))
+        assert [stored.event.kind for stored in events[:3]][:2] == ["run_queued", "run_loading"]
+        assert isinstance(events[-1].event, RunDone)
+    told = kinds(store, store.all()[0])
+    assert told.count("stage_done") == len(tiny_config.stages)
+    assert told.count("block_done") == len(tiny_config.stages) * 2
+
+
+def test_a_cancelled_run_answers_at_once_and_keeps_its_events_alone(store: RunStore, tiny_config: RunConfig) -> None:
+    run = store.create(tiny_config)
+    process = store.start(run.id)
+    begun(store, run, "block_done")
+    before = store.events(run.id)
+    asked = time.time()
+    store.request(run.id, "cancel")
+    assert process.wait(20) == 0
+    assert store.get(run.id).state == "cancelled"
+    after = store.events(run.id)
+    assert after[: len(before)] == before
+    acknowledged = next(stored for stored in after if stored.event == Acknowledged(request="cancel"))
+    assert acknowledged.time - asked < 1
+    assert after[-1].event == RunStopped(request="cancel")
+    assert not (run.folder / "blocks").exists()
+    with pytest.raises(RunError, match="is cancelled and can't be resumed"):
+        store.resume(run.id)
+
+
+def test_a_stopped_run_goes_on_from_its_finished_blocks_to_the_same_bytes(
+    store: RunStore, tiny_config: RunConfig, killed: tuple[RunStore, str]
+) -> None:
+    run = store.create(tiny_config)
+    process = store.start(run.id)
+    begun(store, run, "block_done")
+    store.request(run.id, "stop")
+    assert process.wait(20) == 0
+    assert store.get(run.id).state == "stopped"
+    assert any((run.folder / "blocks").iterdir())
+    seq = store.events(run.id)[-1].seq
+    assert store.resume(run.id).wait(60) == 0
+    assert store.get(run.id).state == "done"
+    started = next(stored.event for stored in store.events(run.id, seq) if isinstance(stored.event, RunStarted))
+    assert started.resumed_blocks > 0
+    whole = killed[0].all()[0]
+    assert hashes(run.folder / "checkpoint") == hashes(whole.folder / "checkpoint")
+
+
+def test_queued_runs_follow_one_another_and_a_killed_one_frees_its_place(
+    store: RunStore, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(tiny_config.corpus).parent)
+    relative = {"model": "./teacher", "corpus": "text.txt"}
+    first, second = store.create(tiny_config.model_copy(update=relative)), store.create(tiny_config)
+    worker = store.start(first.id)
+    begun(store, first, "run_loading")
+    waiting = store.start(second.id)
+    begun(store, first, "run_started")
+    assert store.get(second.id).state == "queued"
+    worker.kill()
+    assert waiting.wait(60) == 0
+    assert store.get(first.id).state == "interrupted"
+    assert store.get(second.id).state == "done"
+    # Its relative paths still begin where the run was made.
+    monkeypatch.chdir(store.root)
+    assert store.resume(first.id).wait(60) == 0
+    assert store.get(first.id).state == "done"
+
+
+def test_a_text_that_is_missing_fails_the_run_by_name(store: RunStore, tiny_config: RunConfig) -> None:
+    run = store.create(tiny_config.model_copy(update={"corpus": "/nowhere/text.txt"}))
+    assert store.start(run.id).wait(60) == 1
+    assert store.get(run.id).state == "failed"
+    last = store.events(run.id)[-1].event
+    assert isinstance(last, RunFailed)
+    assert "/nowhere/text.txt" in last.message
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on_when_there_is_room(
+    store: RunStore, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    # The embeddings alone, in the final checkpoint, are larger than what a file may have; the events are few.
+    limit = 3 << 20
+    teacher = save_tiny(tmp_path / "teacher", "llama", hidden_size=256, vocab_size=4096)
+    short = {stage: getattr(tiny_config, stage).model_copy(update={"tokens": 64}) for stage in ("ptq", "wat", "aar")}
+    run = store.create(tiny_config.model_copy(update={"model": str(teacher), **short}))
+    process = limited_worker(store, run, limit)
+    process.communicate()
+    assert process.returncode == 1
+    assert store.get(run.id).state == "failed"
+    last = store.events(run.id)[-1].event
+    assert isinstance(last, RunFailed)
+    assert "space" in last.message
+    assert str(run.folder) in last.message
+    assert store.resume(run.id).wait(60) == 0
+    assert store.get(run.id).state == "done"
