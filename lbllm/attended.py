@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lbllm.errors import ConfigError, ResourceError, RunError
 from lbllm.events import Event, RunDone, RunFailed
-from lbllm.progress import RunDisplay, RunProgress, size
+from lbllm.progress import RunDisplay, RunProgress
 from lbllm.runs import Run, RunStore
 
 POLL_SECONDS = 0.1
@@ -48,16 +48,6 @@ def check_out(out: Path) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"--out {out}: the folder {parent} is not writable; choose another place")
-
-
-def check_memory(needed: int, free: int) -> None:
-    """Raises ResourceError where ``needed`` bytes are more than the ``free`` ones."""
-    if needed > free:
-        raise ResourceError(
-            f"the run needs about {size(needed)} of memory and {size(free)} are free. Free some, choose a smaller "
-            "model, or lower seq_len, wat.batch_tokens, aar.batch_tokens or the stages' tokens with --set; "
-            "--ignore-memory starts it all the same"
-        )
 
 
 def attend(store: RunStore, run: Run, progress: RunProgress, console: Console, out: Path | None) -> Outcome:

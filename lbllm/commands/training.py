@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lbllm.attended import Outcome, attend, check_memory, check_out
+from lbllm.attended import Outcome, attend, check_out
 from lbllm.commands.chatting import chat
 from lbllm.commands.measuring import evaluate_run, rows_table
 from lbllm.commands.opening import is_packed
@@ -33,7 +33,7 @@ from lbllm.commands.options import (
 )
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
-from lbllm.errors import LbllmError
+from lbllm.errors import LbllmError, ResourceError
 from lbllm.progress import RunProgress, duration, size
 from lbllm.runs import RESUMABLE, Run, RunStore
 
@@ -71,13 +71,16 @@ def _quantize(
     store: RunStore, config: RunConfig, out: Path, console: Console, *, ignore_memory: bool = False
 ) -> Outcome:
     """Check, estimate, run, and put the checkpoint in ``out``."""
-    from lbllm.estimate import estimate, free_memory
+    from lbllm.estimate import check_memory, estimate
 
     check_out(out)
     result = estimate(config)
     console.print(_estimate_table(config, result))
     if not ignore_memory:
-        check_memory(result.memory_bytes, free_memory())
+        try:
+            check_memory(result, config.device)
+        except ResourceError as error:
+            raise ResourceError(f"{error}; --ignore-memory starts it all the same") from None
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
     return attend(store, run, RunProgress(result.stage_seconds), console, out)

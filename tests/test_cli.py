@@ -1,0 +1,212 @@
+"""The command line: documents on stdout, messages on stderr, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbllm.cli import main
+from lbllm.corpora import evaluation_tokens
+from lbllm.evaluate import perplexity
+from tests.tiny_models import SENTENCES, save_tiny, tiny
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+class Terminal:
+    """Runs the command line in this process, with a run store and models of its own."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self.capsys = capsys
+        self.model = str(save_tiny(folder / "teacher", "llama"))
+        self.text = str(folder / "text.txt")
+        Path(self.text).write_text("\n".join(f"{index}. {line}" for index in range(60) for line in SENTENCES))
+
+    def __call__(self, *arguments: str) -> Result:
+        self.capsys.readouterr()
+        code = main(arguments)
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, captured.err)
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Terminal:
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LBLLM_DATA_DIR", raising=False)
+    return Terminal(capsys, tmp_path)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from lbllm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantise"],
+        ["quantize", "--model", "x"],
+        ["evaluate", "--model", "x", "--seq-len", "1"],
+        ["runs", "show"],
+        ["chat", "--model", "x", "--json"],
+        ["chat", "-m", "x", "-m", "y", "-m", "z", "--prompt", "a"],
+    ],
+)
+def test_bad_usage_is_exit_code_2(terminal: Terminal, arguments: list[str]) -> None:
+    assert terminal(*arguments).code == 2
+    result = terminal(*arguments, "--json")
+    assert result.code == 2
+    assert result.document["error"]
+    assert result.document["error"] in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--model", "no-such-model"],
+        ["chat", "--model", "no-such-model", "--prompt", "x"],
+        ["estimate", "--model", "no-such-model"],
+        ["quantize", "--model", "no-such-model", "--out", "OUT"],
+        ["estimate", "--preset", "no-such-preset"],
+        ["estimate", "--set", "wat.no_such_key=1"],
+        ["estimate", "--set", "no-equals-sign"],
+        ["estimate", "--group-size", "0"],
+        ["estimate", "--format", "w9"],
+        ["estimate", "--act-bits", "5"],
+        ["runs", "show", "no-such-run"],
+        ["runs", "resume", "no-such-run"],
+        ["runs", "cancel", "no-such-run"],
+        ["table", "no-such-run"],
+        ["evaluate", "--model", "smollm2-135m-instruct", "--device", "no-such-device"],
+    ],
+)
+def test_bad_values_are_named(terminal: Terminal, tmp_path: Path, arguments: list[str]) -> None:
+    arguments = [str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]
+    result = terminal(*arguments, "--json")
+    assert result.code == 1
+    message = result.document["error"]
+    value = arguments[arguments.index("--out") - 1] if "--out" in arguments else arguments[-1]
+    value = value if value != "x" else "no-such-model"
+    assert value.split("=")[0].split(".")[-1] in message
+    assert message in result.err
+    plain = terminal(*arguments)
+    assert (plain.code, plain.out) == (1, "")
+    assert message in plain.err
+
+
+def test_settings_files(terminal: Terminal, tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    for content, complaint in [("{", "not valid JSON"), ("[1]", "list"), ('{"wat": {"epoch": 2}}', "wat.epoch")]:
+        file.write_text(content)
+        result = terminal("estimate", "--config", str(file))
+        assert result.code == 1
+        assert complaint in result.err
+    missing = terminal("estimate", "--config", str(tmp_path / "missing.json"))
+    assert missing.code == 1
+    assert "missing.json" in missing.err
+
+
+def test_evaluate(terminal: Terminal) -> None:
+    model, tokenizer = tiny("llama")
+    sequences = evaluation_tokens(terminal.text, tokenizer, seq_len=64, limit=5)
+    expected = perplexity(model, sequences)
+    options = ["--model", terminal.model, "--text", terminal.text, "--seq-len", "64", "--limit", "5"]
+    document = terminal("evaluate", *options, "--json").document
+    assert document["perplexity"] == pytest.approx(expected.perplexity)
+    assert document["tokens"] == expected.tokens == 5 * 63
+    assert document["windows"] == 5
+    assert f"{expected.perplexity:.2f}" in terminal("evaluate", *options).out
+
+
+def test_evaluate_takes_the_models_context_where_it_is_short(terminal: Terminal) -> None:
+    options = ["--model", terminal.model, "--text", terminal.text, "--limit", "2", "--json"]
+    assert terminal("evaluate", *options).document["seq_len"] == 256
+    longer = terminal("evaluate", *options, "--seq-len", "300")
+    assert longer.code == 1
+    assert "256" in longer.document["error"]
+
+
+def test_evaluate_against_a_teacher(terminal: Terminal, tmp_path: Path) -> None:
+    other = str(save_tiny(tmp_path / "other", "llama", seed=1))
+    options = ["--text", terminal.text, "--seq-len", "64", "--limit", "2", "--teacher", terminal.model, "--json"]
+    same = terminal("evaluate", "--model", terminal.model, *options).document
+    assert (same["kl"], same["top1_agreement"]) == (0, 1)
+    assert same["perplexity"] == same["teacher_perplexity"]
+    assert terminal("evaluate", "--model", other, *options).document["kl"] > 0
+
+
+def test_evaluate_on_too_short_or_missing_text(terminal: Terminal, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Only this.")
+    for name in (str(short), str(tmp_path / "missing.txt")):
+        result = terminal("evaluate", "--model", terminal.model, "--text", name, "--json")
+        assert result.code == 1
+        assert name in result.document["error"]
+
+
+def test_chat_one_shot(terminal: Terminal) -> None:
+    options = ["--prompt", "What is the capital of France?", "--max-new-tokens", "8"]
+    document = terminal("chat", "--model", terminal.model, *options, "--json").document
+    (answer,) = document["answers"]
+    assert answer["model"] == terminal.model
+    assert answer["tokens"] <= 8
+    assert answer["first_token_seconds"] > 0
+    assert answer["answer"] in terminal("chat", "--model", terminal.model, *options).out
+
+
+def test_chat_with_two_models(terminal: Terminal, tmp_path: Path) -> None:
+    other = str(save_tiny(tmp_path / "other", "gpt2"))
+    options = ["-p", "Hello", "--max-new-tokens", "4", "--temperature", "1", "--seed", "3", "--json"]
+    document = terminal("chat", "-m", terminal.model, "-m", other, *options).document
+    assert [answer["model"] for answer in document["answers"]] == [terminal.model, other]
+    assert (
+        terminal("chat", "-m", terminal.model, "-m", other, *options).document["answers"][1]["answer"]
+        == (document["answers"][1]["answer"])
+    )
+
+
+def test_conversation(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\nAnd of Italy?\n"))
+    result = terminal("chat", "--model", terminal.model, "--max-new-tokens", "4")
+    assert result.code == 0
+    assert result.out.count("a second") == 2
+
+
+def test_catalogues(terminal: Terminal) -> None:
+    models = terminal("models", "--json").document["models"]
+    assert {"id", "hub_id", "licence", "parameters"} <= models[0].keys()
+    corpora = terminal("corpora", "--json").document["corpora"]
+    assert "embedded" in [entry["id"] for entry in corpora]
+    assert "smollm2-135m-instruct" in terminal("models").out
+    assert "wikitext2" in terminal("corpora").out
+
+
+def test_sampling_a_corpus(terminal: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "corpus.jsonl.gz"
+    options = ["--tokens", "256", "--length", "64", "--batch", "2", "--out", str(out), "--json"]
+    document = terminal("corpora", "sample", "--model", terminal.model, *options).document
+    assert document["tokens"] == 256
+    assert out.stat().st_size == document["bytes"]
+
+
+def test_no_runs_yet(terminal: Terminal) -> None:
+    assert terminal("runs", "list", "--json").document == {"runs": []}
+    assert "no runs yet" in terminal("runs", "list").out
