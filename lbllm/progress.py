@@ -46,12 +46,12 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in binary units: ``12.3 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+    """Bytes in decimal units: ``12.3 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 class RunProgress:
