@@ -53,8 +53,8 @@ _CHARACTERS_PER_TOKEN = 8
 _READ_ALWAYS = 64_000_000
 _BATCH = 128
 _NO_HUB = (
-    "{} can't be read from the hub ({}). Without a connection use the corpus 'embedded', or download the text elsewhere "
-    "and give its file or folder"
+    "{} can't be read from the hub ({}). Without a connection use the corpus 'embedded', or download the text "
+    "elsewhere and give its file or folder"
 )
 
 
