@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lbllm import hub
 from lbllm.documents import (
+    SHARES,
     Document,
     Part,
     parse_row,
@@ -47,7 +48,6 @@ _HERE = Path(__file__).resolve().parent
 # In a source tree assets/ lies beside the package, in an installed wheel inside it.
 ASSETS = next((path for path in (_HERE / "assets", _HERE.parent / "assets") if path.is_dir()), _HERE.parent / "assets")
 
-SHARES: dict[Part, float] = {"train": 0.90, "tune": 0.05, "heldout": 0.05}
 # How much of a source is read for a number of tokens: texts have 4 to 5 characters a token, so 8 leave room to spare.
 _CHARACTERS_PER_TOKEN = 8
 _READ_ALWAYS = 64_000_000

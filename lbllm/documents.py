@@ -19,6 +19,7 @@ from typing import Literal
 from lbllm.errors import CorpusError
 
 Part = Literal["train", "tune", "heldout"]
+SHARES: dict[Part, float] = {"train": 0.90, "tune": 0.05, "heldout": 0.05}
 
 SECTION = 16_000
 TEXT_SUFFIXES = (".txt", ".raw", ".md")
@@ -46,9 +47,11 @@ class Document:
 
     @property
     def part(self) -> Part:
-        """90% of all possible contents are train, 5% tune, 5% held out; equal contents are always in the same part."""
-        percent = int.from_bytes(self.digest[:8], "big") % 100
-        return "train" if percent < 90 else "tune" if percent < 95 else "heldout"
+        """Chosen by the digest, in the proportions ``SHARES``: equal contents are always in the same part."""
+        place = int.from_bytes(self.digest[:8], "big") / 2**64
+        if place < SHARES["train"]:
+            return "train"
+        return "tune" if place < SHARES["train"] + SHARES["tune"] else "heldout"
 
     @property
     def size(self) -> int:

@@ -161,8 +161,8 @@ def check_memory(result: Estimate, device: str = "auto") -> None:
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in terms[:3])
     raise ResourceError(
         f"the run needs {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
-        f"It goes to: {listed}. Free some, choose a smaller model, or lower seq_len, wat.batch_tokens, aar.batch_tokens "
-        "or the stages' tokens"
+        f"It goes to: {listed}. Free some, choose a smaller model, or lower seq_len, wat.batch_tokens, "
+        "aar.batch_tokens or the stages' tokens"
     )
 
 
