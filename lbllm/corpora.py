@@ -155,8 +155,13 @@ def load_corpus(
     rounds = itertools.zip_longest(*(list(one) for one in parts))
     rows = [row for turn in rounds for row in turn if row is not None]
     sequences = torch.stack(rows[:wanted])
-    digest = hashlib.sha256(sequences.numpy().astype("<i8").tobytes() + f"|{seq_len}".encode())
-    return Corpus(name=name, hash=digest.hexdigest(), sequences=sequences)
+    return Corpus(name=name, hash=sequences_hash(sequences), sequences=sequences)
+
+
+def sequences_hash(sequences: Tensor) -> str:
+    """SHA-256, in hex, over token ids (n, seq_len) and seq_len."""
+    ids = sequences.cpu().numpy().astype("<i8")
+    return hashlib.sha256(ids.tobytes() + f"|{sequences.shape[1]}".encode()).hexdigest()
 
 
 def evaluation_tokens(
