@@ -10,7 +10,6 @@ once; what is derived from them is made for a few rows at a time.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
 
 ROWS = 256
 BATCH_TOKENS = 2048
@@ -110,18 +109,19 @@ def divergence(
 
 @torch.no_grad()
 def round_to_nearest(model: PreTrainedModel, bits: int, group_size: int) -> PreTrainedModel:
-    """A copy of ``model`` whose decoder-block linear weights are rounded to the nearest of 2**bits even steps a group.
+    """A copy of ``model`` with decoder-block linear weights rounded to 2**bits even steps a group; it shares the rest.
 
     Groups are ``group_size`` weights of a row (-1: the whole row, a row's last group may be shorter). The steps span
     each group's minimum to its maximum, so a group stores its codes, a minimum and a step. Nothing is calibrated: what
     any method at these bits has to beat.
     """
-    student = copy.deepcopy(model)
+    student: PreTrainedModel = share_copy(model)
     _, blocks = decoder_blocks(student)
     for block in blocks:
         for layer in linear_layers(block).values():
-            weight = linear_weight(layer)
-            weight.copy_(rounded(weight, bits, group_size))
+            weight = rounded(linear_weight(layer), bits, group_size)
+            stored = weight if linear_weight(layer) is layer.weight else weight.t().contiguous()
+            layer.weight = nn.Parameter(stored, requires_grad=False)
     return student
 
 

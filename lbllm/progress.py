@@ -97,7 +97,7 @@ class RunProgress:
             case StepMetric() as event:
                 self.step = event
                 if self.stage is not None and self.stage.steps:
-                    self.part = min(1.0, (event.step + 1) / self.stage.steps)
+                    self.part = min(1.0, event.step / self.stage.steps)
             case BlockDone() as event:
                 self.last = event
                 self.done_blocks, self.part = event.block + 1, 0.0
@@ -195,7 +195,7 @@ class RunProgress:
         if self.step is not None and self.stage is not None:
             reg = f" + {self.step.reg:.2g} polarization" if self.step.reg else ""
             return (
-                f"step {self.step.step + 1}/{self.stage.steps}: loss {self.step.loss:.4g}{reg}, "
+                f"step {self.step.step}/{self.stage.steps}: loss {self.step.loss:.4g}{reg}, "
                 f"{self.step.tokens_per_second:,.0f} tokens/s"
             )
         if self.layer is not None:

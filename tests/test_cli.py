@@ -54,9 +54,13 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from lbllm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False).returncode == 0
+    command = [sys.executable, "-X", "importtime", "-m", "lbllm", "quantize", "--help"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "--group-size" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "lbllm.cli" in imported
+    assert "torch" not in imported
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_time_left_of_this_stage_and_of_those_to_come() -> None:
     feed(progress, (25, done("ptq", 1)), (35, StageDone(stage="ptq", seconds=30)))
     feed(progress, (40, StageStarted(stage="wat", steps=8)), (40, BlockStarted(stage="wat", block=0)))
     assert progress.seconds_left(40) == 1000
-    step = StepMetric(stage="wat", block=0, step=1, loss=0.1, lr=1e-3, tokens_per_second=50)
+    step = StepMetric(stage="wat", block=0, step=2, loss=0.1, lr=1e-3, tokens_per_second=50)
     feed(progress, (60, step))
     assert progress.seconds_left(60) == pytest.approx(4 * 80 - 20)  # a quarter of the block took 20 s
 
@@ -95,7 +95,7 @@ def show(console: Console) -> str:
         StageDone(stage="ptq", seconds=40),
         StageStarted(stage="wat", steps=8),
         BlockStarted(stage="wat", block=0),
-        StepMetric(stage="wat", block=0, step=3, loss=0.125, reg=0.01, lr=1e-3, tokens_per_second=1234),
+        StepMetric(stage="wat", block=0, step=4, loss=0.125, reg=0.01, lr=1e-3, tokens_per_second=1234),
         done("wat", 0, diverged=True),
         Acknowledged(request="stop"),
         RunDone(path="x", bpw=3.0, disk_bytes=1_500_000, seconds=100),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbllm.errors import ConfigError
@@ -18,24 +16,13 @@ CATALOGUE_WINDOWS = 100
 
 def open_model(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A packed checkpoint's folder, or any teacher. Raises ModelError, CheckpointError."""
+    from lbllm.hf import is_checkpoint, load
     from lbllm.models import load_teacher
 
-    if is_packed(Path(name)):
-        import lbllm
-
-        model, tokenizer = lbllm.load(Path(name))
-        return model.to(device_named(device)), tokenizer
+    if is_checkpoint(name):
+        return load(name, device=device_named(device))
     teacher = load_teacher(name, device=device_named(device))
     return teacher.model, teacher.tokenizer
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether the folder is a checkpoint of this program; whether it is a sound one is for its loader to say."""
-    try:
-        document = json.loads((folder / "config.json").read_text())
-        return bool(document["quantization_config"]["quant_method"] == "lbllm")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def device_named(name: str) -> str:

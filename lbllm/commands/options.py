@@ -29,7 +29,7 @@ FormatOption = Annotated[str | None, typer.Option("--format", help="w1+1, or w1 
 ActBitsOption = Annotated[int | None, typer.Option(help="Bits of activations: 4, 8 or 16.")]
 KvBitsOption = Annotated[int | None, typer.Option(help="Bits of the KV cache: 4, 8 or 16.")]
 CorpusOption = Annotated[str | None, typer.Option(help="Catalogue id or path of the text to train on.")]
-RunDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+RunDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. wat.epochs=4. Repeatable.")
 ]

@@ -13,7 +13,6 @@ from rich.table import Table
 from lbllm.attended import Outcome, attend, check_out
 from lbllm.commands.chatting import chat
 from lbllm.commands.measuring import evaluate_run, rows_table
-from lbllm.commands.opening import is_packed
 from lbllm.commands.options import (
     ActBitsOption,
     ConfigOption,
@@ -132,13 +131,15 @@ def demo(
 
     A checkpoint that lies in --out already is used as it is; an unfinished run of the same settings is resumed.
     """
+    from lbllm.hf import is_checkpoint
+
     config = run_config(model, preset)
     console = notices()
     store = RunStore()
     same = [run for run in store.all() if _has_config(run, config)]
     finished = [run for run in same if run.state == "done"]
     unfinished = [run for run in same if run.state in RESUMABLE]
-    if is_packed(out) and finished:
+    if finished and is_checkpoint(out):
         run = finished[-1]
         plain(console, f"{out} is there already, from run {run.id} or one like it")
     else:
