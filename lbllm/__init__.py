@@ -1,0 +1,28 @@
+"""LBLLM: binarize large language models to W(1+1)A4. Importing this package registers its checkpoints with
+transformers.
+
+    model, tokenizer = lbllm.load("runs/quick")             a packed checkpoint; transformers' from_pretrained works
+    as well
+    lbllm.quantize(model, tokenizer, config, out="out")     the three stages, in this process
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+# Idle threads of PyTorch must not spin: with a second busy process on two cores they make decoding many times slower.
+# It has to be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
+    # While Python looks for the module of `python -m lbllm...` argv[0] is "-m": our own commands import what they need,
+    # when they need it, and start at once. Everybody else wants the registration, which brings torch with it.
+    from lbllm.hf import load as load
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize":
+        from lbllm.quantize import quantize
+
+        return quantize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

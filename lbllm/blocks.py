@@ -6,9 +6,9 @@ that holds the most parameters, the layers to binarize are the linear ones in it
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ def linear_weight(layer: nn.Module) -> Tensor:
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
+def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Give a linear layer a new weight (out, in) of its own, in the old one's dtype."""
+    old = layer.weight
+    assert isinstance(old, Tensor)
+    stored = weight.t() if isinstance(layer, Conv1D) else weight
+    layer.weight = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=False)
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ModelError, naming the parameter, where a block holds matrices that are not linear layers (MoE experts)."""
     path, blocks = decoder_blocks(model)
@@ -56,8 +64,8 @@ def check_supported(model: PreTrainedModel) -> None:
             if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
                 shape = tuple(parameter.shape)
                 raise ModelError(
-                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. Mixture-of-experts "
-                    "blocks and other fused weights are not supported; choose a dense model of the family"
+                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. "
+                    "Mixture-of-experts blocks and other fused weights are not supported; choose a dense model of the family"
                 )
         if any(isinstance(module, nn.ModuleList) for module in block.modules()):
             raise ModelError(
@@ -136,20 +144,64 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = No
     return output if isinstance(output, Tensor) else output[0]
 
 
-@contextmanager
-def record_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While open, each linear layer's latest input is kept by the layer's name; layers that share an input share it."""
-    seen: dict[str, Tensor] = {}
+def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None) -> Iterator[Tensor]:
+    """The block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time."""
+    for part in hidden.split(batch):
+        yield run_block(block, part, call, cache)
+
+
+@torch.no_grad()
+def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
+    """The names of the linear layers in the order of their first use, those that read the same tensor together.
+
+    ``hidden``: one sequence (1, T, hidden) to run the block on. A layer that the block never calls is left out.
+    """
+    order: list[tuple[Tensor, list[str]]] = []
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0]
+            if any(name in names for _, names in order):
+                return
+            for tensor, names in order:
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            order.append((args[0], [name]))
 
         return keep
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(block).items()]
     try:
-        yield seen
+        run_block(block, hidden, call)
     finally:
         for handle in handles:
             handle.remove()
+    return [names for _, names in order]
+
+
+@torch.no_grad()
+def layer_inputs(
+    block: nn.Module, layer: str, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None
+) -> Iterator[Tensor]:
+    """What reaches one linear layer, as (tokens, in), batch by batch; the block runs no further than that."""
+    box: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        box.append(args[0])
+        raise _Captured
+
+    handle = block.get_submodule(layer).register_forward_pre_hook(keep)
+    try:
+        for part in hidden.split(batch):
+            try:
+                run_block(block, part, call, cache)
+            except _Captured:
+                yield box.pop().flatten(0, -2)
+    finally:
+        handle.remove()
+
+
+def share_copy(module: nn.Module) -> Any:
+    """A copy of a module tree that shares its parameters and buffers with the original."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, tensors)

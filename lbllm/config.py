@@ -53,7 +53,8 @@ class QuantConfig(_Section):
     """The deployed format: W(1+1) or W1 weights, group parameters, activations, KV cache.
 
     ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
-    shorter. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several matching
+    shorter. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
+    matching
     patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
     """
 
@@ -73,6 +74,11 @@ class QuantConfig(_Section):
             raise ValueError("a group has at least one weight; -1 makes one group of a whole row")
         return value
 
+    def weights_only(self) -> QuantConfig:
+        """The same format of the weights with activations and KV cache left as they are."""
+        overrides = {name: o.model_copy(update={"act_bits": None}) for name, o in self.overrides.items()}
+        return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides})
+
     def layer(self, name: str) -> LayerFormat | None:
         """The format of the layer ``name`` (its full module path), or None where it stays dense."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
@@ -89,13 +95,18 @@ class PtqConfig(_Section):
     """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
 
     tokens: int = Field(16_384, gt=0)
-    em_steps: int = Field(12, ge=1)
+    em_steps: int = Field(8, ge=1)
     damping: float = Field(0.01, gt=0)
     sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
+    align: float = Field(
+        1.0, ge=0, le=1, description="share of the drift of a layer's inputs that its weights make up for"
+    )
+    align_damping: float = Field(0.05, gt=0)
 
 
 class WatConfig(_Section):
-    """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight scale."""
+    """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
+    scale."""
 
     tokens: int = Field(32_768, gt=0)
     epochs: int = Field(2, ge=1)
@@ -110,7 +121,8 @@ class WatConfig(_Section):
 
 
 class AarConfig(_Section):
-    """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's step."""
+    """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's
+    step."""
 
     tokens: int = Field(16_384, gt=0)
     epochs: int = Field(1, ge=0)
@@ -123,7 +135,8 @@ class AarConfig(_Section):
 
 
 class RunConfig(_Section):
-    """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or a path."""
+    """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
+    a path."""
 
     schema_version: Literal[1] = 1
     model: str = "smollm2-135m-instruct"

@@ -1,4 +1,5 @@
-"""The errors a user can cause or meet. Their text names the value, the place and the way out; no traceback is needed."""
+"""The errors a user can cause or meet. Their text names the value, the place and the way out; no traceback is
+needed."""
 
 from __future__ import annotations
 

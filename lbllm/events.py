@@ -1,6 +1,7 @@
 """What a run tells the world. The pipeline yields these; the worker stores them; every reader replays them in order.
 
-An event is a small frozen pydantic model with a ``kind``. The store adds ``seq`` (1, 2, ... in a run, no gaps) and ``time``
+An event is a small frozen pydantic model with a ``kind``. The store adds ``seq`` (1, 2, ... in a run, no gaps) and
+``time``
 (seconds since the epoch) to each.
 """
 
@@ -82,7 +83,8 @@ class StepMetric(_Event):
 
 
 class BlockDone(_Event):
-    """A block's state is on disk. The losses are measured over the stage's tokens before and after the stage's work on the block.
+    """A block's state is on disk. The losses are measured over the stage's tokens before and after the stage's work
+    on the block.
 
     ``diverged`` marks a block whose training met a NaN or ended worse than it began: its state from before is kept.
     """
@@ -133,7 +135,8 @@ class RunDone(_Event):
 
 
 class RunStopped(_Event):
-    """Ended on request. After ``stop`` finished blocks are kept and the run can go on; after ``cancel`` they are gone."""
+    """Ended on request. After ``stop`` finished blocks are kept and the run can go on; after ``cancel`` they are
+    gone."""
 
     kind: Literal["run_stopped"] = "run_stopped"
     request: Literal["stop", "cancel"]

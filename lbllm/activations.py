@@ -1,0 +1,273 @@
+"""Activations in few bits: the piecewise 4-bit quantizer of stage 3, plain 8-bit, and the KV cache's quantizer.
+
+Everything is dynamic, with ranges taken from each token. The piecewise grid for one token x with knee rho and clips
+c-, c+:
+
+    m = c- min(x, 0),  M = c+ max(x, 0)                  the clipped range, zero inside
+    n = 2^bits - 1 - 2 t steps in the body, t steps for each tail
+    s = rho (M - m) / n,   z = round(-rho m / s)         body: the values s (q - z), q = 0..n, zero exactly one of them
+    L = -z s,  U = (n - z) s                             the body's edges
+    s- = (L - m) / t,  s+ = (M - U) / t                  tails: L - s- j and U + s+ j, j = 1..t
+
+so every token has 2^bits values, and  x_q = s b - s- j- + s+ j+  with integers -z <= b <= n - z and 0 <= j-, j+ <=
+t: three integer
+planes, which a packed matmul can sum exactly. LBLLM gives dense body and sparse tails step sizes of their own, split
+at a
+learned knee, trained through a temperature-scaled soft mask; the exact grid is ours. Gradients: straight through for
+x inside the clipped
+range; for the steps as in LSQ (Esser et al. 2020); for the edges through the soft mask sigmoid((U - x) / tau).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+KNEE_RANGE = (0.02, 1.0)
+CLIP_RANGE = (0.05, 1.0)
+
+
+class Grid(NamedTuple):
+    """One token's grid: steps of the body, the lower and the upper tail and the body's zero point, each (..., 1)."""
+
+    body: Tensor
+    low: Tensor
+    high: Tensor
+    zero: Tensor
+
+
+def make_grid(x: Tensor, knee: Tensor, clip_low: Tensor, clip_high: Tensor, bits: int, tail: int) -> Grid:
+    """The grid of each token of x (..., features); differentiable in the scalars knee, clip_low and clip_high."""
+    steps = 2**bits - 1 - 2 * tail
+    bottom = clip_low * x.detach().amin(-1, keepdim=True).clamp_max(0)
+    top = clip_high * x.detach().amax(-1, keepdim=True).clamp_min(0)
+    share = knee if tail else torch.ones_like(knee)
+    body = (share * (top - bottom) / steps).clamp_min(1e-12)
+    zero = (-share * bottom / body).detach().round()
+    if not tail:
+        return Grid(body, body, body, zero)
+    low = (-zero * body - bottom).clamp_min(0) / tail
+    high = (top - (steps - zero) * body).clamp_min(0) / tail
+    return Grid(body, low, high, zero)
+
+
+class Codes(NamedTuple):
+    """The integers of quantized values: the body's b in [-z, n - z] and the tails' j-, j+ in [0, t]."""
+
+    body: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def encode(x: Tensor, grid: Grid, bits: int, tail: int) -> Codes:
+    """The codes of x (..., features) on its tokens' grids; a value in a tail sits on its body's edge plus j tail
+    steps."""
+    steps = 2**bits - 1 - 2 * tail
+    body = torch.clamp(torch.round(x / grid.body), -grid.zero, steps - grid.zero)
+    if not tail:
+        empty = torch.zeros_like(body)
+        return Codes(body, empty, empty)
+    edge = body * grid.body
+    low = torch.clamp(torch.round((edge - x) / grid.low.clamp_min(1e-12)), 0, tail) * (body == -grid.zero)
+    high = torch.clamp(torch.round((x - edge) / grid.high.clamp_min(1e-12)), 0, tail) * (body == steps - grid.zero)
+    return Codes(body, low, high)
+
+
+def decode(codes: Codes, grid: Grid) -> Tensor:
+    """The values that codes stand for: s b - s- j- + s+ j+."""
+    return grid.body * codes.body - grid.low * codes.low + grid.high * codes.high
+
+
+class _FakeQuant(torch.autograd.Function):
+    """Quantize on a grid; analytic gradients for x and for the grid's three steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, body: Tensor, low: Tensor, high: Tensor, zero: Tensor, bits: int, tail: int, tau: float
+    ) -> Tensor:
+        grid = Grid(body, low, high, zero)
+        codes = encode(x, grid, bits, tail)
+        ctx.save_for_backward(x, *grid, *codes)
+        ctx.settings = bits, tail, tau
+        return decode(codes, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, body, low, high, zero, in_body, in_low, in_high = ctx.saved_tensors
+        bits, tail, tau = ctx.settings
+        steps = 2**bits - 1 - 2 * tail
+        lower, upper = -zero * body, (steps - zero) * body
+        if not tail:
+            inside = (x >= lower) & (x <= upper)
+            grad_body = (grad * torch.where(inside, in_body - x / body, in_body)).sum(-1, keepdim=True)
+            return grad * inside, grad_body, None, None, None, None, None, None
+        bottom, top = lower - tail * low, upper + tail * high
+        above, below = x > upper, x < lower
+        inside = (x >= bottom) & (x <= top)
+        # Residuals of the rounding, in steps: what a larger step adds to a value (LSQ). A clipped value moves with
+        # its edge.
+        residual = torch.where(above | below, torch.zeros_like(x), in_body - x / body)
+        residual = torch.where(above & ~inside, steps - zero, torch.where(below & ~inside, -zero, residual))
+        grad_body = grad * residual
+        high_part = torch.where(inside, in_high - (x - upper) / high.clamp_min(1e-12), in_high)
+        low_part = torch.where(inside, in_low - (lower - x) / low.clamp_min(1e-12), in_low)
+        grad_high = (grad * above * high_part).sum(-1, keepdim=True)
+        grad_low = (grad * below * low_part).neg_().sum(-1, keepdim=True)
+        # The soft mask: moving an edge hands values near it from the tail's grid to the body's.
+        width = tau * body
+        for edge, ratio, step, sign in ((upper, steps - zero, high, 1.0), (lower, -zero, low, -1.0)):
+            mask = torch.sigmoid((edge - x) * (sign / width))
+            tail_value = edge + sign * step * torch.clamp(
+                torch.round((x - edge) * sign / step.clamp_min(1e-12)), 0, tail
+            )
+            body_value = body * torch.clamp(torch.round(x / body), -zero, steps - zero)
+            near = (x - edge).abs() < body + step
+            grad_body += grad * (body_value - tail_value) * (mask * (1 - mask) * (sign * ratio / width)) * near
+        return grad * inside, grad_body.sum(-1, keepdim=True), grad_low, grad_high, None, None, None, None
+
+
+class ActQuantizer(nn.Module):
+    """Dynamic per-token fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps a tail;
+    8: plain).
+
+    Holds ``knee``, ``clip_low``, ``clip_high`` in one parameter ``act`` (3,), float32.
+    """
+
+    def __init__(self, bits: int, tail: int, temperature: float = 0.5) -> None:
+        super().__init__()
+        self.bits, self.temperature = bits, temperature
+        self.tail = tail if bits == 4 else 0
+        self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0]))
+
+    def grid(self, x: Tensor) -> Grid:
+        """The grids of the tokens of x (..., features)."""
+        knee = self.act[0].clamp(*KNEE_RANGE)
+        clip_low, clip_high = self.act[1].clamp(*CLIP_RANGE), self.act[2].clamp(*CLIP_RANGE)
+        return make_grid(x, knee, clip_low, clip_high, self.bits, self.tail)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., features) on its grid, in x's dtype; computed in float32."""
+        value = x.float()
+        grid = self.grid(value)
+        if not (torch.is_grad_enabled() and (x.requires_grad or self.act.requires_grad)):
+            return decode(encode(value, grid, self.bits, self.tail), grid).to(x.dtype)
+        quantized: Tensor = _FakeQuant.apply(value, *grid, self.bits, self.tail, self.temperature)
+        return quantized.to(x.dtype)
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Keys or values (..., head_dim) of each token and head to codes uint8 (..., head_dim) and (minimum, step)
+    float16 (..., 2)."""
+    low, high = x.float().aminmax(dim=-1)
+    low = low.half().float()
+    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(2e-7)
+    codes = ((x.float() - low[..., None]) / step[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), torch.stack((low, step), -1).half()
+
+
+def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``encode_kv`` up to rounding."""
+    scale = scale.float()
+    return (codes.float() * scale[..., 1:] + scale[..., :1]).to(dtype)
+
+
+def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
+    """``decode_kv(encode_kv(x))`` with straight-through gradients; per token and head, asymmetric over head_dim."""
+    low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
+    low = low.half().float()
+    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(2e-7)
+    scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
+    return (_RoundThrough.apply(scaled) * step + low).to(x.dtype)
+
+
+class TrainingCache:
+    """Stands in for the KV cache while a block is trained: keeps nothing, returns keys and values as the cache would
+    give them."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        return fake_quant_kv(keys, self.bits), fake_quant_kv(values, self.bits)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens before the present ones: none."""
+        return 0
+
+
+class PackedKVLayer(DynamicLayer):
+    """The KV cache of one layer, stored in 4 bits (two codes a byte) or 8, with float16 minimum and step per token
+    and head."""
+
+    bits = 4
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device; the stores begin empty."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.head_dims = key_states.shape[-1], value_states.shape[-1]
+        self.stores: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.keys = self.values = key_states.new_empty(0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states (batch, heads, new, head_dim); returns all of them, unpacked, in their dtype."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        unpacked = []
+        for which, states in enumerate((key_states, value_states)):
+            codes, scale = encode_kv(states, self.bits)
+            if self.bits == 4:
+                codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+                codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+            store = self.stores[which]
+            if store is not None:
+                codes, scale = torch.cat((store[0], codes), -2), torch.cat((store[1], scale), -2)
+            self.stores[which] = codes, scale
+            if self.bits == 4:
+                codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
+            unpacked.append(decode_kv(codes, scale, self.dtype))
+        return unpacked[0], unpacked[1]
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        store = self.stores[0] if self.is_initialized else None
+        return 0 if store is None else store[0].shape[-2]
+
+    def _map(self, change: Any) -> None:
+        self.stores = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams of a beam search."""
+        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first ``max_length`` tokens, or drop that many from the end if negative."""
+        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
+        self._map(lambda part: part[..., :length, :])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._map(lambda part: part[indices])
+
+    def nbytes(self) -> int:
+        """Bytes that the stored codes and scales take."""
+        return sum(part.nbytes for store in self.stores if store is not None for part in store)

@@ -1,0 +1,181 @@
+"""W(1+1): the weight format's mathematics, as pure functions over groups of weights.
+
+Equation (LBLLM, Song et al. 2026), for each group of ``group_size`` weights along the input dimension:
+
+    W_q = G * (alpha_0 * B + mu_0) + (1 - G) * (alpha_1 * B + mu_1),    B in {-1, +1}, G in {0, 1}
+
+so a group has the four free levels mu_0 -+ alpha_0 and mu_1 -+ alpha_1. Here the levels are kept in ascending order
+l_0 <= l_1 <= l_2 <= l_3, and the outer pair (l_0, l_3) is the one with G = 1: the bitmap then marks the weights of
+large magnitude and
+B is their sign. W1 (sign only) is the same with two levels, mu -+ alpha, and no bitmap.
+
+Shapes: a weight (out, in) is viewed as groups (out, n, g), n = ceil(in / g), the last group padded with zeros.
+Levels are
+(out, n, K) with K = 4 or 2, group parameters (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1. A level index is
+uint8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm.config import WHOLE_ROW, Format
+
+LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
+
+# Lloyd-Max levels of a standard normal distribution: where the clustering starts.
+_START = {4: (-1.51, -0.453, 0.453, 1.51), 2: (-0.798, 0.798)}
+
+
+def group_length(group_size: int, in_features: int) -> int:
+    """Weights in one full group of a row: ``group_size``, or the row for -1 or a longer group."""
+    return in_features if group_size == WHOLE_ROW else min(group_size, in_features)
+
+
+def to_groups(rows: Tensor, length: int) -> Tensor:
+    """View rows (out, in) as groups (out, n, length); a shorter last group is padded with zeros (then it is a copy)."""
+    missing = -rows.shape[-1] % length
+    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    return padded.reshape(*rows.shape[:-1], -1, length)
+
+
+def from_groups(groups: Tensor, in_features: int) -> Tensor:
+    """The inverse of ``to_groups``: groups (out, n, length) to rows (out, in)."""
+    return groups.flatten(-2)[..., :in_features]
+
+
+def assign(groups: Tensor, levels: Tensor) -> Tensor:
+    """E-step: the index (uint8) of the level nearest to each weight; levels ascend along the last dimension."""
+    middles = (levels[..., 1:] + levels[..., :-1]) / 2
+    index = (groups > middles[..., :1]).to(torch.uint8)
+    for k in range(1, middles.shape[-1]):
+        index += groups > middles[..., k : k + 1]
+    return index
+
+
+def take_levels(levels: Tensor, index: Tensor) -> Tensor:
+    """The weights (out, n, g) that level indices (out, n, g) stand for."""
+    return levels.gather(-1, index.long())
+
+
+def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Tensor:
+    """Importance-weighted EM on each group: ascending levels (out, n, count) that locally minimize sum_j h_j (w_j -
+    l)^2.
+
+    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level.
+    Padding has
+    importance zero. ``importance`` broadcasts against ``groups``.
+    """
+    weight = importance.expand_as(groups)
+    total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)
+    mean = (groups * weight).sum(-1, keepdim=True) / total
+    spread = ((groups - mean).square() * weight).sum(-1, keepdim=True).div(total).sqrt()
+    levels = mean + spread * groups.new_tensor(_START[count])
+    weighted = groups * weight
+    for _ in range(steps):
+        index = assign(groups, levels)
+        means = []
+        for k in range(count):
+            member = index == k
+            mass = (weight * member).sum(-1)
+            means.append(torch.where(mass > 0, (weighted * member).sum(-1) / mass, levels[..., k]))
+        levels = torch.stack(means, -1).sort(-1).values
+    return levels
+
+
+def levels_to_params(levels: Tensor) -> Tensor:
+    """Ascending levels (..., K) to group parameters (..., K): alpha_0, mu_0 of the outer pair, then those of the
+    inner one."""
+    low, high = levels[..., 0], levels[..., -1]
+    params = [(high - low) / 2, (high + low) / 2]
+    if levels.shape[-1] == 4:
+        params += [(levels[..., 2] - levels[..., 1]) / 2, (levels[..., 2] + levels[..., 1]) / 2]
+    return torch.stack(params, -1)
+
+
+def params_to_levels(params: Tensor) -> Tensor:
+    """The inverse of ``levels_to_params``: the levels in the order (G=1,B=-1), (G=0,B=-1), (G=0,B=+1), (G=1,B=+1)."""
+    outer = params[..., 1] - params[..., 0], params[..., 1] + params[..., 0]
+    if params.shape[-1] == 2:
+        return torch.stack(outer, -1)
+    inner = params[..., 3] - params[..., 2], params[..., 3] + params[..., 2]
+    return torch.stack((outer[0], *inner, outer[1]), -1)
+
+
+def index_to_planes(index: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Level indices to the bit planes B (True: +1) and G (True: the outer pair); G is None for two levels."""
+    if count == 2:
+        return index == 1, None
+    return index >= 2, (index == 0) | (index == 3)
+
+
+def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
+    """The inverse of ``index_to_planes``: uint8 level indices."""
+    if bitmap is None:
+        return sign.to(torch.uint8)
+    return torch.where(sign, torch.where(bitmap, 3, 2), torch.where(bitmap, 0, 1)).to(torch.uint8)
+
+
+class _NearestLevel(torch.autograd.Function):
+    """w -> nearest level. Straight through for the latent weight, exact for the levels (sums over each cluster)."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, levels: Tensor) -> Tensor:
+        middles = (levels[..., 1:] + levels[..., :-1]) / 2
+        value = levels[..., :1].expand_as(groups)
+        above = []
+        for k in range(middles.shape[-1]):
+            mask = groups > middles[..., k : k + 1]
+            above.append(mask)
+            value = torch.addcmul(value, mask, levels[..., k + 1 : k + 2] - levels[..., k : k + 1])
+        ctx.save_for_backward(*above)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        sums = [grad.sum(-1)] + [(grad * mask).sum(-1) for mask in ctx.saved_tensors]
+        sums.append(torch.zeros_like(sums[0]))
+        return grad, torch.stack([sums[k] - sums[k + 1] for k in range(len(sums) - 1)], -1)
+
+
+def nearest_level(groups: Tensor, levels: Tensor) -> Tensor:
+    """Fake quantization with coupled planes: B and G both follow from one latent weight (as RaBiT does for two planes).
+
+    ``groups`` (out, n, g) latent weights, ``levels`` (out, n, K) ascending. Differentiable in both.
+    """
+    value: Tensor = _NearestLevel.apply(groups, levels)
+    return value
+
+
+class _Sign(torch.autograd.Function):
+    """sign with B(0) = -1 and the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return (value > 0).to(value.dtype) * 2 - 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def relaxed_level(groups: Tensor, bitmap: Tensor, params: Tensor) -> Tensor:
+    """Fake quantization with the paper's relaxed bitmap: G_fp (out, n, g) in [0, 1] blends the two pairs of levels.
+
+    B is the sign of the latent weight about the blended middle; its gradient to the latent weight is straight through.
+    """
+    alpha_0, mu_0, alpha_1, mu_1 = params.unsqueeze(-2).unbind(-1)
+    alpha = bitmap * alpha_0 + (1 - bitmap) * alpha_1
+    middle = bitmap * mu_0 + (1 - bitmap) * mu_1
+    sign: Tensor = _Sign.apply((groups - middle.detach()) / alpha.detach().clamp_min(1e-8))
+    return alpha * sign + middle
+
+
+def polarization(bitmap: Tensor, beta: float) -> Tensor:
+    """L_reg = mean(1 - |2 G_fp - 1|^beta), zero exactly where every entry of the bitmap is 0 or 1 (LBLLM, after
+    AdaRound)."""
+    return (1 - (2 * bitmap - 1).abs().pow(beta)).mean()

@@ -1,0 +1,133 @@
+"""Crash-safe states of single blocks during a run: one file a stage and block, written whole or not at all.
+
+A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
+float32 as
+they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1 also ``<layer>.latent`` (out, in)
+float16, and after
+stage 3 ``<layer>.act`` (3,). Its metadata carry the run's fingerprint: a file of other settings is never taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lbllm.activations import ActQuantizer
+from lbllm.blocks import share_copy
+from lbllm.config import LayerFormat, RunConfig, Stage
+from lbllm.errors import CheckpointError
+from lbllm.layers import BinaryLinear
+
+
+@dataclass
+class BlockState:
+    """The tensors of a block after a stage, and what its BlockDone event said of it."""
+
+    tensors: dict[str, Tensor]
+    loss_before: float
+    loss_after: float
+    diverged: bool
+
+
+def fingerprint(config: RunConfig, corpus_hash: str, precision: str) -> str:
+    """What a block's state depends on: all settings, the text, and the matmul precision. Hex SHA-256."""
+    document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
+    text = json.dumps([document, corpus_hash, precision], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, also over a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class BlockStore:
+    """The block states of one run in its folder's ``blocks``; ``mark`` is their fingerprint, None reads those of any
+    run."""
+
+    def __init__(self, folder: Path, mark: str | None) -> None:
+        self.folder, self.mark = folder / "blocks", mark
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, stage: Stage, block: int) -> Path:
+        """Where the state of a block after a stage lies."""
+        return self.folder / f"{stage}-{block:04d}.safetensors"
+
+    def save(self, stage: Stage, block: int, state: BlockState) -> None:
+        """Write a block's state; OSError where the disk doesn't take it."""
+        assert self.mark is not None
+        metadata = {
+            "fingerprint": self.mark,
+            "loss_before": repr(state.loss_before),
+            "loss_after": repr(state.loss_after),
+            "diverged": repr(state.diverged),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        write_atomic(self.path(stage, block), save(tensors, metadata))
+
+    def load(self, stage: Stage, block: int) -> BlockState | None:
+        """A block's state, or None where the block is not finished. Raises CheckpointError for a foreign or damaged
+        file."""
+        path = self.path(stage, block)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as stream:
+                metadata = stream.metadata() or {}
+                if self.mark is not None and metadata.get("fingerprint") != self.mark:
+                    raise CheckpointError(
+                        f"{path} was made with other settings, text or precision than this run has; use another folder "
+                        "or delete this one's blocks to start anew"
+                    )
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return BlockState(
+                tensors,
+                float(metadata["loss_before"]),
+                float(metadata["loss_after"]),
+                metadata["diverged"] == "True",
+            )
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it and resume: the block is done again"
+            ) from error
+
+
+def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
+    """The tensors that a block's frozen layers consist of."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.params"] = layer.params.detach().float()
+        tensors[f"{name}.index"] = layer.index
+        if layer.quantizer is not None:
+            tensors[f"{name}.act"] = layer.quantizer.act.detach()
+    return tensors
+
+
+def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, Tensor], tail: int) -> nn.Module:
+    """A copy of a teacher's block, sharing what stays dense, with frozen ``BinaryLinear`` layers from a saved state."""
+    student: nn.Module = share_copy(teacher)
+    device = next(teacher.parameters()).device
+    for name, fmt in formats.items():
+        params, index = tensors[f"{name}.params"].to(device), tensors[f"{name}.index"].to(device)
+        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index)
+        if f"{name}.act" in tensors:
+            layer.quantizer = ActQuantizer(fmt.act_bits, tail).to(device)
+            layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
+        student.set_submodule(name, layer)
+    return student

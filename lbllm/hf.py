@@ -1,0 +1,202 @@
+"""LBLLM checkpoints in transformers: a registered quantizer, so that from_pretrained and save_pretrained just work.
+
+A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors, tokenizer. Importing
+``lbllm`` registers
+the method. Without it transformers would only warn of an unknown method and load wrong weights, so two things stop
+it: the packed
+tensors carry the name ``weight`` with a shape no dense layer has, and config.json names a weights file that does not
+exist
+and whose name says what to do; with lbllm registered that name is put aside before files are looked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lbllm.activations import PackedKVLayer
+from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.config import QuantConfig
+from lbllm.errors import CheckpointError
+from lbllm.layers import PackedLinear
+
+METHOD = "lbllm"
+VERSION = 1
+GUARD = "PACKED BY LBLLM: install lbllm and run `import lbllm` before from_pretrained"
+WEIGHTS = "model.safetensors"
+CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the way out of every damaged checkpoint
+
+
+@register_quantization_config(METHOD)
+class LbllmConfig(QuantizationConfigMixin):
+    """``quantization_config`` of config.json: the method, the layout's version, the format and the hash of the
+    tensors."""
+
+    def __init__(self, version: int = VERSION, quant: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.quant = quant or {}
+        self.tensors_sha256: str | None = kwargs.get("tensors_sha256")
+        self.bpw: float | None = kwargs.get("bpw")
+        self.provenance: dict[str, Any] = kwargs.get("provenance") or {}
+        if version != VERSION:
+            raise CheckpointError(
+                f"this checkpoint has layout version {version!r}; this program reads version {VERSION}. Update lbllm"
+            )
+
+    @property
+    def format(self) -> QuantConfig:
+        """The format of the weights, activations and KV cache."""
+        return QuantConfig.model_validate(self.quant)
+
+
+@register_quantizer(METHOD)
+class LbllmQuantizer(HfQuantizer):
+    """Puts packed layers in place of the dense ones before weights are loaded, and the packed KV cache in front of
+    the model."""
+
+    requires_calibration = True
+    quantization_config: LbllmConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: put the guard against loading without lbllm aside."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        with torch.device("meta"):
+            replace_layers(model, self.quantization_config.format)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        attach_kv_cache(model, self.quantization_config.format.kv_bits)
+        return model
+
+    def is_serializable(self) -> bool:
+        """The loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
+    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one."""
+    path, blocks = decoder_blocks(model)
+    for number, block in enumerate(blocks):
+        for name, layer in linear_layers(block).items():
+            fmt = quant.layer(f"{path}.{number}.{name}")
+            if fmt is None:
+                continue
+            weight = linear_weight(layer)
+            packed = PackedLinear(
+                weight.shape[1],
+                weight.shape[0],
+                fmt,
+                bias=layer.bias is not None,
+                tail=quant.tail_steps,
+                dtype=weight.dtype,
+            )
+            block.set_submodule(name, packed)
+
+
+def attach_kv_cache(model: nn.Module, bits: int) -> None:
+    """Make the model keep its KV cache in ``bits`` bits, whoever creates the cache: generate(), a caller, or a plain
+    forward call."""
+    if bits >= 16:
+        return
+    layer_class = type("PackedKVLayer", (PackedKVLayer,), {"bits": bits})
+
+    def prepare(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
+            kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
+        elif isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not _packed(cache):
+            # In place, since the caller keeps its own reference to the cache it made.
+            cache.layers = []
+            cache.layer_class_to_replicate = layer_class
+        return args, kwargs
+
+    model.register_forward_pre_hook(prepare, with_kwargs=True)
+
+
+def _packed(cache: Cache) -> bool:
+    return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)
+
+
+def tensors_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Finish a saved checkpoint: record the hash of its tensors and set the guard in config.json."""
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
+    document["transformers_weights"] = GUARD
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder's config.json says that LBLLM packed it."""
+    try:
+        document = json.loads((Path(folder) / "config.json").read_text())
+        return bool(document.get("quantization_config", {}).get("quant_method") == METHOD)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a packed checkpoint folder and its tokenizer; fails closed.
+
+    Raises CheckpointError where the folder is no LBLLM checkpoint, of another version, or where any tensor is
+    missing, of
+    another shape, or not what was saved.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json there; give the folder of a packed checkpoint")
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"{folder}: not packed by LBLLM (quant_method in config.json is not {METHOD!r})")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing; {CORRUPT}")
+    expected = json.loads((folder / "config.json").read_text())["quantization_config"].get("tensors_sha256")
+    if tensors_sha256(weights) != expected:
+        raise CheckpointError(f"{weights}: the file is not the one that was saved (its hash differs); {CORRUPT}")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: can't be loaded ({type(error).__name__}: {error}); {CORRUPT}") from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}; {CORRUPT}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,212 @@
+"""The two forms of a binarized linear layer: ``BinaryLinear`` is trained, ``PackedLinear`` computes from packed bits.
+
+Both give the same output for the same state; a checkpoint holds the packed one alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.activations import ActQuantizer
+from lbllm.binarize import (
+    LEVELS,
+    assign,
+    from_groups,
+    group_length,
+    index_to_planes,
+    levels_to_params,
+    nearest_level,
+    params_to_levels,
+    planes_to_index,
+    relaxed_level,
+    take_levels,
+    to_groups,
+)
+from lbllm.blocks import linear_weight
+from lbllm.config import LayerFormat
+from lbllm.packing import decode_params, encode_params, pack_plane, unpack_plane
+
+Mode = Literal["coupled", "relaxed", "frozen"]
+
+
+def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
+    """Stored bits of one packed layer: bit planes as they lie in bytes, and group parameters with their scales. No
+    bias."""
+    count = LEVELS[fmt.format]
+    groups = -(-in_features // group_length(fmt.group_size, in_features))
+    planes = out_features * -(-in_features // 8) * 8 * (count // 2)
+    scales = out_features * count * 2 * 16 if fmt.param_bits == 8 else 0
+    return planes + out_features * groups * count * fmt.param_bits + scales
+
+
+class _FrozenLevels(torch.autograd.Function):
+    """Weights of fixed level indices; gradient for the levels alone."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = levels.shape[-1]
+        return take_levels(levels, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (index,) = grads, ctx.saved_tensors
+        return torch.stack([(grad * (index == k)).sum(-1) for k in range(ctx.count)], -1), None
+
+
+class BinaryLinear(nn.Module):
+    """A linear layer in training: fake-quantized weight, and in stage 3 a fake-quantized input.
+
+    ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (B and G follow from ``latent``
+    (out, in)), ``relaxed``
+    (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3 and after loading).
+    """
+
+    def __init__(self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor) -> None:
+        super().__init__()
+        weight = linear_weight(source)
+        self.fmt, self.out_features, self.in_features = fmt, weight.shape[0], weight.shape[1]
+        self.length = group_length(fmt.group_size, self.in_features)
+        self.mode: Mode = "frozen"
+        self.params = nn.Parameter(params.to(weight.dtype).contiguous())
+        self.register_buffer("index", index)
+        self.bias: nn.Parameter | None = source.bias  # type: ignore[assignment]
+        self.latent: nn.Parameter | None = None
+        self.bitmap: nn.Parameter | None = None
+        self.quantizer: ActQuantizer | None = None
+        self.dense: Tensor | None = None
+        self.index: Tensor
+
+    def keep_dense(self) -> None:
+        """Expand the weight once for all later passes: for a frozen layer that many batches go through."""
+        self.dense = self.weight().detach()
+
+    def thaw(self, latent: Tensor, mode: Mode) -> None:
+        """Begin training from a latent weight (out, in); the relaxed bitmap starts from the present one, at 0.9 and
+        0.1."""
+        self.mode = mode
+        self.latent = nn.Parameter(latent.to(self.params.dtype).clone())
+        if mode == "relaxed":
+            bitmap = index_to_planes(to_groups(self.index, self.length), 4)[1]
+            assert bitmap is not None
+            self.bitmap = nn.Parameter(bitmap.to(self.params.dtype) * 0.8 + 0.1)
+
+    def freeze(self) -> None:
+        """Fix the level indices where training has brought them and drop what only training needs."""
+        if self.latent is None:
+            return
+        with torch.no_grad():
+            groups = to_groups(self.latent, self.length)
+            if self.mode == "relaxed":
+                assert self.bitmap is not None
+                outer = self.bitmap > 0.5
+                middle = torch.where(outer, self.params[..., 1:2], self.params[..., 3:4])
+                index = planes_to_index(groups > middle, outer)
+                levels, order = params_to_levels(self.params).sort(-1)
+                index = order.argsort(-1).gather(-1, index.long()).to(torch.uint8)
+            else:
+                levels = params_to_levels(self.params).sort(-1).values
+                index = assign(groups, levels)
+            self.index = from_groups(index, self.in_features).contiguous()
+            self.params.copy_(levels_to_params(levels))
+        self.mode, self.latent, self.bitmap = "frozen", None, None
+
+    def round_params(self) -> None:
+        """Round the group parameters to what a checkpoint stores: float16, or 8 bits and a scale."""
+        with torch.no_grad():
+            if self.fmt.param_bits == 8:
+                self.params.copy_(decode_params(*encode_params(self.params)))
+            else:
+                self.params.copy_(self.params.half())
+
+    def weight(self) -> Tensor:
+        """The fake-quantized weight (out, in)."""
+        levels = params_to_levels(self.params)
+        if self.mode == "frozen":
+            groups: Tensor = _FrozenLevels.apply(levels, to_groups(self.index, self.length))
+            return from_groups(groups, self.in_features)
+        assert self.latent is not None
+        groups = to_groups(self.latent, self.length)
+        if self.mode == "relaxed":
+            assert self.bitmap is not None
+            return from_groups(relaxed_level(groups, self.bitmap, self.params), self.in_features)
+        return from_groups(nearest_level(groups, levels.sort(-1).values), self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if self.quantizer is not None:
+            x = self.quantizer(x)
+        weight = self.weight() if self.dense is None else self.dense
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
+
+    This is the PyTorch reference path: it expands the layer's weight for one call and drops it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool, tail: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.fmt, self.tail = in_features, out_features, fmt, tail
+        self.length = group_length(fmt.group_size, in_features)
+        count, groups = LEVELS[fmt.format], -(-in_features // self.length)
+        eight = fmt.param_bits == 8
+        self.register_buffer("weight", torch.zeros(out_features, count // 2, -(-in_features // 8), dtype=torch.uint8))
+        params = torch.zeros(out_features, groups, count, dtype=torch.uint8 if eight else torch.float16)
+        self.register_buffer("params", params)
+        self.register_buffer(
+            "params_scale", torch.zeros(out_features, count, 2, dtype=torch.float16) if eight else None
+        )
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.quantizer: ActQuantizer | None = None
+        if fmt.act_bits < 16:
+            self.quantizer = ActQuantizer(fmt.act_bits, tail).requires_grad_(False)
+        self.weight: Tensor
+        self.params: Tensor
+        self.params_scale: Tensor | None
+
+    @classmethod
+    def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
+        """The packed form of a frozen layer; ``dtype`` is the bias's."""
+        packed = cls(
+            layer.in_features, layer.out_features, layer.fmt, bias=layer.bias is not None, tail=tail, dtype=dtype
+        )
+        sign, bitmap = index_to_planes(layer.index, LEVELS[layer.fmt.format])
+        planes = [sign] if bitmap is None else [sign, bitmap]
+        packed.weight = torch.stack([pack_plane(plane) for plane in planes], 1)
+        params = layer.params.detach()
+        if layer.fmt.param_bits == 8:
+            packed.params, packed.params_scale = encode_params(params)
+        else:
+            packed.params = params.half()
+        if packed.bias is not None:
+            assert layer.bias is not None
+            packed.bias.data.copy_(layer.bias)
+        if packed.quantizer is not None:
+            assert layer.quantizer is not None
+            packed.quantizer.act.data.copy_(layer.quantizer.act)
+        return packed
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in), float32, exactly as the stored parameters give it."""
+        planes = unpack_plane(self.weight, self.in_features)
+        index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
+        levels = params_to_levels(decode_params(self.params, self.params_scale))
+        return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if self.quantizer is not None:
+            x = self.quantizer(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """The shape and the format."""
+        return f"{self.in_features}, {self.out_features}, {self.fmt}"

@@ -1,0 +1,425 @@
+"""The stages in order over all decoder blocks, as an iterator of events; the state of every finished block is on disk.
+
+A run can be ended at any moment and continued: finished blocks are read back, their outputs are computed again from
+their saved
+states, and the random order of the training texts depends on seed, stage and block alone. So a continued run ends
+with the same bytes as an uninterrupted one (on a CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lbllm.activations import ActQuantizer, TrainingCache
+from lbllm.blocks import (
+    BlockCall,
+    capture_calls,
+    check_supported,
+    decoder_blocks,
+    first_inputs,
+    linear_layers,
+    linear_weight,
+    run_batches,
+    share_copy,
+    shared_inputs,
+)
+from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, restore, write_atomic
+from lbllm.config import LayerFormat, QuantConfig, RunConfig, Stage
+from lbllm.corpora import Corpus, load_corpus
+from lbllm.devices import make_accelerator
+from lbllm.errors import CheckpointError, ConfigError
+from lbllm.events import (
+    BlockDone,
+    BlockStarted,
+    Event,
+    LayerDone,
+    RunDone,
+    RunStarted,
+    RunStopped,
+    StageDone,
+    StageStarted,
+    StepMetric,
+)
+from lbllm.hf import WEIGHTS, LbllmConfig, LbllmQuantizer, attach_kv_cache, seal
+from lbllm.layers import PackedLinear, layer_bits
+from lbllm.models import Teacher, load_teacher
+from lbllm.stages.aar import aar_block, add_quantizers
+from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.wat import Step, batch_order, binary_layers, block_error, wat_block
+
+Request = Literal["stop", "cancel"]
+
+# A block's loss is measured on at most this many tokens, before and after a stage.
+PROBE_TOKENS = 4_096
+FORWARD_TOKENS = 2_048
+
+
+class _Ended(Exception):
+    """Carries a request out of the stage that noticed it."""
+
+
+@dataclass
+class _Run:
+    """What all stages of a run share."""
+
+    config: RunConfig
+    teacher: PreTrainedModel
+    path: str
+    blocks: nn.ModuleList
+    formats: list[dict[str, LayerFormat]]
+    calls: list[BlockCall]
+    corpus: Corpus
+    store: BlockStore
+    autocast: Any
+    request: Callable[[], Request | None]
+
+    @property
+    def batch(self) -> int:
+        """Sequences in one forward pass without gradients."""
+        return max(1, FORWARD_TOKENS // self.config.seq_len)
+
+    def sequences(self, tokens: int) -> Tensor:
+        """The first sequences of the corpus, enough for ``tokens``."""
+        return self.corpus.sequences[: -(-tokens // self.config.seq_len)]
+
+    def check(self) -> None:
+        """Leave the run where an end was asked for."""
+        if self.request() is not None:
+            raise _Ended
+
+
+def block_formats(
+    model: PreTrainedModel, quant: QuantConfig
+) -> tuple[str, nn.ModuleList, list[dict[str, LayerFormat]]]:
+    """The path of the decoder blocks, the blocks, and the format of each layer to binarize in each of them.
+
+    Raises ConfigError for a group longer than a row, for settings that leave nothing to binarize, and for a pattern
+    no layer matches.
+    """
+    path, blocks = decoder_blocks(model)
+    formats: list[dict[str, LayerFormat]] = []
+    names: list[str] = []
+    for number, block in enumerate(blocks):
+        formats.append({})
+        for name, layer in linear_layers(block).items():
+            full = f"{path}.{number}.{name}"
+            names.append(full)
+            fmt = quant.layer(full)
+            if fmt is None:
+                continue
+            row = linear_weight(layer).shape[1]
+            if fmt.group_size > row:
+                raise ConfigError(
+                    f"group_size {fmt.group_size} is longer than a row of {full}, which has {row} weights; "
+                    f"choose at most {row}, or -1 for one group a row"
+                )
+            formats[-1][name] = fmt
+    for pattern in (*quant.skip, *quant.overrides):
+        probe = QuantConfig(skip=(pattern,))
+        if all(probe.layer(name) is not None for name in names):
+            raise ConfigError(f"pattern {pattern!r} matches no layer; names look like {names[0]!r}")
+    if not any(formats):
+        raise ConfigError(f"quant.skip {list(quant.skip)} leaves no layer to binarize")
+    return path, blocks, formats
+
+
+def bits_per_weight(blocks: nn.ModuleList, formats: list[dict[str, LayerFormat]]) -> float:
+    """Stored bits over weights of all binarized layers, group parameters included."""
+    bits = weights = 0
+    for block, layers in zip(blocks, formats, strict=True):
+        for name, fmt in layers.items():
+            out_features, in_features = linear_weight(block.get_submodule(name)).shape
+            bits += layer_bits(fmt, out_features, in_features)
+            weights += out_features * in_features
+    return bits / weights
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    request: Callable[[], Request | None],
+    teacher: Teacher | None = None,
+    corpus: Corpus | None = None,
+) -> Iterator[Event]:
+    """Run all stages of ``config`` with ``folder`` for state and result; yields events.
+
+    Continues from the blocks that ``folder`` has. ``request`` is asked at every step; once it answers, RunStopped is
+    yielded and the
+    iterator ends with all finished blocks kept. Raises LbllmError for what a user can mend. Result:
+    ``folder/checkpoint``.
+    """
+    began = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(config.device, _recorded_precision(folder))
+    write_atomic(folder / "precision", accelerator.mixed_precision.encode())
+    teacher = teacher or load_teacher(config.model)
+    check_supported(teacher.model)
+    path, blocks, formats = block_formats(teacher.model, config.quant)
+    corpus = corpus or load_corpus(
+        config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
+    )
+    model = teacher.model.to(accelerator.device)
+    with torch.no_grad():
+        calls = capture_calls(model, corpus.sequences[:1].to(accelerator.device))
+    store = BlockStore(folder, fingerprint(config, corpus.hash, accelerator.mixed_precision))
+    state = _Run(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
+    bpw = bits_per_weight(blocks, formats)
+    finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
+    yield RunStarted(
+        stages=config.stages,
+        blocks=len(blocks),
+        layers=sum(map(len, formats)),
+        weights=sum(
+            linear_weight(block.get_submodule(name)).numel()
+            for block, f in zip(blocks, formats, strict=True)
+            for name in f
+        ),
+        device=str(accelerator.device),
+        corpus_hash=corpus.hash,
+        tokens=corpus.sequences.numel(),
+        bpw=bpw,
+        resumed_blocks=finished,
+    )
+    try:
+        for stage in config.stages:
+            yield from _run_stage(state, stage)
+        state.check()
+    except _Ended:
+        asked = request()
+        assert asked is not None
+        yield RunStopped(request=asked)
+        return
+    target = folder / "checkpoint"
+    save_checkpoint(config, folder, teacher, target, bpw)
+    yield RunDone(
+        path=str(target),
+        bpw=bpw,
+        disk_bytes=(target / WEIGHTS).stat().st_size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _recorded_precision(folder: Path) -> str | None:
+    """The matmul precision that a run began with: a continued run must not switch it."""
+    path = folder / "precision"
+    return path.read_text() if path.exists() else None
+
+
+def _run_stage(run: _Run, stage: Stage) -> Iterator[Event]:
+    """One stage over all blocks: the teacher's stream and the student's advance together, block by block."""
+    began = time.perf_counter()
+    settings = getattr(run.config, stage)
+    sequences = run.sequences(settings.tokens)
+    steps = 0
+    if stage != "ptq":
+        batch = max(1, settings.batch_tokens // run.config.seq_len)
+        steps = len(batch_order(len(sequences), batch, settings.epochs, 0))
+    yield StageStarted(stage=stage, steps=steps)
+    bits = run.config.quant.kv_bits
+    cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
+    teacher_stream = first_inputs(run.teacher, sequences, run.batch)
+    student_stream = teacher_stream
+    for number, block in enumerate(run.blocks):
+        run.check()
+        targets = _advance(run, block, number, teacher_stream)
+        state = run.store.load(stage, number)
+        if state is None:
+            block_began = time.perf_counter()
+            yield BlockStarted(stage=stage, block=number)
+            if stage == "ptq":
+                state = yield from _initialize(run, number, student_stream, teacher_stream, targets)
+            else:
+                state = yield from _train(run, stage, number, student_stream, targets, cache)
+            run.store.save(stage, number, state)
+            yield BlockDone(
+                stage=stage,
+                block=number,
+                loss_before=state.loss_before,
+                loss_after=state.loss_after,
+                seconds=time.perf_counter() - block_began,
+                memory_bytes=peak_memory(),
+                diverged=state.diverged,
+            )
+        student = _student(run, number, state)
+        # The last block's output enters nothing.
+        if number + 1 < len(run.blocks):
+            student_stream = _advance(run, student, number, student_stream, cache)
+            teacher_stream = targets
+    yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+@torch.no_grad()
+def _advance(run: _Run, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> Tensor:
+    """The stream (n, T, hidden) after a block, float32."""
+    outputs = []
+    for part in stream.split(run.batch):
+        run.check()
+        with run.autocast():
+            outputs += list(run_batches(block, part, run.calls[number], run.batch, cache))
+    return torch.cat(outputs).float()
+
+
+def _student(run: _Run, number: int, state: BlockState) -> nn.Module:
+    student = restore(run.blocks[number], run.formats[number], state.tensors, run.config.quant.tail_steps)
+    for layer in binary_layers(student).values():
+        layer.keep_dense()
+    return student.requires_grad_(False)
+
+
+def _probe(run: _Run, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, cache: Any = None) -> float:
+    """The relative loss of a block on the first tokens of the stage."""
+    count = max(1, PROBE_TOKENS // run.config.seq_len)
+    with run.autocast():
+        return block_error(block, inputs[:count], targets[:count], run.calls[number], run.batch, cache)
+
+
+def _initialize(
+    run: _Run, number: int, inputs: Tensor, teacher_inputs: Tensor, targets: Tensor
+) -> Generator[Event, None, BlockState]:
+    """Stage 1 on one block. ``loss_before`` is that of the dense block on the student's stream: the error that it
+    inherits."""
+    config, block, call = run.config, run.blocks[number], run.calls[number]
+    student: nn.Module = share_copy(block)
+    before = _probe(run, student, number, inputs, targets)
+    tensors: dict[str, Tensor] = {}
+    for name, result in ptq_block(
+        block, student, call, inputs, teacher_inputs, run.formats[number], config.ptq, run.batch
+    ):
+        error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
+        yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
+        layer = to_layer(block.get_submodule(name), run.formats[number][name], result)
+        layer.round_params()
+        tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
+        run.check()
+    state = BlockState(tensors, before, 0.0, False)
+    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets)
+    return state
+
+
+def _train(
+    run: _Run, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any
+) -> Generator[Event, None, BlockState]:
+    """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
+    config, call = run.config, run.calls[number]
+    earlier = run.store.load("ptq" if stage == "wat" else "wat", number)
+    if earlier is None:
+        raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of the stage before {stage}")
+    student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
+    steps: Iterator[Step]
+    seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
+    if stage == "wat":
+        latents = {name: earlier.tensors[f"{name}.latent"].float() for name in run.formats[number]}
+        before = _probe(run, student, number, inputs, targets)
+        steps = wat_block(student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast)
+        start = earlier.tensors
+    else:
+        quant = config.quant
+        sharing = shared_inputs(run.blocks[number], inputs[:1], call)
+        add_quantizers(
+            student, sharing, call, inputs, config.aar, tail=quant.tail_steps, kv_bits=quant.kv_bits, batch=run.batch
+        )
+        before = _probe(run, student, number, inputs, targets, cache)
+        start = {name: tensor.clone() for name, tensor in collect(binary_layers(student)).items()}
+        steps = aar_block(
+            student, call, inputs, targets, config.aar, kv_bits=quant.kv_bits, seed=seed, autocast=run.autocast
+        )
+    for step in steps:
+        yield StepMetric(
+            stage=stage,
+            block=number,
+            step=step.step,
+            loss=step.loss,
+            reg=step.reg,
+            lr=step.lr,
+            tokens_per_second=step.tokens_per_second,
+        )
+        run.check()
+    for layer in binary_layers(student).values():
+        layer.round_params()
+    state = BlockState(collect(binary_layers(student)), before, 0.0, False)
+    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
+    if not state.loss_after <= before:
+        state = BlockState({k: v for k, v in start.items() if not k.endswith(".latent")}, before, before, True)
+    return state
+
+
+def stage_model(config: RunConfig, folder: Path, stage: Stage, teacher: Teacher | None = None) -> PreTrainedModel:
+    """The model as it was after a stage of the run in ``folder``, packed as it would be deployed, computing in float32.
+
+    Weights alone are binarized after stages 1 and 2; after stage 3 activations and KV cache have their bits too. Raises
+    CheckpointError where the run has not finished that stage.
+    """
+    teacher = teacher or load_teacher(config.model)
+    return _packed_model(config, folder, stage, teacher, torch.float32)[0]
+
+
+def _packed_model(
+    config: RunConfig, folder: Path, stage: Stage, teacher: Teacher, dtype: torch.dtype
+) -> tuple[PreTrainedModel, QuantConfig]:
+    """The packed model after a stage and its format; what stays dense is rounded to bfloat16 and then held in
+    ``dtype``."""
+    quant = config.quant if stage == "aar" else config.quant.weights_only()
+    _, blocks, formats = block_formats(teacher.model, quant)
+    student: PreTrainedModel = share_copy(teacher.model)
+    _, student_blocks = decoder_blocks(student)
+    store = BlockStore(folder, None)
+    for number, block in enumerate(blocks):
+        state = store.load(stage, number)
+        if state is None:
+            raise CheckpointError(f"{folder}: block {number} has not finished stage {stage}; resume the run first")
+        restored = restore(block, formats[number], state.tensors, quant.tail_steps)
+        for name, layer in binary_layers(restored).items():
+            packed = PackedLinear.pack(layer, quant.tail_steps, dtype)
+            student_blocks[number].set_submodule(name, packed)
+    for module in student.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(module, ActQuantizer):
+                # New parameters, since the teacher shares the old ones.
+                stored = parameter.detach().bfloat16().to(dtype)
+                setattr(module, name, nn.Parameter(stored, requires_grad=False))
+    student.tie_weights()
+    attach_kv_cache(student, quant.kv_bits)
+    return student.eval(), quant
+
+
+def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: Path, bpw: float) -> None:
+    """Write the packed checkpoint of a run's last stage: model.safetensors, config.json, tokenizer. Whole or not at
+    all."""
+    model, quant = _packed_model(config, folder, config.stages[-1], teacher, torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    provenance = {"model": config.model, "precision": teacher.precision, "licence": teacher.licence}
+    model.config.quantization_config = LbllmConfig(
+        quant=quant.model_dump(mode="json"),
+        bpw=bpw,
+        provenance=provenance | {"run": config.model_dump(mode="json", exclude={"device"})},
+    )
+    model.hf_quantizer = LbllmQuantizer(model.config.quantization_config)  # type: ignore[assignment]
+    unfinished = target.with_name(target.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished, max_shard_size="1000GB")
+        teacher.tokenizer.save_pretrained(unfinished)
+        seal(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.replace(target)

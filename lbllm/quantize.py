@@ -1,0 +1,48 @@
+"""``lbllm.quantize``: the three stages in the calling process, for a model that is already loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm import pipeline
+from lbllm.config import RunConfig
+from lbllm.corpora import Corpus, load_corpus, sequences_hash
+from lbllm.events import Event
+from lbllm.hf import load
+from lbllm.models import Teacher
+
+
+def quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    sequences: Tensor | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> PreTrainedModel:
+    """Binarize a loaded model and return the packed one; the given model stays as it is.
+
+    ``sequences``: token ids (n, T) to calibrate and train on, in the place of the configured corpus. ``out``: a
+    folder that keeps the
+    state of every block and, in ``out/checkpoint``, the result; a second call with the same folder goes on where the
+    first one ended. Raises LbllmError for settings, texts or models that can't work.
+    """
+    config = config or RunConfig()
+    teacher = Teacher(config.model, model.eval().requires_grad_(False), tokenizer, str(model.dtype), "")
+    if sequences is None:
+        corpus = load_corpus(config.corpus, tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed)
+    else:
+        corpus = Corpus("given sequences", sequences_hash(sequences), sequences)
+        config = config.model_copy(update={"seq_len": sequences.shape[1], "corpus": "given sequences"})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(out) if out is not None else Path(scratch)
+        for event in pipeline.run(config, folder, request=lambda: None, teacher=teacher, corpus=corpus):
+            if on_event is not None:
+                on_event(event)
+        return load(folder / "checkpoint", dtype=model.dtype)[0]

@@ -1,0 +1,228 @@
+"""Stage 1, PTQ initialization of one linear layer: Hessian-weighted EM, error compensation, coordinate descent.
+
+The objective is the layer's output error tr((W - Q) H (W - Q)^T), H = X^T X over the calibration tokens. Group by
+group along the
+input dimension the levels are fitted by importance-weighted EM, then the columns are assigned one by one and the
+remaining
+columns absorb each column's error (GPTQ, Frantar et al. 2023, as LBLLM and its predecessor BWA use it). After that,
+sweeps of
+coordinate descent on the same objective: the levels of a group are refitted by least squares under the full Hessian,
+then
+each of its columns moves to the level nearest to its optimum given all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.binarize import (
+    LEVELS,
+    assign,
+    fit_levels,
+    from_groups,
+    group_length,
+    levels_to_params,
+    take_levels,
+    to_groups,
+)
+from lbllm.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
+from lbllm.config import LayerFormat, PtqConfig
+from lbllm.errors import LbllmError
+from lbllm.layers import BinaryLinear
+
+
+@dataclass
+class Binarized:
+    """A layer after stage 1. ``latent`` (out, in): the compensated weights, whose nearest levels are the result;
+    ``levels``
+    (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each row."""
+
+    latent: Tensor
+    levels: Tensor
+    error: Tensor
+    energy: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All fields, each with the rows of the layer first."""
+        return self.latent, self.levels, self.error, self.energy
+
+    def check(self, name: str) -> None:
+        """Raise LbllmError naming the layer where the result is not finite."""
+        if not (self.latent.isfinite().all() and self.levels.isfinite().all()):
+            raise LbllmError(
+                f"{name}: stage 1 gave values that are not finite. Its inputs are degenerate for these texts: take "
+                "more tokens (ptq.tokens), other text, or a larger ptq.damping"
+            )
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H with ``damping`` times its mean diagonal added; inputs that are always zero get a diagonal of their own."""
+    mean = hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean)
+
+
+def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: PtqConfig) -> Binarized:
+    """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64)."""
+    weight = weight.to(hessian.dtype)
+    hessian = damped(hessian, config.damping)
+    count, length = LEVELS[fmt.format], group_length(fmt.group_size, weight.shape[1])
+    spans = [slice(start, min(start + length, weight.shape[1])) for start in range(0, weight.shape[1], length)]
+    # Rows of U, the upper Cholesky factor of H^-1, carry a column's error to the columns after it.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    importance = factor.diagonal().square().reciprocal()
+
+    # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
+    target = weight.t().contiguous()
+    latent, value = target.clone(), torch.empty_like(target)
+    levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in spans]
+    for _ in range(config.sweeps):
+        for number, span in enumerate(spans):
+            levels[number] = _descend(target, latent, value, levels[number], span, hessian)
+
+    residual = target - value
+    return Binarized(
+        latent=latent.t().contiguous(),
+        levels=torch.stack(levels, 1),
+        error=(hessian @ residual).mul_(residual).sum(0),
+        energy=(hessian @ target).mul_(target).sum(0),
+    )
+
+
+class _Columns:
+    """The levels of a group, laid out to find the nearest level of each weight in one column (out,)."""
+
+    def __init__(self, levels: Tensor) -> None:
+        ascending = levels.t().contiguous()
+        self.lowest, self.highest = ascending[0], ascending[-1]
+        self.middles = (ascending[1:] + ascending[:-1]) / 2
+        self.gaps = ascending[1:] - ascending[:-1]
+
+    def snap(self, latent: Tensor) -> Tensor:
+        return (self.gaps * (latent > self.middles)).sum(0).add_(self.lowest)
+
+
+def _compensate(
+    latent: Tensor, value: Tensor, span: slice, factor: Tensor, importance: Tensor, count: int, em_steps: int
+) -> Tensor:
+    """Fit the levels of a group, assign its columns in turn; the columns after each absorb its error. Returns levels
+    (out, K)."""
+    levels = fit_levels(latent[span].t().contiguous(), importance, count, em_steps)
+    columns = _Columns(levels)
+    errors = torch.empty_like(latent[span])
+    for offset, column in enumerate(range(span.start, span.stop)):
+        value[column] = columns.snap(latent[column])
+        errors[offset] = (latent[column] - value[column]) / factor[column, column]
+        latent[column + 1 : span.stop].addr_(factor[column, column + 1 : span.stop], errors[offset], alpha=-1)
+    latent[span.stop :].addmm_(factor[span, span.stop :].t(), errors, alpha=-1)
+    return levels
+
+
+def _descend(target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor) -> Tensor:
+    """Refit the levels (out, K) of one group by least squares, then move each of its columns to its conditional
+    optimum."""
+    local, count = hessian[span, span], levels.shape[-1]
+    index = assign(latent[span].t(), levels)
+    # What the group's own values are fitted to: the objective's gradient at zero values of this group.
+    pull = hessian[span] @ (target - value) + local @ value[span]
+
+    member = torch.stack([index == k for k in range(count)], -1).to(value.dtype)
+    spread = (local @ member.transpose(0, 1).flatten(1)).view(len(local), *levels.shape).transpose(0, 1)
+    normal = member.transpose(1, 2) @ spread
+    right = (member.transpose(1, 2) @ pull.t()[..., None])[..., 0]
+    # A level that nobody uses, and levels hard to tell apart, stay near the present ones: a small ridge towards those.
+    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
+    fitted = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels)
+    present = take_levels(fitted, index).t()
+    fitted = fitted.sort(-1).values
+
+    gradient = pull - local @ present
+    columns = _Columns(fitted)
+    gap = (columns.highest - columns.lowest) / 2
+    low, high = columns.lowest - gap, columns.highest + gap
+    for offset, column in enumerate(range(span.start, span.stop)):
+        torch.clamp(present[offset] + gradient[offset] / local[offset, offset], low, high, out=latent[column])
+        value[column] = columns.snap(latent[column])
+        gradient.addr_(local[offset], value[column] - present[offset], alpha=-1)
+    return fitted
+
+
+def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLinear:
+    """The frozen layer that a result of stage 1 stands for, in the place of the dense layer ``source``."""
+    in_features = result.latent.shape[1]
+    groups = to_groups(result.latent, group_length(fmt.group_size, in_features))
+    index = from_groups(assign(groups, result.levels), in_features).contiguous()
+    return BinaryLinear(source, fmt, levels_to_params(result.levels), index)
+
+
+def ptq_block(
+    teacher: nn.Module,
+    student: nn.Module,
+    call: BlockCall,
+    inputs: Tensor,
+    teacher_inputs: Tensor,
+    formats: dict[str, LayerFormat],
+    config: PtqConfig,
+    batch: int,
+) -> Iterator[tuple[str, Binarized]]:
+    """Binarize a block's layers in their order of use; later layers see what the earlier ones have become.
+
+    ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is what
+    earlier, already
+    binarized blocks deliver, ``teacher_inputs`` what the teacher's own deliver; ``formats`` names the layers to
+    binarize. Yields
+    each layer's name and result.
+    """
+    for sharing in shared_inputs(teacher, inputs[:1], call):
+        for fmt in sorted({formats[name] for name in sharing if name in formats}, key=str):
+            # Layers with one input have one Hessian: their rows are solved together.
+            names = [name for name in sharing if formats.get(name) == fmt]
+            weights = [linear_weight(teacher.get_submodule(name)) for name in names]
+            seen = layer_inputs(student, names[0], inputs, call, batch)
+            meant = layer_inputs(teacher, names[0], teacher_inputs, call, batch)
+            hessian, drift = input_statistics(seen, meant)
+            weight = align(torch.cat(weights), hessian, drift, config)
+            result = binarize_layer(weight, hessian, fmt, config)
+            parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
+            for name, part in zip(names, parts, strict=True):
+                layer = Binarized(*part)
+                layer.check(name)
+                dense = to_layer(teacher.get_submodule(name), fmt, layer).weight()
+                set_linear_weight(student.get_submodule(name), dense.detach())
+                yield name, layer
+
+
+def input_statistics(seen: Iterator[Tensor], meant: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
+    tokens; float32.
+
+    Tokens of massive activation would rule H alone: a token of more than ten times the median energy counts as if it
+    had that.
+    """
+    hessian = drift = torch.zeros(())
+    tokens = 0
+    for x, target in zip(seen, meant, strict=True):
+        x = x.float()
+        energy = x.square().sum(1)
+        weighted = x * (10 * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)[:, None]
+        hessian = hessian.to(x.device) + weighted.t() @ x
+        drift = drift.to(x.device) + (target.float() - x).t() @ weighted
+        tokens += len(x)
+    return hessian / tokens, drift / tokens
+
+
+def align(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> Tensor:
+    """The dense weight (out, in) that comes nearest to the teacher's outputs on the student's inputs: W + W D H^-1.
+
+    It is the least-squares solution of X W'^T = X_teacher W^T (the asymmetric calibration of GPTAQ, Li et al. 2025,
+    in closed form),
+    damped towards W, so that a layer also undoes what earlier layers have shifted.
+    """
+    if not config.align:
+        return weight.to(hessian.dtype)
+    change = torch.linalg.solve(damped(hessian, config.align_damping), drift.t()).t()
+    return weight.to(hessian.dtype) + config.align * (weight.to(hessian.dtype) @ change)
