@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -214,3 +215,122 @@ def test_sampling_a_corpus(terminal: Terminal, tmp_path: Path) -> None:
 def test_no_runs_yet(terminal: Terminal) -> None:
     assert terminal("runs", "list", "--json").document == {"runs": []}
     assert "no runs yet" in terminal("runs", "list").out
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+TINY = [
+    *("--preset", "preview", "--group-size", "16", "--set", "seq_len=32", "--set", "ptq.tokens=256"),
+    *("--set", "wat.tokens=256", "--set", "wat.batch_tokens=64", "--set", "aar.tokens=256"),
+    *("--set", "aar.batch_tokens=64", "--set", "aar.search_tokens=128", "--device", "cpu"),
+]
+
+
+def quantize(terminal: Terminal, out: Path, *more: str) -> Result:
+    return terminal(
+        "quantize", "--model", terminal.model, "--corpus", terminal.text, "--out", str(out), *TINY, "--json", *more
+    )
+
+
+def test_a_run_from_start_to_chat(terminal: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    done = quantize(terminal, out)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    run = done.document["run"]
+    assert done.document["path"] == str(out)
+    weights = (out / "model.safetensors").stat().st_size
+    assert done.document["disk_bytes"] == weights
+
+    options = ["--model", terminal.model, "--corpus", terminal.text, *TINY]
+    estimate = terminal("estimate", *options, "--json").document
+    assert estimate["bpw"] == done.document["bpw"]
+    assert estimate["disk_bytes"] == pytest.approx(weights, rel=0.01)
+    assert {"memory_bytes", "seconds"} <= estimate.keys()
+    assert f"{estimate['bpw']:.3f}" in terminal("estimate", *options).out
+
+    shown = terminal("runs", "show", run, "--json").document
+    assert (shown["state"], shown["config"]["quant"]["group_size"]) == ("done", 16)
+    assert terminal("runs", "list", "--json").document["runs"][0]["id"] == run
+    assert run in terminal("runs", "list").out
+    assert "Stage 3" in terminal("runs", "show", run).out
+
+    windows = ["--text", terminal.text, "--seq-len", "64", "--limit", "3"]
+    table = terminal("table", run, *windows, "--json").document
+    assert [row["what"] for row in table["rows"]] == ["teacher", "rtn", "ptq", "wat", "aar"]
+    measured = terminal("evaluate", "--model", str(out), "--teacher", terminal.model, *windows, "--json").document
+    assert measured["perplexity"] == pytest.approx(table["rows"][-1]["perplexity"], rel=1e-3)
+    assert measured["teacher_perplexity"] == pytest.approx(table["rows"][0]["perplexity"])
+    assert measured["kl"] == pytest.approx(table["rows"][-1]["kl"], rel=1e-2)
+    assert len(terminal("runs", "show", run, "--json").document["evaluated"]) == 5
+    assert "Round to nearest, W2A16" in terminal("table", run, *windows).out
+
+    chat = terminal("chat", "-m", terminal.model, "-m", str(out), "-p", "Hello", "--max-new-tokens", "4", "--json")
+    assert len(chat.document["answers"]) == 2
+
+    again = quantize(terminal, out)
+    assert again.code == 1
+    assert str(out) in again.document["error"]
+    ended = terminal("runs", "resume", run, "--json")
+    assert ended.code == 1
+    assert "done" in ended.document["error"]
+    packed = quantize(terminal, tmp_path / "twice", "--model", str(out))
+    assert packed.code == 1
+    assert "already quantized" in packed.document["error"]
+
+
+def test_a_run_from_a_settings_file_in_plain_text(terminal: Terminal, tmp_path: Path) -> None:
+    first = quantize(terminal, tmp_path / "first").document
+    config = terminal("runs", "show", first["run"], "--json").document["config"]
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(config))
+    result = terminal("quantize", "--config", str(file), "--out", str(tmp_path / "second"), "--set", "seed=0")
+    assert result.code == 0
+    assert "block 2/2" in result.err
+    assert "is done" in result.out
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_bad_settings_are_refused_before_a_run_is_made(terminal: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    too_large = quantize(terminal, out, "--group-size", "1000")
+    too_much = quantize(terminal, out, "--set", "ptq.tokens=100000000000000")
+    for result, value in ((too_large, "1000"), (too_much, "--ignore-memory")):
+        assert result.code == 1
+        assert value in result.document["error"]
+    assert terminal("runs", "list", "--json").document == {"runs": []}
+    assert not out.exists()
+
+
+def test_a_run_whose_text_is_too_short_fails_with_a_reason(terminal: Terminal, tmp_path: Path) -> None:
+    Path(terminal.text).write_text("Only this.")
+    result = quantize(terminal, tmp_path / "out")
+    assert result.code == 1
+    assert terminal.text in result.document["error"]
+    assert "runs resume" in result.document["error"]
+    (run,) = terminal("runs", "list", "--json").document["runs"]
+    assert run["state"] == "failed"
+
+
+def test_ctrl_c_stops_and_resume_goes_on(terminal: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text]
+    command += ["--out", str(out), *TINY, "--set", "wat.epochs=50"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Stage 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert "runs resume" in errors
+    (run,) = terminal("runs", "list", "--json").document["runs"]
+    assert run["state"] == "stopped"
+    assert not out.exists()
+    resumed = terminal("runs", "resume", run["id"], "--out", str(out))
+    assert resumed.code == 0, resumed.err
+    assert "finished blocks taken over" in resumed.err
+    assert (out / "model.safetensors").is_file()
+    assert terminal("runs", "cancel", run["id"], "--json").code == 1
