@@ -36,7 +36,9 @@ from lbllm.events import (
 
 
 def duration(seconds: float) -> str:
-    """``4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

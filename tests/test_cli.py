@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lbllm.cli import main
-from lbllm.corpora import evaluation_tokens
+from lbllm.corpora import ASSETS, evaluation_tokens
 from lbllm.evaluate import perplexity
 from tests.tiny_models import SENTENCES, save_tiny, tiny
 
@@ -290,6 +290,23 @@ def test_a_run_from_a_settings_file_in_plain_text(terminal: Terminal, tmp_path: 
     assert "is done" in result.out
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+@pytest.mark.skipif(not (ASSETS / "corpus.jsonl.gz").exists(), reason="the embedded corpus is not made yet")
+def test_demo_and_its_repetition(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wikitext = tmp_path / "data" / "wikitext-2-raw"
+    wikitext.mkdir(parents=True)
+    (wikitext / "wiki.test.raw").write_text(Path(terminal.text).read_text())
+    monkeypatch.setenv("LBLLM_DATA_DIR", str(tmp_path / "data"))
+    wider = str(save_tiny(tmp_path / "wider", "llama", hidden_size=64, intermediate_size=96))
+    options = ["demo", "--model", wider, "--preset", "preview", "--out", str(tmp_path / "out"), "--limit", "1"]
+    first = terminal(*options)
+    assert first.code == 0, first.err
+    for part in ("is done", "Stage 3", "wikitext2, 1 windows", wider, str(tmp_path / "out")):
+        assert part in first.out
+    second = terminal(*options)
+    assert "is there already" in second.err
+    assert "Stage 3" in second.out
 
 
 def test_bad_settings_are_refused_before_a_run_is_made(terminal: Terminal, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def test_a_silent_console_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3.6, "4 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (3.62, "3.6 s"), (12.3, "12 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
