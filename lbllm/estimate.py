@@ -2,9 +2,9 @@
 
     estimate(make_config("quick"))
 
-Disk is counted tensor by tensor, header included, so it is the size of model.safetensors to the byte. Memory is a sum
-of named terms, time is a count of FLOPs over the matmul rate measured on this machine; their constants come from
-measured runs (docs/results.md).
+Disk is counted tensor by tensor, header included: the size of model.safetensors to a few bytes (transformers gives some
+tensors other names in its files). Memory is a sum of named terms, time is a count of FLOPs over the matmul rate measured
+on this machine; their constants were fitted to measured runs.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lbllm.binarize import LEVELS, group_length
-from lbllm.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
-from lbllm.config import WHOLE_ROW, LayerFormat, QuantConfig, RunConfig, Stage
-from lbllm.errors import ConfigError, ResourceError
+from lbllm.blocks import check_supported, linear_weight
+from lbllm.config import LayerFormat, RunConfig, Stage
+from lbllm.errors import ResourceError
 from lbllm.models import skeleton
+from lbllm.pipeline import FORWARD_TOKENS, bits_per_weight, block_formats
+from lbllm.stages.aar import CLIPS, KNEES
 
-# FLOPs per weight and token of each stage's work on a block; a forward pass is 2, a backward pass 4.
-PTQ_TOKEN = 10.0  # teacher and student forward passes and the Hessians
-WAT_TOKEN, WAT_TOKEN_EPOCH = 2.0, 6.0  # the teacher once; the student's step in every epoch
-AAR_TOKEN, AAR_TOKEN_EPOCH = 4.0, 6.0  # the same, and the search of the knees
-# Stage 1 besides the tokens: FLOPs per weight and input column of the compensation and of each descent sweep.
-PTQ_COLUMN, PTQ_COLUMN_SWEEP = 2.0, 2.0
-# The share of the measured matmul rate that each stage reaches.
-EFFICIENCY: dict[Stage, float] = {"ptq": 0.4, "wat": 0.5, "aar": 0.3}
+# Memory, in bytes.
+PROGRAM = 440_000_000  # interpreter, PyTorch, transformers, a tokenizer and its texts
+LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass through the whole model
+STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # hidden states of all tokens held at once: while a block is passed, or trained
+FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and token of a forward pass
+TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
+PTQ_WEIGHT = 16  # per weight of a block in stage 1: target, latent, value, index, state to save
+HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, damped, inverse, factor, solution
+WAT_WEIGHT = 30  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
+AAR_WEIGHT = 12  # per weight in stage 3: index, expanded weight, its gradient
+AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 
-PROGRAM_BYTES = 420_000_000  # interpreter, PyTorch, transformers and a tokenizer
-STREAMS = 3  # hidden states kept for all tokens: the block's input from teacher and student, the teacher's output
-TRAINING_BYTES = 24  # per weight of the block in training: latent, gradient, two moments, two temporaries, float32 each
-HESSIAN_COPIES = 4  # of the largest (in, in) float32 matrix: the Hessian, its inverse, the factor, a temporary
-ACTIVATION_BYTES = 8  # per feature that enters or leaves a layer of the block, for each token of a batch
-
-_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
-_PLANES = {"w1+1": 2, "w1": 1}
+# Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
+PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
+PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each descent sweep, column by column
+STREAMS_TOKEN = 4.0  # stages 2 and 3: teacher and student streams advance
+STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
+EFFICIENCY: dict[Stage, float] = {"ptq": 0.75, "wat": 0.75, "aar": 0.4}  # shares of the matmul rate that stages reach
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Estimate:
     """``bpw``: stored bits per binarized weight, group parameters counted. All sizes in bytes, all times in seconds.
 
     ``parts`` sums to ``disk_bytes``, the size of model.safetensors; ``memory_parts`` to ``memory_bytes``, the run's
-    peak; ``stage_seconds`` to ``seconds``. ``weights`` are binarized, ``dense_weights`` are all other parameters.
+    peak, with what is held at that moment; ``stage_seconds`` to ``seconds``. ``weights`` are binarized,
+    ``dense_weights`` are all other parameters.
     """
 
     bpw: float
@@ -66,47 +70,37 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer to binarize: its module path, shape and format."""
+class _Layer:
+    """A layer to binarize: module path, number of its block, shape (out, in), format."""
 
     name: str
-    out_features: int
-    in_features: int
+    block: int
+    rows: int
+    columns: int
     format: LayerFormat
 
     @property
     def weights(self) -> int:
-        """Weights in the layer."""
-        return self.out_features * self.in_features
-
-    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The packed tensors that replace the layer's weight, by name: dtype and shape."""
-        out, count = self.out_features, LEVELS[self.format.format]
-        groups = math.ceil(self.in_features / group_length(self.format.group_size, self.in_features))
-        planes = _PLANES[self.format.format]
-        small = self.format.param_bits == 8
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            f"{self.name}.weight": (torch.uint8, (out, planes, math.ceil(self.in_features / 8))),
-            f"{self.name}.params": (torch.uint8 if small else torch.float16, (out, groups, count)),
-        }
-        if small:
-            tensors[f"{self.name}.params_scale"] = (torch.float16, (out, count, 2))
-        if self.format.act_bits < 16:
-            tensors[f"{self.name}.act"] = (torch.float32, (3,))
-        return tensors
+        return self.rows * self.columns
 
 
 def estimate(config: RunConfig) -> Estimate:
     """Everything that can be said before the run. Raises ModelError, ConfigError."""
     model = skeleton(config.model)
-    plans = plan_layers(model, config.quant)
-    _, blocks = decoder_blocks(model)
-    weights = sum(plan.weights for plan in plans)
-    parts, stored_bits = _disk(model, plans)
-    memory = _memory(config, model, plans, sum(parts.values()))
-    seconds = _seconds(config, model, plans)
+    check_supported(model)
+    quant = config.quant if "aar" in config.stages else config.quant.weights_only()
+    path, blocks, formats = block_formats(model, quant)
+    layers = []
+    for number, named in enumerate(formats):
+        for name, fmt in named.items():
+            rows, columns = linear_weight(blocks[number].get_submodule(name)).shape
+            layers.append(_Layer(f"{path}.{number}.{name}", number, rows, columns, fmt))
+    weights = sum(layer.weights for layer in layers)
+    parts = _disk(model, layers)
+    memory = _memory(config, model, layers, sum(parts.values()))
+    seconds = _seconds(config, model, layers)
     return Estimate(
-        bpw=stored_bits / weights,
+        bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
         memory_bytes=sum(memory.values()),
         seconds=sum(seconds.values()),
@@ -119,49 +113,16 @@ def estimate(config: RunConfig) -> Estimate:
     )
 
 
-def plan_layers(model: PreTrainedModel, quant: QuantConfig) -> list[LayerPlan]:
-    """The layers to binarize, in the model's order. Raises ModelError, and ConfigError where settings don't fit it."""
-    check_supported(model)
-    path, blocks = decoder_blocks(model)
-    shapes = {
-        f"{path}.{index}.{name}": tuple(linear_weight(layer).shape)
-        for index, block in enumerate(blocks)
-        for name, layer in linear_layers(block).items()
-    }
-    for setting, patterns in (("skip", quant.skip), ("overrides", tuple(quant.overrides))):
-        for pattern in patterns:
-            if not any(QuantConfig(skip=(pattern,)).layer(name) is None for name in shapes):
-                raise ConfigError(
-                    f"quant.{setting}: the pattern {pattern!r} matches no layer; "
-                    f"layers are named like {next(iter(shapes))}"
-                )
-    plans = []
-    for name, (out_features, in_features) in shapes.items():
-        layer_format = quant.layer(name)
-        if layer_format is None:
-            continue
-        size = layer_format.group_size
-        if size != WHOLE_ROW and size > in_features:
-            raise ConfigError(
-                f"group_size {size} is larger than a row of {name}, which has {in_features} weights; "
-                f"use at most {in_features}, or -1 for one group a row"
-            )
-        plans.append(LayerPlan(name, out_features, in_features, layer_format))
-    if not plans:
-        raise ConfigError(f"quant.skip = {list(quant.skip)} leaves no layer to binarize")
-    return plans
-
-
 def check_memory(result: Estimate, device: str = "auto") -> None:
     """Raises ResourceError where the run needs more memory than is free, saying what takes it and what to reduce."""
     free = free_memory(device)
     if result.memory_bytes <= free:
         return
     terms = sorted(result.memory_parts.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in terms[:3])
+    listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
     raise ResourceError(
-        f"the run needs {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
-        f"It goes to: {listed}. Free some, choose a smaller model, or lower seq_len, wat.batch_tokens, "
+        f"the run needs about {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
+        f"Most of it goes to: {listed}. Free some, choose a smaller model, or lower seq_len, wat.batch_tokens, "
         "aar.batch_tokens or the stages' tokens"
     )
 
@@ -190,113 +151,131 @@ def matmul_rate(device: str = "auto") -> float:
 
 
 def _rate(size: int, dtype: torch.dtype, place: str, seconds: float) -> float:
-    """FLOPs a second of (size, size) products, measured for ``seconds`` after one to warm up."""
+    """FLOPs a second of (size, size) products, the best of those that fit in ``seconds`` after one to warm up."""
     left, right = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
-    began, done = 0.0, -1
-    while done < 1 or time.perf_counter() - began < seconds:
-        product = left @ right
+    best, end = math.inf, math.inf
+    while best == math.inf or time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mm(left, right)
         if place == "cuda":
             torch.cuda.synchronize()
-        done += 1
-        if done == 0:
-            began = time.perf_counter()
-    del product
-    return done * 2 * size**3 / (time.perf_counter() - began)
+        if end == math.inf:
+            end = time.perf_counter() + seconds
+        else:
+            best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
-def _disk(model: PreTrainedModel, plans: list[LayerPlan]) -> tuple[dict[str, int], int]:
-    """Bytes by part of model.safetensors, and the stored bits of the binarized weights."""
+def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
+    """Bytes by part of model.safetensors, as ``lbllm.packing`` lays it out; what stays dense is stored in bfloat16."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for plan in plans:
-        for name, (dtype, shape) in plan.tensors().items():
-            size = dtype.itemsize * math.prod(shape)
-            tensors[name] = (dtype, shape)
-            if name.endswith(".weight"):
-                parts["bits"] += size // shape[1]
-                parts["bitmap"] += size - size // shape[1]
-            else:
-                parts["other" if name.endswith(".act") else "parameters"] += size
-    stored_bits = 8 * (parts["bits"] + parts["bitmap"] + parts["parameters"])
-    packed = {f"{plan.name}.weight" for plan in plans}
-    modules = dict(model.named_modules())
-    head = model.get_output_embeddings()
+    table: dict[str, tuple[str, list[int], int]] = {}
+
+    def add(name: str, part: str, code: str, shape: list[int], itemsize: int) -> None:
+        table[name] = (code, shape, itemsize * math.prod(shape))
+        parts[part] += table[name][2]
+
+    for layer in layers:
+        levels, small = LEVELS[layer.format.format], layer.format.param_bits == 8
+        groups = math.ceil(layer.columns / group_length(layer.format.group_size, layer.columns))
+        plane = layer.rows * math.ceil(layer.columns / 8)
+        add(f"{layer.name}.weight", "bits", "U8", [layer.rows, levels // 2, plane // layer.rows], 1)
+        if levels == 4:
+            parts["bits"] -= plane
+            parts["bitmap"] += plane
+        shape = [layer.rows, groups, levels]
+        add(f"{layer.name}.params", "parameters", "U8" if small else "F16", shape, 1 if small else 2)
+        if small:
+            add(f"{layer.name}.params_scale", "parameters", "F16", [layer.rows, levels, 2], 2)
+        if layer.format.act_bits < 16:
+            add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
+
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in packed or id(tensor) in seen:
+        if name in table or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-        tensors[name] = (dtype, tuple(tensor.shape))
         owner = modules[name.rpartition(".")[0]]
         if isinstance(owner, nn.Embedding):
             part = "embeddings"
         else:
             part = "output head" if owner is head and tensor.ndim > 1 else "other"
-        parts[part] += dtype.itemsize * tensor.numel()
-    parts["other"] += _header_bytes(tensors)
-    return parts, stored_bits
+        add(name, part, "BF16", list(tensor.shape), 2)
+    parts["other"] += _header_bytes(table)
+    return parts
 
 
-def _header_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """Bytes before the data of a safetensors file: a length and a JSON table, padded to 8 bytes."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header_bytes(table: dict[str, tuple[str, list[int], int]]) -> int:
+    """Bytes before the data of a safetensors file: a length, and a JSON table padded to 8 bytes.
+
+    ``table``: each tensor's type, shape and bytes. The file has the wide types first, then the names in order.
+    """
+    widths = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+    # Of the types of one width the format's own order puts bfloat16 last.
+    ranks = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
+    document: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        end = offset + dtype.itemsize * math.prod(shape)
-        code = _SAFETENSORS_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-        table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(table, separators=(",", ":")).encode())
+    for name in sorted(table, key=lambda name: (-widths[table[name][0]], ranks[table[name][0]], name)):
+        code, shape, size = table[name]
+        document[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    length = len(json.dumps(document, separators=(",", ":")).encode())
     return 8 + length + -length % 8
 
 
-def _memory(config: RunConfig, model: PreTrainedModel, plans: list[LayerPlan], disk_bytes: int) -> dict[str, int]:
-    """Peak bytes by term, as if the largest needs of all stages met: the training state outlives the activations."""
-    hidden = _hidden_size(model)
-    by_block = _by_block(model, plans)
-    widest = max(sum(plan.in_features + plan.out_features for plan in block) for block in by_block)
-    batch = max(
-        [getattr(config, stage).batch_tokens for stage in config.stages if stage != "ptq"], default=config.seq_len
-    )
-    trained = max(sum(plan.weights for plan in block) for block in by_block) if "wat" in config.stages else 0
-    columns = max(plan.in_features for plan in plans)
-    return {
-        "program": PROGRAM_BYTES,
-        "teacher in float32": 4 * model.num_parameters(),
-        "hidden states of all tokens": STREAMS * 4 * config.tokens * hidden,
-        "block in training": TRAINING_BYTES * trained,
-        "Hessians": HESSIAN_COPIES * 4 * columns**2,
-        "activations of a batch": ACTIVATION_BYTES * max(batch, config.seq_len) * widest,
-        "checkpoint being written": disk_bytes,
-    }
+def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], disk_bytes: int) -> dict[str, int]:
+    """Peak bytes by term: the program, the teacher, and the terms of whichever moment of the run needs most."""
+    blocks: dict[int, list[_Layer]] = {}
+    for layer in layers:
+        blocks.setdefault(layer.block, []).append(layer)
+    features = max(sum(layer.columns + layer.rows for layer in block) for block in blocks.values())
+    inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
+    weights = max(sum(layer.weights for layer in block) for block in blocks.values())
+    widest = max(layer.columns for layer in layers)
+    forward = FORWARD_FEATURE * max(config.seq_len, FORWARD_TOKENS) * features
+    streams, activations, state = "hidden states of all tokens", "activations of a batch", "block in training"
+
+    stored = model.config.dtype
+    read = stored.itemsize if isinstance(stored, torch.dtype) and stored != torch.float32 else 0
+    text = model.config.get_text_config()
+    moments = [
+        {"weights file being read": read * model.num_parameters()},
+        {"logits of one sequence": LOGITS * config.seq_len * text.vocab_size},
+        {"checkpoint being written": 2 * disk_bytes},
+    ]
+    for stage in config.stages:
+        settings = getattr(config, stage)
+        stream = 4 * text.hidden_size * config.seq_len * math.ceil(settings.tokens / config.seq_len)
+        moments.append({streams: STREAMS_ADVANCE * stream, activations: forward})
+        if stage == "ptq":
+            solving = PTQ_WEIGHT * weights + HESSIANS * 4 * widest**2
+            moments.append({streams: STREAMS_TRAIN * stream, activations: forward, state: solving})
+            continue
+        batch = max(config.seq_len, settings.batch_tokens)
+        kept = TRAIN_FEATURE * features * batch
+        if stage == "aar":
+            kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
+        training = (WAT_WEIGHT if stage == "wat" else AAR_WEIGHT) * weights
+        moments.append({streams: STREAMS_TRAIN * stream, activations: kept, state: training})
+    most = max(moments, key=lambda moment: sum(moment.values()))
+    return {"program": PROGRAM, "teacher in float32": 4 * model.num_parameters()} | most
 
 
-def _seconds(config: RunConfig, model: PreTrainedModel, plans: list[LayerPlan]) -> dict[Stage, float]:
+def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer]) -> dict[Stage, float]:
     """Seconds of each stage of the run."""
-    rate = matmul_rate(config.device)
-    _, blocks = decoder_blocks(model)
     # Attention costs a token as much as this many weights: causal, so half of seq_len positions, twice (QK and AV).
-    weights = sum(plan.weights for plan in plans) + len(blocks) * config.seq_len * _hidden_size(model)
-    columns = sum(plan.weights * plan.in_features for plan in plans)
+    attention = len({layer.block for layer in layers}) * config.seq_len * model.config.get_text_config().hidden_size
+    weights = sum(layer.weights for layer in layers) + attention
+    columns = sum(layer.weights * layer.columns for layer in layers)
+    search = 2 * len(CLIPS) * len(KNEES) * config.aar.search_tokens
     flops: dict[Stage, float] = {
-        "ptq": PTQ_TOKEN * config.ptq.tokens * weights + (PTQ_COLUMN + PTQ_COLUMN_SWEEP * config.ptq.sweeps) * columns,
-        "wat": (WAT_TOKEN + WAT_TOKEN_EPOCH * config.wat.epochs) * config.wat.tokens * weights,
-        "aar": (AAR_TOKEN + AAR_TOKEN_EPOCH * config.aar.epochs) * config.aar.tokens * weights,
+        "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
+        "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
+        "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
     }
+    rate = matmul_rate(config.device)
     return {stage: flops[stage] / (rate * EFFICIENCY[stage]) for stage in config.stages}
-
-
-def _by_block(model: PreTrainedModel, plans: list[LayerPlan]) -> list[list[LayerPlan]]:
-    path, blocks = decoder_blocks(model)
-    found: list[list[LayerPlan]] = [[] for _ in blocks]
-    for plan in plans:
-        found[int(plan.name.removeprefix(f"{path}.").split(".")[0])].append(plan)
-    return [block for block in found if block]
-
-
-def _hidden_size(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().hidden_size)
 
 
 def _uses_gpu(device: str) -> bool:

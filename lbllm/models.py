@@ -136,7 +136,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def skeleton(name: str) -> PreTrainedModel:
-    """The model ``name`` on the meta device, built from its config: shapes without weights. Raises ModelError."""
+    """The model ``name`` on the meta device, built from its config: shapes without weights. Raises ModelError.
+
+    ``config.dtype`` stays what the weights are stored as.
+    """
     source = _resolve(name)
     if source.kind in ("embedded", "gguf"):
         file = Path(source.place)
@@ -144,8 +147,11 @@ def skeleton(name: str) -> PreTrainedModel:
         config = _checked_config(name, str(folder), True) if folder.is_dir() else gguf_model_config(file)
     else:
         config = _checked_config(name, *_dense_place(source))
+    stored = config.dtype
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.config.dtype = stored  # from_config puts its own there
+    return model.eval()
 
 
 def summary(name: str) -> ModelSummary:
