@@ -33,13 +33,17 @@ def unpack_plane(packed: Tensor, in_features: int) -> Tensor:
 def encode_params(params: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit group parameters: float (out, n, K) to codes uint8 (out, n, K) and (minimum, step) float16 (out, K, 2).
 
-    Each parameter of a row has an affine scale over the row's groups; a constant row has step zero and is exact to
-    float16.
+    Each parameter of a row has an affine scale over the row's groups; a constant row is exact to float16. Encoding what
+    was decoded gives it back unchanged.
     """
-    low = params.amin(1).half().float()
-    step = ((params.amax(1).float() - low) / 255).half().float()
-    codes = ((params.float() - low[:, None]) / step.clamp_min(1e-12)[:, None]).round_().clamp_(0, 255)
-    return codes.to(torch.uint8), torch.stack((low, step), -1).half()
+    params = params.float()
+    least, most = params.amin(1, keepdim=True), params.amax(1, keepdim=True)
+    low = least.half().float()
+    step = ((most - low) / 255).clamp_min(0).half().float()
+    codes = ((params - low) / step.clamp_min(1e-12)).round_().clamp_(0, 255)
+    # The ends get the end codes, however minimum and step were rounded: only then do they come out the same once more.
+    codes = codes.masked_fill(params == most, 255).masked_fill(params == least, 0)
+    return codes.to(torch.uint8), torch.stack((low[:, 0], step[:, 0]), -1).half()
 
 
 def decode_params(params: Tensor, scale: Tensor | None) -> Tensor:
