@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -36,10 +37,12 @@ class BlockState:
     diverged: bool
 
 
-def fingerprint(config: RunConfig, corpus_hash: str, precision: str) -> str:
-    """What a block's state depends on: all settings, the text, and the matmul precision. Hex SHA-256."""
+def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precision: str) -> str:
+    """What a block's state depends on: all settings, the teacher's weights, the text, the matmul precision. Hex
+    SHA-256."""
     document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
-    text = json.dumps([document, corpus_hash, precision], sort_keys=True)
+    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
+    text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -92,8 +95,8 @@ class BlockStore:
                 metadata = stream.metadata() or {}
                 if self.mark is not None and metadata.get("fingerprint") != self.mark:
                     raise CheckpointError(
-                        f"{path} was made with other settings, text or precision than this run has; use another folder "
-                        "or delete this one's blocks to start anew"
+                        f"{path} was made with another model, text, settings or precision than this run has; use "
+                        "another folder or delete this one's blocks to start anew"
                     )
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             return BlockState(
@@ -115,7 +118,8 @@ def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
         tensors[f"{name}.params"] = layer.params.detach().float()
         tensors[f"{name}.index"] = layer.index
         if layer.quantizer is not None:
-            tensors[f"{name}.act"] = layer.quantizer.act.detach()
+            # A copy: layers that read one input share their quantizer, a file shares nothing.
+            tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
     return tensors
 
 
@@ -124,7 +128,8 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
     student: nn.Module = share_copy(teacher)
     device = next(teacher.parameters()).device
     for name, fmt in formats.items():
-        params, index = tensors[f"{name}.params"].to(device), tensors[f"{name}.index"].to(device)
+        # A copy, since training changes it in place and a block that diverges goes back to the saved state.
+        params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
         layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index)
         if f"{name}.act" in tensors:
             layer.quantizer = ActQuantizer(fmt.act_bits, tail).to(device)

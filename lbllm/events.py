@@ -15,7 +15,8 @@ from lbllm.config import Stage
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no NaN: a diverged step's loss is written as a string that is read back as the number.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class RunQueued(_Event):

@@ -7,12 +7,16 @@ it: the packed
 tensors carry the name ``weight`` with a shape no dense layer has, and config.json names a weights file that does not
 exist
 and whose name says what to do; with lbllm registered that name is put aside before files are looked for.
+
+config.json also holds two hashes, so that ``load`` refuses tensors or a format that are not the ones that were saved
+together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm.activations import PackedKVLayer
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.checkpoint import write_atomic
 from lbllm.config import QuantConfig
-from lbllm.errors import CheckpointError
+from lbllm.errors import CheckpointError, ConfigError
 from lbllm.layers import PackedLinear
+from lbllm.quiet import quiet
 
 METHOD = "lbllm"
 VERSION = 1
@@ -39,20 +45,22 @@ CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the way
 
 @register_quantization_config(METHOD)
 class LbllmConfig(QuantizationConfigMixin):
-    """``quantization_config`` of config.json: the method, the layout's version, the format and the hash of the
-    tensors."""
+    """``quantization_config`` of config.json: the method, the layout's version, the format, and the hashes of format
+    and tensors."""
 
     def __init__(self, version: int = VERSION, quant: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
         self.quant = quant or {}
+        self.format_sha256 = format_sha256(self.quant)
         self.tensors_sha256: str | None = kwargs.get("tensors_sha256")
         self.bpw: float | None = kwargs.get("bpw")
         self.provenance: dict[str, Any] = kwargs.get("provenance") or {}
         if version != VERSION:
-            raise CheckpointError(
-                f"this checkpoint has layout version {version!r}; this program reads version {VERSION}. Update lbllm"
-            )
+            raise CheckpointError(_other_version("this checkpoint", version))
+        # The same tensors would compute something else with other bits or groups, and nothing would tell.
+        if kwargs.get("format_sha256") not in (None, self.format_sha256):
+            raise CheckpointError(_other_format("this checkpoint's config.json"))
 
     @property
     def format(self) -> QuantConfig:
@@ -81,6 +89,8 @@ class LbllmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         attach_kv_cache(model, self.quantization_config.format.kv_bits)
+        # transformers would write neither the guard nor the new hash, and has no hook behind its writing.
+        model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         return model
 
     def is_serializable(self) -> bool:
@@ -127,7 +137,12 @@ def attach_kv_cache(model: nn.Module, bits: int) -> None:
         if cache is None:
             # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
             kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
-        elif isinstance(cache, DynamicCache) and cache.get_seq_length() == 0 and not _packed(cache):
+        elif not _packed(cache):
+            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+                raise ConfigError(
+                    f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
+                    "pass no cache, or an empty DynamicCache"
+                )
             # In place, since the caller keeps its own reference to the cache it made.
             cache.layers = []
             cache.layer_class_to_replicate = layer_class
@@ -140,21 +155,48 @@ def _packed(cache: Cache) -> bool:
     return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)
 
 
+def _other_version(place: str, version: object) -> str:
+    return (
+        f"{place} has layout version {version!r}; this program reads version {VERSION}. Install the lbllm that wrote "
+        "it, or make the checkpoint again"
+    )
+
+
+def _other_format(place: str) -> str:
+    return f"{place}: the format in quantization_config.quant is not the one its tensors were packed in; {CORRUPT}"
+
+
+def format_sha256(quant: dict[str, Any]) -> str:
+    """SHA-256 of the format as config.json states it, in hex."""
+    return hashlib.sha256(json.dumps(quant, sort_keys=True).encode()).hexdigest()
+
+
 def tensors_sha256(file: Path) -> str:
     """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Finish a saved checkpoint: record the hash of its tensors and set the guard in config.json."""
+def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    """``model.save_pretrained(folder)`` of a packed model, with the hash of the tensors and the guard in config.json.
+
+    Every model that is loaded with its quantizer saves itself this way.
+    """
+    if options.pop("push_to_hub", False):
+        raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
+    # One file whatever its size: it is what the hash is of.
+    with quiet():
+        type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})
+    if options.get("is_main_process", True):
+        _seal(Path(folder))
+
+
+def _seal(folder: Path) -> None:
     path = folder / "config.json"
     document = json.loads(path.read_text())
     document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
     document["transformers_weights"] = GUARD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n")
-    temporary.replace(path)
+    write_atomic(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -176,20 +218,12 @@ def load(
     another shape, or not what was saved.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json there; give the folder of a packed checkpoint")
-    if not is_checkpoint(folder):
-        raise CheckpointError(f"{folder}: not packed by LBLLM (quant_method in config.json is not {METHOD!r})")
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{folder}: {WEIGHTS} is missing; {CORRUPT}")
-    expected = json.loads((folder / "config.json").read_text())["quantization_config"].get("tensors_sha256")
-    if tensors_sha256(weights) != expected:
-        raise CheckpointError(f"{weights}: the file is not the one that was saved (its hash differs); {CORRUPT}")
+    _check_files(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+            )
     except CheckpointError:
         raise
     except Exception as error:
@@ -198,5 +232,36 @@ def load(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise CheckpointError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}; {CORRUPT}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer can't be loaded ({type(error).__name__}: {error}); put the teacher's there by "
+            "tokenizer.save_pretrained"
+        ) from error
     return model.to(device).eval(), tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raise CheckpointError unless config.json is of our method and version and its hashes are those of the folder."""
+    config, weights = folder / "config.json", folder / WEIGHTS
+    if not config.is_file():
+        raise CheckpointError(f"{config} does not exist; give the folder of a packed checkpoint")
+    try:
+        json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} can't be read ({error}); {CORRUPT}") from error
+    if not is_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder} was not packed by LBLLM (quant_method in its config.json is not {METHOD!r}); give the folder of "
+            "a packed checkpoint"
+        )
+    stated = json.loads(config.read_text())["quantization_config"]
+    if stated.get("version") != VERSION:
+        raise CheckpointError(_other_version(str(config), stated.get("version")))
+    if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):
+        raise CheckpointError(_other_format(str(config)))
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} does not exist; {CORRUPT}")
+    if stated.get("tensors_sha256") != tensors_sha256(weights):
+        raise CheckpointError(f"{weights} is not the file that was saved (its hash differs); {CORRUPT}")

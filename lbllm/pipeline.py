@@ -38,7 +38,7 @@ from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, resto
 from lbllm.config import LayerFormat, QuantConfig, RunConfig, Stage
 from lbllm.corpora import Corpus, load_corpus
 from lbllm.devices import make_accelerator
-from lbllm.errors import CheckpointError, ConfigError
+from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
 from lbllm.events import (
     BlockDone,
     BlockStarted,
@@ -51,7 +51,7 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
 )
-from lbllm.hf import WEIGHTS, LbllmConfig, LbllmQuantizer, attach_kv_cache, seal
+from lbllm.hf import WEIGHTS, LbllmConfig, LbllmQuantizer, attach_kv_cache, save_packed
 from lbllm.layers import PackedLinear, layer_bits
 from lbllm.models import Teacher, load_teacher
 from lbllm.stages.aar import aar_block, add_quantizers
@@ -179,7 +179,7 @@ def run(
     model = teacher.model.to(accelerator.device)
     with torch.no_grad():
         calls = capture_calls(model, corpus.sequences[:1].to(accelerator.device))
-    store = BlockStore(folder, fingerprint(config, corpus.hash, accelerator.mixed_precision))
+    store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
     state = _Run(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
     bpw = bits_per_weight(blocks, formats)
     finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
@@ -240,6 +240,11 @@ def _run_stage(run: _Run, stage: Stage) -> Iterator[Event]:
     for number, block in enumerate(run.blocks):
         run.check()
         targets = _advance(run, block, number, teacher_stream)
+        if not targets.isfinite().all():
+            raise ModelError(
+                f"{run.config.model}: {run.path}.{number} gives values that are not finite (NaN or infinity) for these "
+                "texts before anything is binarized; its weights may be damaged, give another copy of the model"
+            )
         state = run.store.load(stage, number)
         if state is None:
             block_began = time.perf_counter()
@@ -300,15 +305,23 @@ def _initialize(
     student: nn.Module = share_copy(block)
     before = _probe(run, student, number, inputs, targets)
     tensors: dict[str, Tensor] = {}
-    for name, result in ptq_block(
-        block, student, call, inputs, teacher_inputs, run.formats[number], config.ptq, run.batch
-    ):
-        error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
-        yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-        layer = to_layer(block.get_submodule(name), run.formats[number][name], result)
-        layer.round_params()
-        tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
-        run.check()
+    try:
+        for name, result in ptq_block(
+            block, student, call, inputs, teacher_inputs, run.formats[number], config.ptq, run.batch
+        ):
+            error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
+            yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
+            layer = to_layer(block.get_submodule(name), run.formats[number][name], result)
+            layer.round_params()
+            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
+            run.check()
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise LbllmError(
+            f"{run.path}.{number}: stage 1 has no solution ({error}). The inputs of a layer are degenerate for these "
+            "texts: take more tokens (ptq.tokens), other text, or a larger ptq.damping"
+        ) from error
+    except LbllmError as error:
+        raise LbllmError(f"{run.path}.{number}.{error}") from error
     state = BlockState(tensors, before, 0.0, False)
     state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets)
     return state
@@ -415,9 +428,8 @@ def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: P
     unfinished = target.with_name(target.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished, max_shard_size="1000GB")
+        save_packed(model, unfinished)
         teacher.tokenizer.save_pretrained(unfinished)
-        seal(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

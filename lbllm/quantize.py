@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import pipeline
 from lbllm.config import RunConfig
 from lbllm.corpora import Corpus, load_corpus, sequences_hash
+from lbllm.errors import CorpusError
 from lbllm.events import Event
 from lbllm.hf import load
 from lbllm.models import Teacher
@@ -26,18 +28,21 @@ def quantize(
     sequences: Tensor | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> PreTrainedModel:
-    """Binarize a loaded model and return the packed one; the given model stays as it is.
+    """Binarize a loaded model and return the packed one, in the same dtype; the given model stays as it is.
 
     ``sequences``: token ids (n, T) to calibrate and train on, in the place of the configured corpus. ``out``: a
     folder that keeps the
     state of every block and, in ``out/checkpoint``, the result; a second call with the same folder goes on where the
-    first one ended. Raises LbllmError for settings, texts or models that can't work.
+    first one ended. The model of ``config`` is not used. Raises LbllmError for settings, texts or models that can't
+    work.
     """
-    config = config or RunConfig()
-    teacher = Teacher(config.model, model.eval().requires_grad_(False), tokenizer, str(model.dtype), "")
+    config = (config or RunConfig()).model_copy(update={"model": model.name_or_path or type(model).__name__})
+    teacher = Teacher(config.model, _teacher(model), tokenizer, str(model.dtype).removeprefix("torch."), "not stated")
     if sequences is None:
         corpus = load_corpus(config.corpus, tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed)
     else:
+        if sequences.ndim != 2 or sequences.shape[1] < 8:
+            raise CorpusError(f"sequences of shape {tuple(sequences.shape)}: give token ids (n, T) with T at least 8")
         corpus = Corpus("given sequences", sequences_hash(sequences), sequences)
         config = config.model_copy(update={"seq_len": sequences.shape[1], "corpus": "given sequences"})
     with tempfile.TemporaryDirectory() as scratch:
@@ -46,3 +51,11 @@ def quantize(
             if on_event is not None:
                 on_event(event)
         return load(folder / "checkpoint", dtype=model.dtype)[0]
+
+
+def _teacher(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in eval mode without gradients that computes in float32; weights that are float32 already are shared."""
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    frozen: PreTrainedModel = copy.deepcopy(model, memo)
+    return frozen.float().eval()
