@@ -94,8 +94,8 @@ def _follow(store: RunStore, run_id: str, display: RunDisplay, after_seq: int) -
             over = store.get(run_id).state not in ("queued", "running")
             for stored in store.events(run_id, after_seq):
                 after_seq = stored.seq
-                display.show(stored, time.time())
-            display.show(None, time.time())
+                display.take(stored)
+            display.draw(time.time())
             if over:
                 return asked
             if pressed and not asked:

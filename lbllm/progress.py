@@ -115,7 +115,7 @@ class RunProgress:
 
     def seconds_left(self, now: float) -> float | None:
         """Of the stage under way by its blocks so far, of later ones as expected; None while that isn't known."""
-        if self.started is None or self.stage is None:
+        if self.started is None or self.stage is None or self.status != "running":
             return None
         left = self.started.blocks - self.done_blocks
         if self.block_seconds:
@@ -208,7 +208,7 @@ class RunProgress:
 class RunDisplay:
     """Shows a run's progress on a console: live in a terminal, else a line for each event that is worth one.
 
-    Use as a context manager; ``show`` takes each event and, now and then, None to let the clock go on.
+    Use as a context manager: ``take`` each event, ``draw`` as often as the terminal is to be renewed.
     """
 
     def __init__(self, console: Console, progress: RunProgress) -> None:
@@ -224,13 +224,14 @@ class RunDisplay:
     def __exit__(self, *error: object) -> None:
         self.context.__exit__(*error)  # type: ignore[arg-type]
 
-    def show(self, stored: Stored | None, now: float) -> None:
-        """Take in an event of the run (or none) and draw; ``now``: seconds since the epoch."""
-        if stored is not None:
-            self.progress.update(stored)
-            if self.live is None:
-                line = self.progress.line(stored.event)
-                if line is not None:
-                    self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def take(self, stored: Stored) -> None:
+        """Take in an event of the run."""
+        self.progress.update(stored)
+        line = self.progress.line(stored.event) if self.live is None else None
+        if line is not None:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def draw(self, now: float) -> None:
+        """Renew a terminal's display; ``now``: seconds since the epoch."""
         if self.live is not None:
             self.live.update(self.progress.render(now), refresh=True)

@@ -102,8 +102,8 @@ def show(console: Console) -> str:
     ]
     with RunDisplay(console, RunProgress(EXPECTED)) as display:
         for seq, event in enumerate(events, start=1):
-            display.show(Stored(seq=seq, time=float(seq), event=event), float(seq))
-            display.show(None, seq + 0.5)
+            display.take(Stored(seq=seq, time=float(seq), event=event))
+            display.draw(seq + 0.5)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
