@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,32 +79,61 @@ def divergence(
 
     The models may lie on different devices; they must share a vocabulary.
     """
+    return divergences(teacher_model, [student_model], sequences, on_progress=on_progress)[0]
+
+
+def divergences(
+    teacher_model: PreTrainedModel,
+    student_models: Sequence[PreTrainedModel],
+    sequences: Tensor,
+    *,
+    on_progress: Progress | None = None,
+) -> list[Divergence]:
+    """``divergence`` of several students, the teacher's predictions being made once for all of them."""
     _check(sequences)
-    teacher_nll = student_nll = kl = 0.0
-    agreed = done = 0
+    teacher_nll, done = 0.0, 0
+    sums = [_Sums() for _ in student_models]
     for batch in sequences.split(_windows(sequences)):
         teacher_logits, targets = _predictions(teacher_model, batch)
-        student_logits, _ = _predictions(student_model, batch)
-        parts = zip(teacher_logits.split(ROWS), student_logits.split(ROWS), targets.split(ROWS), strict=True)
-        for teacher_rows, student_rows, wanted in parts:
-            log_p = _log_softmax(teacher_rows)
-            log_q = _log_softmax(student_rows.to(teacher_rows.device))
-            teacher_nll += _nll(log_p, wanted)
-            student_nll += _nll(log_q, wanted)
-            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            kl += float(log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum(dtype=torch.float64))
-        del teacher_logits, student_logits, teacher_rows, student_rows, log_p, log_q, parts
+        for rows, wanted in zip(teacher_logits.split(ROWS), targets.split(ROWS), strict=True):
+            teacher_nll += _nll(_log_softmax(rows), wanted)
+        for student, total in zip(student_models, sums, strict=True):
+            total.add(teacher_logits, _predictions(student, batch)[0], targets)
+        del teacher_logits, rows
         done += len(batch)
         if on_progress is not None:
             on_progress(done, len(sequences))
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
-    return Divergence(
-        kl=kl / tokens,
-        top1_agreement=agreed / tokens,
-        teacher_perplexity=_exp(teacher_nll / tokens),
-        student_perplexity=_exp(student_nll / tokens),
-        tokens=tokens,
-    )
+    teacher_perplexity = _exp(teacher_nll / tokens)
+    return [
+        Divergence(
+            kl=total.kl / tokens,
+            top1_agreement=total.agreed / tokens,
+            teacher_perplexity=teacher_perplexity,
+            student_perplexity=_exp(total.nll / tokens),
+            tokens=tokens,
+        )
+        for total in sums
+    ]
+
+
+@dataclass
+class _Sums:
+    """One student's sums over all predicted tokens so far."""
+
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def add(self, teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> None:
+        """Take in logits (rows, vocabulary) of both models and the rows' targets."""
+        parts = zip(teacher_logits.split(ROWS), student_logits.split(ROWS), targets.split(ROWS), strict=True)
+        for teacher_rows, student_rows, wanted in parts:
+            log_p = _log_softmax(teacher_rows)
+            log_q = _log_softmax(student_rows.to(teacher_rows.device))
+            self.nll += _nll(log_q, wanted)
+            self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.kl += float(log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum(dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from lbllm.config import STAGE_NAMES, RunConfig, Stage
-from lbllm.evaluate import divergence, round_to_nearest
+from lbllm.evaluate import divergences, round_to_nearest
 from lbllm.models import Teacher
 from lbllm.pipeline import stage_model
 
@@ -34,31 +34,28 @@ def stages_table(
     teacher: Teacher,
     sequences: Tensor,
     *,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[TableRow]:
-    """Evaluate the models of the run in ``folder`` on windows of token ids (n, T), one after another.
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[TableRow]:
+    """Evaluate the models of the run in ``folder`` on windows of token ids (n, T), side by side.
 
     Round-to-nearest has as many code bits and the group size of the run's default format and leaves activations alone.
-    ``on_progress(what, done, total)`` counts windows. Only the teacher and one student are in memory at a time.
+    Its dense weights are what this needs in memory besides the teacher; the stages' models are packed.
     """
-
-    def watch(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: on_progress(what, done, total) if on_progress is not None else None
-
     quant = config.quant
     bits = CODE_BITS[quant.format]
-    student = round_to_nearest(teacher.model, bits, quant.group_size)
-    result = divergence(teacher.model, student, sequences, on_progress=watch("rtn"))
-    del student
-    yield TableRow("teacher", f"Teacher, {teacher.precision}", result.teacher_perplexity, 0.0, 1.0, result.tokens)
-    label = f"Round to nearest, W{bits}A16"
-    yield TableRow("rtn", label, result.student_perplexity, result.kl, result.top1_agreement, result.tokens)
+    labels = {"rtn": f"Round to nearest, W{bits}A16"}
+    students = {"rtn": round_to_nearest(teacher.model, bits, quant.group_size)}
     for stage in config.stages:
-        model = stage_model(config, folder, stage, teacher)
-        result = divergence(teacher.model, model, sequences, on_progress=watch(stage))
-        del model
-        label = f"{STAGE_NAMES[stage]}, {_precision(config, stage)}"
-        yield TableRow(stage, label, result.student_perplexity, result.kl, result.top1_agreement, result.tokens)
+        labels[stage] = f"{STAGE_NAMES[stage]}, {_precision(config, stage)}"
+        students[stage] = stage_model(config, folder, stage, teacher)
+    found = divergences(teacher.model, list(students.values()), sequences, on_progress=on_progress)
+    rows = [
+        TableRow("teacher", f"Teacher, {teacher.precision}", found[0].teacher_perplexity, 0.0, 1.0, found[0].tokens)
+    ]
+    for what, result in zip(students, found, strict=True):
+        figures = (result.student_perplexity, result.kl, result.top1_agreement, result.tokens)
+        rows.append(TableRow(what, labels[what], *figures))
+    return rows
 
 
 def _precision(config: RunConfig, stage: Stage) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.evaluate import ROWS, divergence, perplexity, round_to_nearest, rounded
+from lbllm.evaluate import ROWS, divergence, divergences, perplexity, round_to_nearest, rounded
 from tests.tiny_models import VOCABULARY, tiny
 
 
@@ -54,6 +54,15 @@ def test_divergence_equals_brute_force() -> None:
     assert result.top1_agreement == pytest.approx(agreed / result.tokens)
     assert result.teacher_perplexity == pytest.approx(perplexity(teacher, sequences).perplexity)
     assert result.student_perplexity == pytest.approx(perplexity(student, sequences).perplexity)
+
+
+def test_several_students_at_once() -> None:
+    teacher, _ = tiny("llama")
+    students = [round_to_nearest(teacher, bits, group_size=16) for bits in (1, 2, 4)]
+    sequences = windows(3, 40)
+    together = divergences(teacher, students, sequences)
+    assert together == [divergence(teacher, student, sequences) for student in students]
+    assert [result.kl for result in together] == sorted((result.kl for result in together), reverse=True)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:

@@ -113,19 +113,13 @@ def evaluate_run(
         text = "embedded"
         sequences = windows(text, teacher.model, teacher.tokenizer, seq_len, limit)
     measured_on = f"{text}, {len(sequences)} windows of {sequences.shape[1]} tokens"
-    rows: list[TableRow] = []
     with counter(console) as show:
-        for row in stages_table(run.config, run.folder, teacher, sequences, on_progress=show):
-            rows.append(row)
-            event = Evaluated(
-                what=row.what,
-                text=measured_on,
-                perplexity=row.perplexity,
-                tokens=row.tokens,
-                kl=row.kl,
-                top1_agreement=row.top1_agreement,
-            )
-            store.append(run.id, event)
+        rows = stages_table(
+            run.config, run.folder, teacher, sequences, on_progress=lambda done, total: show("windows", done, total)
+        )
+    for row in rows:
+        figures = {"perplexity": row.perplexity, "kl": row.kl, "top1_agreement": row.top1_agreement}
+        store.append(run.id, Evaluated(what=row.what, text=measured_on, tokens=row.tokens, **figures))
     return measured_on, rows
 
 
