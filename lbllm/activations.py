@@ -20,6 +20,7 @@ range; for the steps as in LSQ (Esser et al. 2020); for the edges through the so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,12 +103,15 @@ class _FakeQuant(torch.autograd.Function):
         steps = 2**bits - 1 - 2 * tail
         lower, upper = -zero * body, (steps - zero) * body
         if not tail:
-            inside = (x >= lower) & (x <= upper)
+            # The rounded zero point moves the range by up to half a step; its ends are inside all the same.
+            inside = (x >= lower - body / 2) & (x <= upper + body / 2)
             grad_body = (grad * torch.where(inside, in_body - x / body, in_body)).sum(-1, keepdim=True)
             return grad * inside, grad_body, None, None, None, None, None, None
         bottom, top = lower - tail * low, upper + tail * high
         above, below = x > upper, x < lower
-        inside = (x >= bottom) & (x <= top)
+        # The largest value of an unclipped token is the range's end: inside, whichever way that end was rounded.
+        slack = 1e-5 * (top - bottom)
+        inside = (x >= bottom - slack) & (x <= top + slack)
         # Residuals of the rounding, in steps: what a larger step adds to a value (LSQ). A clipped value moves with
         # its edge.
         residual = torch.where(above | below, torch.zeros_like(x), in_body - x / body)
@@ -143,6 +147,12 @@ class ActQuantizer(nn.Module):
         self.tail = tail if bits == 4 else 0
         self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0]))
 
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Bring the parameters back into their ranges: past an end they would get no gradient and never return."""
+        self.act[:1].clamp_(*KNEE_RANGE)
+        self.act[1:].clamp_(*CLIP_RANGE)
+
     def grid(self, x: Tensor) -> Grid:
         """The grids of the tokens of x (..., features)."""
         knee = self.act[0].clamp(*KNEE_RANGE)
@@ -169,14 +179,19 @@ class _RoundThrough(torch.autograd.Function):
         return grads[0]
 
 
+def _kv_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Minimum and step (..., 1) of each vector of x (..., head_dim): float32, of values that float16 holds exactly."""
+    low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
+    low = low.half().float()
+    return low, ((high - low) / (2**bits - 1)).half().float().clamp_min(2.0**-22)
+
+
 def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Keys or values (..., head_dim) of each token and head to codes uint8 (..., head_dim) and (minimum, step)
     float16 (..., 2)."""
-    low, high = x.float().aminmax(dim=-1)
-    low = low.half().float()
-    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(2e-7)
-    codes = ((x.float() - low[..., None]) / step[..., None]).round().clamp(0, 2**bits - 1)
-    return codes.to(torch.uint8), torch.stack((low, step), -1).half()
+    low, step = _kv_grid(x, bits)
+    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), torch.cat((low, step), -1).half()
 
 
 def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,9 +202,7 @@ def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
     """``decode_kv(encode_kv(x))`` with straight-through gradients; per token and head, asymmetric over head_dim."""
-    low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(2e-7)
+    low, step = _kv_grid(x, bits)
     scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
     return (_RoundThrough.apply(scaled) * step + low).to(x.dtype)
 
@@ -216,11 +229,14 @@ class PackedKVLayer(DynamicLayer):
 
     bits = 4
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stores: list[tuple[Tensor, Tensor] | None] = [None, None]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember dtype and device; the stores begin empty."""
+        """Remember dtype, device and sizes of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.head_dims = key_states.shape[-1], value_states.shape[-1]
-        self.stores: list[tuple[Tensor, Tensor] | None] = [None, None]
         self.keys = self.values = key_states.new_empty(0)
         self.is_initialized = True
 
@@ -245,19 +261,26 @@ class PackedKVLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
-        store = self.stores[0] if self.is_initialized else None
+        store = self.stores[0]
         return 0 if store is None else store[0].shape[-2]
 
-    def _map(self, change: Any) -> None:
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()
+        self.stores = [None, None]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.stores = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first ``max_length`` tokens, or drop that many from the end if negative."""
-        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end; counted as transformers does, by a negative number."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        length = max(0, self.get_seq_length() + tokens_to_remove)
         self._map(lambda part: part[..., :length, :])
 
     def batch_repeat_interleave(self, repeats: int) -> None:

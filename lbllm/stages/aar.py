@@ -89,7 +89,8 @@ def aar_block(
     seed: int,
     autocast: Any,
 ) -> Iterator[Step]:
-    """Stage 3 on a block of frozen ``BinaryLinear`` layers that have their quantizers."""
+    """Stage 3 on a block of frozen ``BinaryLinear`` layers that have their quantizers; knees and clips stay in their
+    ranges."""
     groups: list[dict[str, Any]] = []
     quantizers: dict[int, ActQuantizer] = {}
     for layer in binary_layers(block).values():
@@ -99,7 +100,7 @@ def aar_block(
             quantizers[id(layer.quantizer)] = layer.quantizer
     if quantizers:
         groups.append({"params": [quantizer.act for quantizer in quantizers.values()], "lr": config.lr_act})
-    yield from distill(
+    for step in distill(
         block,
         call,
         inputs,
@@ -111,4 +112,7 @@ def aar_block(
         seed=seed,
         autocast=autocast,
         cache=TrainingCache(kv_bits) if kv_bits < 16 else None,
-    )
+    ):
+        for quantizer in quantizers.values():
+            quantizer.bound()
+        yield step
