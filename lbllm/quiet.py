@@ -1,20 +1,27 @@
-"""Keeps transformers' own progress bars off the terminal: whoever calls the engine shows progress."""
+"""Around every call that builds, loads or saves a model: no progress bars of transformers, one thread at a time."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging
 
+# While transformers builds a model it replaces functions of its own classes, tie_weights among them, and puts them back
+# after. Two threads at once put back each other's replacements: from then on no model in the process is tied.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers inside; afterwards they are as before."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Other threads wait. The progress bars are off inside and as they were afterwards: the engine's caller shows
+    progress."""
+    with _ONE_AT_A_TIME:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()

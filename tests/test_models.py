@@ -290,6 +290,14 @@ def test_concurrent_conversions_and_leftovers(tmp_path: Path, own_home: Path) ->
     assert not half.exists()
 
 
+def test_threads_loading_at_once_leave_models_tied(llama: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        teachers = list(pool.map(load_teacher, [str(llama)] * 12))
+        bare = list(pool.map(skeleton, [str(llama)] * 4))
+    for model in (*(teacher.model for teacher in teachers), *bare, load_teacher(str(llama)).model):
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.usefixtures("own_home")
 def test_bad_gguf_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "bad.gguf"
