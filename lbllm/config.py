@@ -94,14 +94,14 @@ class QuantConfig(_Section):
 class PtqConfig(_Section):
     """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
 
-    tokens: int = Field(16_384, gt=0)
+    tokens: int = Field(8_192, gt=0)
     em_steps: int = Field(8, ge=1)
-    damping: float = Field(0.01, gt=0)
+    damping: float = Field(0.1, gt=0)
     sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
     align: float = Field(
         1.0, ge=0, le=1, description="share of the drift of a layer's inputs that its weights make up for"
     )
-    align_damping: float = Field(0.05, gt=0)
+    align_damping: float = Field(1.0, gt=0)
 
 
 class WatConfig(_Section):
@@ -110,9 +110,9 @@ class WatConfig(_Section):
 
     tokens: int = Field(32_768, gt=0)
     epochs: int = Field(2, ge=1)
-    batch_tokens: int = Field(1_024, gt=0)
-    lr_weight: float = Field(1e-3, ge=0)
-    lr_levels: float = Field(1e-3, ge=0)
+    batch_tokens: int = Field(512, gt=0)
+    lr_weight: float = Field(2e-2, ge=0)
+    lr_levels: float = Field(1e-2, ge=0)
     lr_bitmap: float = Field(1e-2, ge=0)
     bitmap: Literal["coupled", "relaxed"] = "coupled"
     reg_weight: float = Field(1e-2, ge=0, description="lambda of the paper's bitmap polarization")

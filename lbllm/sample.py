@@ -80,8 +80,8 @@ def sample_rows(
     rows: int,
     length: int,
     seed: int,
-    temperature: float = 0.9,
-    min_p: float = 0.03,
+    temperature: float = 1.0,
+    min_p: float = 0.002,
 ) -> Iterator[dict[str, str]]:
     """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
 
