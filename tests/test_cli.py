@@ -333,7 +333,7 @@ def test_a_run_whose_text_is_too_short_fails_with_a_reason(terminal: Terminal, t
 def test_ctrl_c_stops_and_resume_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text]
-    command += ["--out", str(out), *TINY, "--set", "wat.epochs=50"]
+    command += ["--out", str(out), *TINY, "--set", "wat.epochs=20"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
