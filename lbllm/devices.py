@@ -6,6 +6,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lbllm.errors import ConfigError
 
@@ -36,4 +37,9 @@ def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     if precision is None:
         fast = not cpu or matmul_rate(torch.bfloat16) > 1.5 * matmul_rate(torch.float32)
         precision = "bf16" if fast else "no"
+    try:
+        return Accelerator(cpu=cpu, mixed_precision=precision)
+    except ValueError:
+        # accelerate keeps one state for the process, and an earlier run in it had another device or precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=precision)

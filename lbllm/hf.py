@@ -148,7 +148,13 @@ def attach_kv_cache(model: nn.Module, bits: int) -> None:
             cache.layer_class_to_replicate = layer_class
         return args, kwargs
 
+    def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Whoever wants no cache feeds all tokens again: the one of this pass must not come back with the next.
+        if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
+            output.past_key_values = None
+
     model.register_forward_pre_hook(prepare, with_kwargs=True)
+    model.register_forward_hook(finish, with_kwargs=True)
 
 
 def _packed(cache: Cache) -> bool:

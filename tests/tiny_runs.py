@@ -1,0 +1,58 @@
+"""Whole runs of tiny models in the testing process, in a second or two each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lbllm import pipeline
+from lbllm.config import RunConfig, make_config
+from lbllm.corpora import Corpus, sequences_hash
+from lbllm.events import Event
+from lbllm.models import Teacher
+from tests.tiny_models import VOCABULARY, tiny
+
+SEQ_LEN = 32
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """Settings of a run with two or four optimizer steps a block; ``changes`` to its sections."""
+    small = {"tokens": 128, "epochs": 1, "batch_tokens": 64}
+    base: dict[str, Any] = {"model": "tiny", "corpus": "given", "seq_len": SEQ_LEN, "device": "cpu"}
+    base |= {"quant": {"group_size": 16}, "ptq": {"tokens": 128, "em_steps": 3, "sweeps": 1}}
+    base |= {"wat": small, "aar": small | {"search_tokens": 64}}
+    for key, value in changes.items():
+        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    return make_config("quick", base)
+
+
+def token_ids(count: int = 4, seed: int = 0) -> Tensor:
+    """Random token ids (count, SEQ_LEN)."""
+    return torch.randint(3, VOCABULARY, (count, SEQ_LEN), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_teacher(architecture: str, **changes: Any) -> Teacher:
+    """A tiny model as ``load_teacher`` would give it."""
+    model, tokenizer = tiny(architecture, **changes)
+    return Teacher("tiny", model.requires_grad_(False), tokenizer, "float32", "none")
+
+
+def run_tiny(
+    config: RunConfig,
+    folder: Path,
+    teacher: Teacher,
+    *,
+    request: Callable[[], Literal["stop", "cancel"] | None] = lambda: None,
+    precision: str = "no",
+) -> list[Event]:
+    """All events of a run in ``folder``, on ``token_ids()``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # As if the run had begun before: measuring which precision is faster would take longer than the run.
+    (folder / "precision").write_text(precision)
+    sequences = token_ids()
+    corpus = Corpus("given", sequences_hash(sequences), sequences)
+    return list(pipeline.run(config, folder, request=request, teacher=teacher, corpus=corpus))
