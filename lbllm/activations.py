@@ -145,7 +145,7 @@ class ActQuantizer(nn.Module):
         super().__init__()
         self.bits, self.temperature = bits, temperature
         self.tail = tail if bits == 4 else 0
-        self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0]))
+        self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0], dtype=torch.float32))
 
     @torch.no_grad()
     def bound(self) -> None:
