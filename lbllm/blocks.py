@@ -65,7 +65,8 @@ def check_supported(model: PreTrainedModel) -> None:
                 shape = tuple(parameter.shape)
                 raise ModelError(
                     f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. "
-                    "Mixture-of-experts blocks and other fused weights are not supported; choose a dense model of the family"
+                    "Mixture-of-experts blocks and other fused weights are not supported; "
+                    "choose a dense model of the family"
                 )
         if any(isinstance(module, nn.ModuleList) for module in block.modules()):
             raise ModelError(
@@ -100,10 +101,14 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_call_arguments(block, args, kwargs)[1])
+        if len(calls) == len(blocks):
+            raise _Captured  # the output layer of a large vocabulary would cost more memory than all blocks
 
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     try:
         model(input_ids=sequence, use_cache=False)
+    except _Captured:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -53,18 +53,24 @@ class Binarized:
     def check(self, name: str) -> None:
         """Raise LbllmError naming the layer where the result is not finite."""
         if not (self.latent.isfinite().all() and self.levels.isfinite().all()):
-            raise LbllmError(
-                f"{name}: stage 1 gave values that are not finite. Its inputs are degenerate for these texts: take "
-                "more tokens (ptq.tokens), other text, or a larger ptq.damping"
-            )
+            raise _degenerate(name)
+
+
+def _degenerate(name: str) -> LbllmError:
+    return LbllmError(
+        f"{name}: stage 1 met values that are not finite. The layer's inputs are degenerate for these texts: take "
+        "more tokens (ptq.tokens), other text, or a larger ptq.damping"
+    )
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """H with ``damping`` times its mean diagonal added; inputs that are always zero get a diagonal of their own."""
-    mean = hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    mean = hessian.diagonal().mean()
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
     return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean)
 
 
+@torch.no_grad()
 def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: PtqConfig) -> Binarized:
     """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64)."""
     weight = weight.to(hessian.dtype)
@@ -185,14 +191,18 @@ def ptq_block(
             seen = layer_inputs(student, names[0], inputs, call, batch)
             meant = layer_inputs(teacher, names[0], teacher_inputs, call, batch)
             hessian, drift = input_statistics(seen, meant)
-            weight = align(torch.cat(weights), hessian, drift, config)
-            result = binarize_layer(weight, hessian, fmt, config)
+            try:
+                weight = align(torch.cat(weights), hessian, drift, config)
+                result = binarize_layer(weight, hessian, fmt, config)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise _degenerate(", ".join(names)) from None
             parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
             for name, part in zip(names, parts, strict=True):
                 layer = Binarized(*part)
                 layer.check(name)
-                dense = to_layer(teacher.get_submodule(name), fmt, layer).weight()
-                set_linear_weight(student.get_submodule(name), dense.detach())
+                binary = to_layer(teacher.get_submodule(name), fmt, layer)
+                binary.round_params()
+                set_linear_weight(student.get_submodule(name), binary.weight().detach())
                 yield name, layer
 
 
@@ -215,6 +225,7 @@ def input_statistics(seen: Iterator[Tensor], meant: Iterator[Tensor]) -> tuple[T
     return hessian / tokens, drift / tokens
 
 
+@torch.no_grad()
 def align(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> Tensor:
     """The dense weight (out, in) that comes nearest to the teacher's outputs on the student's inputs: W + W D H^-1.
 
