@@ -1,0 +1,48 @@
+"""The accelerator: known devices, the precision that was asked for or measured, several runs in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lbllm.devices import make_accelerator, matmul_rate
+from lbllm.errors import ConfigError
+
+
+def product_dtype(device: str, precision: str | None) -> torch.dtype:
+    """The dtype in which a matrix product of float32 tensors comes out."""
+    accelerator = make_accelerator(device, precision)
+    x = torch.ones(4, 4, device=accelerator.device)
+    with accelerator.autocast():
+        return (x @ x).dtype
+
+
+def test_each_run_of_a_process_gets_the_precision_it_asks_for() -> None:
+    dtypes = [product_dtype("cpu", precision) for precision in ("no", "bf16", "no")]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_a_measured_precision_can_be_asked_for_again() -> None:
+    measured = make_accelerator("auto").mixed_precision
+    assert measured in ("no", "bf16")
+    assert make_accelerator("auto", measured).mixed_precision == measured
+
+
+def test_cpu_is_the_cpu() -> None:
+    assert make_accelerator("cpu", "no").device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:7", ""])
+def test_an_unknown_device_is_refused_with_the_choices(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{device}' is not known; choose auto, cpu or cuda"):
+        make_accelerator(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said() -> None:
+    with pytest.raises(ConfigError, match="no GPU that torch can use; choose cpu"):
+        make_accelerator("cuda")
+
+
+def test_the_matmul_rate_is_a_rate() -> None:
+    assert 1e7 < matmul_rate(torch.float32, size=64, seconds=0.01) < 1e16
