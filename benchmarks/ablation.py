@@ -63,7 +63,8 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "searched knee, not trained": {"epochs": 0},
     "no tails (plain A4), trained": {"tail": 0},
     "1 step a tail": {"tail": 1},
-    "3 steps a tail": {"tail": 3},
+    "2 steps a tail": {"tail": 2},
+    "4 steps a tail": {"tail": 4},
     "levels not trained": {"lr_levels": 0.0},
     "knee and clips not trained": {"lr_act": 0.0},
     "KV cache in 16 bits": {"kv_bits": 16},
@@ -99,7 +100,7 @@ class Bench:
     def advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
         return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
 
-    def student(self, number: int, tensors: dict[str, Tensor], tail: int = 2) -> nn.Module:
+    def student(self, number: int, tensors: dict[str, Tensor], tail: int = 3) -> nn.Module:
         formats = dict.fromkeys(linear_layers(self.blocks[number]), self.format)
         return restore(self.blocks[number], formats, tensors, tail)
 
@@ -168,7 +169,7 @@ def main() -> None:
     for name, values in AAR_VARIANTS.items() if "aar" in stages else ():
         began = time.perf_counter()
         values = dict(values)
-        tail, kv_bits = values.pop("tail", 2), values.pop("kv_bits", 4)
+        tail, kv_bits = values.pop("tail", 3), values.pop("kv_bits", 4)
         config = AarConfig(**values)
         cache = TrainingCache(kv_bits) if kv_bits < 16 else None
         student = bench.student(bench.number, trained, tail)

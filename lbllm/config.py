@@ -63,7 +63,7 @@ class QuantConfig(_Section):
     param_bits: Literal[8, 16] = 16
     act_bits: Literal[4, 8, 16] = 4
     kv_bits: Literal[4, 8, 16] = 4
-    tail_steps: int = Field(2, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
+    tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
     skip: tuple[str, ...] = ()
     overrides: dict[str, LayerOverride] = {}
 
@@ -108,7 +108,7 @@ class WatConfig(_Section):
     """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
     scale."""
 
-    tokens: int = Field(32_768, gt=0)
+    tokens: int = Field(24_576, gt=0)
     epochs: int = Field(2, ge=1)
     batch_tokens: int = Field(512, gt=0)
     lr_weight: float = Field(2e-2, ge=0)
@@ -124,12 +124,12 @@ class AarConfig(_Section):
     """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's
     step."""
 
-    tokens: int = Field(16_384, gt=0)
-    epochs: int = Field(1, ge=0)
-    batch_tokens: int = Field(1_024, gt=0)
-    search_tokens: int = Field(2_048, gt=0)
-    lr_levels: float = Field(5e-4, ge=0)
-    lr_act: float = Field(5e-3, ge=0)
+    tokens: int = Field(8_192, gt=0)
+    epochs: int = Field(2, ge=0)
+    batch_tokens: int = Field(512, gt=0)
+    search_tokens: int = Field(1_024, gt=0)
+    lr_levels: float = Field(5e-3, ge=0)
+    lr_act: float = Field(1e-2, ge=0)
     temperature: float = Field(0.5, gt=0)
     grad_clip: float = Field(0.3, gt=0)
 

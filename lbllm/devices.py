@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from lbllm.errors import ConfigError
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 768, seconds: float = 0.1) -> float:
+def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1) -> float:
     """FLOP a second of a square matrix product on the CPU, the best of the repetitions that fit in ``seconds``."""
     left, right = torch.randn(2, size, size).to(dtype)
     best, end = float("inf"), time.perf_counter() + seconds
