@@ -60,6 +60,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class BlockStore:
     """The block states of one run in its folder's ``blocks``; ``mark`` is their fingerprint, None reads those of any
     run."""
@@ -75,13 +83,14 @@ class BlockStore:
     def save(self, stage: Stage, block: int, state: BlockState) -> None:
         """Write a block's state; OSError where the disk doesn't take it."""
         assert self.mark is not None
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {
             "fingerprint": self.mark,
+            "sha256": _sha256(tensors),
             "loss_before": repr(state.loss_before),
             "loss_after": repr(state.loss_after),
             "diverged": repr(state.diverged),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         write_atomic(self.path(stage, block), save(tensors, metadata))
 
     def load(self, stage: Stage, block: int) -> BlockState | None:
@@ -99,6 +108,8 @@ class BlockStore:
                         "another folder or delete this one's blocks to start anew"
                     )
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            if metadata["sha256"] != _sha256(tensors):
+                raise ValueError("its hash differs")
             return BlockState(
                 tensors,
                 float(metadata["loss_before"]),
