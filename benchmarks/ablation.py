@@ -170,17 +170,17 @@ def main() -> None:
         began = time.perf_counter()
         values = dict(values)
         tail, kv_bits = values.pop("tail", 3), values.pop("kv_bits", 4)
-        config = AarConfig(**values)
+        settings = AarConfig(**values)
         cache = TrainingCache(kv_bits) if kv_bits < 16 else None
         student = bench.student(bench.number, trained, tail)
         sharing = shared_inputs(bench.blocks[bench.number], bench.seen[0][:1], call)
-        add_quantizers(student, sharing, call, bench.seen[0], config, tail=tail, kv_bits=kv_bits, batch=BATCH)
+        add_quantizers(student, sharing, call, bench.seen[0], settings, tail=tail, kv_bits=kv_bits, batch=BATCH)
         steps = aar_block(
             student,
             call,
             bench.seen[0],
             bench.targets[0],
-            config,
+            settings,
             kv_bits=kv_bits,
             seed=0,
             autocast=contextlib.nullcontext,
