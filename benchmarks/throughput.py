@@ -129,13 +129,9 @@ def main() -> None:
 
     flops = 8 * weights * wat.batch_tokens
     print(f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {dtype}")
-    print(
-        f"block {options.block}: {weights:,} weights; batches of {wat.batch_tokens} tokens, length {config.seq_len}"
-    )
-    print(
+    print(f"block {options.block}: {weights:,} weights; batches of {wat.batch_tokens} tokens, length {config.seq_len}")
     rate = f"{flops / allowed / 1e9:.0f} GFLOP/s"
     print(f"matrix products alone: {rate}, which allows {wat.batch_tokens / allowed:,.0f} tokens/s")
-    )
     print(f"stage 2: {wat.batch_tokens / step:,.0f} tokens/s a block, {allowed / step:.0%} of what is allowed")
     print("a step's time: " + ", ".join(f"{kind} {part / total:.0%}" for kind, part in spent.items()))
 
