@@ -22,7 +22,8 @@ if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
 
 def __getattr__(name: str) -> Any:
     if name == "quantize":
-        from lbllm.quantize import quantize
+        # A module of the same name would take its place once it is imported.
+        from lbllm.inprocess import quantize
 
         return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
