@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ WAT_VARIANTS: dict[str, dict[str, Any]] = {
     "relaxed bitmap, polarized": {"bitmap": "relaxed"},
     "relaxed bitmap, lambda 0": {"bitmap": "relaxed", "reg_weight": 0.0},
     "levels only": {"lr_weight": 0.0},
-    "learning rates / 10": {"lr_weight": 2e-3, "lr_levels": 1e-3},
-    "learning rates * 3": {"lr_weight": 6e-2, "lr_levels": 3e-2},
+    "learning rates / 5": {"lr_weight": 2e-3, "lr_levels": 1e-3},
+    "learning rates * 4": {"lr_weight": 4e-2, "lr_levels": 2e-2},
     "batches of 2,048 tokens": {"batch_tokens": 2_048},
 }
 AAR_VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,9 +78,13 @@ class Bench:
         teacher = load_teacher(options.model)
         _, self.blocks = decoder_blocks(teacher.model)
         self.tokens = options.tokens
+        wanted: tuple[tuple[int, Literal["train", "tune"]], ...] = (
+            (options.tokens, "train"),
+            (options.judge_tokens, "tune"),
+        )
         texts = [
             load_corpus(options.corpus, teacher.tokenizer, seq_len=options.seq_len, tokens=tokens, part=part).sequences
-            for tokens, part in ((options.tokens, "train"), (options.judge_tokens, "tune"))
+            for tokens, part in wanted
         ]
         self.calls: list[BlockCall] = capture_calls(teacher.model, texts[0][:1])
         self.meant = [first_inputs(teacher.model, text, BATCH) for text in texts]
