@@ -315,11 +315,6 @@ def _initialize(
             layer.round_params()
             tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
             run.check()
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise LbllmError(
-            f"{run.path}.{number}: stage 1 has no solution ({error}). The inputs of a layer are degenerate for these "
-            "texts: take more tokens (ptq.tokens), other text, or a larger ptq.damping"
-        ) from error
     except LbllmError as error:
         raise LbllmError(f"{run.path}.{number}.{error}") from error
     state = BlockState(tensors, before, 0.0, False)
