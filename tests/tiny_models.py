@@ -1,9 +1,11 @@
-"""Tiny random causal language models of many architectures, and a tokenizer, for tests: no download, built in milliseconds.
+"""Tiny random causal language models of many architectures, and a tokenizer, for tests: no download, built in
+milliseconds.
 
     model, tokenizer = tiny("gemma3")
     save_tiny(tmp_path / "teacher", "llama")
 
-The same architecture gives the same weights every time. Biases and norm weights are random too, so that a test sees when one
+The same architecture gives the same weights every time. Biases and norm weights are random too, so that a test sees
+when one
 is lost. Some row lengths are no multiple of 8 or of usual group sizes.
 """
 
