@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from lbllm.config import make_config
 from lbllm.corpora import (
-    ASSETS,
     CATALOGUE,
     CorpusEntry,
     data_dir,
@@ -333,8 +333,9 @@ def test_embedded_corpus_for_its_own_and_for_other_models() -> None:
         assert ("<|start|>assistant\n" in text) == chat
 
 
-def test_embedded_corpus_is_large_enough() -> None:
+def test_embedded_corpus_has_text_for_the_quick_preset_and_to_judge_by() -> None:
     own = load_tokenizer("smollm2-135m-instruct")
-    sizes = [load_corpus("embedded", own, seq_len=512, tokens=10**8, part=part).tokens for part in PARTS]
-    assert (ASSETS / "corpus.jsonl.gz").is_file()
-    assert sum(sizes) > 1_000_000
+    quick = make_config("quick")
+    sizes = {part: load_corpus("embedded", own, seq_len=512, tokens=10**8, part=part).tokens for part in PARTS}
+    assert sizes["train"] >= quick.tokens
+    assert min(sizes.values()) >= 4_096

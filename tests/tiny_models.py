@@ -101,7 +101,9 @@ SENTENCES: tuple[str, ...] = (
     "The train leaves at seven, and the next one leaves an hour later.",
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 
