@@ -10,9 +10,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-# Idle threads of PyTorch must not spin: with a second busy process on two cores they make decoding many times slower.
-# It has to be set before torch is imported.
+# Idle threads of PyTorch must not spin for long: with a second busy process on two cores they make decoding many times
+# slower. Not at all is too little: waking a sleeping thread for each small operation costs a third of a training step.
+# Both have to be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
     # While Python looks for the module of `python -m lbllm...` argv[0] is "-m": our own commands import what they need,

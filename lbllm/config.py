@@ -108,7 +108,7 @@ class WatConfig(_Section):
     """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
     scale."""
 
-    tokens: int = Field(24_576, gt=0)
+    tokens: int = Field(20_480, gt=0)
     epochs: int = Field(2, ge=1)
     batch_tokens: int = Field(512, gt=0)
     lr_weight: float = Field(1e-2, ge=0)
