@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
-import json
+import io
 import os
 import random
 import re
@@ -13,16 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kill_resume import hashes
+from benchmarks.kill_resume import compare, hashes
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import CorpusError, RunError
-from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped
+from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped, StepMetric
 from lbllm.runs import Request, Run, RunStore, State
 from lbllm.worker import failure_message
 from tests.tiny_models import SENTENCES, save_tiny
@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-@contextmanager
+@contextlib.contextmanager
 def another_run_at_work(store: RunStore) -> Iterator[None]:
     """The store's turn is taken, as it is while another run trains."""
     with (store.root / "worker.lock").open("ab") as turn:
@@ -161,13 +161,20 @@ def torch_out_of_memory() -> Exception:
     raise AssertionError
 
 
-MEMORY = ("memory doesn't suffice", "seq_len (512)", "wat.batch_tokens (1024)", "fewer tokens", "blocks are kept")
+QUICK = make_config("quick")
+MEMORY = (
+    "memory doesn't suffice",
+    f"seq_len ({QUICK.seq_len})",
+    f"wat.batch_tokens ({QUICK.wat.batch_tokens})",
+    "fewer tokens",
+    "blocks are kept",
+)
 DISK = ("no space left", "store/a-run", "blocks are kept", "resume")
 LIMITED_WRITERS = """
 import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from benchmarks.kill_resume import hashes
+from benchmarks.kill_resume import compare, hashes
 from lbllm.config import RunConfig
 from lbllm.worker import failure_message
 from tests.tiny_models import SENTENCES, save_tiny
@@ -283,14 +290,10 @@ def begun(store: RunStore, run: Run, kind: str) -> None:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, tiny_config: RunConfig) -> tuple[RunStore, str]:
     """A store with an uninterrupted run and one that was killed twice, and what the comparison printed."""
-    root = tmp_path_factory.mktemp("killed")
-    settings = tiny_config.model_dump(mode="json", exclude={"model", "corpus", "preset", "schema_version"})
-    command = [sys.executable, "-m", "benchmarks.kill_resume", "--kills", "2", "--root", str(root), "--seed", "1"]
-    command += ["--model", tiny_config.model, "--corpus", tiny_config.corpus, "--preset", "preview"]
-    command += [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return RunStore(root), result.stdout
+    store = RunStore(tmp_path_factory.mktemp("killed"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert compare(store, tiny_config, kills=2, seed=1), printed.getvalue()
+    return store, printed.getvalue()
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(killed: tuple[RunStore, str]) -> None:
@@ -316,27 +319,8 @@ def test_a_whole_run_tells_its_story_in_order(killed: tuple[RunStore, str], tiny
     assert told.count("block_done") == len(tiny_config.stages) * 2
 
 
-def test_a_cancelled_run_answers_at_once_and_keeps_its_events_alone(store: RunStore, tiny_config: RunConfig) -> None:
-    run = store.create(tiny_config)
-    process = store.start(run.id)
-    begun(store, run, "block_done")
-    before = store.events(run.id)
-    asked = time.time()
-    store.request(run.id, "cancel")
-    assert process.wait(20) == 0
-    assert store.get(run.id).state == "cancelled"
-    after = store.events(run.id)
-    assert after[: len(before)] == before
-    acknowledged = next(stored for stored in after if stored.event == Acknowledged(request="cancel"))
-    assert acknowledged.time - asked < 1
-    assert after[-1].event == RunStopped(request="cancel")
-    assert not (run.folder / "blocks").exists()
-    with pytest.raises(RunError, match="is cancelled and can't be resumed"):
-        store.resume(run.id)
-
-
-def test_a_stopped_run_goes_on_from_its_finished_blocks_to_the_same_bytes(
-    store: RunStore, tiny_config: RunConfig, killed: tuple[RunStore, str]
+def test_a_stopped_run_goes_on_from_its_finished_blocks_and_a_cancelled_one_never(
+    store: RunStore, tiny_config: RunConfig
 ) -> None:
     run = store.create(tiny_config)
     process = store.start(run.id)
@@ -345,43 +329,50 @@ def test_a_stopped_run_goes_on_from_its_finished_blocks_to_the_same_bytes(
     assert process.wait(20) == 0
     assert store.get(run.id).state == "stopped"
     assert any((run.folder / "blocks").iterdir())
-    seq = store.events(run.id)[-1].seq
-    assert store.resume(run.id).wait(60) == 0
-    assert store.get(run.id).state == "done"
-    started = next(stored.event for stored in store.events(run.id, seq) if isinstance(stored.event, RunStarted))
+    before = store.events(run.id)
+
+    process = store.resume(run.id)
+    wait_until(lambda: any(isinstance(stored.event, StepMetric) for stored in store.events(run.id, before[-1].seq)))
+    asked = time.time()
+    store.request(run.id, "cancel")
+    assert process.wait(20) == 0
+    assert store.get(run.id).state == "cancelled"
+    after = store.events(run.id)
+    assert after[: len(before)] == before
+    new = after[len(before) :]
+    started = next(stored.event for stored in new if isinstance(stored.event, RunStarted))
     assert started.resumed_blocks > 0
-    whole = killed[0].all()[0]
-    assert hashes(run.folder / "checkpoint") == hashes(whole.folder / "checkpoint")
+    acknowledged = next(stored for stored in new if stored.event == Acknowledged(request="cancel"))
+    assert acknowledged.time - asked < 1
+    assert after[-1].event == RunStopped(request="cancel")
+    assert not (run.folder / "blocks").exists()
+    with pytest.raises(RunError, match="is cancelled and can't be resumed"):
+        store.resume(run.id)
 
 
-def test_queued_runs_follow_one_another_and_a_killed_one_frees_its_place(
+def test_queued_runs_follow_one_another_and_one_that_is_killed_or_fails_frees_its_place(
     store: RunStore, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(tiny_config.corpus).parent)
     relative = {"model": "./teacher", "corpus": "text.txt"}
-    first, second = store.create(tiny_config.model_copy(update=relative)), store.create(tiny_config)
+    first = store.create(tiny_config.model_copy(update=relative))
+    second = store.create(tiny_config.model_copy(update={"corpus": "/nowhere/text.txt"}))
     worker = store.start(first.id)
     begun(store, first, "run_loading")
     waiting = store.start(second.id)
     begun(store, first, "run_started")
     assert store.get(second.id).state == "queued"
     worker.kill()
-    assert waiting.wait(60) == 0
+    assert waiting.wait(60) == 1
     assert store.get(first.id).state == "interrupted"
-    assert store.get(second.id).state == "done"
+    assert store.get(second.id).state == "failed"
+    last = store.events(second.id)[-1].event
+    assert isinstance(last, RunFailed)
+    assert "/nowhere/text.txt" in last.message
     # Its relative paths still begin where the run was made.
     monkeypatch.chdir(store.root)
     assert store.resume(first.id).wait(60) == 0
     assert store.get(first.id).state == "done"
-
-
-def test_a_text_that_is_missing_fails_the_run_by_name(store: RunStore, tiny_config: RunConfig) -> None:
-    run = store.create(tiny_config.model_copy(update={"corpus": "/nowhere/text.txt"}))
-    assert store.start(run.id).wait(60) == 1
-    assert store.get(run.id).state == "failed"
-    last = store.events(run.id)[-1].event
-    assert isinstance(last, RunFailed)
-    assert "/nowhere/text.txt" in last.message
 
 
 def test_a_full_disk_ends_a_run_that_can_go_on_when_there_is_room(
