@@ -9,13 +9,15 @@ c-, c+:
     L = -z s,  U = (n - z) s                             the body's edges
     s- = (L - m) / t,  s+ = (M - U) / t                  tails: L - s- j and U + s+ j, j = 1..t
 
-so every token has 2^bits values, and  x_q = s b - s- j- + s+ j+  with integers -z <= b <= n - z and 0 <= j-, j+ <=
-t: three integer
-planes, which a packed matmul can sum exactly. LBLLM gives dense body and sparse tails step sizes of their own, split
-at a
-learned knee, trained through a temperature-scaled soft mask; the exact grid is ours. Gradients: straight through for
-x inside the clipped
-range; for the steps as in LSQ (Esser et al. 2020); for the edges through the soft mask sigmoid((U - x) / tau).
+so every token has 2^bits values (t less where all of its values have one sign), and  x_q = s b - s- j- + s+ j+  with
+integers -z <= b <= n - z and 0 <= j-, j+ <= t: three integer planes, which a packed matmul can sum exactly. LBLLM gives
+dense body and sparse tails step sizes of their own, split at a learned knee, trained through a temperature-scaled soft
+mask; the exact grid is ours.
+
+Gradients: straight through for x inside the clipped range; for the body's step as in LSQ (Esser et al. 2020), which
+takes values as evenly spread over a step. A tail has few steps and thins out within each, and there LSQ's residual
+shrinks the body far below its best size; so a value in a tail, or beyond, moves with its grid, its code held. For the
+edges also through the soft mask sigmoid((U - x) / tau).
 """
 
 from __future__ import annotations
@@ -102,25 +104,18 @@ class _FakeQuant(torch.autograd.Function):
         bits, tail, tau = ctx.settings
         steps = 2**bits - 1 - 2 * tail
         lower, upper = -zero * body, (steps - zero) * body
-        if not tail:
+        if tail:
+            # The largest value of an unclipped token is the range's end: inside, whichever way that end was rounded.
+            bottom, top = lower - tail * low, upper + tail * high
+            slack = 1e-5 * (top - bottom)
+            inside, dense = (x >= bottom - slack) & (x <= top + slack), (x >= lower) & (x <= upper)
+        else:
             # The rounded zero point moves the range by up to half a step; its ends are inside all the same.
-            inside = (x >= lower - body / 2) & (x <= upper + body / 2)
-            grad_body = (grad * torch.where(inside, in_body - x / body, in_body)).sum(-1, keepdim=True)
-            return grad * inside, grad_body, None, None, None, None, None, None
-        bottom, top = lower - tail * low, upper + tail * high
-        above, below = x > upper, x < lower
-        # The largest value of an unclipped token is the range's end: inside, whichever way that end was rounded.
-        slack = 1e-5 * (top - bottom)
-        inside = (x >= bottom - slack) & (x <= top + slack)
-        # Residuals of the rounding, in steps: what a larger step adds to a value (LSQ). A clipped value moves with
-        # its edge.
-        residual = torch.where(above | below, torch.zeros_like(x), in_body - x / body)
-        residual = torch.where(above & ~inside, steps - zero, torch.where(below & ~inside, -zero, residual))
-        grad_body = grad * residual
-        high_part = torch.where(inside, in_high - (x - upper) / high.clamp_min(1e-12), in_high)
-        low_part = torch.where(inside, in_low - (lower - x) / low.clamp_min(1e-12), in_low)
-        grad_high = (grad * above * high_part).sum(-1, keepdim=True)
-        grad_low = (grad * below * low_part).neg_().sum(-1, keepdim=True)
+            inside = dense = (x >= lower - body / 2) & (x <= upper + body / 2)
+        grad_body = grad * torch.where(dense, in_body - x / body, in_body)
+        if not tail:
+            return grad * inside, grad_body.sum(-1, keepdim=True), None, None, None, None, None, None
+        grad_low, grad_high = -(grad * in_low).sum(-1, keepdim=True), (grad * in_high).sum(-1, keepdim=True)
         # The soft mask: moving an edge hands values near it from the tail's grid to the body's.
         width = tau * body
         for edge, ratio, step, sign in ((upper, steps - zero, high, 1.0), (lower, -zero, low, -1.0)):

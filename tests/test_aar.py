@@ -45,6 +45,7 @@ def quantizer_with(bits: int, tail: int, knee: float, clip: float) -> ActQuantiz
     return quantizer
 
 
+@torch.no_grad()
 def output_error(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
     """Mean over the tokens of ||W (q(x) - x)||^2 / ||W x||^2, token by token in float64."""
     errors = []

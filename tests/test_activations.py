@@ -180,7 +180,7 @@ def test_computes_in_float32_and_returns_the_inputs_dtype() -> None:
 
 
 def reference(x: Tensor, act: Tensor, bits: int, tail: int, temperature: float) -> Tensor:
-    """The quantizer as a plain differentiable program: LSQ's rule for every region, and the soft mask at the edges.
+    """The quantizer as a plain differentiable program: LSQ in the body, codes held in the tails, soft mask.
 
     LSQ: v = x / s is rounded straight through inside the range and constant outside it.
     """
@@ -200,8 +200,8 @@ def reference(x: Tensor, act: Tensor, bits: int, tail: int, temperature: float) 
     lower, upper = -z * s, (n - z) * s
     low, high = (lower - bottom) / tail, (top - upper) / tail
     in_body = s * through(x / s, -z, n - z)
-    in_high = upper + high * through((x - upper) / high, 0.0, float(tail))
-    in_low = lower - low * through((lower - x) / low, 0.0, float(tail))
+    in_high = upper + high * ((x - upper) / high).round().clamp(0, tail).detach() + (x - x.detach()) * (x <= top)
+    in_low = lower - low * ((lower - x) / low).round().clamp(0, tail).detach() + (x - x.detach()) * (x >= bottom)
     value = torch.where(x > upper, in_high, torch.where(x < lower, in_low, in_body))
     for mask, edge, step, in_tail in (
         (torch.sigmoid((upper - x.detach()) / (temperature * s.detach())), upper, high, in_high),
@@ -271,7 +271,7 @@ def test_training_finds_a_good_knee() -> None:
             quantizer.bound()
         trained = float((quantizer(x) - x).square().mean().detach())
         assert trained < error(start)
-        assert trained < 1.3 * best
+        assert trained < 1.1 * best
 
 
 def test_bound_brings_parameters_back_into_their_ranges() -> None:
