@@ -14,6 +14,7 @@ each of its columns moves to the level nearest to its optimum given all others.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +86,11 @@ def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: Pt
     # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
     target = weight.t().contiguous()
     latent, value = target.clone(), torch.empty_like(target)
-    levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in spans]
-    for _ in range(config.sweeps):
-        for number, span in enumerate(spans):
-            levels[number] = _descend(target, latent, value, levels[number], span, hessian)
+    with one_thread():
+        levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in spans]
+        for _ in range(config.sweeps):
+            for number, span in enumerate(spans):
+                levels[number] = _descend(target, latent, value, levels[number], span, hessian)
 
     residual = target - value
     return Binarized(
@@ -97,6 +99,19 @@ def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: Pt
         error=(hessian @ residual).mul_(residual).sum(0),
         energy=(hessian @ target).mul_(target).sum(0),
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch's CPU operations on the calling thread. Thousands of small ones gain nothing from a second thread,
+    and on a busy machine each would wait for it to be scheduled: a stage took four times as long beside one busy
+    process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Columns:
