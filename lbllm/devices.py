@@ -11,15 +11,22 @@ from accelerate.state import AcceleratorState
 from lbllm.errors import ConfigError
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1) -> float:
-    """FLOP a second of a square matrix product on the CPU, the best of the repetitions that fit in ``seconds``."""
-    left, right = torch.randn(2, size, size).to(dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    torch.mm(left, right)
-    while time.perf_counter() < end:
+def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place: str = "cpu") -> float:
+    """FLOP a second of a square matrix product, the best of the repetitions that fit in ``seconds`` after one to
+    warm up."""
+    left, right = torch.randn(2, size, size, device=place).to(dtype)
+
+    def product() -> float:
         began = time.perf_counter()
         torch.mm(left, right)
-        best = min(best, time.perf_counter() - began)
+        if place == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    product()
+    best, end = product(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, product())
     return 2 * size**3 / best
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lbllm import devices
 from lbllm.binarize import LEVELS, group_length
 from lbllm.blocks import check_supported, linear_weight
 from lbllm.config import LayerFormat, RunConfig, Stage
@@ -146,24 +146,8 @@ def matmul_rate(device: str = "auto") -> float:
     """FLOPs a second of a large matrix product, in the faster of float32 and bfloat16; takes about 0.2 s."""
     place = "cuda" if _uses_gpu(device) else "cpu"
     # bfloat16 can be a hundred times slower than float32 where the processor lacks it: small products decide.
-    dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: _rate(256, dtype, place, 0.02))
-    return _rate(4096 if place == "cuda" else 1024, dtype, place, 0.12)
-
-
-def _rate(size: int, dtype: torch.dtype, place: str, seconds: float) -> float:
-    """FLOPs a second of (size, size) products, the best of those that fit in ``seconds`` after one to warm up."""
-    left, right = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
-    best, end = math.inf, math.inf
-    while best == math.inf or time.perf_counter() < end:
-        began = time.perf_counter()
-        torch.mm(left, right)
-        if place == "cuda":
-            torch.cuda.synchronize()
-        if end == math.inf:
-            end = time.perf_counter() + seconds
-        else:
-            best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: devices.matmul_rate(dtype, 256, 0.02, place))
+    return devices.matmul_rate(dtype, 4096 if place == "cuda" else 1024, 0.12, place)
 
 
 def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
