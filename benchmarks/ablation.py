@@ -4,10 +4,9 @@
     python -m benchmarks.ablation --block 14 --corpus wikipedia --stages wat
 
 The blocks before ``--block`` stay dense but for the ``--before`` nearest ones, which stage 1 binarizes, so that the
-block in question
-gets the inputs it would get in a run. Printed: the block's relative output error (mean over tokens of ||teacher -
-student||^2 /
-||teacher||^2) on the calibration text and on the corpus' tune part, which nothing is trained on.
+block in question gets the inputs it would get in a run. Printed: the block's relative output error (mean over tokens
+of ||teacher - student||^2 / ||teacher||^2) on the calibration text and on the corpus' tune part, which nothing is
+trained on.
 """
 
 from __future__ import annotations

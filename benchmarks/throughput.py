@@ -4,12 +4,10 @@
     python -m benchmarks.throughput --model smollm2-135m-instruct --block 5 --steps 20
 
 A token of a block costs 8 FLOPs a weight: teacher forward 2, student forward 2, backward 4. What the matmul rate
-allows is
-that rate over 8 times the block's weights; the matmul rate is measured on the products of this very block (forward
-and both
-backward products of every linear layer at the batch's size), in the precision the run would use. Printed: tokens a
-second and
-block, the share of what is allowed, and where the time of a step goes (self time by operator, from PyTorch's profiler).
+allows is that rate over 8 times the block's weights; the matmul rate is measured on the products of this very block
+(forward and both backward products of every linear layer at the batch's size), in the precision the run would use.
+Printed: tokens a second and block, the share of what is allowed, and where the time of a step goes (self time by
+operator, from PyTorch's profiler).
 """
 
 from __future__ import annotations

@@ -6,13 +6,11 @@ Equation (LBLLM, Song et al. 2026), for each group of ``group_size`` weights alo
 
 so a group has the four free levels mu_0 -+ alpha_0 and mu_1 -+ alpha_1. Here the levels are kept in ascending order
 l_0 <= l_1 <= l_2 <= l_3, and the outer pair (l_0, l_3) is the one with G = 1: the bitmap then marks the weights of
-large magnitude and
-B is their sign. W1 (sign only) is the same with two levels, mu -+ alpha, and no bitmap.
+large magnitude and B is their sign. W1 (sign only) is the same with two levels, mu -+ alpha, and no bitmap.
 
-Shapes: a weight (out, in) is viewed as groups (out, n, g), n = ceil(in / g), the last group padded with zeros.
-Levels are
-(out, n, K) with K = 4 or 2, group parameters (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1. A level index is
-uint8.
+Shapes: a weight (out, in) is viewed as groups (out, n, g), n = ceil(in / g), the last group padded with zeros. Levels
+are (out, n, K) with K = 4 or 2, group parameters (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1. A level index
+is uint8.
 """
 
 from __future__ import annotations
@@ -65,9 +63,8 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
     """Importance-weighted EM on each group: ascending levels (out, n, count) that locally minimize sum_j h_j (w_j -
     l)^2.
 
-    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level.
-    Padding has
-    importance zero. ``importance`` broadcasts against ``groups``.
+    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level. Padding
+    has importance zero. ``importance`` broadcasts against ``groups``.
     """
     weight = importance.expand_as(groups)
     total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)

@@ -54,8 +54,7 @@ class QuantConfig(_Section):
 
     ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
     shorter. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
-    matching
-    patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
+    matching patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
     """
 
     format: Format = "w1+1"

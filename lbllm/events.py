@@ -1,8 +1,7 @@
 """What a run tells the world. The pipeline yields these; the worker stores them; every reader replays them in order.
 
 An event is a small frozen pydantic model with a ``kind``. The store adds ``seq`` (1, 2, ... in a run, no gaps) and
-``time``
-(seconds since the epoch) to each.
+``time`` (seconds since the epoch) to each.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """LBLLM checkpoints in transformers: a registered quantizer, so that from_pretrained and save_pretrained just work.
 
 A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors, tokenizer. Importing
-``lbllm`` registers
-the method. Without it transformers would only warn of an unknown method and load wrong weights, so two things stop
-it: the packed
-tensors carry the name ``weight`` with a shape no dense layer has, and config.json names a weights file that does not
-exist
-and whose name says what to do; with lbllm registered that name is put aside before files are looked for.
+``lbllm`` registers the method. Without it transformers would only warn of an unknown method and load wrong weights,
+so two things stop it: the packed tensors carry the name ``weight`` with a shape no dense layer has, and config.json
+names a weights file that does not exist and whose name says what to do; with lbllm registered that name is put aside
+before files are looked for.
 
 config.json also holds two hashes, so that ``load`` refuses tensors or a format that are not the ones that were saved
 together.
@@ -220,8 +218,7 @@ def load(
     """Load a packed checkpoint folder and its tokenizer; fails closed.
 
     Raises CheckpointError where the folder is no LBLLM checkpoint, of another version, or where any tensor is
-    missing, of
-    another shape, or not what was saved.
+    missing, of another shape, or not what was saved.
     """
     folder = Path(folder)
     _check_files(folder)

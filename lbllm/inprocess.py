@@ -31,10 +31,9 @@ def quantize(
     """Binarize a loaded model and return the packed one, in the same dtype; the given model stays as it is.
 
     ``sequences``: token ids (n, T) to calibrate and train on, in the place of the configured corpus. ``out``: a
-    folder that keeps the
-    state of every block and, in ``out/checkpoint``, the result; a second call with the same folder goes on where the
-    first one ended. The model of ``config`` is not used. Raises LbllmError for settings, texts or models that can't
-    work.
+    folder that keeps the state of every block and, in ``out/checkpoint``, the result; a second call with the same
+    folder goes on where the first one ended. The model of ``config`` is not used. Raises LbllmError for settings,
+    texts or models that can't work.
     """
     config = (config or RunConfig()).model_copy(update={"model": model.name_or_path or type(model).__name__})
     teacher = Teacher(config.model, _teacher(model), tokenizer, str(model.dtype).removeprefix("torch."), "not stated")

@@ -61,8 +61,8 @@ class BinaryLinear(nn.Module):
     """A linear layer in training: fake-quantized weight, and in stage 3 a fake-quantized input.
 
     ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (B and G follow from ``latent``
-    (out, in)), ``relaxed``
-    (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3 and after loading).
+    (out, in)), ``relaxed`` (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3
+    and after loading).
     """
 
     def __init__(self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Bit planes and 8-bit group parameters as they lie in a checkpoint, with exact inverses.
 
 A plane of booleans (out, in) becomes bytes (out, ceil(in / 8)): input column j of a row is bit j % 8, counted from
-the least
-significant, of byte j // 8. Bits past the end of a row are zero. The planes of a layer are stacked:
+the least significant, of byte j // 8. Bits past the end of a row are zero. The planes of a layer are stacked:
 
     weight uint8 (out, 2, ceil(in / 8))        plane 0: B (1 stands for +1), plane 1: G;  W1 has plane 0 alone
     params float16 (out, n, K)                 alpha_0, mu_0[, alpha_1, mu_1] of each of the n groups of a row

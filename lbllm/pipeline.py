@@ -1,9 +1,8 @@
 """The stages in order over all decoder blocks, as an iterator of events; the state of every finished block is on disk.
 
 A run can be ended at any moment and continued: finished blocks are read back, their outputs are computed again from
-their saved
-states, and the random order of the training texts depends on seed, stage and block alone. So a continued run ends
-with the same bytes as an uninterrupted one (on a CPU with the same number of threads).
+their saved states, and the random order of the training texts depends on seed, stage and block alone. So a continued
+run ends with the same bytes as an uninterrupted one (on a CPU with the same number of threads).
 """
 
 from __future__ import annotations
@@ -162,8 +161,7 @@ def run(
     """Run all stages of ``config`` with ``folder`` for state and result; yields events.
 
     Continues from the blocks that ``folder`` has. ``request`` is asked at every step; once it answers, RunStopped is
-    yielded and the
-    iterator ends with all finished blocks kept. Raises LbllmError for what a user can mend. Result:
+    yielded and the iterator ends with all finished blocks kept. Raises LbllmError for what a user can mend. Result:
     ``folder/checkpoint``.
     """
     began = time.perf_counter()

@@ -4,10 +4,9 @@
 
 A language model's own samples are the text whose distribution the student has to match, they need no download and no
 foreign licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat
-template: a
-seed question, the teacher's answer, then the teacher also writes the next user turn (Magpie, Xu et al. 2024). The other
-half are documents that continue a short opening. Rows advance in lock step and have the same length, so that nothing
-is padded: a row that ends a turn or a document goes on with forced template or seed tokens.
+template: a seed question, the teacher's answer, then the teacher also writes the next user turn (Magpie, Xu et al.
+2024). The other half are documents that continue a short opening. Rows advance in lock step and have the same length,
+so that nothing is padded: a row that ends a turn or a document goes on with forced template or seed tokens.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ milliseconds.
     save_tiny(tmp_path / "teacher", "llama")
 
 The same architecture gives the same weights every time. Biases and norm weights are random too, so that a test sees
-when one
-is lost. Some row lengths are no multiple of 8 or of usual group sizes.
+when one is lost. Some row lengths are no multiple of 8 or of usual group sizes.
 """
 
 from __future__ import annotations

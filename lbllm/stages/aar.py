@@ -1,9 +1,8 @@
 """Stage 3, activation-aware refinement: 4-bit activations and KV cache with the bits of the weights fixed.
 
 Latent weights and bitmap are frozen; trained are the group parameters (alpha, mu) and each input's knee and clips,
-block by
-block against the full-precision teacher, with quantized activations inside the block and in the stream that enters it.
-The knee starts from a search: without a good first knee 4-bit activations destroy the block.
+block by block against the full-precision teacher, with quantized activations inside the block and in the stream that
+enters it. The knee starts from a search: without a good first knee 4-bit activations destroy the block.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """Stage 1, PTQ initialization of one linear layer: Hessian-weighted EM, error compensation, coordinate descent.
 
 The objective is the layer's output error tr((W - Q) H (W - Q)^T), H = X^T X over the calibration tokens. Group by
-group along the
-input dimension the levels are fitted by importance-weighted EM, then the columns are assigned one by one and the
-remaining
-columns absorb each column's error (GPTQ, Frantar et al. 2023, as LBLLM and its predecessor BWA use it). After that,
-sweeps of
-coordinate descent on the same objective: the levels of a group are refitted by least squares under the full Hessian,
-then
-each of its columns moves to the level nearest to its optimum given all others.
+group along the input dimension the levels are fitted by importance-weighted EM, then the columns are assigned one by
+one and the remaining columns absorb each column's error (GPTQ, Frantar et al. 2023, as LBLLM and its predecessor BWA
+use it). After that, sweeps of coordinate descent on the same objective: the levels of a group are refitted by least
+squares under the full Hessian, then each of its columns moves to the level nearest to its optimum given all others.
 """
 
 from __future__ import annotations
@@ -39,8 +35,8 @@ from lbllm.layers import BinaryLinear
 @dataclass
 class Binarized:
     """A layer after stage 1. ``latent`` (out, in): the compensated weights, whose nearest levels are the result;
-    ``levels``
-    (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each row."""
+    ``levels`` (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each
+    row."""
 
     latent: Tensor
     levels: Tensor
@@ -193,10 +189,8 @@ def ptq_block(
     """Binarize a block's layers in their order of use; later layers see what the earlier ones have become.
 
     ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is what
-    earlier, already
-    binarized blocks deliver, ``teacher_inputs`` what the teacher's own deliver; ``formats`` names the layers to
-    binarize. Yields
-    each layer's name and result.
+    earlier, already binarized blocks deliver, ``teacher_inputs`` what the teacher's own deliver; ``formats`` names
+    the layers to binarize. Yields each layer's name and result.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
         for fmt in sorted({formats[name] for name in sharing if name in formats}, key=str):
@@ -245,8 +239,7 @@ def align(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> 
     """The dense weight (out, in) that comes nearest to the teacher's outputs on the student's inputs: W + W D H^-1.
 
     It is the least-squares solution of X W'^T = X_teacher W^T (the asymmetric calibration of GPTAQ, Li et al. 2025,
-    in closed form),
-    damped towards W, so that a layer also undoes what earlier layers have shifted.
+    in closed form), damped towards W, so that a layer also undoes what earlier layers have shifted.
     """
     if not config.align:
         return weight.to(hessian.dtype)

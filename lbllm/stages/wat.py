@@ -1,11 +1,9 @@
 """Stage 2, weight-aware training: one binarized block learns to give the full-precision block's output.
 
 Activations stay in full precision. The block's input is what the earlier, already binarized blocks deliver, its
-target the teacher
-block's output on the teacher's own stream, so later blocks absorb earlier error (LBLLM; the same chain as
-EfficientQAT's Block-AP).
-Latent weights start from stage 1's compensated values; trained jointly with them are the group parameters and, in the
-relaxed form, the bitmap G_fp.
+target the teacher block's output on the teacher's own stream, so later blocks absorb earlier error (LBLLM; the same
+chain as EfficientQAT's Block-AP). Latent weights start from stage 1's compensated values; trained jointly with them
+are the group parameters and, in the relaxed form, the bitmap G_fp.
 """
 
 from __future__ import annotations
@@ -40,9 +38,8 @@ def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tenso
     """The reconstruction loss of outputs (..., hidden), a scalar.
 
     ``mse``: the paper's squared error. ``relative``: each token's squared error over the larger of the two squared
-    norms, averaged.
-    Massive-activation tokens, with norms hundreds of times the rest, then weigh as much as any other, and a token
-    whose massive activation appears in one stream only is bounded by 4.
+    norms, averaged. Massive-activation tokens, with norms hundreds of times the rest, then weigh as much as any
+    other, and a token whose massive activation appears in one stream only is bounded by 4.
     """
     output, target = output.float(), target.float()
     error = (output - target).square().sum(-1)
