@@ -195,15 +195,16 @@ def layer_inputs(
         box.append(args[0])
         raise _Captured
 
-    handle = block.get_submodule(layer).register_forward_pre_hook(keep)
-    try:
-        for part in hidden.split(batch):
-            try:
-                run_block(block, part, call, cache)
-            except _Captured:
-                yield box.pop().flatten(0, -2)
-    finally:
-        handle.remove()
+    for part in hidden.split(batch):
+        # Not hooked between batches: whoever reads them may run the block meanwhile.
+        handle = block.get_submodule(layer).register_forward_pre_hook(keep)
+        try:
+            run_block(block, part, call, cache)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        yield box.pop().flatten(0, -2)
 
 
 def share_copy(module: nn.Module) -> Any:

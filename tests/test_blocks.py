@@ -134,6 +134,18 @@ def test_the_training_cache_takes_the_place_of_a_real_one(architecture: str) -> 
     assert errors[0] < errors[1] < 0.5
 
 
+@torch.no_grad()
+def test_the_block_can_be_used_while_a_layers_inputs_are_read() -> None:
+    model, _ = tiny("llama")
+    block = decoder_blocks(model)[1][0]
+    sequences = tokens(3, 8)
+    hidden, call = first_inputs(model, sequences, 3), capture_calls(model, sequences[:1])[0]
+    one, other = (layer_inputs(block, "mlp.down_proj", hidden, call, 1) for _ in range(2))
+    for first, second in zip(one, other, strict=True):
+        assert torch.equal(first, second)
+        assert run_block(block, hidden, call).shape == hidden.shape
+
+
 def test_conv1d_is_a_linear_layer_stored_transposed() -> None:
     model, _ = tiny("gpt2")
     layer = linear_layers(decoder_blocks(model)[1][0])["attn.c_attn"]

@@ -190,7 +190,7 @@ def test_thawing_and_freezing_without_training_changes_nothing_but_the_bitmaps_s
     before = layer.weight().detach().clone()
     layer.thaw(before, mode)  # type: ignore[arg-type]
     softness = 0.0 if mode == "coupled" else 0.2 * float(before.abs().max())
-    assert float((layer.weight() - before).abs().max()) <= softness + 1e-6
+    assert float((layer.weight().detach() - before).abs().max()) <= softness + 1e-6
     layer.freeze()
     assert layer.mode == "frozen"
     torch.testing.assert_close(layer.weight().detach(), before)
