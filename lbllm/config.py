@@ -114,7 +114,7 @@ class WatConfig(_Section):
     lr_levels: float = Field(5e-3, ge=0)
     lr_bitmap: float = Field(1e-2, ge=0)
     bitmap: Literal["coupled", "relaxed"] = "coupled"
-    reg_weight: float = Field(1e-2, ge=0, description="lambda of the paper's bitmap polarization")
+    reg_weight: float = Field(30.0, ge=0, description="lambda of the paper's bitmap polarization")
     loss: Literal["relative", "mse"] = "relative"
     grad_clip: float = Field(0.3, gt=0)
 
