@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.kill_resume import hashes
-from lbllm import pipeline
+from lbllm import load, pipeline
+from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.config import STAGES, RunConfig
 from lbllm.corpora import Corpus, sequences_hash
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
@@ -389,3 +390,17 @@ def test_the_result_depends_on_the_seed_and_on_nothing_else(
     other: RunConfig = run_config(seed=1)
     run_tiny(other, tmp_path / "other", teacher)
     assert hashes(tmp_path / "other" / "checkpoint") != hashes(whole[0] / "checkpoint")
+
+
+def test_a_block_that_is_skipped_whole_stays_dense_through_all_stages(teacher: Teacher, tmp_path: Path) -> None:
+    path, blocks = decoder_blocks(teacher.model)
+    config = run_config(quant={"skip": (f"{path}.1.*",)})
+    events = run_tiny(config, tmp_path, teacher)
+    assert isinstance(events[-1], RunDone)
+    steps = {event.block for event in events if isinstance(event, StepMetric)}
+    assert steps == set(range(len(blocks))) - {1}
+    model, _ = load(tmp_path / "checkpoint")
+    kept = linear_layers(model.get_submodule(f"{path}.1"))
+    assert kept
+    for name, layer in linear_layers(blocks[1]).items():
+        assert torch.equal(linear_weight(kept[name]), linear_weight(layer).bfloat16().float())

@@ -96,6 +96,8 @@ def distill(
 
     Ends early after yielding a step whose loss is not finite; that step is not applied.
     """
+    if not groups:
+        return  # a block that stays dense has nothing to train
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, foreach=True)
     base = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
