@@ -7,12 +7,8 @@ The engine, and torch with it, is imported inside the commands that need it, so 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-
-# Before torch is imported: idle OpenMP threads that spin take a busy machine's cores from the threads that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 

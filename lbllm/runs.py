@@ -275,11 +275,7 @@ class RunStore:
         folder = self.root / run_id
         package = Path(__file__).resolve().parent.parent
         paths = [str(package), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            # Read when the OpenMP runtime is loaded: idle threads that spin take the cores from those that work.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        }
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         # The worker inherits the locked file, so that there is no moment in which the run seems to have no worker.
         with self.enqueue(run_id, verb, allowed) as lock, (folder / "worker.log").open("ab") as log:
             process = subprocess.Popen(

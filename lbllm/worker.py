@@ -24,9 +24,6 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-# Before torch is imported: idle OpenMP threads that spin take a busy machine's cores from the threads that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError
 from lbllm.events import Acknowledged, Event, RunDone, RunFailed, RunLoading, RunStopped
