@@ -1,6 +1,7 @@
-# make run   binarize the embedded model, print the perplexity table, let teacher and student answer a prompt
+# make run   open the workbench in the browser
+# make demo  binarize the embedded model, print the perplexity table, let teacher and student answer a prompt
 # make test  ruff, mypy, pytest
-# Both create .venv and install what is pinned in requirements*.txt, once.
+# All create .venv and install what is pinned in requirements*.txt, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -15,10 +16,13 @@ export LBLLM_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: run test lint format clean
+.PHONY: run demo test lint format clean
 .DELETE_ON_ERROR:
 
 run: .venv/installed
+	$(BIN)/python -m lbllm ui
+
+demo: .venv/installed
 	$(BIN)/python -m lbllm demo --out $(OUT)
 
 test: lint

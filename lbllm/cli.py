@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from lbllm.attended import StoppedByUser
-from lbllm.commands import catalogues, chatting, measuring, stored_runs, training
+from lbllm.commands import catalogues, chatting, measuring, stored_runs, training, workbench
 from lbllm.commands.output import notices, plain, print_json
 from lbllm.errors import LbllmError
 
@@ -35,6 +35,7 @@ def build() -> typer.Typer:
         measuring.table,
         chatting.chat,
         catalogues.models,
+        workbench.ui,
     ):
         app.command()(command)
 

@@ -1,0 +1,5 @@
+"""The page compare; its content follows."""
+
+import streamlit as st
+
+st.header("Compare")

@@ -1,0 +1,5 @@
+"""The page quantize; its content follows."""
+
+import streamlit as st
+
+st.header("Quantize")

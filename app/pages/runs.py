@@ -1,0 +1,5 @@
+"""The page runs; its content follows."""
+
+import streamlit as st
+
+st.header("Runs")

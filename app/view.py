@@ -1,0 +1,125 @@
+"""What all pages share: colours, numbers as people read them, the run store, and a guard that shows errors as messages.
+
+The colours are those of Okabe and Ito, which colour-blind eyes tell apart; each is legible on light and dark.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import streamlit as st
+
+from lbllm.errors import LbllmError
+from lbllm.models import home
+from lbllm.runs import RunStore
+
+ROOT = Path(__file__).resolve().parent.parent
+THEME = ROOT / "assets" / "theme"
+
+COLOURS: dict[str, str] = {
+    "teacher": "#5B6B7B",
+    "student": "#0072B2",
+    "ptq": "#E69F00",
+    "wat": "#0072B2",
+    "aar": "#009E73",
+    "bad": "#D55E00",
+    "bits": "#0072B2",
+    "bitmap": "#56B4E9",
+    "parameters": "#E69F00",
+    "embeddings": "#8796A5",
+    "output head": "#CC79A7",
+    "other": "#5B6B7B",
+}
+
+
+def size_text(size: float) -> str:
+    """Bytes in decimal units: 40.2 MB."""
+    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if size >= factor:
+            return f"{size / factor:.{digits}f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as 42 s, 6:10 (minutes and seconds), 2 h 05 min or 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def count_text(count: float) -> str:
+    """A count in three digits: 106M, 1.71B, 8.2k."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def number_text(value: float) -> str:
+    """A measured number in three or four digits: 1,234, 80.2, 3.00, 0.0123."""
+    if not abs(value) < float("inf"):
+        return "not a number" if value != value else "infinite"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def plain(text: str) -> str:
+    """Text that somebody else wrote, with every character that Markdown would act on made harmless."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&])", r"\\\1", text)
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Round a page's or fragment's body: an error becomes a message on the page, never a traceback.
+
+    What nobody foresaw goes to a log file, which the message names.
+    """
+    try:
+        yield
+    except LbllmError as error:
+        st.error(plain(str(error)))
+    except Exception as error:
+        file = home() / "workbench.log"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as log:
+                log.write(time.strftime("%Y-%m-%d %H:%M:%S\n") + traceback.format_exc() + "\n")
+            where = f"The details are in {file}."
+        except OSError:
+            where = f"The details could not be written to {file}."
+        st.error(
+            plain(f"This page met an error that it did not expect ({type(error).__name__}: {error}). {where} ")
+            + "Reload the page to go on; runs are not affected."
+        )
+
+
+@st.cache_resource
+def _store(root: Path) -> RunStore:
+    return RunStore(root)
+
+
+def store() -> RunStore:
+    """The run store, opened once in this process. Raises RunError, ResourceError."""
+    return _store(home() / "runs")
+
+
+def checkpoints(store: RunStore) -> dict[str, Path]:
+    """Packed checkpoints to talk to, by a label for pickers: the one that comes with the program, then the finished
+    runs', newest first."""
+    found = {}
+    for run in reversed(store.all()):
+        folder = run.folder / "checkpoint"
+        if run.state == "done" and (folder / "config.json").is_file():
+            found[f"{run.name} ({run.id})"] = folder
+    return found

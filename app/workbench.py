@@ -1,0 +1,20 @@
+"""The workbench's entry: pages, navigation, title. ``python -m lbllm ui`` starts the server that runs it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app.view import THEME, guard
+
+st.set_page_config(page_title="LBLLM Workbench", layout="wide", initial_sidebar_state="collapsed")
+st.logo(str(THEME / "logo.svg"), size="medium")
+page = st.navigation(
+    [
+        st.Page("pages/compare.py", title="Compare", url_path="compare", default=True),
+        st.Page("pages/quantize.py", title="Quantize", url_path="quantize"),
+        st.Page("pages/runs.py", title="Runs", url_path="runs"),
+    ],
+    position="top",
+)
+with guard():
+    page.run()
