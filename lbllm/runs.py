@@ -194,10 +194,15 @@ class RunStore:
             raise RunError(f"no run {run_id!r} in {self.root}") from None
         return stored
 
-    def events(self, run_id: str, after_seq: int = 0) -> list[Stored]:
-        """The run's events with a ``seq`` greater than ``after_seq``, in order. Raises RunError for an unknown run."""
-        query = "SELECT seq, time, body FROM events WHERE run_id = ? AND seq > ? ORDER BY seq"
-        rows = self._query(query, run_id, after_seq)
+    def events(self, run_id: str, after_seq: int = 0, kinds: tuple[str, ...] = ()) -> list[Stored]:
+        """The run's events with a ``seq`` greater than ``after_seq``, in order; ``kinds``: of these alone, if any.
+
+        Raises RunError for an unknown run.
+        """
+        query = "SELECT seq, time, body FROM events WHERE run_id = ? AND seq > ?"
+        if kinds:
+            query += f" AND kind IN ({', '.join('?' * len(kinds))})"
+        rows = self._query(f"{query} ORDER BY seq", run_id, after_seq, *kinds)
         if not rows and not self._query("SELECT 1 FROM runs WHERE id = ?", run_id):
             raise RunError(f"no run {run_id!r} in {self.root}")
         return [Stored(seq=seq, time=moment, event=EVENT.validate_json(body)) for seq, moment, body in rows]
