@@ -146,7 +146,8 @@ class BinaryLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
 
-    This is the PyTorch reference path: it expands the layer's weight for one call and drops it.
+    This is the PyTorch reference path: it expands the layer's weight for one call and drops it, unless ``keep_dense``
+    was called.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class PackedLinear(nn.Module):
         self.quantizer: ActQuantizer | None = None
         if fmt.act_bits < 16:
             self.quantizer = ActQuantizer(fmt.act_bits, tail).requires_grad_(False)
+        self.dense: Tensor | None = None
         self.weight: Tensor
         self.params: Tensor
         self.params_scale: Tensor | None
@@ -200,12 +202,18 @@ class PackedLinear(nn.Module):
         levels = params_to_levels(decode_params(self.params, self.params_scale))
         return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
 
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Expand the weight once for all later passes: the same output sooner, for 16 to 32 bits a weight of
+        memory."""
+        self.dense = self.dequantize().to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if self.quantizer is not None:
             x = self.quantizer(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dequantize().to(x.dtype), bias)
+        weight = self.dequantize() if self.dense is None else self.dense
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """The shape and the format."""
