@@ -1,0 +1,137 @@
+"""A real workbench server and a real browser: ``server`` (one a module, with a home of its own) and ``page``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from lbllm.models import home
+from lbllm.runs import RunStore
+
+ROOT = Path(__file__).parent.parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until the condition holds; an AssertionError after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """The workbench as ``python -m lbllm ui`` starts it, over a home folder of its own."""
+
+    home: Path
+    port: int = field(default_factory=_free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(self.home / "runs")
+
+    def url(self, path: str = "") -> str:
+        return f"http://localhost:{self.port}/{path}"
+
+    def start(self) -> None:
+        """Start it; returns when it answers."""
+        command = [sys.executable, "-m", "lbllm", "ui", "--port", str(self.port), "--no-browser"]
+        environment = os.environ | {"LBLLM_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
+        with (self.home / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.home / "server.log").read_text()
+        try:
+            with urllib.request.urlopen(self.url("_stcore/health"), timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does, or at once where that takes too long."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running workbench without runs. The embedded model is converted once, in the usual home."""
+    folder = tmp_path_factory.mktemp("home")
+    models = home() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models)
+    server = Server(folder)
+    server.start()
+    yield server
+    for run in server.store.all():
+        if run.state in ("queued", "running"):
+            server.store.request(run.id, "cancel")
+    server.stop()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A fresh profile. Fails the test where a page threw an error or asked any other machine for something."""
+    context = browser.new_context(viewport={"width": 1280, "height": 720})
+    context.set_default_timeout(30_000)
+    faults: list[str] = []
+    context.on("weberror", lambda error: faults.append(str(error.error)))
+
+    def asked(url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https", "ws", "wss") and parts.hostname not in ("localhost", "127.0.0.1"):
+            faults.append(f"asked {url}")
+
+    context.on("request", lambda request: asked(request.url))
+    yield context
+    context.close()
+    assert not faults, faults
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    """A blank tab of 1280x720; go to ``server.url("runs")`` and the like."""
+    return context.new_page()
