@@ -14,6 +14,7 @@ from lbllm.activations import ActQuantizer
 from lbllm.binarize import (
     LEVELS,
     assign,
+    fixed_level,
     from_groups,
     group_length,
     index_to_planes,
@@ -40,21 +41,6 @@ def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
     planes = out_features * -(-in_features // 8) * 8 * (count // 2)
     scales = out_features * count * 2 * 16 if fmt.param_bits == 8 else 0
     return planes + out_features * groups * count * fmt.param_bits + scales
-
-
-class _FrozenLevels(torch.autograd.Function):
-    """Weights of fixed level indices; gradient for the levels alone."""
-
-    @staticmethod
-    def forward(ctx: Any, levels: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.count = levels.shape[-1]
-        return take_levels(levels, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), (index,) = grads, ctx.saved_tensors
-        return torch.stack([(grad * (index == k)).sum(-1) for k in range(ctx.count)], -1), None
 
 
 class BinaryLinear(nn.Module):
@@ -126,8 +112,7 @@ class BinaryLinear(nn.Module):
         """The fake-quantized weight (out, in)."""
         levels = params_to_levels(self.params)
         if self.mode == "frozen":
-            groups: Tensor = _FrozenLevels.apply(levels, to_groups(self.index, self.length))
-            return from_groups(groups, self.in_features)
+            return from_groups(fixed_level(levels, to_groups(self.index, self.length)), self.in_features)
         assert self.latent is not None
         groups = to_groups(self.latent, self.length)
         if self.mode == "relaxed":

@@ -98,7 +98,7 @@ def distill(
     """
     if not groups:
         return  # a block that stays dense has nothing to train
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, foreach=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     batch = max(1, config.batch_tokens // inputs.shape[1])
