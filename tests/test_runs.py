@@ -53,7 +53,9 @@ def step(number: int) -> StepMetric:
 
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another Python process that runs ``code``; it has to be waited for."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    # As in our own commands, importing the package doesn't bring torch with it, which takes seconds.
+    code = "import sys; sys.argv[0] = '-m'\n" + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     root = Path(__file__).parent.parent
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
 

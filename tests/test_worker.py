@@ -174,10 +174,9 @@ LIMITED_WRITERS = """
 import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from benchmarks.kill_resume import compare, hashes
+sys.argv[0] = "-m"  # as in our own commands: no import of what isn't needed
 from lbllm.config import RunConfig
 from lbllm.worker import failure_message
-from tests.tiny_models import SENTENCES, save_tiny
 folder, tensor = Path(sys.argv[1]), torch.zeros(100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (
@@ -214,7 +213,7 @@ def test_a_failure_is_told_with_its_place_and_the_way_out(
 
 LIMITED_WORKER = """
 import resource, runpy, sys
-limit = int(sys.argv.pop(1))
+sys.argv[0], limit = "-m", int(sys.argv.pop(1))  # argv[0] as `python -m` has it while it looks for the module
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 runpy.run_module("lbllm.worker", run_name="__main__", alter_sys=True)
 """
