@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import pipeline
 from lbllm.config import RunConfig
-from lbllm.corpora import Corpus, load_corpus, sequences_hash
+from lbllm.corpora import Corpus, sequences_hash
 from lbllm.errors import CorpusError
 from lbllm.events import Event
 from lbllm.hf import load
@@ -37,9 +37,8 @@ def quantize(
     """
     config = (config or RunConfig()).model_copy(update={"model": model.name_or_path or type(model).__name__})
     teacher = Teacher(config.model, _teacher(model), tokenizer, str(model.dtype).removeprefix("torch."), "not stated")
-    if sequences is None:
-        corpus = load_corpus(config.corpus, tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed)
-    else:
+    corpus = None
+    if sequences is not None:
         if sequences.ndim != 2 or sequences.shape[1] < 8:
             raise CorpusError(f"sequences of shape {tuple(sequences.shape)}: give token ids (n, T) with T at least 8")
         corpus = Corpus("given sequences", sequences_hash(sequences), sequences)

@@ -5,7 +5,7 @@ Both give the same output for the same state; a checkpoint holds the packed one 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn

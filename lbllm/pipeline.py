@@ -7,12 +7,15 @@ run ends with the same bytes as an uninterrupted one (on a CPU with the same num
 
 from __future__ import annotations
 
+import json
+import math
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +40,12 @@ from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, resto
 from lbllm.config import LayerFormat, QuantConfig, RunConfig, Stage
 from lbllm.corpora import Corpus, load_corpus
 from lbllm.devices import make_accelerator
-from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
+from lbllm.errors import CheckpointError, ConfigError, CorpusError, LbllmError, ModelError
+from lbllm.evaluate import perplexity
 from lbllm.events import (
     BlockDone,
     BlockStarted,
+    Evaluated,
     Event,
     LayerDone,
     RunDone,
@@ -62,6 +67,8 @@ Request = Literal["stop", "cancel"]
 # A block's loss is measured on at most this many tokens, before and after a stage.
 PROBE_TOKENS = 4_096
 FORWARD_TOKENS = 2_048
+# Perplexities that show a run's progress: on few tokens, some at a time, since it all takes from the run's time.
+HELD_OUT_TOKENS, HELD_OUT_BATCH = 2_048, 1_024
 
 
 class _Ended(Exception):
@@ -160,9 +167,10 @@ def run(
 ) -> Iterator[Event]:
     """Run all stages of ``config`` with ``folder`` for state and result; yields events.
 
-    Continues from the blocks that ``folder`` has. ``request`` is asked at every step; once it answers, RunStopped is
-    yielded and the iterator ends with all finished blocks kept. Raises LbllmError for what a user can mend. Result:
-    ``folder/checkpoint``.
+    The perplexity of the teacher, and of the model after each stage, is measured on the held-out part of the configured
+    corpus; a given ``corpus`` has none. Continues from the blocks that ``folder`` has. ``request`` is asked at every
+    step; once it answers, RunStopped is yielded and the iterator ends with all finished blocks kept. Raises LbllmError
+    for what a user can mend. Result: ``folder/checkpoint``.
     """
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,6 +179,7 @@ def run(
     teacher = teacher or load_teacher(config.model)
     check_supported(teacher.model)
     path, blocks, formats = block_formats(teacher.model, config.quant)
+    held_out = _held_out(config, teacher) if corpus is None else None
     corpus = corpus or load_corpus(
         config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
     )
@@ -197,8 +206,10 @@ def run(
         resumed_blocks=finished,
     )
     try:
+        yield from _evaluate(state, "teacher", lambda: model, held_out)
         for stage in config.stages:
             yield from _run_stage(state, stage)
+            yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
         state.check()
     except _Ended:
         asked = request()
@@ -213,6 +224,33 @@ def run(
         disk_bytes=(target / WEIGHTS).stat().st_size,
         seconds=time.perf_counter() - began,
     )
+
+
+def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
+    """The text that shows a run's progress, which it never trains on; None where the corpus is too short to spare
+    any."""
+    try:
+        return load_corpus(
+            config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout"
+        )
+    except CorpusError:
+        return None
+
+
+def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None) -> Iterator[Event]:
+    """The perplexity of ``model`` on the held-out text, once in the life of a run: what is known lies in its folder."""
+    path = run.store.folder / "evaluated.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if held_out is None or what in known:
+        return
+    evaluated, losses = model(), []
+    for part in held_out.sequences.split(max(1, HELD_OUT_BATCH // run.config.seq_len)):
+        run.check()
+        losses += [math.log(perplexity(evaluated, part).perplexity)] * len(part)
+    value = math.exp(sum(losses) / len(losses))
+    text = f"held-out part of {held_out.name}, {len(losses)} windows of {run.config.seq_len} tokens"
+    yield Evaluated(what=what, text=text, perplexity=value, tokens=held_out.sequences[:, 1:].numel())
+    write_atomic(path, json.dumps(known | {what: value}).encode())
 
 
 def _recorded_precision(folder: Path) -> str | None:

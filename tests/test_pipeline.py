@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import shutil
@@ -19,12 +20,14 @@ from benchmarks.kill_resume import hashes
 from lbllm import load, pipeline
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.config import STAGES, RunConfig
-from lbllm.corpora import Corpus, sequences_hash
+from lbllm.corpora import Corpus, load_corpus, sequences_hash
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
+from lbllm.evaluate import perplexity
 from lbllm.events import (
     EVENT,
     BlockDone,
     BlockStarted,
+    Evaluated,
     Event,
     LayerDone,
     RunDone,
@@ -140,6 +143,31 @@ def test_each_stage_starts_where_the_one_before_ended(whole: tuple[Path, list[Ev
     done = done_blocks(whole[1])
     # The same block on the same inputs, measured on the same tokens.
     assert done["wat", 0].loss_before == pytest.approx(done["ptq", 0].loss_after, rel=1e-5)
+
+
+def test_perplexities_on_the_held_out_text_come_as_they_become_known_and_once(teacher: Teacher, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(["moon", "tide", "river", "stone", "a", "the"], k=40)) for _ in range(200)]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    config, folder = run_config(corpus=str(text)), tmp_path / "run"
+    folder.mkdir()
+    (folder / "precision").write_text("no")
+    events = list(pipeline.run(config, folder, request=lambda: None, teacher=teacher))
+    marks = [event for event in events if isinstance(event, Evaluated | RunStarted | StageDone | RunDone)]
+    assert [getattr(event, "what", event.kind) for event in marks] == [
+        *("run_started", "teacher", "stage_done", "ptq", "stage_done", "wat", "stage_done", "aar", "run_done")
+    ]
+    windows = load_corpus(
+        str(text), teacher.tokenizer, seq_len=config.seq_len, tokens=pipeline.HELD_OUT_TOKENS, part="heldout"
+    ).sequences
+    for event in marks:
+        if isinstance(event, Evaluated):
+            model = teacher.model if event.what == "teacher" else stage_model(config, folder, event.what, teacher)  # type: ignore[arg-type]
+            assert event.perplexity == pytest.approx(perplexity(model, windows).perplexity, rel=1e-5)
+            assert event.tokens == windows[:, 1:].numel()
+    again = list(pipeline.run(config, folder, request=lambda: None, teacher=teacher))
+    assert not any(isinstance(event, Evaluated) for event in again)
 
 
 SUBSETS = [
