@@ -48,23 +48,27 @@ class ChatPiece:
     tokens: int
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Tensor:
-    """Token ids (1, T) that the answer continues: the chat template, or plain text for a tokenizer without one.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
+    """What a model reads before its answer: the messages in its chat template, or joined by blank lines.
 
-    ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a template their contents
-    are joined by blank lines and the model goes on with the text. Raises ModelError where the template refuses them.
+    ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a template, or with
+    ``template`` off, the model goes on with the text. Raises ModelError where the template refuses the messages.
     """
-    if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in messages)
-        encoded: Any = tokenizer(text, return_tensors="pt")
-    else:
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except TemplateError as error:
-            raise ModelError(f"the model's chat template refuses these messages: {error}") from None
-    ids: Tensor = encoded["input_ids"]
+    if tokenizer.chat_template is None or not template:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        raise ModelError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> Tensor:
+    """Token ids (1, T) of ``prompt_text``, which the answer continues. Raises ModelError."""
+    text = prompt_text(tokenizer, messages, template=template)
+    # A template writes the special tokens itself.
+    plain = tokenizer.chat_template is None or not template
+    encoded: Any = tokenizer(text, add_special_tokens=plain, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"].long()
     if ids.shape[1] == 0:
         raise ModelError("the prompt is empty: give the model at least one token to go on from")
     return ids
@@ -79,18 +83,20 @@ def stream(
     temperature: float = 0.7,
     top_p: float = 0.95,
     seed: int = 0,
+    template: bool = True,
     stop: threading.Event | None = None,
 ) -> Iterator[ChatPiece]:
     """The model's answer to ``messages``, piece by piece; the last piece, perhaps without text, ends the measurements.
 
-    ``temperature`` 0 is greedy decoding. Setting ``stop``, or closing the iterator, ends generation after the current
-    token. An answer ends at the context length at the latest. Raises ModelError where the prompt leaves no room.
+    ``temperature`` 0 is greedy decoding; ``template`` off lets a chat model go on with plain text. Setting ``stop``, or
+    closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
+    Raises ModelError where the prompt leaves no room.
     """
-    ids = prompt_ids(tokenizer, messages).to(model.device)
-    room = _context_length(model) - ids.shape[1]
+    ids = prompt_ids(tokenizer, messages, template=template).to(model.device)
+    room = context_length(model) - ids.shape[1]
     if room <= 0:
         raise ModelError(
-            f"the conversation has {ids.shape[1]} tokens, the model's context holds {_context_length(model)}; "
+            f"the conversation has {ids.shape[1]} tokens, the model's context holds {context_length(model)}; "
             "start a new conversation or shorten it"
         )
     stop = stop or threading.Event()
@@ -198,7 +204,7 @@ class _Pieces(BaseStreamer):
         self.written = max(self.written, len(text))
 
 
-def _context_length(model: PreTrainedModel) -> int:
+def context_length(model: PreTrainedModel) -> int:
     """Positions the model knows; without any statement about it, more than anyone chats."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else 1 << 20

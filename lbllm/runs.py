@@ -1,6 +1,6 @@
 """The run store: runs and their events in one SQLite file, and one folder a run. Many processes use it at once.
 
-    root/runs.db              names, dates and events
+    root/runs.db              names, dates and events; votes on pairs of answers
     root/worker.lock          locked by the worker whose turn it is: runs train one after another
     root/<run id>/            config.json, blocks/, checkpoint/, worker.log
     root/<run id>/alive.lock  locked as long as the run's worker lives
@@ -33,6 +33,7 @@ from typing import IO, Literal
 from lbllm.config import RunConfig, parse_config
 from lbllm.errors import ConfigError, ResourceError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, Stored
+from lbllm.votes import Vote
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
@@ -40,14 +41,17 @@ RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
 
 LIFECYCLE = ("run_queued", "run_loading", "run_started", "run_done", "run_stopped", "run_failed")
 _IS_LIFECYCLE = f"kind IN {LIFECYCLE}"
-_VERSION = 1
-_SCHEMA = (
-    "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL, cwd TEXT NOT NULL)",
-    "CREATE TABLE events (run_id TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, time REAL NOT NULL, "
-    "body TEXT NOT NULL, kind TEXT AS (json_extract(body, '$.kind')), PRIMARY KEY (run_id, seq)) WITHOUT ROWID",
-    f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {_IS_LIFECYCLE}",
-    f"PRAGMA user_version = {_VERSION}",
+# Statements that lead from each version of the file to the next; a new file goes through all of them.
+_MIGRATIONS = (
+    (
+        "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL, cwd TEXT NOT NULL)",
+        "CREATE TABLE events (run_id TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, time REAL NOT NULL, "
+        "body TEXT NOT NULL, kind TEXT AS (json_extract(body, '$.kind')), PRIMARY KEY (run_id, seq)) WITHOUT ROWID",
+        f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {_IS_LIFECYCLE}",
+    ),
+    ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
 )
+_VERSION = len(_MIGRATIONS)
 
 
 @dataclass(frozen=True)
@@ -142,15 +146,17 @@ class RunStore:
             self._db.execute("PRAGMA foreign_keys = ON")
             with self._transaction() as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version == 0:
-                    for statement in _SCHEMA:
+                for statements in _MIGRATIONS[version:]:
+                    for statement in statements:
                         db.execute(statement)
+                if version < _VERSION:
+                    db.execute(f"PRAGMA user_version = {_VERSION}")
         except (OSError, sqlite3.OperationalError) as error:
             raise self._unwritable(error) from error
         except sqlite3.DatabaseError as error:
             raise RunError(f"{path} is no run store ({error}); move it away, or set LBLLM_HOME elsewhere") from error
-        if version not in (0, _VERSION):
-            raise RunError(f"{path} is a run store of version {version}; this program reads version {_VERSION}")
+        if version > _VERSION:
+            raise RunError(f"{path} is a run store of version {version}; this program reads up to version {_VERSION}")
 
     def close(self) -> None:
         """Close the database; the store can't be used afterwards."""
@@ -218,6 +224,22 @@ class RunStore:
             if over:
                 return
             time.sleep(poll)
+
+    def vote(self, vote: Vote) -> None:
+        """Put a vote on record; it takes the place of an earlier one on the same exchange."""
+        with self._transaction() as db:
+            values = (vote.exchange, vote.time, vote.model_dump_json())
+            db.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?)", values)
+
+    def withdraw_vote(self, exchange: str) -> None:
+        """Delete the vote on an exchange, if there is one."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
+
+    def votes(self) -> list[Vote]:
+        """All votes, oldest first."""
+        rows = self._query("SELECT body FROM votes ORDER BY time, exchange")
+        return [Vote.model_validate_json(body) for (body,) in rows]
 
     def start(self, run_id: str) -> subprocess.Popen[bytes]:
         """Start the worker of a new run, detached from this process. Raises RunError where the run isn't new."""

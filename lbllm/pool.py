@@ -1,0 +1,193 @@
+"""Models to talk to, loaded in the background, once a process, and released when nobody holds them any more.
+
+    pool = ModelPool()
+    mine = pool.get("smollm2-135m-instruct")     returns at once
+    mine.wait(); mine.loaded.model ...
+
+The pool itself keeps no model alive: a ``Slot`` lives as long as a reader (a session of the workbench, an answer being
+written) refers to it, and everybody who asks for the same name meanwhile gets the same one. Dropping the last reference
+releases the model; the next load collects what cycles still hold.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm.errors import LbllmError, ResourceError
+from lbllm.estimate import free_memory
+from lbllm.hf import is_checkpoint, load
+from lbllm.layers import PackedLinear
+from lbllm.models import load_teacher, skeleton
+
+State = Literal["waiting", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer, and what there is to say about it.
+
+    ``weight_bytes``: parameters and buffers as they are deployed, the packed ones packed. ``expanded_bytes``: the
+    expanded copy of packed weights that makes answers faster, 0 without one. ``bpw``: bits a weight of the binarized
+    layers, or of the dense weights as they lie in memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    packed: bool
+    precision: str
+    weights: int
+    weight_bytes: int
+    expanded_bytes: int
+    bpw: float
+    act_bits: int
+    kv_bits: int
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model has a chat template; without one it goes on with a text."""
+        return self.tokenizer.chat_template is not None
+
+
+class Slot:
+    """The place of one model in the pool; its fields are written by the loading thread alone."""
+
+    def __init__(self, name: str, *, expand: bool) -> None:
+        self.name, self.expand = name, expand
+        self.state: State = "waiting"
+        self.error = ""
+        self.asked = time.monotonic()
+        self.seconds = 0.0
+        self._loaded: Loaded | None = None
+        self._over = threading.Event()
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model. Raises LbllmError with the reason where it is not, or could not be, loaded."""
+        if self._loaded is None:
+            raise LbllmError(self.error or f"{self.name} is still being loaded")
+        return self._loaded
+
+    @property
+    def over(self) -> bool:
+        """Whether loading has ended, well or not."""
+        return self._over.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until loading has ended; whether it has."""
+        return self._over.wait(timeout)
+
+    def load(self, turn: threading.Lock) -> None:
+        """Load the model when it is this slot's turn; a reason to fail is kept for the readers."""
+        with turn:
+            self.state = "loading"
+            gc.collect()
+            try:
+                self._loaded = _open(self.name, expand=self.expand)
+                self.state = "ready"
+            except LbllmError as error:
+                self.error, self.state = str(error), "failed"
+            except Exception as error:
+                # Whatever a foreign model breaks must end in a message: the thread has nobody to raise to.
+                self.error = f"{self.name} can't be loaded ({type(error).__name__}: {error}); choose another model"
+                self.state = "failed"
+            finally:
+                self.seconds = time.monotonic() - self.asked
+                self._over.set()
+
+
+class ModelPool:
+    """The models of this process by name; threads may share it."""
+
+    def __init__(self) -> None:
+        self._slots: weakref.WeakValueDictionary[tuple[str, bool], Slot] = weakref.WeakValueDictionary()
+        self._mutex = threading.Lock()
+        # One load at a time: two at once take as long, and need the memory of both loads' temporaries.
+        self._turn = threading.Lock()
+
+    def get(self, name: str, *, expand: bool = True) -> Slot:
+        """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
+
+        ``name``: a packed checkpoint's folder, or whatever ``load_teacher`` takes. ``expand``: keep the packed weights
+        expanded too, for speed. A failed load is tried again.
+        """
+        with self._mutex:
+            slot = self._slots.get((name, expand))
+            if slot is None or slot.state == "failed":
+                slot = Slot(name, expand=expand)
+                self._slots[name, expand] = slot
+                threading.Thread(target=slot.load, args=(self._turn,), name="lbllm-pool", daemon=True).start()
+        return slot
+
+    def names(self) -> list[str]:
+        """Names of the models somebody holds."""
+        return sorted(slot.name for slot in self._slots.values())
+
+
+def _open(name: str, *, expand: bool) -> Loaded:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    packed = is_checkpoint(name)
+    _check_memory(name, packed, expand, device)
+    if not packed:
+        teacher = load_teacher(name, device=device)
+        stored = _bytes(teacher.model)
+        weights = teacher.model.num_parameters()
+        return Loaded(
+            teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights, 16, 16
+        )
+    model, tokenizer = load(name, device=device)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    stored = _bytes(model)
+    quantization = json.loads((Path(name) / "config.json").read_text())["quantization_config"]
+    expanded = 0
+    if expand:
+        for layer in layers:
+            layer.keep_dense(model.dtype)
+            assert layer.dense is not None
+            expanded += layer.dense.nbytes
+    weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
+    quant = quantization["quant"]
+    precision = f"{quant['format'].upper()}A{quant['act_bits']}, groups of {quant['group_size']}"
+    return Loaded(
+        model,
+        tokenizer,
+        True,
+        precision,
+        weights,
+        stored,
+        expanded,
+        float(quantization.get("bpw") or 0.0),
+        int(quant["act_bits"]),
+        int(quant["kv_bits"]),
+    )
+
+
+def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
+    """Raises ResourceError where the model would not fit: better than the kernel ending the whole process."""
+    if packed:
+        needed = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+        # Two bits and the parameters become 32 bits.
+        needed *= 10 if expand else 1
+    else:
+        needed = 4 * skeleton(name).num_parameters()
+    free = free_memory(device)
+    if needed > free:
+        raise ResourceError(
+            f"{name} needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
+            "choose a smaller model, or end a run or another program first"
+        )
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
