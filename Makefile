@@ -25,8 +25,9 @@ run: .venv/installed
 demo: .venv/installed
 	$(BIN)/python -m lbllm demo --out $(OUT)
 
+# Two tests at a time, each on one thread: most models in them are too small to gain from a second.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

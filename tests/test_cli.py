@@ -232,7 +232,7 @@ def quantize(terminal: Terminal, out: Path, *more: str) -> Result:
     )
 
 
-def test_a_run_from_start_to_chat(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_run_from_start_to_chat_and_again_from_its_settings(terminal: Terminal, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     done = quantize(terminal, out)
     assert done.code == 0, done.err
@@ -278,18 +278,14 @@ def test_a_run_from_start_to_chat(terminal: Terminal, tmp_path: Path) -> None:
     assert packed.code == 1
     assert "already quantized" in packed.document["error"]
 
-
-def test_a_run_from_a_settings_file_in_plain_text(terminal: Terminal, tmp_path: Path) -> None:
-    first = quantize(terminal, tmp_path / "first").document
-    config = terminal("runs", "show", first["run"], "--json").document["config"]
     file = tmp_path / "settings.json"
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(shown["config"]))
     result = terminal("quantize", "--config", str(file), "--out", str(tmp_path / "second"), "--set", "seed=0")
     assert result.code == 0
     assert "block 2/2" in result.err
     assert "is done" in result.out
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        assert (out / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 @pytest.mark.skipif(not (ASSETS / "corpus.jsonl.gz").exists(), reason="the embedded corpus is not made yet")
