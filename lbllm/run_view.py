@@ -39,7 +39,7 @@ from lbllm.progress import RunProgress
 from lbllm.runs import LIFECYCLE, RunStore
 
 MAX_POINTS = 800
-HEAT_COLUMNS = 80
+HEAT_COLUMNS = 40
 # All that a list of runs shows; the steps in between are most of a run's events.
 SUMMARY_KINDS: tuple[str, ...] = (*LIFECYCLE, "stage_started", "block_started", "block_done", "evaluated")
 Cell = Literal["waiting", "working", "done", "diverged"]

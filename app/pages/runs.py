@@ -1,5 +1,319 @@
-"""The page runs; its content follows."""
+"""All runs, or one in full: ``?run=ID``. The page reads the run store and asks workers to end; it never works itself.
+
+What changes is drawn by one fragment that the browser calls every second while the run goes on. It reads the events
+after those it has, and what it sends again unchanged the browser keeps as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import streamlit as st
 
-st.header("Runs")
+from app import run_charts
+from app.live_chart import encode, live_chart
+from app.run_charts import STAGE_LABELS, Chosen, Figure
+from app.view import guard, number_text, plain, size_text, store, time_text
+from lbllm.config import STAGES, Stage
+from lbllm.errors import LbllmError
+from lbllm.estimate import estimate
+from lbllm.run_view import SUMMARY_KINDS, RunView
+from lbllm.runs import RESUMABLE, Run, RunStore, State
+
+ACTIVE: tuple[State, ...] = ("queued", "running")
+POLL_SECONDS, LIST_SECONDS = 1.0, 3.0
+LISTED = 30
+STATES: dict[State, str] = {
+    "queued": ":gray-badge[queued]",
+    "running": ":blue-badge[running]",
+    "done": ":green-badge[done]",
+    "stopped": ":orange-badge[stopped]",
+    "cancelled": ":gray-badge[cancelled]",
+    "failed": ":red-badge[failed]",
+    "interrupted": ":red-badge[interrupted]",
+}
+
+
+@st.cache_resource(max_entries=16, show_spinner="Reading the run")
+def watched(root: Path, run_id: str) -> RunView:
+    """The run's view, shared by all tabs of this server."""
+    return RunView(run_id)
+
+
+@st.cache_resource(max_entries=500, show_spinner=False)
+def summary(root: Path, run_id: str) -> RunView:
+    """The same without single steps, for the list."""
+    return RunView(run_id, SUMMARY_KINDS)
+
+
+@st.cache_data(max_entries=100, show_spinner=False)
+def stage_shares(root: Path, run_id: str) -> dict[Stage, float]:
+    """How long the run's stages take relative to each other; nothing where that can't be said."""
+    try:
+        return estimate(store().get(run_id).config).stage_seconds
+    except LbllmError:
+        return {}
+
+
+@contextmanager
+def remembered(run_id: str, chart: str, version: object) -> Iterator[Callable[[Callable[[], bytes]], bytes]]:
+    """Encode a chart anew only where its ``version`` isn't the last one of this session."""
+    charts = st.session_state.setdefault("run_charts", {})
+    last = charts.get(chart)
+
+    def payload(make: Callable[[], bytes]) -> bytes:
+        if last is None or last[0] != (run_id, version):
+            charts[chart] = ((run_id, version), make())
+        encoded: bytes = charts[chart][1]
+        return encoded
+
+    yield payload
+
+
+def list_runs(runs: RunStore) -> None:
+    """A row a run, newest first; a click opens it."""
+    found = list(reversed(runs.all()))
+    if not found:
+        st.markdown("No run yet. A run binarizes a model block by block; it begins on the Quantize page.")
+        st.page_link("pages/quantize.py", label="Set up a run")
+        return
+    widths = [5, 2, 1.5, 2, 4]
+    for column, title in zip(st.columns(widths), ("Run", "State", "Bits", "Time", "Perplexity"), strict=True):
+        column.caption(title)
+    for run in found[:LISTED]:
+        view = summary(runs.root, run.id)
+        columns = st.columns(widths, vertical_alignment="center")
+        with view.caught_up(runs):
+            if columns[0].button(plain(run.name), key=f"open {run.id}", type="tertiary", help=run.id):
+                st.query_params["run"] = run.id
+                st.rerun()
+            columns[1].markdown(STATES[run.state])
+            columns[2].markdown(f"{view.started.bpw:.2f}" if view.started is not None else "–")
+            columns[3].markdown(time_text(elapsed(run, view)))
+            columns[4].markdown(perplexity_text(view))
+    if len(found) > LISTED:
+        st.caption(f"The newest {LISTED} of {len(found)} runs. The others: `lbllm runs list`.")
+
+
+def perplexity_text(view: RunView) -> str:
+    known = view.perplexities
+    shown = [f"{what} {number_text(known[what].perplexity)}" for what in ("teacher", *STAGES) if what in known]
+    return ", ".join(shown) or "–"
+
+
+def elapsed(run: Run, view: RunView) -> float:
+    return view.elapsed(time.time() if run.state == "running" else view.last_time)
+
+
+def header(runs: RunStore, run: Run, view: RunView) -> None:
+    """Name, state and times, and what can be done with the run now."""
+    title, buttons = st.columns([5, 4], vertical_alignment="center")
+    title.markdown(f"### {plain(run.name)}")
+    title.markdown(f"{STATES[run.state]} {state_text(runs, run, view)}")
+    stop, cancel, resume = buttons.columns(3)
+    ended = view.asked is not None and run.state == "running"
+    if stop.button("Save and stop", disabled=run.state not in ACTIVE or ended, width="stretch"):
+        runs.request(run.id, "stop")
+        st.rerun()
+    confirm = f"cancel {run.id}"
+    over = run.state in ("done", "cancelled")
+    if cancel.button("Cancel", disabled=over or (ended and view.asked == "cancel"), width="stretch"):
+        st.session_state[confirm] = True
+    if resume.button("Resume", disabled=run.state not in RESUMABLE, type="primary", width="stretch"):
+        runs.resume(run.id)
+        st.rerun()
+    if st.session_state.get(confirm) and not over:
+        ask_cancel(runs, run, view, confirm)
+
+
+def ask_cancel(runs: RunStore, run: Run, view: RunView, confirm: str) -> None:
+    """A cancelled run is gone for good, so it takes a second click."""
+    with st.container(border=True):
+        count = len(view.finished)
+        kept = f"its {count} finished blocks" if count != 1 else "its finished block"
+        st.markdown(f"Cancel this run and delete {kept}? It can't be resumed then. *Save and stop* keeps them.")
+        yes, no = st.columns([1, 3])
+        if yes.button("Cancel and delete", type="primary", width="stretch"):
+            st.session_state[confirm] = False
+            runs.request(run.id, "cancel")
+            st.rerun()
+        if no.button("Keep the run"):
+            st.session_state[confirm] = False
+            st.rerun()
+
+
+def state_text(runs: RunStore, run: Run, view: RunView) -> str:
+    """What the run does and for how long yet, in a line."""
+    if run.state == "queued":
+        ahead = sum(other.state in ACTIVE and other.created < run.created for other in runs.all())
+        return f"waits for its turn behind {ahead} other{'s' if ahead > 1 else ''}" if ahead else "starts"
+    took = time_text(elapsed(run, view))
+    if run.state != "running":
+        return f"after {took}"
+    if view.asked is not None:
+        return f"{took}, ends after the step in work" + (", finished blocks are kept" if view.asked == "stop" else "")
+    if view.started is None:
+        return f"{took}, loads model and text"
+    left = view.seconds_left(time.time(), stage_shares(runs.root, run.id)) if view.finished else None
+    rest = f"about {time_text(left)} left" if left is not None else "time left known after the first block"
+    return f"{took}, {rest}"
+
+
+def outcome(run: Run, view: RunView) -> None:
+    """How the run ended and what can be done about it."""
+    if run.state == "failed":
+        st.error(plain(view.failure or "The run failed.") + "  \n*Resume* goes on from the finished blocks.")
+    elif run.state == "interrupted":
+        st.error(
+            "The worker ended without a word: it was killed, or the machine went down. *Resume* goes on from the "
+            f"finished blocks; its log is {plain(str(run.folder / 'worker.log'))}."
+        )
+    elif run.state == "done" and view.result is not None:
+        done, link = st.columns([5, 2], vertical_alignment="center")
+        done.success(
+            f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits a weight, in "
+            f"{plain(view.result.path)}"
+        )
+        link.page_link(
+            "pages/compare.py", label="Talk to it beside its teacher", query_params={"right": run.id}, width="stretch"
+        )
+    diverged = view.diverged
+    if diverged:
+        names = ", ".join(f"block {block.block + 1} ({STAGE_LABELS[block.stage]})" for block in diverged[:8])
+        more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
+        st.warning(
+            f"Training made these blocks worse or met a number that is none, so each keeps the state it had before: "
+            f"{names}{more}. A lower learning rate often helps."
+        )
+
+
+def figures(view: RunView) -> None:
+    """The numbers that become known while the run goes on."""
+    known = view.perplexities
+    columns = st.columns([1, 1, 1, 1, 1.2, 1.2, 1])
+    for column, what in zip(columns, ("teacher", *STAGES), strict=False):
+        label = "Teacher" if what == "teacher" else f"After stage {STAGES.index(what) + 1}"
+        column.metric(label, number_text(known[what].perplexity) if what in known else "–")
+    rate = view.tokens_per_second
+    columns[4].metric("Tokens a second", f"{rate:,.0f}" if rate is not None else "–")
+    columns[5].metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–")
+    columns[6].metric("Bits a weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
+    text = f" on {plain(view.evaluations[-1].text)}" if view.evaluations else ""
+    st.caption(f"The first four: perplexity{text}; lower is better, and the teacher's is the one to come close to.")
+
+
+def show_chart(
+    run_id: str, name: str, version: object, label: str, stamp: int, make: Callable[[], Figure]
+) -> Chosen | None:
+    """One chart; the block that was clicked on it, if any."""
+    with remembered(run_id, name, version) as payload:
+        encoded = payload(lambda: encode(make(), label=label, stamp=stamp))
+    clicked = live_chart(encoded, key=f"{name} {run_id}")
+    if clicked is None:
+        return None
+    if name == "timeline":
+        stage = next(stage for stage, label in STAGE_LABELS.items() if label == clicked["y"])
+        return stage, int(clicked["x"]) - 1
+    heat = [stage for stage in STAGES if clicked["trace"] == f"heat {stage}"]
+    return (heat[0], int(clicked["y"]) - 1) if heat else None
+
+
+def charts(run: Run, view: RunView) -> None:
+    """Timeline, loss of the chosen block, all blocks, heat map."""
+    if view.started is None:
+        st.caption("The charts begin when the model is loaded.")
+        return
+    place = f"block {run.id}"
+    fixed: Chosen | None = st.session_state.get(place)
+    first: Chosen = (view.started.stages[0], 0)
+    chosen = fixed or view.latest or first
+    count = len(view.finished)
+    clicked = show_chart(
+        run.id,
+        "timeline",
+        (count, view.working, view.part, chosen),
+        "Blocks in each stage",
+        view.seq,
+        lambda: run_charts.timeline(view, chosen),
+    )
+    left, right = st.columns(2, gap="medium")
+    with left:
+        stage, number = chosen
+        name = f"{'Layer errors' if stage == 'ptq' else 'Loss'} of block {number + 1}, {STAGE_LABELS[stage]}"
+        head, follow = st.columns([3, 2], vertical_alignment="center")
+        head.markdown(f"**{name}**")
+        if fixed is not None and run.state == "running" and follow.button("Follow the run", width="stretch"):
+            del st.session_state[place]
+            st.rerun(scope="fragment")
+        smooth = st.session_state.get("loss_line") or "Both"
+        log = bool(st.session_state.get("loss_log"))
+        block = view.blocks.get(chosen)
+        seq = block.seq if block is not None else 0
+        show_chart(
+            run.id,
+            "curve",
+            (chosen, seq, smooth, log),
+            name,
+            seq,
+            lambda: run_charts.curve(view, chosen, smooth=smooth, log=log),
+        )
+    with right:
+        st.markdown("**All finished blocks: loss after each stage**, dotted before it")
+        show_chart(
+            run.id,
+            "blocks",
+            (count, log),
+            "Loss of all blocks",
+            view.seq,
+            lambda: run_charts.before_after(view, log=log),
+        )
+    options = st.columns([2, 1, 4], vertical_alignment="center")
+    options[0].segmented_control(
+        "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
+    )
+    options[1].toggle("Log axis", key="loss_log")
+    st.markdown("**Every block, every step: how far the loss is from the block's first step**")
+    steps = sum(len(block.losses) for block in view.blocks.values())
+    clicked = clicked or show_chart(
+        run.id, "heat", (steps, len(view.steps)), "Loss by block and step", view.seq, lambda: run_charts.heat_map(view)
+    )
+    if clicked is not None and clicked != fixed:
+        st.session_state[place] = clicked
+        st.rerun(scope="fragment")
+
+
+def show_run(runs: RunStore, run_id: str, live: bool) -> None:
+    """One run as it is now; called again and again while it goes on."""
+    with guard():
+        run = runs.get(run_id)
+        view = watched(runs.root, run_id)
+        with view.caught_up(runs):
+            # Again, now that its events are known: a run that ended in between is shown as ended.
+            run = runs.get(run_id)
+            if (run.state in ACTIVE) != live:
+                st.rerun()
+            header(runs, run, view)
+            outcome(run, view)
+            charts(run, view)
+            figures(view)
+
+
+def main() -> None:
+    runs = store()
+    run_id = st.query_params.get("run")
+    if run_id is None:
+        st.header("Runs")
+        live = any(run.state in ACTIVE for run in runs.all())
+        st.fragment(list_runs, run_every=LIST_SECONDS if live else None)(runs)
+        return
+    if st.button("All runs", type="tertiary", icon=":material/arrow_back:"):
+        st.query_params.clear()
+        st.rerun()
+    live = runs.get(run_id).state in ACTIVE
+    st.fragment(show_run, run_every=POLL_SECONDS if live else None)(runs, run_id, live)
+
+
+main()

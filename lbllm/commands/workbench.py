@@ -24,6 +24,7 @@ def ui(
 ) -> None:
     """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs go on."""
     try:
+        from streamlit.runtime.pages_manager import PagesManager
         from streamlit.web import bootstrap
     except ImportError:
         raise ResourceError("the workbench needs streamlit: pip install -r requirements.txt") from None
@@ -36,6 +37,9 @@ def ui(
     sys.path.insert(0, str(root))
     options = _options(root, port, browser)
     bootstrap.load_config_options(options)
+    # Streamlit takes a folder pages/ for the whole navigation until the entry script says otherwise, and so a page that
+    # is opened by its own address before that would run without it.
+    PagesManager.uses_pages_directory = False
     plain(notices(), f"LBLLM Workbench: http://localhost:{port} (Ctrl-C ends it)")
     bootstrap.run(str(script), False, [], options)
 
