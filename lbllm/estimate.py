@@ -36,8 +36,8 @@ FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and
 TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
 PTQ_WEIGHT = 16  # per weight of a block in stage 1: target, latent, value, index, state to save
 HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, damped, inverse, factor, solution
-WAT_WEIGHT = 30  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
-AAR_WEIGHT = 12  # per weight in stage 3: index, expanded weight, its gradient
+WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
+AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 
 # Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
@@ -68,6 +68,11 @@ class Estimate:
     dense_weights: int
     blocks: int
 
+    @property
+    def fp16_bytes(self) -> int:
+        """The size of the same model with 16 bits for every parameter."""
+        return 2 * (self.weights + self.dense_weights)
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -84,9 +89,14 @@ class _Layer:
         return self.rows * self.columns
 
 
-def estimate(config: RunConfig) -> Estimate:
-    """Everything that can be said before the run. Raises ModelError, ConfigError."""
-    model = skeleton(config.model)
+def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: float | None = None) -> Estimate:
+    """Everything that can be said before the run. Raises ModelError, ConfigError.
+
+    ``model``, the config's ``skeleton``, and ``rate``, the device's ``matmul_rate``, are made and measured where they
+    are not given: whoever asks again and again keeps them.
+    """
+    devices.check_device(config.device)
+    model = model or skeleton(config.model)
     check_supported(model)
     quant = config.quant if "aar" in config.stages else config.quant.weights_only()
     path, blocks, formats = block_formats(model, quant)
@@ -98,7 +108,7 @@ def estimate(config: RunConfig) -> Estimate:
     weights = sum(layer.weights for layer in layers)
     parts = _disk(model, layers)
     memory = _memory(config, model, layers, sum(parts.values()))
-    seconds = _seconds(config, model, layers)
+    seconds = _seconds(config, model, layers, rate or matmul_rate(config.device))
     return Estimate(
         bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
@@ -246,8 +256,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
     return {"program": PROGRAM, "teacher in float32": 4 * model.num_parameters()} | most
 
 
-def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer]) -> dict[Stage, float]:
-    """Seconds of each stage of the run."""
+def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], rate: float) -> dict[Stage, float]:
+    """Seconds of each stage of the run on a device of ``rate`` FLOPs a second."""
     # Attention costs a token as much as this many weights: causal, so half of seq_len positions, twice (QK and AV).
     attention = len({layer.block for layer in layers}) * config.seq_len * model.config.get_text_config().hidden_size
     weights = sum(layer.weights for layer in layers) + attention
@@ -258,7 +268,6 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer]) ->
         "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
         "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
     }
-    rate = matmul_rate(config.device)
     return {stage: flops[stage] / (rate * EFFICIENCY[stage]) for stage in config.stages}
 
 
