@@ -134,6 +134,14 @@ def location(entry: CorpusEntry) -> str:
     return f"hub: {entry.hub[0]}" if entry.hub else "not here: set LBLLM_DATA_DIR to a folder with it"
 
 
+def check_available(name: str) -> None:
+    """Raise CorpusError where a catalogue corpus that ``name`` asks for is on this machine and on the hub nowhere."""
+    for one in [name] if _find(name) else name.split("+"):
+        entry = next((entry for entry in CATALOGUE if entry.id == one), None)
+        if entry is not None and entry.hub is None and _local(entry) is None:
+            raise CorpusError(f"corpus {one} is {location(entry)}")
+
+
 def load_corpus(
     name: str,
     tokenizer: PreTrainedTokenizerBase,

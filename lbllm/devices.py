@@ -30,16 +30,21 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
     return 2 * size**3 / best
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine that has a GPU."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not known; choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
+
+
 def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     """The accelerator for ``auto``, ``cpu`` or ``cuda``; ``precision``: ``no`` or ``bf16``, measured when it is None.
 
     bf16 is taken on a GPU, and on a CPU whose bf16 products run at least 1.5 times as fast as its float32 ones (AMX).
     Raises ConfigError where there is no such device.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not known; choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
+    check_device(device)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision is None:
         fast = not cpu or matmul_rate(torch.bfloat16) > 1.5 * matmul_rate(torch.float32)

@@ -78,3 +78,39 @@ def run_config(
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return make_config(base, document, (*given, *(assignments or ())))
+
+
+def arguments(config: RunConfig) -> list[str]:
+    """The options that make ``run_config`` give ``config``: its preset, then each setting that differs from it."""
+    preset = config.preset if config.preset in PRESETS else "quick"
+    plain, given = _leaves(make_config(preset)), _leaves(config)
+    options = {
+        "model": "--model",
+        "quant.format": "--format",
+        "quant.group_size": "--group-size",
+        "quant.act_bits": "--act-bits",
+        "quant.kv_bits": "--kv-bits",
+        "corpus": "--corpus",
+        "device": "--device",
+    }
+    words = ["--model", config.model, "--preset", preset]
+    for key, value in given.items():
+        if key == "model" or plain[key] == value:
+            continue
+        if key in options:
+            words += [options[key], str(value)]
+        else:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+    return words
+
+
+def _leaves(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its path, section.key."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            leaves |= {f"{key}.{name}": setting for name, setting in value.items()}
+        else:
+            leaves[key] = value
+    overrides = config.quant.model_dump(mode="json", exclude_none=True)["overrides"]
+    return leaves | {"quant.overrides": overrides}

@@ -1,0 +1,234 @@
+"""One decoder block through stage 1 in several formats, and a few steps of stage 2 in one: what a choice does, in
+seconds.
+
+    sample = take_block(config, 12)
+    for result in preview(sample, config):
+        print(result)
+
+To be quick it takes a short cut: every layer's input is the teacher's own, so that all formats share the Hessians, and
+stage 1 goes without its last sweeps. In a run the input is what the blocks and layers before have become. So the errors
+compare formats with each other; those of a run lie higher. They are measured on other text than stage 1 has seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.blocks import (
+    BlockCall,
+    capture_calls,
+    check_supported,
+    decoder_blocks,
+    first_inputs,
+    layer_inputs,
+    linear_layers,
+    linear_weight,
+    run_batches,
+    shared_inputs,
+)
+from lbllm.checkpoint import collect, restore
+from lbllm.config import WHOLE_ROW, Format, LayerFormat, RunConfig
+from lbllm.corpora import load_corpus
+from lbllm.errors import ConfigError, LbllmError
+from lbllm.layers import layer_bits
+from lbllm.models import load_teacher
+from lbllm.stages.ptq import Binarized, binarize_layer, input_statistics, to_layer
+from lbllm.stages.wat import binary_layers, block_error, wat_block
+
+SEQ_LEN = 256
+CALIBRATION, PROBE = 8, 2  # sequences
+EM_STEPS, TRAIN_STEPS = 4, 12
+USUAL_SIZES = (32, 64, 128, 256)
+FORMATS: tuple[Format, ...] = ("w1+1", "w1")
+
+
+@dataclass
+class BlockSample:
+    """A teacher's block with texts' hidden states (n, T, hidden) around it: ``inputs`` for stage 1, ``probe_inputs``
+    to measure on; targets are the block's own outputs. ``path``: its full name. ``hessians``: the layers that share an
+    input, by name, with that input's Hessian (in, in)."""
+
+    path: str
+    block: nn.Module
+    call: BlockCall
+    inputs: Tensor
+    targets: Tensor
+    probe_inputs: Tensor
+    probe_targets: Tensor
+    hessians: list[tuple[list[str], Tensor]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The block after stage 1 in a format. ``error``: the relative loss of its output; ``bpw``: stored bits per
+    binarized weight."""
+
+    format: Format
+    group_size: int
+    error: float
+    bpw: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """After ``step`` of ``steps`` optimizer steps. ``loss`` is the step's own; ``error`` is measured after the last
+    step."""
+
+    step: int
+    steps: int
+    loss: float
+    error: float | None = None
+
+
+@dataclass
+class Initialized:
+    """A block's binarized layers after stage 1: their formats, and ``tensors`` with the latent weights."""
+
+    point: Point
+    formats: dict[str, LayerFormat]
+    tensors: dict[str, Tensor]
+
+
+@torch.no_grad()
+def take_block(config: RunConfig, number: int) -> BlockSample:
+    """Load the teacher, run it up to block ``number`` on a little of the run's text, and keep that block alone.
+
+    Raises ModelError, CorpusError; ConfigError where there is no such block.
+    """
+    teacher = load_teacher(config.model)
+    model = teacher.model
+    check_supported(model)
+    path, blocks = decoder_blocks(model)
+    if not 0 <= number < len(blocks):
+        raise ConfigError(f"block {number}: {config.model} has blocks 0 to {len(blocks) - 1}")
+    length = min(SEQ_LEN, config.seq_len)
+    tokens = (CALIBRATION + PROBE) * SEQ_LEN
+    sequences = load_corpus(config.corpus, teacher.tokenizer, seq_len=length, tokens=tokens).sequences
+    block, call = blocks[number], capture_calls(model, sequences[:1])
+    hidden = first_inputs(model, sequences, CALIBRATION)
+    for earlier in range(number):
+        hidden = torch.cat(list(run_batches(blocks[earlier], hidden, call[earlier], CALIBRATION)))
+    output = torch.cat(list(run_batches(block, hidden, call[number], CALIBRATION)))
+    # A text too short for both parts is measured on what it was fitted to.
+    probe = len(hidden) * PROBE // (CALIBRATION + PROBE)
+    inputs = hidden[probe:]
+    hessians = []
+    for names in shared_inputs(block, inputs[:1], call[number]):
+        seen = list(layer_inputs(block, names[0], inputs, call[number], CALIBRATION))
+        hessians.append((names, input_statistics(iter(seen), iter(seen))[0]))
+    return BlockSample(
+        path=f"{path}.{number}",
+        block=block,
+        call=call[number],
+        inputs=inputs,
+        targets=output[probe:],
+        probe_inputs=hidden[: probe or None],
+        probe_targets=output[: probe or None],
+        hessians=hessians,
+    )
+
+
+def choices(sample: BlockSample, config: RunConfig) -> list[tuple[Format, int]]:
+    """The formats and group sizes to compare: the run's own, the usual ones that fit the block's rows, a whole row."""
+    shortest = min(linear_weight(layer).shape[1] for layer in linear_layers(sample.block).values())
+    own = config.quant.group_size
+    sizes = [*sorted({size for size in (*USUAL_SIZES, own) if size <= shortest} - {WHOLE_ROW}), WHOLE_ROW]
+    others: list[tuple[Format, int]] = [(fmt, size) for fmt in FORMATS for size in sizes]
+    first = (config.quant.format, own)
+    return [first, *(choice for choice in others if choice != first)]
+
+
+def preview(
+    sample: BlockSample, config: RunConfig, known: Container[tuple[Format, int]] = ()
+) -> Iterator[Point | Trained]:
+    """A Point for each choice that is not ``known``; between them the steps of stage 2 for the run's own choice.
+
+    Raises ConfigError where the settings leave the block dense, LbllmError where the block's inputs are degenerate.
+    """
+    own, *others = choices(sample, config)
+    start = initialize(sample, config, *own)
+    yield start.point
+    yield from train(sample, config, start)
+    for choice in others:
+        if choice not in known:
+            yield initialize(sample, config, *choice).point
+
+
+def block_layers(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> dict[str, LayerFormat]:
+    """The format of each layer of the block; overrides and skipped layers stay as the run has them."""
+    quant = config.quant.model_copy(update={"format": fmt, "group_size": group_size})
+    named = {name: quant.layer(f"{sample.path}.{name}") for name in linear_layers(sample.block)}
+    return {name: layer for name, layer in named.items() if layer is not None}
+
+
+@torch.no_grad()
+def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> Initialized:
+    """The block after stage 1 in a format.
+
+    Raises ConfigError where the run's settings leave the block dense, LbllmError where its inputs are degenerate.
+    """
+    formats = block_layers(sample, config, fmt, group_size)
+    if not formats:
+        raise ConfigError(f"{sample.path} stays dense: quant.skip {list(config.quant.skip)} leaves out all its layers")
+    settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
+    tensors: dict[str, Tensor] = {}
+    bits = weights = 0
+    for sharing, hessian in sample.hessians:
+        for layer_format in sorted({formats[name] for name in sharing if name in formats}, key=str):
+            names = [name for name in sharing if formats.get(name) == layer_format]
+            dense = [linear_weight(sample.block.get_submodule(name)) for name in names]
+            try:
+                result = binarize_layer(torch.cat(dense), hessian, layer_format, settings)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise LbllmError(
+                    f"{sample.path}.{names[0]}: its inputs are degenerate for this text; take other text or a larger "
+                    "ptq.damping"
+                ) from None
+            parts = zip(*(tensor.split([len(w) for w in dense]) for tensor in result.tensors()), strict=True)
+            for name, part in zip(names, parts, strict=True):
+                solved = Binarized(*part)
+                solved.check(f"{sample.path}.{name}")
+                layer = to_layer(sample.block.get_submodule(name), layer_format, solved)
+                layer.round_params()
+                tensors |= collect({name: layer}) | {f"{name}.latent": solved.latent}
+                bits += layer_bits(layer_format, *solved.latent.shape)
+                weights += solved.latent.numel()
+    built = restore(sample.block, formats, tensors, config.quant.tail_steps)
+    return Initialized(Point(fmt, group_size, _error(sample, built), bits / weights), formats, tensors)
+
+
+def train(sample: BlockSample, config: RunConfig, start: Initialized) -> Iterator[Trained]:
+    """A few steps of stage 2 from there, with the run's learning rates."""
+    block = restore(sample.block, start.formats, start.tensors, config.quant.tail_steps)
+    length = sample.inputs.shape[1]
+    batch = max(1, min(len(sample.inputs), config.wat.batch_tokens // length))
+    per_epoch = -(-len(sample.inputs) // batch)
+    settings = config.wat.model_copy(
+        update={"epochs": max(1, round(TRAIN_STEPS / per_epoch)), "batch_tokens": batch * length}
+    )
+    steps = settings.epochs * per_epoch
+    latents = {name: start.tensors[f"{name}.latent"] for name in start.formats}
+    for step in wat_block(
+        block,
+        sample.call,
+        sample.inputs,
+        sample.targets,
+        latents,
+        settings,
+        seed=config.seed,
+        autocast=contextlib.nullcontext,
+    ):
+        yield Trained(step.step, steps, step.loss)
+    for layer in binary_layers(block).values():
+        layer.round_params()
+    yield Trained(steps, steps, step.loss, _error(sample, block))
+
+
+@torch.no_grad()
+def _error(sample: BlockSample, block: nn.Module) -> float:
+    return block_error(block, sample.probe_inputs, sample.probe_targets, sample.call, len(sample.probe_inputs))
