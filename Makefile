@@ -27,7 +27,7 @@ demo: .venv/installed
 
 # Two tests at a time, each on one thread: most models in them are too small to gain from a second.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

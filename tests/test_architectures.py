@@ -86,11 +86,7 @@ def assert_has_the_size_that_was_said(deployed: Deployed) -> None:
     assert done.bpw == started.bpw == pytest.approx(said.bpw) == pytest.approx(8 * stored / said.weights)
 
 
-# One process for all tests of a run, where tests run side by side: it is made once.
-BY_ARCHITECTURE = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in DENSE_ARCHITECTURES]
-
-
-@pytest.fixture(scope="module", params=BY_ARCHITECTURE)
+@pytest.fixture(scope="module", params=DENSE_ARCHITECTURES)
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     return deploy(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -297,7 +297,6 @@ def killed(tmp_path_factory: pytest.TempPathFactory, tiny_config: RunConfig) -> 
     return store, printed.getvalue()
 
 
-@pytest.mark.xdist_group("killed")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(killed: tuple[RunStore, str]) -> None:
     store, printed = killed
     assert re.search(r"2 of 2 kills; all [1-9]\d* files equal", printed), printed
@@ -306,7 +305,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(killed: tuple[R
     assert kinds(store, resumed).count("run_queued") == 3
 
 
-@pytest.mark.xdist_group("killed")
 def test_a_whole_run_tells_its_story_in_order(killed: tuple[RunStore, str], tiny_config: RunConfig) -> None:
     store, _ = killed
     for run in store.all():

@@ -27,13 +27,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process for all tests here, where tests run side by side: one browser, one server at a time."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("browser"))
-
-
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until the condition holds; an AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds
