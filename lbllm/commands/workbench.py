@@ -67,6 +67,8 @@ def _options(root: Path, port: int, browser: bool) -> dict[str, Any]:
         "server_allowedHosts": ["localhost", ADDRESS],
         "server_fileWatcherType": "none",
         "server_maxUploadSize": 5,
+        # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
+        "runner_postScriptGC": False,
         "browser_gatherUsageStats": False,
         "browser_serverAddress": "localhost",
         "client_showErrorDetails": "none",
