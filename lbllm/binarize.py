@@ -25,8 +25,8 @@ from lbllm.config import WHOLE_ROW, Format
 
 LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
 
-# Lloyd-Max levels of a standard normal distribution: where the clustering starts.
-_START = {4: (-1.51, -0.453, 0.453, 1.51), 2: (-0.798, 0.798)}
+# Runs of neighbouring weights that a group is taken as where its clustering starts.
+POINTS = 16
 
 
 def group_length(group_size: int, in_features: int) -> int:
@@ -64,14 +64,12 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
     """Importance-weighted EM on each group: ascending levels (out, n, count) that locally minimize sum_j h_j (w_j -
     l)^2.
 
-    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level. Padding
-    has importance zero. ``importance`` broadcasts against ``groups``.
+    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level. It starts
+    from the best clustering of the sorted weights taken a few at a time, see ``best_split``. Padding has importance
+    zero. ``importance`` broadcasts against ``groups``.
     """
     weight = importance.expand_as(groups)
-    total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)
-    mean = (groups * weight).sum(-1, keepdim=True) / total
-    spread = ((groups - mean).square() * weight).sum(-1, keepdim=True).div(total).sqrt()
-    levels = mean + spread * groups.new_tensor(_START[count])
+    levels = best_split(groups, weight, count)
     weighted = groups * weight
     for _ in range(steps):
         index = assign(groups, levels)
@@ -82,6 +80,50 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
             means.append(torch.where(mass > 0, (weighted * member).sum(-1) / mass, levels[..., k]))
         levels = torch.stack(means, -1).sort(-1).values
     return levels
+
+
+def best_split(groups: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Ascending levels (out, n, count), 2 or 4, of the best clustering of each group into ``POINTS`` runs of
+    neighbours.
+
+    In one dimension the clusters of the optimum are intervals. Here the sorted weights are first gathered into at most
+    ``POINTS`` runs of equally many neighbours; the best way to cut those into intervals is found exactly.
+    """
+    ordered, order = groups.sort(-1)
+    weight = weight.gather(-1, order)
+    size = -(-ordered.shape[-1] // POINTS)
+    mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(
+        torch.finfo(groups.dtype).tiny
+    )
+    centred = ordered - mean
+    # Mass, first and second moment of all runs up to each border; their differences are those of an interval.
+    moments = torch.stack((weight, weight * centred, weight * centred.square()), -2)
+    sums = torch.nn.functional.pad(to_groups(moments, size).sum(-1).cumsum(-1), (1, 0))
+    between = sums[..., None, :] - sums[..., :, None]
+    mass, first, second = between.unbind(-3)
+    cost = (second - first.square() / mass.clamp_min(torch.finfo(groups.dtype).tiny)).clamp_min(0)
+    borders = torch.arange(cost.shape[-1], device=groups.device)
+    cost = cost.masked_fill(borders[:, None] > borders, torch.inf)
+
+    def halve(start: Tensor, end: Tensor) -> Tensor:
+        """The border that best cuts the interval from border ``start`` to ``end`` in two, both (out, n)."""
+        pick = [one[..., None, None].expand(*one.shape, 1, cost.shape[-1]) for one in (start, end)]
+        left, right = cost.gather(-2, pick[0]), cost.transpose(-1, -2).gather(-2, pick[1])
+        return (left + right).squeeze(-2).argmin(-1)
+
+    edges = [torch.zeros_like(sums[..., 0, 0], dtype=torch.long)]
+    last = edges[0] + len(borders) - 1
+    if count == 2:
+        edges += [halve(edges[0], last), last]
+    else:
+        before = (cost[..., 0, :, None] + cost).amin(-2)
+        after = (cost + cost[..., None, :, -1]).amin(-1)
+        middle = (before + after).argmin(-1)
+        edges += [halve(edges[0], middle), middle, halve(middle, last), last]
+    at = sums.gather(-1, torch.stack(edges, -1)[..., None, :].expand(*sums.shape[:-1], count + 1)).diff(dim=-1)
+    tiny = torch.finfo(groups.dtype).tiny
+    levels = torch.where(at[..., 0, :] > 0, at[..., 1, :] / at[..., 0, :].clamp_min(tiny), 0)
+    return (levels + mean).sort(-1).values
 
 
 def levels_to_params(levels: Tensor) -> Tensor:

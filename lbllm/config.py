@@ -94,7 +94,7 @@ class PtqConfig(_Section):
     """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
 
     tokens: int = Field(8_192, gt=0)
-    em_steps: int = Field(8, ge=1)
+    em_steps: int = Field(3, ge=1)
     damping: float = Field(0.1, gt=0)
     sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
     align: float = Field(

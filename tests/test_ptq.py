@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lbllm.binarize import (
     LEVELS,
+    POINTS,
     assign,
     fit_levels,
     from_groups,
@@ -76,12 +77,23 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
 
 def slow_levels(points: list[float], importance: list[float], count: int, steps: int) -> list[float]:
-    """Importance-weighted Lloyd iterations on a list of numbers, from the levels of a normal distribution."""
-    total = sum(importance)
-    mean = sum(h * w for h, w in zip(importance, points, strict=True)) / total
-    spread = math.sqrt(sum(h * (w - mean) ** 2 for h, w in zip(importance, points, strict=True)) / total)
-    start = {4: (-1.51, -0.453, 0.453, 1.51), 2: (-0.798, 0.798)}[count]
-    levels = [mean + spread * unit for unit in start]
+    """Importance-weighted Lloyd iterations on a list of numbers, from the best cut of its runs of sorted neighbours."""
+    size = -(-len(points) // POINTS)
+    order = sorted(range(len(points)), key=lambda j: points[j])
+    runs = [order[begin : begin + size] for begin in range(0, len(points), size)]
+
+    def cluster(members: list[int]) -> tuple[float, float]:
+        mass = sum(importance[j] for j in members)
+        mean = sum(importance[j] * points[j] for j in members) / mass
+        return mean, sum(importance[j] * (points[j] - mean) ** 2 for j in members)
+
+    best, levels = math.inf, [0.0] * count
+    for cuts in itertools.combinations(range(1, len(runs)), count - 1):
+        edges = itertools.pairwise((0, *cuts, len(runs)))
+        parts = [[*itertools.chain(*runs[begin:end])] for begin, end in edges]
+        found = [cluster(part) for part in parts]
+        if sum(error for _, error in found) < best:
+            best, levels = sum(error for _, error in found), [mean for mean, _ in found]
     for _ in range(steps):
         clusters: list[list[int]] = [[] for _ in levels]
         for j, point in enumerate(points):
@@ -143,7 +155,7 @@ def test_no_sweep_of_the_descent_increases_the_error_of_any_row(format_: Format,
         torch.testing.assert_close(result.error, errors[-1])
         torch.testing.assert_close(result.energy, (weight @ damped * weight).sum(1))
     for earlier, later in itertools.pairwise(errors):
-        assert (later <= earlier * (1 + 1e-9)).all()
+        assert (later <= earlier * (1 + 1e-9) + 1e-20).all()
     assert float(errors[2].sum()) < 0.95 * float(errors[0].sum())
 
 
