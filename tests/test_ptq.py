@@ -142,7 +142,7 @@ def test_compensation_equals_a_slow_program(format_: Format, group_size: int) ->
 
 
 @pytest.mark.parametrize("format_", ["w1+1", "w1"])
-@pytest.mark.parametrize("group_size", [4, 8, 21])
+@pytest.mark.parametrize("group_size", [6, 8, 21])
 def test_no_sweep_of_the_descent_increases_the_error_of_any_row(format_: Format, group_size: int) -> None:
     weight, hessian = problem(rows=20)
     damped = hessian + CONFIG.damping * hessian.diagonal().mean() * torch.eye(21, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_no_sweep_of_the_descent_increases_the_error_of_any_row(format_: Format,
         torch.testing.assert_close(result.error, errors[-1])
         torch.testing.assert_close(result.energy, (weight @ damped * weight).sum(1))
     for earlier, later in itertools.pairwise(errors):
-        assert (later <= earlier * (1 + 1e-9) + 1e-20).all()
+        assert (later <= earlier * (1 + 1e-9)).all()
     assert float(errors[2].sum()) < 0.95 * float(errors[0].sum())
 
 
