@@ -13,6 +13,7 @@ together.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from lbllm.activations import PackedKVLayer
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.checkpoint import write_atomic
 from lbllm.config import QuantConfig
-from lbllm.errors import CheckpointError, ConfigError
+from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.layers import PackedLinear
 from lbllm.quiet import quiet
 
@@ -81,12 +82,12 @@ class LbllmQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        attach_kv_cache(model, self.quantization_config.format.kv_bits)
         with torch.device("meta"):
             replace_layers(model, self.quantization_config.format)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        attach_kv_cache(model, self.quantization_config.format.kv_bits)
         # transformers would write neither the guard nor the new hash, and has no hook behind its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         return model
@@ -123,14 +124,17 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
 
 def attach_kv_cache(model: nn.Module, bits: int) -> None:
     """Make the model keep its KV cache in ``bits`` bits, whoever creates the cache: generate(), a caller, or a plain
-    forward call."""
+    forward call, of the model or of the part of it without the head. Comes before the layers are replaced."""
     if bits >= 16:
         return
     layer_class = type("PackedKVLayer", (PackedKVLayer,), {"bits": bits})
+    decoder = _cache_holder(model)
+    names = list(inspect.signature(decoder.forward).parameters)
 
     def prepare(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         if cache is None:
             # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
@@ -144,15 +148,26 @@ def attach_kv_cache(model: nn.Module, bits: int) -> None:
             # In place, since the caller keeps its own reference to the cache it made.
             cache.layers = []
             cache.layer_class_to_replicate = layer_class
-        return args, kwargs
+        return (), kwargs
 
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Whoever wants no cache feeds all tokens again: the one of this pass must not come back with the next.
         if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = None
 
-    model.register_forward_pre_hook(prepare, with_kwargs=True)
-    model.register_forward_hook(finish, with_kwargs=True)
+    decoder.register_forward_pre_hook(prepare, with_kwargs=True)
+    decoder.register_forward_hook(finish, with_kwargs=True)
+
+
+def _cache_holder(model: nn.Module) -> nn.Module:
+    """The innermost module round the decoder blocks that takes a KV cache: every pass that uses one goes through it."""
+    path, _ = decoder_blocks(model)
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            return module
+    raise ModelError(f"{type(model).__name__} takes no past_key_values; set quant.kv_bits=16")
 
 
 def _packed(cache: Cache) -> bool:

@@ -423,6 +423,7 @@ def _packed_model(
     quant = config.quant if stage == "aar" else config.quant.weights_only()
     _, blocks, formats = block_formats(teacher.model, quant)
     student: PreTrainedModel = share_copy(teacher.model)
+    attach_kv_cache(student, quant.kv_bits)
     _, student_blocks = decoder_blocks(student)
     store = BlockStore(folder, None)
     for number, block in enumerate(blocks):
@@ -440,7 +441,6 @@ def _packed_model(
                 stored = parameter.detach().bfloat16().to(dtype)
                 setattr(module, name, nn.Parameter(stored, requires_grad=False))
     student.tie_weights()
-    attach_kv_cache(student, quant.kv_bits)
     return student.eval(), quant
 
 

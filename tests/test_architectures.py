@@ -159,6 +159,23 @@ def test_reading_at_once_and_word_by_word_agree(deployed: Deployed) -> None:
     )
 
 
+def test_the_model_without_its_head_keeps_its_cache_in_four_bits_too(deployed: Deployed) -> None:
+    model, ids = deployed.load(), token_ids(1, seed=2)
+    decoder = model.get_submodule(decoder_blocks(deployed.teacher.model)[0].rpartition(".")[0])
+    with torch.no_grad():
+        whole = model(ids, output_hidden_states=True).hidden_states[-1]
+        for inner in (model.base_model, decoder):
+            output = inner(ids)
+            assert torch.equal(output.last_hidden_state, whole)
+            assert all(isinstance(layer, PackedKVLayer) for layer in output.past_key_values.layers)
+            assert inner(ids, use_cache=False).past_key_values is None
+            cache = DynamicCache()
+            first = inner(ids[:, :20], past_key_values=cache).last_hidden_state
+            second = inner(ids[:, 20:], past_key_values=cache).last_hidden_state
+            torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=0, atol=0.1)
+            assert all(isinstance(layer, PackedKVLayer) for layer in cache.layers)
+
+
 @pytest.mark.parametrize("architecture", DENSE_ARCHITECTURES)
 def test_the_cache_alone_changes_little_and_eight_bits_less_than_four(architecture: str) -> None:
     ids = token_ids(2, seed=3)
