@@ -116,6 +116,30 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
 
 
 @torch.no_grad()
+def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
+    """The full names of the blocks' linear layers that the model doesn't call for a sequence (1, T) of token ids."""
+    path, blocks = decoder_blocks(model)
+    layers = {
+        f"{path}.{index}.{name}": layer for index, b in enumerate(blocks) for name, layer in linear_layers(b).items()
+    }
+    called: set[nn.Module] = set()
+
+    def end(*_: Any) -> None:
+        raise _Captured  # before the output layer, as in capture_calls
+
+    handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
+    handles.append(blocks[-1].register_forward_hook(end))
+    try:
+        model(input_ids=sequence, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, layer in layers.items() if layer not in called]
+
+
+@torch.no_grad()
 def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
     """The hidden states (n, T, hidden) that enter the first block for token ids (n, T)."""
     _, blocks = decoder_blocks(model)

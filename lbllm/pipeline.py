@@ -35,6 +35,7 @@ from lbllm.blocks import (
     run_batches,
     share_copy,
     shared_inputs,
+    uncalled_layers,
 )
 from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, restore, write_atomic
 from lbllm.config import LayerFormat, QuantConfig, RunConfig, Stage
@@ -184,8 +185,15 @@ def run(
         config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
     )
     model = teacher.model.to(accelerator.device)
+    first = corpus.sequences[:1].to(accelerator.device)
+    uncalled = [name for name in uncalled_layers(model, first) if config.quant.layer(name) is not None]
+    if uncalled:
+        raise ModelError(
+            f"{config.model} never calls {', '.join(uncalled)}: a layer that reads nothing can't be binarized. Keep it "
+            f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
+        )
     with torch.no_grad():
-        calls = capture_calls(model, corpus.sequences[:1].to(accelerator.device))
+        calls = capture_calls(model, first)
     store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
     state = _Run(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
     bpw = bits_per_weight(blocks, formats)

@@ -393,6 +393,17 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(
     assert not (tmp_path / "blocks").exists()
 
 
+def test_a_layer_that_its_block_never_calls_is_refused_by_name_and_can_be_skipped(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    teacher.model.get_submodule("model.layers.1.mlp").add_module("spare", torch.nn.Linear(48, 48))
+    with pytest.raises(ModelError, match=r"never calls .*quant\.skip=\[\"model\.layers\.1\.mlp\.spare\"\]"):
+        run_tiny(run_config(), tmp_path, teacher)
+    assert not (tmp_path / "blocks").exists()
+    events = run_tiny(run_config(quant={"skip": ["model.layers.1.mlp.spare"]}), tmp_path, teacher)
+    assert isinstance(events[-1], RunDone)
+
+
 def test_a_checkpoint_appears_whole_or_not_at_all(
     whole: tuple[Path, list[Event]], teacher: Teacher, tmp_path: Path
 ) -> None:
