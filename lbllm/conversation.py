@@ -12,7 +12,7 @@ from lbllm.duel import Answer, Duel, Side
 from lbllm.pool import Slot
 
 
-@dataclass
+@dataclass(eq=False)
 class Exchange:
     """One prompt and its two answers, by the models ``names`` under ``settings``."""
 
@@ -41,15 +41,11 @@ class Conversation:
         """Whether an answer is being written."""
         return bool(self.exchanges) and not self.exchanges[-1].duel.over
 
-    def messages(self, side: int, prompt: str, settings: ChatSettings) -> Messages:
-        """The conversation of a side (0 left, 1 right) up to a new prompt: its own earlier answers, never the
-        other's."""
-        return _messages(self.exchanges, side, prompt, settings)
-
-    def before(self, number: int, side: int) -> Messages:
-        """What the answer of exchange ``number`` on a side was given."""
-        exchange = self.exchanges[number]
-        return _messages(self.exchanges[:number], side, exchange.prompt, exchange.settings[side])
+    def messages(self, exchange: Exchange, side: int) -> Messages:
+        """The conversation that the answer of an exchange on a side (0 left, 1 right) was given: the system prompt,
+        the same model's earlier answers on that side, the prompt."""
+        earlier = self.exchanges[: self.exchanges.index(exchange)]
+        return _messages(earlier, side, exchange.prompt, exchange.names[side], exchange.settings[side])
 
     def ask(
         self,
@@ -62,7 +58,8 @@ class Conversation:
     ) -> Exchange:
         """Let both models answer; returns at once."""
         left, right = (
-            Side(slots[side], self.messages(side, prompt, settings[side]), settings[side]) for side in (0, 1)
+            Side(slots[side], _messages(self.exchanges, side, prompt, names[side], settings[side]), settings[side])
+            for side in (0, 1)
         )
         exchange = Exchange(prompt, names, settings, Duel((left, right), timed=timed))
         self.exchanges.append(exchange)
@@ -81,11 +78,11 @@ class Conversation:
         self.exchanges.clear()
 
 
-def _messages(exchanges: list[Exchange], side: int, prompt: str, settings: ChatSettings) -> Messages:
+def _messages(exchanges: list[Exchange], side: int, prompt: str, name: str, settings: ChatSettings) -> Messages:
     messages = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
     for exchange in exchanges:
-        # A side that failed, or was stopped before its first word, has said nothing that it could be reminded of.
-        if text := exchange.answers[side].text:
+        # Where another model answered, or none did, this one has said nothing that it could be reminded of.
+        if exchange.names[side] == name and (text := exchange.answers[side].text):
             messages.append({"role": "user", "content": exchange.prompt})
             messages.append({"role": "assistant", "content": text})
     return [*messages, {"role": "user", "content": prompt}]

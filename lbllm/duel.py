@@ -29,7 +29,8 @@ class Answer:
     """An answer as far as it is written. ``error`` is for the user, where the state is "failed".
 
     ``tokens_per_second`` and ``first_token_seconds`` as in ``ChatPiece``; 0 until they are known. ``timed``: measured
-    while the other side was quiet.
+    while the other side was quiet. The last fields are what the model was, as in ``Loaded``; ``completes``: it was
+    given the prompt as a text to go on with.
     """
 
     state: AnswerState = "waiting"
@@ -39,6 +40,11 @@ class Answer:
     first_token_seconds: float = 0.0
     timed: bool = False
     error: str = ""
+    precision: str = ""
+    weight_bytes: int = 0
+    expanded_bytes: int = 0
+    bpw: float = 0.0
+    completes: bool = False
 
     @property
     def over(self) -> bool:
@@ -112,7 +118,15 @@ class Duel:
             self._update(number, state="stopped")
             return
         loaded, settings = side.slot.loaded, side.settings
-        self._update(number, state="reading")
+        self._update(
+            number,
+            state="reading",
+            precision=loaded.precision,
+            weight_bytes=loaded.weight_bytes,
+            expanded_bytes=loaded.expanded_bytes,
+            bpw=loaded.bpw,
+            completes=not (loaded.is_chat and settings.template),
+        )
         pieces = stream(
             loaded.model,
             loaded.tokenizer,

@@ -9,6 +9,7 @@ teacher expects. Both models read the same tokens; a token's expectations are th
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,12 @@ class Lens:
         """Share of the tokens with expectations at which both models' most likely token is the same."""
         known = [token.agreed for token in self.tokens if token.kl is not None]
         return sum(known) / len(known) if known else 1.0
+
+
+def step_labels() -> list[str]:
+    """What each colour, 0 to len(STEPS), stands for: a range of nats."""
+    bounds = [f"{bound:g}" for bound in STEPS]
+    return [f"below {bounds[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(bounds)), f"{bounds[-1]} and more"]
 
 
 def same_vocabulary(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:

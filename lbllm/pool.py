@@ -65,8 +65,8 @@ class Slot:
         self.name, self.expand = name, expand
         self.state: State = "waiting"
         self.error = ""
-        self.asked = time.monotonic()
-        self.seconds = 0.0
+        self._asked = time.monotonic()
+        self._seconds = 0.0
         self._loaded: Loaded | None = None
         self._over = threading.Event()
 
@@ -81,6 +81,11 @@ class Slot:
     def over(self) -> bool:
         """Whether loading has ended, well or not."""
         return self._over.is_set()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the model was asked for, or that its loading took."""
+        return self._seconds if self.over else time.monotonic() - self._asked
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until loading has ended; whether it has."""
@@ -101,7 +106,7 @@ class Slot:
                 self.error = f"{self.name} can't be loaded ({type(error).__name__}: {error}); choose another model"
                 self.state = "failed"
             finally:
-                self.seconds = time.monotonic() - self.asked
+                self._seconds = time.monotonic() - self._asked
                 self._over.set()
 
 

@@ -1,0 +1,129 @@
+"""The two model pickers of the compare page: what can be picked, what a pick means, how far its loading is."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app.view import checkpoints, plain, size_text, store
+from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION
+from lbllm.paths import model_name
+from lbllm.pool import ModelPool, Slot
+
+SIDES = ("left", "right")
+TEACHER = "smollm2-135m-instruct"
+SHIPPED = "shipped"
+
+
+@st.cache_resource
+def pool() -> ModelPool:
+    """The models of this server's process, for all sessions."""
+    return ModelPool()
+
+
+def choices() -> dict[str, tuple[str, str]]:
+    """What the pickers offer: value (as in the page's address) to label and name for the pool.
+
+    Checkpoints first, then the embedded model, then what needs a download.
+    """
+    runs = store()
+    found = {}
+    for label, folder in checkpoints(runs).items():
+        value = folder.parent.name if folder.is_relative_to(runs.root) else SHIPPED
+        found[value] = (label, str(folder))
+    for entry in sorted(CATALOGUE, key=lambda entry: entry.hub_id is not None):
+        note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
+        found[entry.id] = (f"{entry.id}, {note}", entry.id)
+    return found
+
+
+def pick(side: str, offered: dict[str, tuple[str, str]]) -> str:
+    """One side's picker; the value picked, which the page's address keeps."""
+    key, seen = f"compare_{side}", f"compare_{side}_address"
+    asked = st.query_params.get(side)
+    if asked and asked != st.session_state.get(seen):
+        st.session_state[key] = asked
+    elif key not in st.session_state:
+        st.session_state[key] = _default(side, offered)
+    values = list(offered)
+    if st.session_state[key] not in offered:
+        values.append(st.session_state[key])
+    value = st.selectbox(
+        side.capitalize(),
+        values,
+        key=key,
+        format_func=lambda value: offered[value][0] if value in offered else str(value),
+        accept_new_options=True,
+        persist_state="session",
+        help="Choose a checkpoint or a model of the catalogue, or type a folder or a hub id (owner/name).",
+    )
+    value = str(value or TEACHER)
+    st.session_state[seen] = value
+    if st.query_params.get(side) != value:
+        st.query_params[side] = value
+    return value
+
+
+def resolve(value: str, offered: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """A picked value's short name, for headings and votes, and its name for the pool.
+
+    Raises ConfigError where a typed path lies outside the allowed folder.
+    """
+    if value in offered:
+        label, name = offered[value]
+        return (value if name == value else label), name
+    return value, model_name(value)
+
+
+def hold(names: tuple[tuple[str, bool], tuple[str, bool]]) -> tuple[Slot, Slot]:
+    """The slots of both sides (name, whether to expand), held for this session; the ones it held before are let go."""
+    held: tuple[Slot, Slot] | None = st.session_state.get("compare_slots")
+    if held is not None and tuple((slot.name, slot.expand) for slot in held) == names:
+        return held
+    left, right = (pool().get(name, expand=expand) for name, expand in names)
+    st.session_state["compare_slots"] = (left, right)
+    return left, right
+
+
+def retry() -> None:
+    """Let a failed load be tried again."""
+    st.session_state.pop("compare_slots", None)
+
+
+def show_state(slot: Slot, side: str) -> None:
+    """How far a model's loading is, followed until it has ended; then the model in a line."""
+    if not slot.over:
+        _follow(slot)
+    elif slot.state == "failed":
+        st.error(plain(slot.error))
+        st.button("Try again", key=f"compare_retry_{side}", on_click=retry)
+    else:
+        st.caption(model_line(slot))
+
+
+@st.fragment(run_every=0.4)
+def _follow(slot: Slot) -> None:
+    if slot.over:
+        st.rerun()
+    st.caption(f":material/hourglass_empty: Loading for {slot.elapsed:.0f} s. You can already ask.")
+
+
+def model_line(slot: Slot) -> str:
+    """What a loaded model is, in a line of Markdown."""
+    loaded = slot.loaded
+    if loaded.packed:
+        memory = f"{size_text(loaded.weight_bytes)} packed"
+        if loaded.expanded_bytes:
+            memory += f", {size_text(loaded.expanded_bytes)} expanded for speed"
+        parts = [plain(loaded.precision), f"{loaded.bpw:.2f} bits a weight", memory]
+    else:
+        parts = [plain(loaded.precision), f"{loaded.bpw:.0f} bits a weight in memory", size_text(loaded.weight_bytes)]
+    if not loaded.is_chat:
+        parts.append("**base model: goes on with your text** (no chat template)")
+    return " · ".join(parts)
+
+
+def _default(side: str, offered: dict[str, tuple[str, str]]) -> str:
+    """The teacher on the left; on the right the checkpoint that comes with the program, or the newest run's."""
+    if side == "left":
+        return TEACHER
+    return SHIPPED if SHIPPED in offered else next(iter(offered))

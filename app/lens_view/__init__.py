@@ -1,0 +1,56 @@
+"""Two small components: a finished answer with the word marked at which it differs, and the lens over a text.
+
+    answer_view("The sky ...", at=8, label="Here the answers part", key="left")
+    lens_view(lens, names=("teacher", "student"), key="lens")
+
+Both write what models wrote as text nodes, never as HTML.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from lbllm.lens import Lens, step_labels
+
+_HERE = Path(__file__).parent
+_CSS = (_HERE / "style.css").read_text()
+_answer = st.components.v2.component("lbllm.answer", css=_CSS, js=(_HERE / "answer.js").read_text())
+_lens = st.components.v2.component("lbllm.lens", css=_CSS, js=(_HERE / "lens.js").read_text())
+
+
+def answer_view(text: str, *, at: int | None, label: str, empty: str, key: str) -> None:
+    """Show an answer; ``at``: position of the word to mark, which ``label`` explains; ``empty`` in place of no text."""
+    _answer(key=key, data={"text": text, "at": _utf16(text, at), "label": label, "empty": empty})
+
+
+def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
+    """Show a lens with its legend. It opens at the token with the largest divergence."""
+    known = [-1.0 if token.kl is None else token.kl for token in lens.tokens]
+    data = {
+        "names": names,
+        "label": "Tokens of the text; arrow keys move from one to the next",
+        "parted": "the student would have written something else",
+        "legend": [(f"k{step}", label) for step, label in enumerate(step_labels())],
+        "start": known.index(max(known)),
+        "tokens": [
+            {
+                "text": token.text,
+                "kl": token.kl,
+                "step": token.step,
+                "agreed": token.agreed,
+                "teacher": [(candidate.text, candidate.probability) for candidate in token.teacher],
+                "student": [(candidate.text, candidate.probability) for candidate in token.student],
+                "p": token.teacher_probability,
+                "q": token.student_probability,
+            }
+            for token in lens.tokens
+        ],
+    }
+    _lens(key=key, data=data)
+
+
+def _utf16(text: str, position: int | None) -> int | None:
+    """A position in the text as JavaScript counts it."""
+    return None if position is None else len(text[:position].encode("utf-16-le", "surrogatepass")) // 2

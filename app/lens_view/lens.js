@@ -1,0 +1,108 @@
+// The lens: a text whose tokens carry colours; the token under the pointer, or chosen by the arrow keys, has its
+// details in the panel beside it. All strings of models reach the page as text nodes.
+
+const STATE = Symbol("lens");
+
+function element(tag, className, text) {
+  const node = document.createElement(tag);
+  node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+// Spaces and line ends have no shape of their own.
+const shown = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
+const percent = (p) => (p >= 0.1 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "<0.1 %");
+
+function bars(kind, name, candidates, own, token) {
+  const box = element("div", kind);
+  const who = element("div", "who", name);
+  who.append(element("span", "", `, this token ${percent(own)}`));
+  box.append(who);
+  for (const [text, probability] of candidates) {
+    const row = element("div", text === token ? "row taken" : "row");
+    const bar = element("div", "bar");
+    bar.style.width = `${Math.max(1, 100 * probability)}%`;
+    const track = element("div", "track");
+    track.append(bar);
+    row.append(element("div", "name", shown(text)), track, element("div", "number", percent(probability)));
+    box.append(row);
+  }
+  return box;
+}
+
+function create(parentElement) {
+  const legend = element("div", "legend");
+  const body = element("div", "lens");
+  const text = element("div", "text");
+  const panel = element("div", "panel");
+  panel.setAttribute("aria-live", "polite");
+  text.setAttribute("role", "group");
+  body.append(text, panel);
+  parentElement.append(legend, body);
+  const state = { legend, text, panel, at: 0, data: null, drawn: null };
+
+  state.choose = (number, focus) => {
+    const nodes = text.children;
+    if (!nodes.length) return;
+    nodes[state.at]?.classList.remove("here");
+    nodes[state.at]?.setAttribute("tabindex", "-1");
+    state.at = Math.min(Math.max(number, 0), nodes.length - 1);
+    const node = nodes[state.at];
+    node.classList.add("here");
+    node.setAttribute("tabindex", "0");
+    if (focus) node.focus({ preventScroll: false });
+    const { tokens, names } = state.data;
+    const token = tokens[state.at];
+    panel.replaceChildren(element("div", "headline", shown(token.text)));
+    if (token.kl === null) {
+      panel.append(element("div", "small", "The first token: nothing comes before it, so nothing was expected."));
+      return;
+    }
+    panel.append(element("div", "small", `Divergence ${token.kl.toFixed(token.kl < 0.1 ? 3 : 2)} nats`));
+    panel.append(bars("teacher", names[0], token.teacher, token.p, token.text));
+    panel.append(bars("student", names[1], token.student, token.q, token.text));
+  };
+  const number = (event) => {
+    const node = event.target.closest?.(".token");
+    return node ? Number(node.dataset.number) : -1;
+  };
+  text.addEventListener("mouseover", (event) => number(event) >= 0 && state.choose(number(event), false));
+  text.addEventListener("click", (event) => number(event) >= 0 && state.choose(number(event), true));
+  text.addEventListener("focusin", (event) => number(event) >= 0 && state.choose(number(event), false));
+  text.addEventListener("keydown", (event) => {
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    state.choose(state.at + steps[event.key], true);
+  });
+  return state;
+}
+
+export default function ({ parentElement, data }) {
+  const state = (parentElement[STATE] ??= create(parentElement));
+  const signature = JSON.stringify(data);
+  if (signature === state.drawn) return;
+  state.drawn = signature;
+  state.data = data;
+  state.text.setAttribute("aria-label", data.label);
+  state.legend.replaceChildren(
+    ...data.legend.map(([className, text]) => {
+      const item = element("span", "");
+      item.append(element("span", `swatch ${className}`), text);
+      return item;
+    }),
+    element("span", "line", data.parted),
+  );
+  state.text.replaceChildren(
+    ...data.tokens.map((token, number) => {
+      const bare = token.text ? "" : " bare";
+      const node = element("span", `token k${token.step}${token.agreed ? "" : " parted"}${bare}`, token.text);
+      node.dataset.number = number;
+      node.setAttribute("tabindex", "-1");
+      return node;
+    }),
+  );
+  state.at = 0;
+  state.choose(data.start, false);
+}
