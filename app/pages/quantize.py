@@ -1,5 +1,185 @@
-"""The page quantize; its content follows."""
+"""Quantize: choose a model and a format, see at once what they give and take, try one block, start the run."""
 
+from __future__ import annotations
+
+import shlex
+
+import pandas
 import streamlit as st
 
-st.header("Quantize")
+from app import quantize_form as form
+from app.quantize_facts import (
+    bar,
+    estimated,
+    layer_names,
+    model_facts,
+    show_figures,
+    show_model,
+    show_unknown,
+)
+from app.quantize_preview import show_preview
+from app.view import guard, plain, store
+from lbllm.commands.options import arguments
+from lbllm.config import PRESETS, RunConfig
+from lbllm.corpora import check_available
+from lbllm.errors import LbllmError
+from lbllm.estimate import Estimate, check_memory
+from lbllm.model_catalogue import CATALOGUE
+from lbllm.models import ModelSummary
+from lbllm.paths import model_name, root
+
+
+def page() -> None:
+    """The whole page."""
+    form.start()
+    names = _model()
+    left, right = st.columns([5, 7], gap="large")
+    with left:
+        table = _controls(names)
+    with right:
+        config = _outlook(table)
+    with left:
+        _exchange(config)
+
+
+def _model() -> list[str]:
+    """The picker and what is known of the choice; returns the names of the layers that can be binarized."""
+    left, right = st.columns([5, 7], gap="large")
+    known = [entry.id for entry in CATALOGUE]
+    value = st.session_state[form.MODEL_KEY]
+    left.selectbox(
+        "Model",
+        known if value is None or value in known else [value, *known],
+        key=form.MODEL_KEY,
+        accept_new_options=True,
+        help=f"From the list, or type a hub id (owner/name), or a folder or .gguf file under {root()}.",
+    )
+    with right:
+        try:
+            name = model_name(st.session_state[form.MODEL_KEY] or "")
+        except LbllmError as error:
+            st.error(plain(str(error)))
+            return []
+        found = model_facts(name)
+        if isinstance(found, str):
+            show_unknown(name, found)
+            return []
+        show_model(found[0])
+        return layer_names(found[1])
+
+
+def _controls(names: list[str]) -> pandas.DataFrame:
+    """All settings; returns the table per layer."""
+    st.segmented_control(
+        "Preset",
+        list(PRESETS),
+        format_func=str.capitalize,
+        key=form.PRESET,
+        on_change=form.take_preset,
+        help="A starting point: it sets everything below. Preview: minutes, to see whether it works. Quick: the "
+        "embedded model on two cores. Standard: a real attempt. Paper: the paper's amount of text, wants a GPU.",
+    )
+    quantized = "aar" in st.session_state[form.STAGE_SETTING.key]
+    for pair in ((form.FORMAT, form.STAGE_SETTING), (form.GROUP_SIZE, form.PARAM_BITS), (form.ACT_BITS, form.KV_BITS)):
+        for column, setting in zip(st.columns([3, 2]), pair, strict=True):
+            with column:
+                form.control(setting, disabled=setting in (form.ACT_BITS, form.KV_BITS) and not quantized)
+    text, tokens = st.columns([3, 2])
+    with text:
+        form.corpus_picker()
+    with tokens:
+        form.control(form.TOKENS)
+    with st.expander("Advanced"):
+        for title, settings in form.ADVANCED.items():
+            st.markdown(f"**{title}**")
+            for first in range(0, len(settings), 3):
+                for column, setting in zip(st.columns(3), settings[first : first + 3], strict=False):
+                    with column:
+                        form.control(setting)
+    with st.expander("Per layer"):
+        return form.layers_table(names)
+
+
+def _outlook(table: pandas.DataFrame) -> RunConfig | None:
+    """Figures, Start with what speaks against it, and the preview; returns the settings if they are sound."""
+    try:
+        config = form.read(table)
+        found = model_facts(config.model)
+        if isinstance(found, str):
+            raise LbllmError(f"the model can't be read: {found}")
+        result = estimated(config, found[1])
+    except LbllmError as error:
+        st.error(plain(str(error)))
+        _start(None, [])
+        return None
+    show_figures(config, result)
+    st.html(bar(result))
+    _start(config, _objections(config, result, found[0]))
+    st.divider()
+    show_preview(config, result.blocks)
+    return config
+
+
+def _objections(config: RunConfig, result: Estimate, facts: ModelSummary) -> list[str]:
+    """What speaks against a start."""
+    said = []
+    for check in (lambda: check_memory(result, config.device), lambda: check_available(config.corpus)):
+        try:
+            check()
+        except LbllmError as error:
+            said.append(str(error))
+    if facts.context_length is not None and config.seq_len > facts.context_length:
+        said.append(
+            f"sequences of {config.seq_len} tokens are longer than the model's context of {facts.context_length}; "
+            "lower the sequence length under Advanced"
+        )
+    return said
+
+
+def _start(config: RunConfig | None, objections: list[str]) -> None:
+    name, button = st.columns([3, 1], vertical_alignment="bottom")
+    wanted = name.text_input("Name of the run", placeholder="a name of its own, if you like", key="quantize name")
+    impossible = config is None or bool(objections)
+    pressed = button.button(
+        "Start", type="primary", disabled=impossible, width="stretch", key="quantize start", help=None
+    )
+    for objection in objections:
+        st.warning(plain(objection))
+    ahead = sum(run.state in ("queued", "running") for run in store().all())
+    if ahead and not impossible:
+        st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; it waits its turn.")
+    if pressed and config is not None:
+        run = store().create(config, wanted.strip() or None)
+        store().start(run.id)
+        st.switch_page("pages/runs.py", query_params={"run": run.id})
+
+
+def _exchange(config: RunConfig | None) -> None:
+    """The settings as a command and as a file; a file of settings taken in."""
+    with st.expander("As a command, as a file"):
+        if config is not None:
+            _give(config)
+        st.file_uploader(
+            "Take settings from a file",
+            type="json",
+            key="quantize upload",
+            on_change=form.take_upload,
+            args=("quantize upload",),
+            help="A file from here, or a run's config.json.",
+        )
+        if form.UPLOAD_ERROR in st.session_state:
+            st.error(plain(st.session_state[form.UPLOAD_ERROR]))
+
+
+def _give(config: RunConfig) -> None:
+    words = ["python", "-m", "lbllm", "quantize", *arguments(config), "--out", "runs/mine"]
+    st.code(shlex.join(words), language="bash", wrap_lines=True)
+    text = config.model_dump_json(indent=2) + "\n"
+    with st.container(horizontal=True):
+        st.download_button("Download as file", text, "lbllm-settings.json", "application/json", on_click="ignore")
+        with st.popover("Show the file"):
+            st.code(text, language="json", height=320)
+
+
+with guard():
+    page()

@@ -1,0 +1,145 @@
+"""What the Quantize page knows beforehand: what a model is made of, and what the settings give and take."""
+
+from __future__ import annotations
+
+import html
+
+import streamlit as st
+from transformers import PreTrainedModel
+
+from app.view import COLOURS, count_text, plain, size_text, time_text
+from lbllm.blocks import decoder_blocks, linear_layers
+from lbllm.config import RunConfig
+from lbllm.errors import LbllmError
+from lbllm.estimate import Estimate, estimate, free_memory, matmul_rate
+from lbllm.model_catalogue import CATALOGUE
+from lbllm.models import ModelSummary, skeleton, summary
+
+MOVED = "to binarize"
+PART_NAMES = {
+    "bits": "sign bits",
+    "bitmap": "bitmap",
+    "parameters": "group parameters",
+    "embeddings": "embeddings",
+    "output head": "output head",
+    "other": "norms and other",
+}
+
+
+@st.cache_resource(max_entries=4, ttl=300, show_spinner="Reading the model's description")
+def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
+    """The model's summary and its skeleton, or why there are none. Kept for a while, so that no slider waits for
+    them."""
+    try:
+        return summary(name), skeleton(name)
+    except LbllmError as error:
+        return str(error)
+
+
+@st.cache_resource(ttl=600, show_spinner="Measuring this machine")
+def rate(device: str) -> float:
+    """The device's matmul rate, measured now and then."""
+    return matmul_rate(device)
+
+
+def layer_names(model: PreTrainedModel) -> list[str]:
+    """The full names of the layers that can be binarized."""
+    path, blocks = decoder_blocks(model)
+    return [f"{path}.{number}.{name}" for number, block in enumerate(blocks) for name in linear_layers(block)]
+
+
+def estimated(config: RunConfig, model: PreTrainedModel) -> Estimate:
+    """The estimate of a config for a model that is known. Raises ConfigError, ModelError."""
+    return estimate(config, model=model, rate=rate(config.device))
+
+
+def show_model(facts: ModelSummary) -> None:
+    """What a model is, what of it will be binarized and what stays."""
+    kept = ", ".join(f"{part} {count_text(count)}" for part, count in facts.kept.items())
+    context = f"context {facts.context_length:,}, " if facts.context_length else ""
+    st.markdown(
+        f"**{count_text(facts.parameters)} parameters** in {facts.blocks} blocks. "
+        f"**{count_text(facts.binarized)}** of them, the weights of {facts.layers} linear layers, **will be "
+        f"binarized**; {count_text(facts.parameters - facts.binarized)} stay ({kept})."
+    )
+    chat = "chat template" if facts.chat_template else "no chat template: completes text"
+    st.caption(plain(f"{facts.architecture}, {context}{chat}. Licence: {facts.licence}"))
+
+
+def show_unknown(name: str, message: str) -> None:
+    """The same for a model that can't be read: why, and what the catalogue knows."""
+    st.error(plain(message))
+    entry = next((entry for entry in CATALOGUE if entry.id == name), None)
+    if entry is not None:
+        note = f" {entry.note}." if entry.note else ""
+        st.caption(plain(f"{count_text(entry.parameters)} parameters. Licence: {entry.licence}.{note}"))
+
+
+def show_figures(config: RunConfig, result: Estimate) -> None:
+    """Bits, disk, memory and time as large numbers, against 16 bits a weight."""
+    columns = st.columns([1, 1, 1, 1])
+    shown = (
+        (
+            "Bits a weight",
+            f"{result.bpw:.2f}",
+            "fp16: 16",
+            "Stored bits of a binarized weight, its share of the group's parameters counted.",
+        ),
+        ("On disk", size_text(result.disk_bytes), f"fp16: {size_text(result.fp16_bytes)}", ""),
+        (
+            "Memory of the run",
+            size_text(result.memory_bytes),
+            f"free now: {size_text(free_memory(config.device))}",
+            "At its peak. Most of it: "
+            + ", ".join(
+                f"{name} {size_text(size)}"
+                for name, size in sorted(result.memory_parts.items(), key=lambda item: -item[1])[:3]
+            ),
+        ),
+        (
+            "Time here",
+            time_text(result.seconds),
+            ", ".join(f"{time_text(seconds)}" for seconds in result.stage_seconds.values()),
+            "An estimate from the speed of matrix products on this machine now. Below: stage by stage.",
+        ),
+    )
+    for column, (label, value, small, explained) in zip(columns, shown, strict=True):
+        column.metric(label, value, small, delta_color="off", delta_arrow="off", help=explained or None)
+
+
+def bar(result: Estimate) -> str:
+    """The checkpoint by part, full width, and below it its length against fp16, as HTML of our own words and numbers
+    alone."""
+    parts = {name: size for name, size in result.parts.items() if size}
+    segments, legend = [], []
+    for name, size in parts.items():
+        share = 100 * size / result.disk_bytes
+        title = html.escape(f"{PART_NAMES[name]}: {size_text(size)}, {share:.0f} % of the file")
+        ink = "#10202E" if name in ("bitmap", "parameters", "embeddings", "output head") else "#FFFFFF"
+        # Of the narrowest bar, 600 pixels, a letter takes one percent and a bit.
+        text = html.escape(PART_NAMES[name]) if share > 1.3 * len(PART_NAMES[name]) + 1 else ""
+        segments.append(
+            f'<div title="{title}" style="width:{share:.3f}%;background:{COLOURS[name]};color:{ink};overflow:hidden;'
+            f'white-space:nowrap;text-align:center;line-height:34px;font-size:13px">{text}</div>'
+        )
+        legend.append(
+            f'<span style="white-space:nowrap"><span style="display:inline-block;width:10px;height:10px;'
+            f'border-radius:2px;margin-right:5px;background:{COLOURS[name]}"></span>{html.escape(PART_NAMES[name])} '
+            f"{size_text(size)}</span>"
+        )
+    width = 100 * result.disk_bytes / result.fp16_bytes
+    factor = result.fp16_bytes / result.disk_bytes
+    label = html.escape(", ".join(f"{PART_NAMES[name]} {size_text(size)}" for name, size in parts.items()))
+    scale = (
+        f'<div style="position:relative;height:6px;border-radius:3px;background:rgba(128,144,160,.28);margin-top:12px">'
+        f'<div style="width:{min(width, 100):.2f}%;height:6px;border-radius:3px;background:{COLOURS["bits"]}">'
+        "</div></div>"
+        f'<div style="display:flex;justify-content:space-between;font-size:13px;opacity:.75;margin-top:3px">'
+        f"<span>this file: {factor:.1f} times smaller than fp16</span><span>fp16 {size_text(result.fp16_bytes)}</span></div>"
+    )
+    return (
+        f'<div role="img" aria-label="The file by part: {label}">'
+        f'<div style="display:flex;gap:2px;height:34px;border-radius:6px;overflow:hidden">{"".join(segments)}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin-top:7px">{"".join(legend)}</div>'
+        f"{scale}</div>"
+    )
