@@ -328,12 +328,21 @@ def test_the_teacher_is_not_changed(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "setting"), [("wat", "lr_weight"), ("wat", "lr_levels"), ("aar", "lr_levels"), ("aar", "lr_act")]
+    ("stage", "setting", "rate"),
+    [
+        ("wat", "lr_weight", 1e30),
+        ("wat", "lr_weight", 1e300),
+        ("wat", "lr_levels", 1e30),
+        ("aar", "lr_levels", 1e30),
+        ("aar", "lr_act", 1e30),
+        ("aar", "lr_act", 1e38),
+        ("aar", "lr_act", 1e300),
+    ],
 )
 def test_a_block_that_diverges_keeps_what_it_had(
-    whole: tuple[Path, list[Event]], stage: str, setting: str, teacher: Teacher, tmp_path: Path
+    whole: tuple[Path, list[Event]], stage: str, setting: str, rate: float, teacher: Teacher, tmp_path: Path
 ) -> None:
-    config = run_config(**{stage: {setting: 1e30}})
+    config = run_config(**{stage: {setting: rate}})
     events = run_tiny(config, tmp_path, teacher)
     done = done_blocks(events)
     for (at, _), event in done.items():
