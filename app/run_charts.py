@@ -21,7 +21,7 @@ Figure = dict[str, Any]
 
 
 def timeline(view: RunView, chosen: Chosen | None) -> Figure:
-    """One row a stage, one cell a block; the block in work fills up, the chosen one has a frame."""
+    """One row a stage, one cell a block; the block in work is yellow, the chosen one has a frame."""
     started = view.started
     if started is None:
         return {"data": [], "layout": {"height": 40}}
@@ -34,12 +34,9 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
         texts.append([_cell_text(view, stage, block) for block in range(started.blocks)])
     scale = [[(index + side) / len(_CELLS), colour] for index, colour in enumerate(_CELLS) for side in (0, 1)]
     shapes = []
-    if view.working is not None:
-        stage, block = view.working
-        shapes.append(_frame(started.stages.index(stage), block, view.part, fillcolor=COLOURS[stage], line_width=0))
     if chosen is not None and chosen[0] in started.stages:
         row = started.stages.index(chosen[0])
-        shapes.append(_frame(row, chosen[1], 1.0, line_color="--st-text-color", line_width=2))
+        shapes.append(_frame(row, chosen[1]))
     trace = {
         "type": "heatmap",
         "uid": "cells",
@@ -61,7 +58,7 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     layout = {
         "height": 46 + 28 * len(started.stages),
         "margin": {"l": 140, "r": 12, "t": 4, "b": 28},
-        "xaxis": axis | {"dtick": _tick(started.blocks), "tick0": 1},
+        "xaxis": axis | {"dtick": _tick(started.blocks), "tick0": 0},
         "yaxis": axis | {"autorange": "reversed"},
         "shapes": shapes,
         "dragmode": False,
@@ -241,11 +238,9 @@ def _cell_text(view: RunView, stage: Stage, block: int) -> str:
     return f"{place}: {losses}" + (", diverged: kept as before" if done.diverged else "")
 
 
-def _frame(row: int, block: int, part: float, **style: Any) -> Figure:
-    line = {key.removeprefix("line_"): style.pop(key) for key in list(style) if key.startswith("line_")}
-    left = block + 0.56
-    box = {"type": "rect", "x0": left, "x1": left + 0.88 * part, "y0": row - 0.42, "y1": row + 0.42}
-    return box | {"line": line} | style
+def _frame(row: int, block: int) -> Figure:
+    box = {"type": "rect", "x0": block + 0.56, "x1": block + 1.44, "y0": row - 0.42, "y1": row + 0.42}
+    return box | {"line": {"color": "--st-text-color", "width": 2}}
 
 
 def _tick(blocks: int) -> int:

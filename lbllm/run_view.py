@@ -131,7 +131,7 @@ class RunView:
         self._worked = 0.0
         self._began: float | None = None
         self._last = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @contextmanager
     def caught_up(self, store: RunStore) -> Iterator[None]:
@@ -195,22 +195,18 @@ class RunView:
         """What is known since the model was loaded."""
         return self.progress.started
 
+    @property
+    def news(self) -> tuple[object, ...]:
+        """Changes with everything but the steps and layers of the block in work."""
+        known = (self.started is not None, len(self.evaluations), self.asked)
+        return (*known, self.latest, len(self.finished), len(self.steps))
+
     def cell(self, stage: Stage, block: int) -> Cell:
         """Where a block is in a stage."""
         view = self.blocks.get((stage, block))
         if view is not None and view.done is not None:
             return "diverged" if view.done.diverged else "done"
         return "working" if self.working == (stage, block) else "waiting"
-
-    @property
-    def part(self) -> float:
-        """How much of the block in work is done, from 0 to 1: by steps, or by layers in stage 1."""
-        view = self.blocks.get(self.working) if self.working is not None else None
-        if view is None or self.started is None:
-            return 0.0
-        if view.stage == "ptq":
-            return min(1.0, len(view.layers) * self.started.blocks / self.started.layers)
-        return min(1.0, len(view.losses) / max(1, self.steps.get(view.stage, 1)))
 
     @property
     def finished(self) -> list[BlockView]:

@@ -1,7 +1,8 @@
 """All runs, or one in full: ``?run=ID``. The page reads the run store and asks workers to end; it never works itself.
 
-What changes is drawn by one fragment that the browser calls every second while the run goes on. It reads the events
-after those it has, and what it sends again unchanged the browser keeps as it is.
+While a run goes on the browser calls one small fragment every second. It reads the events that are new, draws the curve
+of the block in work and the line with the time left, and leaves all the rest as it is until a block is finished or
+something else has happened that the rest shows: this keeps the page's cost to a few percent of one core.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import run_charts
 from app.live_chart import encode, live_chart
@@ -26,6 +28,8 @@ from lbllm.runs import RESUMABLE, Run, RunStore, State
 ACTIVE: tuple[State, ...] = ("queued", "running")
 POLL_SECONDS, LIST_SECONDS = 1.0, 3.0
 LISTED = 30
+# Otherwise what a redraw takes longer over would grey out, once a second.
+STEADY = "<style>[data-stale] { opacity: 1 !important; transition: none !important; }</style>"
 STATES: dict[State, str] = {
     "queued": ":gray-badge[queued]",
     "running": ":blue-badge[running]",
@@ -108,25 +112,31 @@ def elapsed(run: Run, view: RunView) -> float:
     return view.elapsed(time.time() if run.state == "running" else view.last_time)
 
 
-def header(runs: RunStore, run: Run, view: RunView) -> None:
-    """Name, state and times, and what can be done with the run now."""
-    title, buttons = st.columns([5, 4], vertical_alignment="center")
-    title.markdown(f"### {plain(run.name)}")
-    title.markdown(f"{STATES[run.state]} {state_text(runs, run, view)}")
+def header(runs: RunStore, run: Run, view: RunView) -> DeltaGenerator:
+    """Name, state and what can be done with the run now; returns the place of the line that changes all the time."""
+    back, title, buttons = st.columns([0.35, 5, 4], vertical_alignment="center")
+    if back.button("", icon=":material/arrow_back:", type="tertiary", help="All runs", key="all runs"):
+        st.query_params.clear()
+        st.rerun()
+    title.markdown(f"#### {plain(run.name)}")
+    line = title.empty()
     stop, cancel, resume = buttons.columns(3)
-    ended = view.asked is not None and run.state == "running"
-    if stop.button("Save and stop", disabled=run.state not in ACTIVE or ended, width="stretch"):
+    ending = view.asked is not None and run.state == "running"
+    over = run.state in ("done", "cancelled")
+    confirm = f"cancel {run.id}"
+    if stop.button("Save and stop", disabled=run.state not in ACTIVE or ending, width="stretch"):
         runs.request(run.id, "stop")
         st.rerun()
-    confirm = f"cancel {run.id}"
-    over = run.state in ("done", "cancelled")
-    if cancel.button("Cancel", disabled=over or (ended and view.asked == "cancel"), width="stretch"):
+    if cancel.button("Cancel", disabled=over or (ending and view.asked == "cancel"), width="stretch"):
         st.session_state[confirm] = True
     if resume.button("Resume", disabled=run.state not in RESUMABLE, type="primary", width="stretch"):
         runs.resume(run.id)
         st.rerun()
-    if st.session_state.get(confirm) and not over:
-        ask_cancel(runs, run, view, confirm)
+    # A place that is always there: what comes and goes in it doesn't move what follows.
+    with st.container():
+        if st.session_state.get(confirm) and not over:
+            ask_cancel(runs, run, view, confirm)
+    return line
 
 
 def ask_cancel(runs: RunStore, run: Run, view: RunView, confirm: str) -> None:
@@ -221,99 +231,135 @@ def show_chart(
     return (heat[0], int(clicked["y"]) - 1) if heat else None
 
 
-def charts(run: Run, view: RunView) -> None:
-    """Timeline, loss of the chosen block, all blocks, heat map."""
-    if view.started is None:
-        st.caption("The charts begin when the model is loaded.")
-        return
-    place = f"block {run.id}"
-    fixed: Chosen | None = st.session_state.get(place)
-    first: Chosen = (view.started.stages[0], 0)
-    chosen = fixed or view.latest or first
-    count = len(view.finished)
-    clicked = show_chart(
+def choose(run: Run, clicked: Chosen | None) -> None:
+    """Show the clicked block's curve from now on."""
+    if clicked is not None and clicked != st.session_state.get(f"block {run.id}"):
+        st.session_state[f"block {run.id}"] = clicked
+        st.rerun()
+
+
+def block_heading(run: Run, chosen: Chosen) -> None:
+    """Which block's curve follows, and the way back to the block in work."""
+    stage, number = chosen
+    head, follow = st.columns([3, 2], vertical_alignment="center")
+    what = "output error of its layers" if stage == "ptq" else "loss"
+    head.markdown(f"**Block {number + 1}, {STAGE_LABELS[stage]}: {what}**")
+    fixed = f"block {run.id}"
+    if fixed in st.session_state and run.state == "running" and follow.button("Follow the run", width="stretch"):
+        del st.session_state[fixed]
+        st.rerun()
+
+
+def curve(run: Run, view: RunView, chosen: Chosen) -> None:
+    """The chosen block's curve as far as it is known."""
+    smooth = st.session_state.get("loss_line") or "Both"
+    log = bool(st.session_state.get("loss_log"))
+    block = view.blocks.get(chosen)
+    seq = block.seq if block is not None else 0
+    show_chart(
         run.id,
-        "timeline",
-        (count, view.working, view.part, chosen),
-        "Blocks in each stage",
-        view.seq,
-        lambda: run_charts.timeline(view, chosen),
+        "curve",
+        (chosen, seq, smooth, log),
+        f"Block {chosen[1] + 1}, {STAGE_LABELS[chosen[0]]}",
+        seq,
+        lambda: run_charts.curve(view, chosen, smooth=smooth, log=log),
     )
-    left, right = st.columns(2, gap="medium")
-    with left:
-        stage, number = chosen
-        name = f"{'Layer errors' if stage == 'ptq' else 'Loss'} of block {number + 1}, {STAGE_LABELS[stage]}"
-        head, follow = st.columns([3, 2], vertical_alignment="center")
-        head.markdown(f"**{name}**")
-        if fixed is not None and run.state == "running" and follow.button("Follow the run", width="stretch"):
-            del st.session_state[place]
-            st.rerun(scope="fragment")
-        smooth = st.session_state.get("loss_line") or "Both"
-        log = bool(st.session_state.get("loss_log"))
-        block = view.blocks.get(chosen)
-        seq = block.seq if block is not None else 0
-        show_chart(
-            run.id,
-            "curve",
-            (chosen, seq, smooth, log),
-            name,
-            seq,
-            lambda: run_charts.curve(view, chosen, smooth=smooth, log=log),
-        )
-    with right:
-        st.markdown("**All finished blocks: loss after each stage**, dotted before it")
-        show_chart(
-            run.id,
-            "blocks",
-            (count, log),
-            "Loss of all blocks",
-            view.seq,
-            lambda: run_charts.before_after(view, log=log),
-        )
-    options = st.columns([2, 1, 4], vertical_alignment="center")
-    options[0].segmented_control(
-        "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
-    )
-    options[1].toggle("Log axis", key="loss_log")
-    st.markdown("**Every block, every step: how far the loss is from the block's first step**")
-    steps = sum(len(block.losses) for block in view.blocks.values())
-    clicked = clicked or show_chart(
-        run.id, "heat", (steps, len(view.steps)), "Loss by block and step", view.seq, lambda: run_charts.heat_map(view)
-    )
-    if clicked is not None and clicked != fixed:
-        st.session_state[place] = clicked
-        st.rerun(scope="fragment")
+    text = ""
+    if block is not None and block.losses:
+        text = f"Step {len(block.losses)} of {view.steps.get(block.stage, 0)}, loss {number_text(block.losses[-1])}"
+        text += f", {block.rates[-1]:,.0f} tokens a second"
+    elif block is not None and block.layers:
+        text = f"{len(block.layers)} layers, each solved once; less is better"
+    st.caption(text or "Waits for its turn")
 
 
-def show_run(runs: RunStore, run_id: str, live: bool) -> None:
-    """One run as it is now; called again and again while it goes on."""
-    with guard():
+def show_run(runs: RunStore, run_id: str) -> None:
+    """One run in full, as it is now."""
+    run = runs.get(run_id)
+    view = watched(runs.root, run_id)
+    with view.caught_up(runs):
+        # Again, now that its events are known: a run that ended in between is shown as ended.
         run = runs.get(run_id)
+        line = header(runs, run, view)
+        with st.container():
+            outcome(run, view)
+        drawn = (run.state, view.news)
+        live = POLL_SECONDS if run.state in ACTIVE else None
+        if view.started is None:
+            st.fragment(follow, run_every=live)(runs, run_id, None, drawn, line)
+            st.caption("The charts begin when the model is loaded.")
+            return
+        chosen: Chosen = st.session_state.get(f"block {run.id}") or view.latest or (view.started.stages[0], 0)
+        count = len(view.finished)
+        choose(
+            run,
+            show_chart(
+                run.id,
+                "timeline",
+                (count, view.working, chosen),
+                "Blocks in each stage",
+                view.seq,
+                lambda: run_charts.timeline(view, chosen),
+            ),
+        )
+        left, right = st.columns(2, gap="medium")
+        with left:
+            block_heading(run, chosen)
+            st.fragment(follow, run_every=live)(runs, run_id, chosen, drawn, line)
+        with right:
+            st.markdown("**All finished blocks: loss after each stage**, dotted before it")
+            log = bool(st.session_state.get("loss_log"))
+            show_chart(
+                run.id,
+                "blocks",
+                (count, log),
+                "Loss of all blocks",
+                view.seq,
+                lambda: run_charts.before_after(view, log=log),
+            )
+            lines, scale = st.columns([2, 1], vertical_alignment="center")
+            lines.segmented_control(
+                "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
+            )
+            scale.toggle("Log axis", key="loss_log")
+        figures(view)
+        st.markdown("**Every block, every step: how far the loss is from the block's first step**")
+        choose(
+            run,
+            show_chart(
+                run.id,
+                "heat",
+                (count, len(view.steps)),
+                "Loss by block and step",
+                view.seq,
+                lambda: run_charts.heat_map(view),
+            ),
+        )
+
+
+def follow(runs: RunStore, run_id: str, chosen: Chosen | None, drawn: tuple[object, ...], line: DeltaGenerator) -> None:
+    """What changes from second to second. Has the whole page drawn again where ``drawn`` isn't what it shows now."""
+    with guard():
         view = watched(runs.root, run_id)
         with view.caught_up(runs):
-            # Again, now that its events are known: a run that ended in between is shown as ended.
             run = runs.get(run_id)
-            if (run.state in ACTIVE) != live:
+            if (run.state, view.news) != drawn:
                 st.rerun()
-            header(runs, run, view)
-            outcome(run, view)
-            charts(run, view)
-            figures(view)
+            line.markdown(f"{STATES[run.state]} {state_text(runs, run, view)}")
+            if chosen is not None:
+                curve(run, view, chosen)
 
 
 def main() -> None:
+    st.html(STEADY)
     runs = store()
     run_id = st.query_params.get("run")
-    if run_id is None:
-        st.header("Runs")
-        live = any(run.state in ACTIVE for run in runs.all())
-        st.fragment(list_runs, run_every=LIST_SECONDS if live else None)(runs)
+    if run_id is not None:
+        show_run(runs, run_id)
         return
-    if st.button("All runs", type="tertiary", icon=":material/arrow_back:"):
-        st.query_params.clear()
-        st.rerun()
-    live = runs.get(run_id).state in ACTIVE
-    st.fragment(show_run, run_every=POLL_SECONDS if live else None)(runs, run_id, live)
+    st.header("Runs")
+    live = any(run.state in ACTIVE for run in runs.all())
+    st.fragment(list_runs, run_every=LIST_SECONDS if live else None)(runs)
 
 
 main()
