@@ -14,6 +14,7 @@ from lbllm.duel import Answer
 from lbllm.lens import first_difference
 
 _STATES = {"waiting": "Waiting for its model", "reading": "Reading the prompt", "writing": "Writing"}
+Place = tuple[DeltaGenerator, DeltaGenerator]
 _FIGURE = (
     '<div style="min-width:5.2em"><div style="font-size:1.45rem;font-weight:600;line-height:1.25;'
     'font-variant-numeric:tabular-nums">{}</div><div style="font-size:.8rem;opacity:.72">{}</div></div>'
@@ -26,48 +27,51 @@ def show_prompt(prompt: str) -> None:
         st.text(prompt)
 
 
-def live_places(exchange: Exchange) -> list[tuple[DeltaGenerator, DeltaGenerator]]:
-    """For each side a place for the growing text and one for the figures."""
+def show_exchange(exchange: Exchange) -> list[Place]:
+    """The prompt's two answers; while they are being written, the places into which ``show_live`` writes them.
+
+    Both states have the same elements, so that the browser keeps what it has when the one becomes the other.
+    """
+    left, right = exchange.answers
+    over = exchange.duel.over
+    at = first_difference(left.text, right.text) if over and left.text and right.text else None
     places = []
-    for side, column in enumerate(st.columns(2, gap="medium")):
+    for side, (answer, column) in enumerate(zip(exchange.answers, st.columns(2, gap="medium"), strict=True)):
         with column, st.container(border=True, key=f"compare_answer_{side}"):
-            st.markdown(_heading(exchange, side))
-            places.append((st.empty(), st.empty()))
+            completes = " · goes on with the text" if answer.completes else ""
+            st.markdown(f"**{plain(exchange.names[side])}**{completes}")
+            text = st.empty()
+            answer_view(_final_text(answer) if over else None, at=at, key=f"compare_text_{side}")
+            places.append((text, st.empty()))
+            if over:
+                _write_end(answer, *places[-1])
     return places
 
 
-def show_live(exchange: Exchange, places: list[tuple[DeltaGenerator, DeltaGenerator]], elapsed: float) -> None:
+def show_live(exchange: Exchange, places: list[Place], elapsed: float) -> None:
     """Write both answers as far as they are into their places."""
     for answer, (text, figures) in zip(exchange.answers, places, strict=True):
-        if answer.text:
-            # The block says where the pen is; the browser shows new text about ten times a second.
+        if answer.error:
+            text.error(plain(answer.error))
+        elif answer.text:
+            # The block says where the pen is.
             text.text(answer.text + ("" if answer.over else " ▌"))
         elif not answer.over:
             text.caption(f"{_STATES[answer.state]}, {elapsed:.0f} s")
         figures.html(figures_html(answer))
 
 
-def show_finished(exchange: Exchange) -> None:
-    """Both answers, the word marked at which they part, with their figures."""
-    left, right = exchange.answers
-    at = first_difference(left.text, right.text) if left.text and right.text else None
-    for side, (answer, column) in enumerate(zip(exchange.answers, st.columns(2, gap="medium"), strict=True)):
-        with column, st.container(border=True, key=f"compare_answer_{side}"):
-            st.markdown(_heading(exchange, side))
-            if answer.error:
-                st.error(plain(answer.error))
-            else:
-                answer_view(
-                    answer.text,
-                    at=at,
-                    label="Here the answers part",
-                    empty="Stopped before the first word." if answer.state == "stopped" else "No text.",
-                    key=f"answer_{side}_{exchange.id}",
-                )
-            if answer.state == "stopped" and answer.text:
-                st.caption("Stopped.")
-            if answer.tokens:
-                st.html(figures_html(answer))
+def _write_end(answer: Answer, text: DeltaGenerator, figures: DeltaGenerator) -> None:
+    if answer.error:
+        text.error(plain(answer.error))
+    elif not answer.text:
+        text.caption("Stopped before the first word." if answer.state == "stopped" else "No text.")
+    if answer.tokens:
+        figures.html(figures_html(answer))
+
+
+def _final_text(answer: Answer) -> str:
+    return answer.text + (" …" if answer.state == "stopped" and answer.text else "")
 
 
 def difference_text(left: str, right: str) -> str:
@@ -106,8 +110,3 @@ def show_earlier(exchanges: list[Exchange]) -> None:
             show_prompt(exchange.prompt)
             for answer, column in zip(exchange.answers, st.columns(2, gap="medium"), strict=True):
                 column.text(answer.text or "No text.")
-
-
-def _heading(exchange: Exchange, side: int) -> str:
-    completes = exchange.answers[side].completes
-    return f"**{plain(exchange.names[side])}**" + (" · goes on with the text" if completes else "")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app.compare_models import SIDES
 from app.lens_view import lens_view
-from app.view import guard, number_text, plain
+from app.view import guard, number_text
 from lbllm.conversation import Conversation, Exchange
 from lbllm.duel import given
 from lbllm.errors import ModelError
@@ -38,9 +39,7 @@ def _lens_section(conversation: Conversation, slots: tuple[Slot, Slot], names: t
         if last is None or last.names != names:
             last = None
         teacher, student = order(slots)
-        texts = [f"{names[side]}’s answer" for side in (teacher, student)] if last else []
-        if len(set(texts)) < len(texts):
-            texts = [f"The {side} answer" for side in ("left", "right")]
+        texts = [f"{SIDES[side].capitalize()} answer" for side in (teacher, student)] if last else []
         text, side = _text([*texts, OWN], last, (teacher, student))
         if not text.strip():
             st.caption("Write a text, or ask both models something, to see where they expect different words.")
@@ -48,8 +47,8 @@ def _lens_section(conversation: Conversation, slots: tuple[Slot, Slot], names: t
         found = look(conversation, slots, (teacher, student), last if side is not None else None, text)
         st.markdown(
             f"Along this text both models expect the same next token **{100 * found.agreement:.0f} %** of the time; "
-            f"mean divergence **{number_text(found.mean_kl)}** nats a token. The stronger the colour, the less "
-            f"{plain(names[student])} expects what {plain(names[teacher])} expects."
+            f"the mean divergence is **{number_text(found.mean_kl)}** nats a token. The stronger a colour, the further "
+            f"is what the {SIDES[student]} model expects from what the {SIDES[teacher]} one does."
         )
         lens_view(found, names=(names[teacher], names[student]), key="compare_lens")
         if found.left_out:

@@ -9,9 +9,17 @@ from lbllm.chat_settings import ChatSettings
 _FIRST = ChatSettings()
 
 
-def settings() -> tuple[ChatSettings, ChatSettings]:
-    """The settings of the left and the right side; draws their controls in a popover."""
+def settings() -> tuple[ChatSettings, ChatSettings, bool]:
+    """The settings of the left and the right side, and whether they answer in turn; draws their controls in a
+    popover."""
     with st.popover("Settings", icon=":material/tune:", width="stretch"):
+        timed = st.toggle(
+            "One after the other",
+            key="compare_timed",
+            persist_state="session",
+            help="For clean figures: the right model begins when the left one has ended, so neither takes the other's "
+            "processor time.",
+        )
         apart = st.toggle(
             "Two settings",
             key="compare_apart",
@@ -20,7 +28,7 @@ def settings() -> tuple[ChatSettings, ChatSettings]:
         )
         if not apart:
             both = _controls("both")
-            return both, both
+            return both, both, timed
         left, right = st.columns(2, gap="large")
         with left:
             st.markdown("**Left**")
@@ -28,7 +36,7 @@ def settings() -> tuple[ChatSettings, ChatSettings]:
         with right:
             st.markdown("**Right**")
             second = _controls("right")
-    return first, second
+    return first, second, timed
 
 
 def _controls(side: str) -> ChatSettings:

@@ -49,8 +49,6 @@ class Loaded:
     weight_bytes: int
     expanded_bytes: int
     bpw: float
-    act_bits: int
-    kv_bits: int
 
     @property
     def is_chat(self) -> bool:
@@ -147,7 +145,7 @@ def _open(name: str, *, expand: bool) -> Loaded:
         stored = _bytes(teacher.model)
         weights = teacher.model.num_parameters()
         return Loaded(
-            teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights, 16, 16
+            teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights
         )
     model, tokenizer = load(name, device=device)
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
@@ -161,7 +159,9 @@ def _open(name: str, *, expand: bool) -> Loaded:
             expanded += layer.dense.nbytes
     weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
     quant = quantization["quant"]
-    precision = f"{quant['format'].upper()}A{quant['act_bits']}, groups of {quant['group_size']}"
+    group = "whole rows" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
+    weights_as = {"w1+1": "W(1+1)", "w1": "W1"}[quant["format"]]
+    precision = f"{weights_as}A{quant['act_bits']}KV{quant['kv_bits']}, {group}"
     return Loaded(
         model,
         tokenizer,
@@ -171,8 +171,6 @@ def _open(name: str, *, expand: bool) -> Loaded:
         stored,
         expanded,
         float(quantization.get("bpw") or 0.0),
-        int(quant["act_bits"]),
-        int(quant["kv_bits"]),
     )
 
 

@@ -1,6 +1,6 @@
 """Two small components: a finished answer with the word marked at which it differs, and the lens over a text.
 
-    answer_view("The sky ...", at=8, label="Here the answers part", key="left")
+    answer_view("The sky ...", at=8, key="left")
     lens_view(lens, names=("teacher", "student"), key="lens")
 
 Both write what models wrote as text nodes, never as HTML.
@@ -20,9 +20,9 @@ _answer = st.components.v2.component("lbllm.answer", css=_CSS, js=(_HERE / "answ
 _lens = st.components.v2.component("lbllm.lens", css=_CSS, js=(_HERE / "lens.js").read_text())
 
 
-def answer_view(text: str, *, at: int | None, label: str, empty: str, key: str) -> None:
-    """Show an answer; ``at``: position of the word to mark, which ``label`` explains; ``empty`` in place of no text."""
-    _answer(key=key, data={"text": text, "at": _utf16(text, at), "label": label, "empty": empty})
+def answer_view(text: str | None, *, at: int | None, key: str) -> None:
+    """Show an answer, the word at position ``at`` marked; None keeps the place for one."""
+    _answer(key=key, data={"text": text or "", "at": None if at is None else _utf16(text or "", at)})
 
 
 def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
@@ -51,6 +51,6 @@ def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
     _lens(key=key, data=data)
 
 
-def _utf16(text: str, position: int | None) -> int | None:
+def _utf16(text: str, position: int) -> int:
     """A position in the text as JavaScript counts it."""
-    return None if position is None else len(text[:position].encode("utf-16-le", "surrogatepass")) // 2
+    return len(text[:position].encode("utf-16-le", "surrogatepass")) // 2

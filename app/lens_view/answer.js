@@ -8,23 +8,15 @@ export default function ({ parentElement, data }) {
     node.className = "text";
     parentElement.appendChild(node);
   }
-  const { text, at, label } = data;
-  node.replaceChildren();
-  if (!text) {
-    const empty = document.createElement("span");
-    empty.className = "empty";
-    empty.textContent = data.empty;
-    node.append(empty);
-    return;
-  }
+  const { text, at } = data;
   if (at === null) {
-    node.append(text);
+    node.replaceChildren(text);
     return;
   }
   const rest = text.slice(at);
   const word = rest.match(/^\s*\S+/)?.[0] ?? "";
   const mark = document.createElement("mark");
-  mark.title = label;
+  mark.title = "Here the answers part";
   mark.textContent = word || "∎";
-  node.append(text.slice(0, at), mark, rest.slice(word.length));
+  node.replaceChildren(text.slice(0, at), mark, rest.slice(word.length));
 }

@@ -7,7 +7,7 @@ import time
 import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
-from app.compare_answers import difference_text, live_places, show_earlier, show_finished, show_live, show_prompt
+from app.compare_answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
 from app.compare_lens import kept_lens, show_lens
 from app.compare_models import SIDES, choices, hold, pick, resolve, show_state
 from app.compare_settings import settings
@@ -15,9 +15,8 @@ from app.compare_votes import show_votes, votes_of
 from app.view import guard, plain
 from lbllm.chat_settings import ChatSettings
 from lbllm.comparison_page import comparison_page
-from lbllm.conversation import Conversation
+from lbllm.conversation import Conversation, Exchange
 from lbllm.errors import LbllmError
-from lbllm.pool import Slot
 from lbllm.prompts import example_prompts
 
 # Ten times a second reads as flowing, and costs the generating threads next to nothing.
@@ -55,12 +54,18 @@ def asked() -> None:
     ask(st.session_state["compare_prompt"] or "")
 
 
-def regenerate(seed: int) -> None:
-    """Answer the last prompt once more, with another seed."""
+def regenerate() -> None:
+    """Answer the last prompt once more, each side with its next seed: the same one would write the same again."""
     slots, names, both, timed = st.session_state["compare_ready"]
+    seeds = [own.seed + 1 for own in conversation().exchanges[-1].settings]
     prompt = conversation().drop_last()
-    fresh = tuple(own.model_copy(update={"seed": own.seed + seed}) for own in both)
-    conversation().ask(prompt, slots, names, (fresh[0], fresh[1]), timed=timed)
+    left, right = (own.model_copy(update={"seed": seed}) for own, seed in zip(both, seeds, strict=True))
+    conversation().ask(prompt, slots, names, (left, right), timed=timed)
+
+
+def stop() -> None:
+    """End the answers that are being written."""
+    conversation().exchanges[-1].duel.stop()
 
 
 def edit() -> None:
@@ -82,63 +87,62 @@ def clear() -> None:
     st.session_state.pop("compare_editing", None)
 
 
-def top() -> tuple[tuple[Slot, Slot], tuple[str, str]] | None:
-    """Model pickers and settings; the slots and names of both sides, None where a pick can't be used."""
+def pickers() -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """Both model pickers, with room for the models' states; name and pool name of both picks, None where one can't be
+    used."""
     offered = choices()
     columns = st.columns(2, gap="medium")
     values = []
     for side, column in zip(SIDES, columns, strict=True):
         with column:
             values.append(pick(side, offered))
-    picked: list[tuple[str, str]] = []
+    picked = []
     for value, column in zip(values, columns, strict=True):
         try:
             picked.append(resolve(value, offered))
         except LbllmError as error:
-            with column:
-                st.error(plain(str(error)))
-    states = [column.container() for column in columns]
-    bar = st.columns([1.2, 1.2, 2.4, 3], vertical_alignment="center")
-    with bar[0]:
-        both = settings()
-    with bar[1]:
-        examples_menu()
-    timed = bar[2].toggle(
-        "One after the other",
-        key="compare_timed",
-        persist_state="session",
-        help="For clean figures: the right model begins when the left one has ended, so neither takes the other's "
-        "processor time.",
+            column.error(plain(str(error)))
+    return (picked[0], picked[1]) if len(picked) == 2 else None
+
+
+def composer(talk: Conversation) -> tuple[ChatSettings, ChatSettings, bool]:
+    """Prompt box, stop, settings, examples; the settings of both sides and whether they answer in turn."""
+    bar = st.columns([6, 1.1, 1.35, 1.45], vertical_alignment="center")
+    # In a column, not at the window's lower edge: there it would scroll the page down with every new word.
+    bar[0].chat_input("Ask both models", key="compare_prompt", on_submit=asked, max_chars=8000, disabled=talk.running)
+    bar[1].button(
+        "Stop",
+        icon=":material/stop:",
+        type="primary" if talk.running else "secondary",
+        key="compare_stop",
+        width="stretch",
+        disabled=not talk.running,
+        on_click=stop,
     )
-    if len(picked) < 2:
-        st.session_state.pop("compare_ready", None)
-        return None
-    (left, left_name), (right, right_name) = picked
-    slots = hold(((left_name, both[0].expand), (right_name, both[1].expand)))
-    for slot, place, side in zip(slots, states, SIDES, strict=True):
-        with place:
-            show_state(slot, side)
-    names = contenders((left, right), both)
-    st.session_state["compare_ready"] = (slots, names, both, timed)
-    return slots, names
-
-
-def examples_menu() -> None:
-    """Example prompts by kind; a click asks."""
-    with st.popover("Examples", icon=":material/lightbulb:", width="stretch"):
+    with bar[2]:
+        left, right, timed = settings()
+    with bar[3], st.popover("Examples", icon=":material/lightbulb:", width="stretch"):
         for kind in example_prompts():
             st.markdown(f"**{kind.kind}**")
             for prompt in kind.prompts:
-                st.button(plain(prompt), key=f"compare_menu_{prompt}", type="tertiary", on_click=ask, args=(prompt,))
+                st.button(
+                    plain(prompt),
+                    key=f"compare_menu_{prompt}",
+                    type="tertiary",
+                    on_click=ask,
+                    args=(prompt,),
+                    disabled=talk.running,
+                )
+    return left, right, timed
 
 
-def empty() -> None:
+def welcome() -> None:
     """The page before the first prompt: what it does, and prompts to begin with."""
     st.space("small")
     st.markdown("#### Ask both models the same thing")
     st.caption(
-        "The left model is the teacher in full precision, the right one the same model with about two bits a weight. "
-        "Both answer at the same time; then you see where they part, and what each of them expected."
+        "By default the left model is the teacher in full precision, and the right one the same model with its weights "
+        "in about two bits each. Both answer at the same time; then you see where they part, and what each expected."
     )
     kinds = example_prompts()
     chosen = st.segmented_control(
@@ -161,12 +165,10 @@ def empty() -> None:
             )
 
 
-def running(talk: Conversation) -> None:
+def running(exchange: Exchange) -> None:
     """The exchange that is being written: both answers grow here until both have ended."""
-    exchange = talk.exchanges[-1]
     show_prompt(exchange.prompt)
-    places = live_places(exchange)
-    st.button("Stop", icon=":material/stop:", type="primary", key="compare_stop", on_click=exchange.duel.stop)
+    places = show_exchange(exchange)
     try:
         while not exchange.duel.over:
             show_live(exchange, places, time.monotonic() - exchange.duel.started)
@@ -178,30 +180,32 @@ def running(talk: Conversation) -> None:
     st.rerun()
 
 
-def finished(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
-    """The last exchange with what can be done with it."""
-    exchange = talk.exchanges[-1]
+def finished(exchange: Exchange) -> None:
+    """The last exchange, its prompt open for editing where that was asked for."""
     if st.session_state.get("compare_editing"):
         with st.form("compare_edit"):
             st.text_area("Edit the prompt", exchange.prompt, key="compare_edited", max_chars=8000)
             st.form_submit_button("Ask again", type="primary", on_click=ask_edited)
     else:
         show_prompt(exchange.prompt)
-    show_finished(exchange)
+    show_exchange(exchange)
+
+
+def actions(talk: Conversation) -> None:
+    """What can be done with the last exchange."""
+    exchange = talk.exchanges[-1]
     left, right = exchange.answers
     if left.text and right.text:
         st.markdown(difference_text(left.text, right.text))
         show_votes(exchange)
-    seed = exchange.settings[0].seed - st.session_state["compare_ready"][2][0].seed + 1
-    buttons = st.columns([1, 1, 1, 1.2, 2])
+    buttons = st.columns([1.1, 1, 1, 1.2, 1.6])
     buttons[0].button(
         "Regenerate",
         icon=":material/refresh:",
         key="compare_regenerate",
         width="stretch",
-        help="Answer again with the next seed.",
+        help="Answer again, with the next seed.",
         on_click=regenerate,
-        args=(max(seed, 1),),
     )
     buttons[1].button("Edit", icon=":material/edit:", key="compare_edit_open", width="stretch", on_click=edit)
     buttons[2].button("Clear", icon=":material/delete:", key="compare_clear", width="stretch", on_click=clear)
@@ -216,25 +220,41 @@ def finished(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str
         on_click="ignore",
         help="One HTML file with the prompts, both answers, their figures and the lens.",
     )
-    show_lens(talk, slots, names)
 
 
 def page() -> None:
     """The whole page."""
-    st.header("Compare")
     talk = conversation()
-    ready = top()
-    st.chat_input("Ask both models", key="compare_prompt", on_submit=asked, max_chars=8000, disabled=talk.running)
-    if ready is None:
+    picked = pickers()
+    states = st.columns(2, gap="medium")
+    left, right, timed = composer(talk)
+    # A place for each state of the page: the one that is not filled vanishes at once, not at the end of the script.
+    beginning, earlier, stage, below, lens = (st.empty() for _ in range(5))
+    if picked is None:
+        st.session_state.pop("compare_ready", None)
         return
-    show_earlier(talk.exchanges[:-1])
+    slots = hold(((picked[0][1], left.expand), (picked[1][1], right.expand)))
+    names = contenders((picked[0][0], picked[1][0]), (left, right))
+    st.session_state["compare_ready"] = (slots, names, (left, right), timed)
+    for slot, place, side in zip(slots, states, SIDES, strict=True):
+        with place:
+            show_state(slot, side)
+    if not talk.exchanges:
+        with beginning.container():
+            welcome()
+    if len(talk.exchanges) > 1:
+        with earlier.container():
+            show_earlier(talk.exchanges[:-1])
     if talk.running:
-        running(talk)
+        with stage.container():
+            running(talk.exchanges[-1])
     elif talk.exchanges:
-        finished(talk, *ready)
-    else:
-        empty()
-        show_lens(talk, *ready)
+        with stage.container():
+            finished(talk.exchanges[-1])
+        with below.container():
+            actions(talk)
+    with lens.container():
+        show_lens(talk, slots, names)
 
 
 with guard():
