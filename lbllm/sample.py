@@ -11,6 +11,7 @@ so that nothing is padded: a row that ends a turn or a document goes on with for
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import random
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.corpora import ASSETS
+from lbllm.errors import CorpusError
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -149,20 +151,37 @@ def sample_corpus(
 ) -> Iterator[int]:
     """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
 
-    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call goes on from there.
+    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call goes on from there. Several
+    processes may work on one file, each on batches of its own; the one that ends last writes it. Small batches on one
+    thread each (OMP_NUM_THREADS=1) make better use of the cores than one process on all of them.
     """
-    parts: list[Path] = []
-    for index in range(-(-tokens // (batch * length))):
-        part = out.with_name(f"{out.name}.part{index}")
-        if not part.exists():
-            rows = list(sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index))
-            temporary = part.with_suffix(part.suffix + ".tmp")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            temporary.rename(part)
-        parts.append(part)
-        yield (index + 1) * batch * length
-    with out.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed:
+    if out.exists():
+        raise CorpusError(f"{out} exists already; delete it, or choose another --out")
+    parts = [out.with_name(f"{out.name}.part{index}") for index in range(-(-tokens // (batch * length)))]
+    for index, part in enumerate(parts):
+        with (out.with_name(f"{part.name}.lock")).open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if out.exists():  # another process has just written it
+                lock.close()
+                Path(lock.name).unlink()
+                return
+            if not part.exists():
+                rows = list(sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index))
+                temporary = part.with_suffix(part.suffix + ".tmp")
+                temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                temporary.rename(part)
+        yield sum(part.exists() for part in parts) * batch * length
+    with (out.with_name(f"{out.name}.lock")).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(part.exists() for part in parts):
+            return  # somebody else still works on one, or has just written the file
+        with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+            for part in parts:
+                packed.write(part.read_bytes())
         for part in parts:
-            packed.write(part.read_bytes())
-    for part in parts:
-        part.unlink()
+            part.unlink()
+            out.with_name(f"{part.name}.lock").unlink()
+    out.with_name(f"{out.name}.lock").unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from lbllm.commands.options import DEFAULT_MODEL, JsonOption, TeacherOption
 from lbllm.commands.output import counter, notices, plain, print_json, results
+from lbllm.errors import CorpusError
 from lbllm.model_catalogue import CATALOGUE as MODELS
 from lbllm.progress import size
 
@@ -63,6 +64,8 @@ def corpora_sample(
             teacher.model, teacher.tokenizer, out, tokens=tokens, length=length, batch=batch, seed=seed
         ):
             show("tokens", min(done, tokens), tokens)
+    if not out.exists():
+        raise CorpusError(f"{out} is not finished: other processes still sample for it, and the last one writes it")
     if as_json:
         print_json({"path": out, "tokens": done, "bytes": out.stat().st_size})
     else:
