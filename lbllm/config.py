@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lbllm.errors import ConfigError
 
@@ -27,15 +27,25 @@ STAGE_NAMES: dict[Stage, str] = {
 }
 
 
+def _no_empty_group(value: int) -> int:
+    if value == 0:
+        raise ValueError("a group has at least one weight; -1 makes one group of a whole row")
+    return value
+
+
+GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_no_empty_group)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no infinity: settings with one could be written, but not read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LayerOverride(_Section):
     """Settings of the layers whose name matches a pattern; ``None`` keeps the run's own value."""
 
     format: Format | None = None
-    group_size: int | None = Field(None, ge=-1)
+    group_size: GroupSize | None = None
     param_bits: Literal[8, 16] | None = None
     act_bits: Literal[4, 8, 16] | None = None
 
@@ -58,20 +68,13 @@ class QuantConfig(_Section):
     """
 
     format: Format = "w1+1"
-    group_size: int = Field(64, ge=-1, description="weights that share one set of levels; -1: the whole row")
+    group_size: GroupSize = Field(64, description="weights that share one set of levels; -1: the whole row")
     param_bits: Literal[8, 16] = 16
     act_bits: Literal[4, 8, 16] = 4
     kv_bits: Literal[4, 8, 16] = 4
     tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
     skip: tuple[str, ...] = ()
     overrides: dict[str, LayerOverride] = {}
-
-    @field_validator("group_size")
-    @classmethod
-    def _no_empty_group(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("a group has at least one weight; -1 makes one group of a whole row")
-        return value
 
     def weights_only(self) -> QuantConfig:
         """The same format of the weights with activations and KV cache left as they are."""
@@ -138,12 +141,12 @@ class RunConfig(_Section):
     a path."""
 
     schema_version: Literal[1] = 1
-    model: str = "smollm2-135m-instruct"
-    corpus: str = "embedded"
+    model: str = Field("smollm2-135m-instruct", min_length=1)
+    corpus: str = Field("embedded", min_length=1)
     preset: str = "custom"
     stages: tuple[Stage, ...] = STAGES
     seq_len: int = Field(512, ge=8)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     quant: QuantConfig = QuantConfig()
     ptq: PtqConfig = PtqConfig()

@@ -1,0 +1,40 @@
+"""Settings: what is refused, by its name and value, before anything is loaded; what is written can be read again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lbllm.config import PRESETS, make_config, parse_config
+from lbllm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("quant.group_size=0", r"quant\.group_size.*at least one weight.*given: 0"),
+        ("quant.group_size=-2", r"quant\.group_size.*given: -2"),
+        (
+            'quant.overrides={"*.up_proj": {"group_size": 0}}',
+            r"overrides\.\*\.up_proj\.group_size.*at least one weight",
+        ),
+        ("wat.lr_weight=Infinity", r"wat\.lr_weight.*finite number.*given: inf"),
+        ("aar.lr_act=1e999", r"aar\.lr_act.*finite number"),
+        ("ptq.damping=NaN", r"ptq\.damping.*given: nan"),
+        ("seed=-1", r"seed.*given: -1"),
+        ("seed=99999999999999999999", r"seed.*given: 99999999999999999999"),
+        ("model=", r"model.*at least 1 character"),
+        ("corpus=", r"corpus.*at least 1 character"),
+        ("wat=5", r"wat.*given: 5"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(assignment: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_config("quick", assignments=(assignment,))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_survive_their_file(preset: str) -> None:
+    config = make_config(preset, {"quant": {"overrides": {"*.v_proj": {"group_size": -1}}, "skip": ["*.k_proj"]}})
+    assert parse_config(json.loads(config.model_dump_json())) == config
