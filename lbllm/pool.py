@@ -36,7 +36,7 @@ State = Literal["waiting", "loading", "ready", "failed"]
 class Loaded:
     """A model that is ready to answer, and what there is to say about it.
 
-    ``weight_bytes``: parameters and buffers as they are deployed, the packed ones packed. ``expanded_bytes``: the
+    ``weight_bytes``: weights in memory as they are deployed, the packed ones packed. ``expanded_bytes``: the
     expanded copy of packed weights that makes answers faster, 0 without one. ``bpw``: bits a weight of the binarized
     layers, or of the dense weights as they lie in memory.
     """
@@ -191,6 +191,5 @@ def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
 
 
 def _bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())
+    """Bytes of what a checkpoint of the model holds, shared tensors once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())

@@ -1,0 +1,113 @@
+"""The saved page: whole, escaped, self-contained, for both themes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbllm.chat_settings import ChatSettings
+from lbllm.comparison_page import comparison_page
+from lbllm.conversation import Exchange
+from lbllm.duel import Answer, Duel
+from lbllm.lens import Candidate, Lens, LensToken
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'x' </style></body>"
+TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "div", "span", "b", "i"}
+TAGS |= {"mark", "code"}
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text outside the style sheet."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag != "meta":
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.inside:
+            self.text += data
+
+
+class Finished(Duel):
+    """A duel that was over before it began: its answers are given."""
+
+    def __init__(self, left: Answer, right: Answer) -> None:
+        self.answers = [left, right]
+
+
+def exchange(prompt: str, left: str, right: str, names: tuple[str, str] = ("teacher", "student")) -> Exchange:
+    answer = Answer("done", left, 12, 20.5, 0.14, weight_bytes=538_060_032, bpw=32.0)
+    other = replace(answer, text=right, tokens_per_second=9.0, weight_bytes=96_600_000, bpw=3.0)
+    settings = ChatSettings(system="Be kind <b>")
+    return Exchange(prompt, names, (settings, settings), Finished(answer, other))
+
+
+def some_lens(text: str) -> Lens:
+    expected = (Candidate(text, 0.6), Candidate("\n", 0.3))
+    token = LensToken(text, 2.5, expected, expected[::-1], 0.6, 0.1)
+    return Lens((LensToken("The", None, (), (), 0, 0), token), 0)
+
+
+def test_everything_of_a_comparison_is_on_the_page() -> None:
+    one, two = exchange("Why?", "The sky is blue", "The sky is grey"), exchange("And?", "Yes", "Yes")
+    lens = (some_lens(" blue"), ("teacher", "student"))
+    page = Reader(comparison_page([one, two], votes={one.id: "right"}, lens=lens))
+    for text in ("Why?", "The sky is ", "blue", "grey", "20.5", "9.0", "0.14 s", "538.1 MB", "96.6 MB", "3.00"):
+        assert text in page.text
+    for text in ("The right answer is better", "temperature 0.7", "Be kind <b>", "␣blue", "60.0 %", "KL 2.500 nats"):
+        assert text in page.text
+    assert "mark" in page.tags
+    assert page.inside == []
+
+
+def test_nothing_of_it_is_taken_for_html() -> None:
+    exchanges = [exchange(HOSTILE, HOSTILE, HOSTILE + " more", (HOSTILE, HOSTILE))]
+    page = comparison_page(exchanges, lens=(some_lens(HOSTILE), (HOSTILE, HOSTILE)))
+    read = Reader(page)
+    assert read.tags <= TAGS
+    assert not any(name.startswith("on") for name in read.attributes)
+    assert read.attributes.isdisjoint({"src", "href"})
+    assert HOSTILE in read.text
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_any_text_comes_through(left: str, right: str) -> None:
+    # Surrogates can't be saved, and a parser reads all line ends as one.
+    left, right = (text.encode("utf-8", "replace").decode().replace("\r", "") for text in (left, right))
+    left, right = left.replace("\0", ""), right.replace("\0", "")
+    read = Reader(comparison_page([exchange("p", left, right)]))
+    assert read.tags <= TAGS
+    assert left in read.text
+    assert right in read.text
+
+
+def test_the_page_loads_nothing_and_suits_both_themes() -> None:
+    page = comparison_page([exchange("Why?", "a", "b")], lens=(some_lens("x"), ("a", "b")))
+    assert "default-src 'none'" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "color-scheme: light dark" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "url(" not in page
+
+
+def test_a_side_that_failed_says_why() -> None:
+    failed = exchange("Why?", "", "text")
+    failed.duel.answers[0] = Answer("failed", error="the model failed <here>")
+    assert "the model failed <here>" in Reader(comparison_page([failed])).text
