@@ -15,11 +15,10 @@ from lbllm.estimate import Estimate, estimate, free_memory, matmul_rate
 from lbllm.model_catalogue import CATALOGUE
 from lbllm.models import ModelSummary, skeleton, summary
 
-MOVED = "to binarize"
 PART_NAMES = {
     "bits": "sign bits",
     "bitmap": "bitmap",
-    "parameters": "group parameters",
+    "parameters": "parameters",
     "embeddings": "embeddings",
     "output head": "output head",
     "other": "norms and other",
@@ -135,7 +134,8 @@ def bar(result: Estimate) -> str:
         f'<div style="width:{min(width, 100):.2f}%;height:6px;border-radius:3px;background:{COLOURS["bits"]}">'
         "</div></div>"
         f'<div style="display:flex;justify-content:space-between;font-size:13px;opacity:.75;margin-top:3px">'
-        f"<span>this file: {factor:.1f} times smaller than fp16</span><span>fp16 {size_text(result.fp16_bytes)}</span></div>"
+        f"<span>this file: {factor:.1f} times smaller than fp16</span>"
+        f"<span>fp16 {size_text(result.fp16_bytes)}</span></div>"
     )
     return (
         f'<div role="img" aria-label="The file by part: {label}">'

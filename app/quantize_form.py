@@ -22,7 +22,7 @@ from lbllm.paths import corpus_name, model_name
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 PRESET = "quantize preset"
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
-STAGE_LABELS = {STAGES[:1]: "1", STAGES[:2]: "1 + 2", STAGES: "1 + 2 + 3"}
+STAGE_LABELS = {STAGES[:1]: "1", STAGES[:2]: "1–2", STAGES: "1–3"}
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
 
@@ -51,10 +51,6 @@ def _format_name(value: Format) -> str:
     return FORMAT_NAMES[value]
 
 
-def _bits(value: int) -> str:
-    return f"{value} bit"
-
-
 FORMAT = Setting(
     "quant.format",
     "Weights",
@@ -71,20 +67,18 @@ GROUP_SIZE = Setting(
 )
 PARAM_BITS = Setting(
     "quant.param_bits",
-    "Parameters",
+    "Parameters, bits",
     "Each group's levels are given by parameters (alpha and mu). 8 bit halves what they take.",
     (16, 8),
-    _bits,
 )
 ACT_BITS = Setting(
     "quant.act_bits",
-    "Activations",
+    "Activations, bits",
     "What flows between the layers. Stage 3 learns where to clip it.",
     (16, 8, 4),
-    _bits,
 )
 KV_BITS = Setting(
-    "quant.kv_bits", "KV cache", "The memory of a conversation, keys and values of every token.", (16, 8, 4), _bits
+    "quant.kv_bits", "KV cache, bits", "The memory of a conversation, keys and values of every token.", (16, 8, 4)
 )
 STAGE_SETTING = Setting(
     "stages",
@@ -273,13 +267,17 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
         num_rows="dynamic",
         hide_index=True,
         column_config={
-            "pattern": st.column_config.TextColumn("Layers", width="medium"),
-            "format": st.column_config.SelectboxColumn("Weights", options=list(FORMAT_NAMES), width="small"),
+            "pattern": st.column_config.TextColumn("Layers", width=115),
+            "format": st.column_config.SelectboxColumn("Format", options=list(FORMAT_NAMES), width=70),
             "group_size": st.column_config.NumberColumn(
-                "Group", min_value=-1, step=1, width="small", help="-1: the whole row"
+                "Group", min_value=-1, step=1, width=65, help="-1: the whole row"
             ),
-            "param_bits": st.column_config.SelectboxColumn("Parameters", options=[8, 16], width="small"),
-            "act_bits": st.column_config.SelectboxColumn("Activations", options=[4, 8, 16], width="small"),
+            "param_bits": st.column_config.SelectboxColumn(
+                "Param.", options=[8, 16], width=70, help="Bits of the group parameters"
+            ),
+            "act_bits": st.column_config.SelectboxColumn(
+                "Act.", options=[4, 8, 16], width=60, help="Bits of the activations"
+            ),
         },
     )
     st.multiselect(

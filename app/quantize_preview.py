@@ -43,11 +43,11 @@ def _results_key(config: RunConfig) -> str:
 def show_preview(config: RunConfig, blocks: int) -> None:
     """The chosen block, the button, and the chart of what is known."""
     with guard():
-        left, right = st.columns([3, 2], vertical_alignment="bottom")
+        left, right = st.columns(2, vertical_alignment="bottom")
         left.markdown("**Try one block first**")
         with right.container(horizontal=True, horizontal_alignment="right", vertical_alignment="bottom"):
             number = st.number_input(
-                f"Block, 0 to {blocks - 1}", 0, blocks - 1, blocks // 2, key=f"quantize block of {blocks}", width=150
+                f"Block (0 to {blocks - 1})", 0, blocks - 1, blocks // 2, key=f"quantize block of {blocks}", width=140
             )
             pressed = st.button("Preview", key="quantize preview")
         points, trained = _results(_results_key(config), number)
@@ -103,61 +103,60 @@ def _percent(error: float) -> str:
 
 def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> go.Figure:
     sizes = sorted({size for _, size in points}, key=lambda size: (size == WHOLE_ROW, size))
+    place = {size: number for number, size in enumerate(sizes)}
     figure = go.Figure()
     for fmt, name in FORMAT_NAMES.items():
         line = [points[fmt, size] for size in sizes if (fmt, size) in points]
         if not line:
             continue
         figure.add_scatter(
-            x=[size_label(point.group_size) for point in line],
+            x=[place[point.group_size] for point in line],
             y=[100 * point.error for point in line],
-            customdata=[[point.bpw] for point in line],
+            customdata=[(size_label(point.group_size), point.bpw) for point in line],
             mode="lines+markers",
             name=name,
             line={"color": LINES[fmt], "width": 2.5},
             marker={"size": 8},
-            hovertemplate=f"{name}, group size %{{x}}<br>error %{{y:.2f}} %, %{{customdata[0]:.2f}} bits a weight"
-            "<extra></extra>",
+            hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} bits "
+            "a weight<extra></extra>",
         )
-        figure.add_annotation(
-            x=size_label(line[-1].group_size),
-            y=100 * line[-1].error,
-            text=f"<b>{name}</b>",
-            font={"color": LINES[fmt]},
-            showarrow=False,
-            xanchor="left",
-            xshift=10,
-        )
+        _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
     if own in points:
-        here = {"x": [size_label(own[1])], "mode": "markers", "hoverinfo": "skip"}
-        ring = {"size": 19, "color": "rgba(0,0,0,0)", "line": {"color": COLOURS["bad"], "width": 2.5}}
-        figure.add_scatter(y=[100 * points[own].error], marker=ring, name="you are here", **here)
-        figure.add_annotation(
-            x=size_label(own[1]),
-            y=100 * points[own].error,
-            text="you are here",
-            font={"color": COLOURS["bad"]},
-            showarrow=False,
-            yshift=20,
-        )
+        here = place[own[1]]
+        ring = {"size": 20, "color": "rgba(0,0,0,0)", "line": {"color": COLOURS["bad"], "width": 2.5}}
+        figure.add_scatter(x=[here], y=[100 * points[own].error], mode="markers", marker=ring, hoverinfo="skip")
+        _label(figure, here, points[own].error, "you are here", COLOURS["bad"], yshift=22)
         if after is not None and after.error is not None:
-            mark = {"size": 10, "color": COLOURS["aar"], "symbol": "diamond"}
             figure.add_scatter(
-                x=[size_label(own[1])],
+                x=[here],
                 y=[100 * after.error],
                 mode="markers",
-                marker=mark,
-                name=f"after {after.steps} steps of stage 2",
+                marker={"size": 11, "color": COLOURS["aar"], "symbol": "diamond"},
                 hovertemplate=f"after {after.steps} steps of stage 2<br>error %{{y:.2f}} %<extra></extra>",
             )
+    ticks = {"tickvals": list(place.values()), "ticktext": [size_label(size) for size in sizes]}
     figure.update_layout(
         height=270,
-        margin={"l": 8, "r": 70, "t": 14, "b": 8},
+        margin={"l": 8, "r": 8, "t": 14, "b": 8},
         showlegend=False,
-        xaxis={"title": "group size", "type": "category", "fixedrange": True},
+        xaxis={"title": "group size", "fixedrange": True, "range": [-0.3, len(sizes) - 0.3]} | ticks,
         yaxis={"title": "error, %", "rangemode": "tozero", "fixedrange": True},
     )
     return figure
+
+
+def _label(figure: go.Figure, x: int, error: float, text: str, colour: str, xshift: int = 0, yshift: int = 0) -> None:
+    anchor = "left" if xshift else "center"
+    figure.add_annotation(
+        x=x,
+        y=100 * error,
+        text=text,
+        font={"color": colour},
+        showarrow=False,
+        xanchor=anchor,
+        xshift=xshift,
+        yshift=yshift,
+    )
 
 
 def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) -> None:

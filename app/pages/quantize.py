@@ -32,8 +32,11 @@ from lbllm.paths import model_name, root
 def page() -> None:
     """The whole page."""
     form.start()
-    names = _model()
-    left, right = st.columns([5, 7], gap="large")
+    left, right = st.columns([11, 14], gap="large")
+    with left:
+        name = _picker()
+    with right:
+        names = _described(name)
     with left:
         table = _controls(names)
     with right:
@@ -42,30 +45,33 @@ def page() -> None:
         _exchange(config)
 
 
-def _model() -> list[str]:
-    """The picker and what is known of the choice; returns the names of the layers that can be binarized."""
-    left, right = st.columns([5, 7], gap="large")
+def _picker() -> str:
+    """The model's name as it was chosen or typed."""
     known = [entry.id for entry in CATALOGUE]
     value = st.session_state[form.MODEL_KEY]
-    left.selectbox(
+    chosen = st.selectbox(
         "Model",
         known if value is None or value in known else [value, *known],
         key=form.MODEL_KEY,
         accept_new_options=True,
         help=f"From the list, or type a hub id (owner/name), or a folder or .gguf file under {root()}.",
     )
-    with right:
-        try:
-            name = model_name(st.session_state[form.MODEL_KEY] or "")
-        except LbllmError as error:
-            st.error(plain(str(error)))
-            return []
-        found = model_facts(name)
-        if isinstance(found, str):
-            show_unknown(name, found)
-            return []
-        show_model(found[0])
-        return layer_names(found[1])
+    return chosen or ""
+
+
+def _described(text: str) -> list[str]:
+    """What is known of the model; returns the names of the layers that can be binarized."""
+    try:
+        name = model_name(text)
+    except LbllmError as error:
+        st.error(plain(str(error)))
+        return []
+    found = model_facts(name)
+    if isinstance(found, str):
+        show_unknown(name, found)
+        return []
+    show_model(found[0])
+    return layer_names(found[1])
 
 
 def _controls(names: list[str]) -> pandas.DataFrame:
@@ -81,10 +87,10 @@ def _controls(names: list[str]) -> pandas.DataFrame:
     )
     quantized = "aar" in st.session_state[form.STAGE_SETTING.key]
     for pair in ((form.FORMAT, form.STAGE_SETTING), (form.GROUP_SIZE, form.PARAM_BITS), (form.ACT_BITS, form.KV_BITS)):
-        for column, setting in zip(st.columns([3, 2]), pair, strict=True):
+        for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 form.control(setting, disabled=setting in (form.ACT_BITS, form.KV_BITS) and not quantized)
-    text, tokens = st.columns([3, 2])
+    text, tokens = st.columns([8, 5])
     with text:
         form.corpus_picker()
     with tokens:
@@ -92,8 +98,8 @@ def _controls(names: list[str]) -> pandas.DataFrame:
     with st.expander("Advanced"):
         for title, settings in form.ADVANCED.items():
             st.markdown(f"**{title}**")
-            for first in range(0, len(settings), 3):
-                for column, setting in zip(st.columns(3), settings[first : first + 3], strict=False):
+            for first in range(0, len(settings), 2):
+                for column, setting in zip(st.columns(2), settings[first : first + 2], strict=False):
                     with column:
                         form.control(setting)
     with st.expander("Per layer"):

@@ -1,0 +1,71 @@
+"""Paths from a page stay under one root."""
+
+from pathlib import Path
+
+import pytest
+
+from lbllm.errors import ConfigError
+from lbllm.paths import corpus_name, model_name, resolve_under_root
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "allowed"
+    (folder / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "notes.txt").write_text("not for pages")
+    monkeypatch.setenv("LBLLM_ROOT", str(folder))
+    return folder
+
+
+def test_relative_and_absolute_paths_below_the_root(root: Path) -> None:
+    assert resolve_under_root("models/mine") == root / "models" / "mine"
+    assert resolve_under_root(str(root / "models")) == root / "models"
+    assert resolve_under_root("not/there") == root / "not" / "there"
+
+
+@pytest.mark.parametrize("text", ["..", "../secret/notes.txt", "models/../../secret", "/etc/passwd", "~", "a\0b"])
+def test_paths_outside_are_refused(root: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"outside|can't be read"):
+        resolve_under_root(text)
+
+
+def test_a_link_that_leaves_the_root_is_refused(root: Path) -> None:
+    (root / "link").symlink_to(root.parent / "secret")
+    with pytest.raises(ConfigError, match="LBLLM_ROOT"):
+        resolve_under_root("link/notes.txt")
+
+
+def test_the_root_is_the_current_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LBLLM_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_under_root("here") == tmp_path.resolve() / "here"
+
+
+def test_catalogue_and_hub_names_are_no_paths(root: Path) -> None:
+    assert model_name(" smollm2-135m-instruct ") == "smollm2-135m-instruct"
+    assert model_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert corpus_name("embedded+wikipedia") == "embedded+wikipedia"
+
+
+def test_a_folder_under_the_root_wins_over_a_hub_name(root: Path) -> None:
+    assert model_name("models/mine") == str(root / "models" / "mine")
+
+
+def test_a_folder_of_the_current_directory_is_no_way_round_the_root(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root.parent / "secret" / "model").mkdir()
+    monkeypatch.chdir(root.parent)
+    # As a path it would be the folder outside the root; under the root there is nothing of that name.
+    with pytest.raises(ConfigError, match="neither known nor a path"):
+        model_name("secret/model")
+
+
+@pytest.mark.parametrize("name", [corpus_name, model_name])
+def test_what_is_not_there_is_said(root: Path, name: object) -> None:
+    assert callable(name)
+    with pytest.raises(ConfigError, match="neither known nor a path under"):
+        name("nothing.txt")
+    with pytest.raises(ConfigError, match="is chosen"):
+        name(" ")
