@@ -42,7 +42,7 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
         "uid": "cells",
         "z": codes,
         "x": list(range(1, started.blocks + 1)),
-        "y": [STAGE_LABELS[stage] for stage in started.stages],
+        "y": [f"{STAGE_LABELS[stage]} " for stage in started.stages],
         "text": texts,
         "hovertemplate": "%{text}<extra></extra>",
         "zmin": 0,
@@ -87,7 +87,7 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
         # The range of steps is kept from block to block; that of the loss belongs to one block and one kind of axis.
         "xaxis": {"title": {"text": "step"}, "uirevision": stage},
         "yaxis": _loss_axis(log) | {"uirevision": f"{stage} {number} {log}"},
-        "hovermode": "x unified",
+        "hovermode": "x",
     }
     if steps:
         layout["xaxis"] |= {"autorange": False, "range": [0, steps + 1]}
@@ -199,7 +199,7 @@ def _layer_errors(block: BlockView | None) -> Figure:
     layout: Figure = {
         "height": 300,
         "xaxis": {"title": {"text": "output error, % of the layer's output energy"}, "rangemode": "tozero"},
-        "yaxis": {"showgrid": False, "uirevision": "layers"},
+        "yaxis": {"showgrid": False, "automargin": True, "uirevision": "layers"},
         "margin": {"l": 80, "r": 12, "t": 28, "b": 44},
         "bargap": 0.35,
     }

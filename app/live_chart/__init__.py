@@ -24,8 +24,7 @@ _AXIS = {
     "gridcolor": "--st-border-color-light",
     "linecolor": "--st-border-color",
     "zerolinecolor": "--st-border-color-light",
-    "title": {"standoff": 6},
-    "automargin": True,
+    "nticks": 7,
 }
 _LAYOUT: dict[str, Any] = {
     "paper_bgcolor": "rgba(0,0,0,0)",

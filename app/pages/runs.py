@@ -225,7 +225,7 @@ def show_chart(
     if clicked is None:
         return None
     if name == "timeline":
-        stage = next(stage for stage, label in STAGE_LABELS.items() if label == clicked["y"])
+        stage = next(stage for stage, label in STAGE_LABELS.items() if label == clicked["y"].strip())
         return stage, int(clicked["x"]) - 1
     heat = [stage for stage in STAGES if clicked["trace"] == f"heat {stage}"]
     return (heat[0], int(clicked["y"]) - 1) if heat else None

@@ -1,0 +1,81 @@
+"""From the Quantize page's settings over a preview of one block to a run that has begun, in a real browser."""
+
+from __future__ import annotations
+
+import json
+
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.conftest import Server, wait_until
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    """Press one of a setting's buttons."""
+    group = page.get_by_test_id("stButtonGroup").filter(has=page.get_by_text(label, exact=True))
+    group.get_by_role("radio", name=option, exact=True).click()
+
+
+def figure(page: Page, label: str) -> Locator:
+    return page.get_by_test_id("stMetric").filter(has_text=label).get_by_test_id("stMetricValue")
+
+
+def test_configure_preview_start(server: Server, page: Page) -> None:
+    page.goto(server.url("quantize"))
+    expect(figure(page, "Bits a weight")).to_have_text("3.00", timeout=60_000)
+
+    # Every change shows at once, and the page is as wide as the window.
+    choose(page, "Preset", "Preview")
+    choose(page, "Group size", "128")
+    expect(figure(page, "Bits a weight")).to_have_text("2.54")
+    choose(page, "Weights", "W1")
+    expect(figure(page, "Bits a weight")).to_have_text("1.27")
+    choose(page, "Weights", "W(1+1)")
+    choose(page, "Group size", "row")
+    expect(figure(page, "Bits a weight")).to_have_text("2.09")
+    choose(page, "Stages", "1")
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("m => m.scrollWidth <= m.clientWidth")
+
+    # One block is tried out; "you are here" then follows the choice without another computation.
+    page.get_by_role("spinbutton", name="Block").fill("2")
+    page.get_by_role("button", name="Preview", exact=True).click()
+    chart = page.get_by_test_id("stPlotlyChart")
+    expect(chart).to_be_visible(timeout=120_000)
+    expect(chart.get_by_text("you are here")).to_be_visible()
+    choose(page, "Group size", "256")
+    expect(figure(page, "Bits a weight")).to_have_text("2.31")
+    expect(chart.get_by_text("you are here")).to_be_visible()
+    expect(page.get_by_text("press Preview again")).to_have_count(0)
+
+    # What is downloaded is what is set, and a settings file is taken in.
+    page.get_by_text("As a command, as a file").click()
+    expect(page.get_by_test_id("stCode").first).to_contain_text("--group-size 256")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download as file").click()
+    document = json.loads(download.value.path().read_text())
+    assert document["quant"]["group_size"] == 256
+    document["quant"]["overrides"] = {"*.down_proj": {"group_size": 32}}
+    changed = {"name": "mine.json", "mimeType": "application/json", "buffer": json.dumps(document).encode()}
+    page.get_by_test_id("stFileUploader").locator("input").set_input_files(changed)  # type: ignore[arg-type]
+    expect(page.get_by_test_id("stCode").first).to_contain_text("down_proj")
+
+    # The settings are still there when the page is opened again from another.
+    page.get_by_role("link", name="Runs").click()
+    expect(figure(page, "Bits a weight")).to_have_count(0)
+    page.get_by_role("link", name="Quantize").click()
+    expect(figure(page, "Bits a weight")).not_to_have_text("3.00")
+    page.get_by_text("As a command, as a file").click()
+    expect(page.get_by_test_id("stCode").first).to_contain_text("down_proj")
+
+    page.get_by_role("textbox", name="Name of the run").fill("from a browser")
+    page.get_by_role("textbox", name="Name of the run").press("Enter")
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.wait_for_url("**/runs?run=*")
+    (run,) = [run for run in server.store.all() if run.name == "from a browser"]
+    assert run.id in page.url
+    assert run.config.quant.group_size == 256
+    assert run.config.quant.overrides["*.down_proj"].group_size == 32
+    assert run.config.stages == ("ptq",)
+    wait_until(lambda: server.store.get(run.id).state == "running")
+    server.store.request(run.id, "cancel")
+    wait_until(lambda: server.store.get(run.id).state == "cancelled")
