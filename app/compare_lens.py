@@ -91,16 +91,9 @@ def look(
     with st.spinner("Both models read the text"):
         found = lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
     st.session_state["compare_lens_kept"] = (key, found)
+    if exchange is not None:
+        exchange.lens = found, (exchange.names[sides[0]], exchange.names[sides[1]])
     return found
-
-
-def kept_lens(exchange: Exchange) -> tuple[Lens, tuple[str, str]] | None:
-    """The lens that was last shown over one of the exchange's answers, with the teacher's and the student's name."""
-    kept = st.session_state.get("compare_lens_kept")
-    if kept is None or kept[0][2] != exchange.id:
-        return None
-    teacher, student = kept[0][1]
-    return kept[1], (exchange.names[teacher], exchange.names[student])
 
 
 def _text(options: list[str], last: Exchange | None, sides: tuple[int, int]) -> tuple[str, int | None]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import streamlit as st
 
 from app.view import checkpoints, plain, size_text, store
 from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION
 from lbllm.paths import model_name
-from lbllm.pool import ModelPool, Slot
+from lbllm.pool import SHIPPED, ModelPool, Slot
 
 SIDES = ("left", "right")
 TEACHER = "smollm2-135m-instruct"
-SHIPPED = "shipped"
 
 
 @st.cache_resource
@@ -20,30 +21,39 @@ def pool() -> ModelPool:
     return ModelPool()
 
 
-def choices() -> dict[str, tuple[str, str]]:
-    """What the pickers offer: value (as in the page's address) to label and name for the pool.
+class Offer(NamedTuple):
+    """What a picker offers: its ``label`` there, its ``title`` over answers and in votes, its ``name`` for the pool."""
 
-    Checkpoints first, then the embedded model, then what needs a download.
+    label: str
+    title: str
+    name: str
+
+
+def choices() -> dict[str, Offer]:
+    """What the pickers offer, by the value in the page's address.
+
+    The checkpoint that comes with the project first, then those of finished runs, the embedded model, and what needs a
+    download.
     """
+    found = {SHIPPED: Offer(f"{TEACHER} binarized, comes with the program", f"{TEACHER} binarized", SHIPPED)}
     runs = store()
-    found = {}
     for label, folder in checkpoints(runs).items():
-        value = folder.parent.name if folder.is_relative_to(runs.root) else SHIPPED
-        found[value] = (label, str(folder))
+        if folder.is_relative_to(runs.root):
+            found[folder.parent.name] = Offer(label, label, str(folder))
     for entry in sorted(CATALOGUE, key=lambda entry: entry.hub_id is not None):
         note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
-        found[entry.id] = (f"{entry.id}, {note}", entry.id)
+        found[entry.id] = Offer(f"{entry.id}, {note}", entry.id, entry.id)
     return found
 
 
-def pick(side: str, offered: dict[str, tuple[str, str]]) -> str:
+def pick(side: str, offered: dict[str, Offer]) -> str:
     """One side's picker; the value picked, which the page's address keeps."""
     key, seen = f"compare_{side}", f"compare_{side}_address"
     asked = st.query_params.get(side)
     if asked and asked != st.session_state.get(seen):
         st.session_state[key] = asked
     elif key not in st.session_state:
-        st.session_state[key] = _default(side, offered)
+        st.session_state[key] = TEACHER if side == "left" else SHIPPED
     values = list(offered)
     if st.session_state[key] not in offered:
         values.append(st.session_state[key])
@@ -51,7 +61,7 @@ def pick(side: str, offered: dict[str, tuple[str, str]]) -> str:
         side.capitalize(),
         values,
         key=key,
-        format_func=lambda value: offered[value][0] if value in offered else str(value),
+        format_func=lambda value: offered[value].label if value in offered else str(value),
         accept_new_options=True,
         persist_state="session",
         help="Choose a checkpoint or a model of the catalogue, or type a folder or a hub id (owner/name).",
@@ -63,15 +73,9 @@ def pick(side: str, offered: dict[str, tuple[str, str]]) -> str:
     return value
 
 
-def resolve(value: str, offered: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """A picked value's short name, for headings and votes, and its name for the pool.
-
-    Raises ConfigError where a typed path lies outside the allowed folder.
-    """
-    if value in offered:
-        label, name = offered[value]
-        return (value if name == value else label), name
-    return value, model_name(value)
+def resolve(value: str, offered: dict[str, Offer]) -> Offer:
+    """What a picked value stands for. Raises ConfigError where a typed path lies outside the allowed folder."""
+    return offered[value] if value in offered else Offer(value, value, model_name(value))
 
 
 def hold(names: tuple[tuple[str, bool], tuple[str, bool]]) -> tuple[Slot, Slot]:
@@ -111,19 +115,12 @@ def model_line(slot: Slot) -> str:
     """What a loaded model is, in a line of Markdown."""
     loaded = slot.loaded
     if loaded.packed:
-        memory = f"{size_text(loaded.weight_bytes)} packed"
+        memory = size_text(loaded.weight_bytes)
         if loaded.expanded_bytes:
-            memory += f", {size_text(loaded.expanded_bytes)} expanded for speed"
+            memory += f" + {size_text(loaded.expanded_bytes)} expanded"
         parts = [plain(loaded.precision), f"{loaded.bpw:.2f} bits a weight", memory]
     else:
         parts = [plain(loaded.precision), f"{loaded.bpw:.0f} bits a weight in memory", size_text(loaded.weight_bytes)]
     if not loaded.is_chat:
         parts.append("**base model: goes on with your text** (no chat template)")
     return " · ".join(parts)
-
-
-def _default(side: str, offered: dict[str, tuple[str, str]]) -> str:
-    """The teacher on the left; on the right the checkpoint that comes with the program, or the newest run's."""
-    if side == "left":
-        return TEACHER
-    return SHIPPED if SHIPPED in offered else next(iter(offered))

@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 from lbllm.chat import Messages
 from lbllm.chat_settings import ChatSettings
 from lbllm.duel import Answer, Duel, Side
+from lbllm.lens import Lens
 from lbllm.pool import Slot
 
 
 @dataclass(eq=False)
 class Exchange:
-    """One prompt and its two answers, by the models ``names`` under ``settings``."""
+    """One prompt and its two answers, by the models ``names`` under ``settings``.
+
+    ``lens``: the last one that was held over one of the answers, with the teacher's and the student's name.
+    """
 
     prompt: str
     names: tuple[str, str]
     settings: tuple[ChatSettings, ChatSettings]
     duel: Duel
+    lens: tuple[Lens, tuple[str, str]] | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     time: float = field(default_factory=time.time)
 

@@ -28,6 +28,10 @@ from lbllm.estimate import free_memory
 from lbllm.hf import is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import load_teacher, skeleton
+from lbllm.shipped import shipped_checkpoint
+
+# The name of the checkpoint that comes with the project: it is put together, once, by whoever loads it first.
+SHIPPED = "shipped"
 
 State = Literal["waiting", "loading", "ready", "failed"]
 
@@ -120,8 +124,8 @@ class ModelPool:
     def get(self, name: str, *, expand: bool = True) -> Slot:
         """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
 
-        ``name``: a packed checkpoint's folder, or whatever ``load_teacher`` takes. ``expand``: keep the packed weights
-        expanded too, for speed. A failed load is tried again.
+        ``name``: ``SHIPPED``, a packed checkpoint's folder, or whatever ``load_teacher`` takes. ``expand``: keep the
+        packed weights expanded too, for speed. A failed load is tried again.
         """
         with self._mutex:
             slot = self._slots.get((name, expand))
@@ -138,6 +142,8 @@ class ModelPool:
 
 def _open(name: str, *, expand: bool) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == SHIPPED:
+        name = str(shipped_checkpoint())
     packed = is_checkpoint(name)
     _check_memory(name, packed, expand, device)
     if not packed:

@@ -31,7 +31,7 @@ def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
     data = {
         "names": names,
         "label": "Tokens of the text; arrow keys move from one to the next",
-        "parted": "the student would have written something else",
+        "parted": "another token is the most likely one",
         "legend": [(f"k{step}", label) for step, label in enumerate(step_labels())],
         "start": known.index(max(known)),
         "tokens": [

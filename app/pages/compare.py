@@ -8,8 +8,8 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
 from app.compare_answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
-from app.compare_lens import kept_lens, show_lens
-from app.compare_models import SIDES, choices, hold, pick, resolve, show_state
+from app.compare_lens import show_lens
+from app.compare_models import SIDES, Offer, choices, hold, pick, resolve, show_state
 from app.compare_settings import settings
 from app.compare_votes import show_votes, votes_of
 from app.view import guard, plain
@@ -87,9 +87,8 @@ def clear() -> None:
     st.session_state.pop("compare_editing", None)
 
 
-def pickers() -> tuple[tuple[str, str], tuple[str, str]] | None:
-    """Both model pickers, with room for the models' states; name and pool name of both picks, None where one can't be
-    used."""
+def pickers() -> tuple[Offer, Offer] | None:
+    """Both model pickers; what was picked, None where one of the picks can't be used."""
     offered = choices()
     columns = st.columns(2, gap="medium")
     values = []
@@ -211,7 +210,7 @@ def actions(talk: Conversation) -> None:
     buttons[2].button("Clear", icon=":material/delete:", key="compare_clear", width="stretch", on_click=clear)
     buttons[3].download_button(
         "Save as page",
-        lambda: comparison_page(talk.exchanges, votes=votes_of(talk.exchanges), lens=kept_lens(exchange)),
+        lambda: comparison_page(talk.exchanges, votes=votes_of(talk.exchanges), lens=exchange.lens),
         "comparison.html",
         "text/html",
         icon=":material/download:",
@@ -233,8 +232,8 @@ def page() -> None:
     if picked is None:
         st.session_state.pop("compare_ready", None)
         return
-    slots = hold(((picked[0][1], left.expand), (picked[1][1], right.expand)))
-    names = contenders((picked[0][0], picked[1][0]), (left, right))
+    slots = hold(((picked[0].name, left.expand), (picked[1].name, right.expand)))
+    names = contenders((picked[0].title, picked[1].title), (left, right))
     st.session_state["compare_ready"] = (slots, names, (left, right), timed)
     for slot, place, side in zip(slots, states, SIDES, strict=True):
         with place:
