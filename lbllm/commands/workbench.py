@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +41,8 @@ def ui(
     # Streamlit takes a folder pages/ for the whole navigation until the entry script says otherwise, and so a page that
     # is opened by its own address before that would run without it.
     PagesManager.uses_pages_directory = False
-    # What every page needs takes seconds to import; the browser needs some of them, too.
-    threading.Thread(target=importlib.import_module, args=("lbllm.shipped",), daemon=True).start()
+    # Before the first page is asked for: transformers can't be imported by two threads at once.
+    importlib.import_module("lbllm.shipped")
     plain(notices(), f"LBLLM Workbench: http://localhost:{port} (Ctrl-C ends it)")
     bootstrap.run(str(script), False, [], options)
 
