@@ -8,19 +8,18 @@ SEEN = "tour seen"
 STEPS = (
     (
         "What it is",
-        "A language model's weights, cut from 16 bits to about two. **W(1+1)A4**: each weight keeps a *sign* and one "
-        "bit of *bitmap*, which together pick one of four levels that a small group of weights shares; activations "
-        "have 4 bits.",
+        "A language model cut from 16 bits a weight to about two. **W(1+1)A4**: a *sign* and a bit of *bitmap* pick "
+        "one of four levels that a small group of weights shares; activations have 4 bits.",
     ),
     (
         "Begin here",
-        "Ask something below: the full-precision teacher and its binarized student answer side by side. Small models "
-        "lose a lot at two bits; see where the answers part.",
+        "Ask something below: the teacher in full precision and its binarized student answer side by side. A small "
+        "model loses a lot at two bits; see where the answers part.",
     ),
     (
         "Make your own",
-        "**Quantize** shows size, memory and time of every choice before anything runs; **Runs** shows a run live, "
-        "block by block. What comes out can be asked here.",
+        "**Quantize** says what every choice costs before anything runs. **Runs** shows a run live, block by block. "
+        "Its result can be asked here.",
     ),
 )
 
@@ -30,9 +29,10 @@ def show() -> None:
     if st.session_state.get(SEEN):
         return
     with st.container(border=True, key="tour"):
-        for column, (title, text) in zip(st.columns(3, gap="medium"), STEPS, strict=True):
-            column.markdown(f"**{title}**\n\n{text}")
-        st.button("Got it", key="tour dismissed", on_click=_dismiss)
+        *columns, last = st.columns([10, 10, 10, 3], gap="medium", vertical_alignment="center")
+        for column, (title, text) in zip(columns, STEPS, strict=True):
+            column.markdown(f"**{title}**  \n{text}")
+        last.button("Got it", key="tour dismissed", on_click=_dismiss)
 
 
 def offer() -> None:

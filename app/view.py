@@ -17,7 +17,6 @@ import streamlit as st
 from lbllm.errors import LbllmError
 from lbllm.models import home
 from lbllm.runs import RunStore
-from lbllm.shipped import shipped_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 THEME = ROOT / "assets" / "theme"
@@ -115,19 +114,9 @@ def store() -> RunStore:
     return _store(home() / "runs")
 
 
-@st.cache_resource(show_spinner="Putting the checkpoint that comes with the program together, once")
-def _shipped(root: Path) -> Path:
-    return shipped_checkpoint()
-
-
 def checkpoints(store: RunStore) -> dict[str, Path]:
-    """Packed checkpoints to talk to, by a label for pickers: the one that comes with the program, then the finished
-    runs', newest first. Where the first can't be had the page says why."""
+    """The packed checkpoints of finished runs, newest first, by a label for pickers."""
     found = {}
-    try:
-        found["SmolLM2-135M-Instruct W(1+1)A4, comes with the workbench"] = _shipped(home())
-    except LbllmError as error:
-        st.warning(plain(str(error)))
     for run in reversed(store.all()):
         folder = run.folder / "checkpoint"
         if run.state == "done" and (folder / "config.json").is_file():

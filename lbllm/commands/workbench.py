@@ -42,7 +42,8 @@ def ui(
     # is opened by its own address before that would run without it.
     PagesManager.uses_pages_directory = False
     # Before the first page is asked for: transformers can't be imported by two threads at once.
-    importlib.import_module("lbllm.shipped")
+    for name in ("lbllm.pool", "lbllm.preview"):
+        importlib.import_module(name)
     plain(notices(), f"LBLLM Workbench: http://localhost:{port} (Ctrl-C ends it)")
     bootstrap.run(str(script), False, [], options)
 
