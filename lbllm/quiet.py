@@ -1,4 +1,5 @@
-"""Around every call that builds, loads or saves a model: no progress bars of transformers, one thread at a time."""
+"""Around every call that builds, loads or saves a model: no progress bars and reports of transformers, one thread at a
+time."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Other threads wait. The progress bars are off inside and as they were afterwards: the engine's caller shows
-    progress."""
+    """Other threads wait. Progress bars and warnings are off inside and as they were afterwards: the engine's caller
+    shows progress, and what matters of a report becomes an error of ours."""
     with _ONE_AT_A_TIME:
-        shown = logging.is_progress_bar_enabled()
+        shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
+        logging.set_verbosity_error()
         try:
             yield
         finally:
+            logging.set_verbosity(verbosity)
             if shown:
                 logging.enable_progress_bar()

@@ -161,6 +161,21 @@ def test_unfit_configs_are_refused(llama: Path, changes: dict[str, Any], message
             load(str(llama))
 
 
+def test_weights_of_another_shape_are_named(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:40].contiguous()
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*another shape .*another copy"):
+        load_teacher(str(llama))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama", vocab_size=100)
+    with pytest.raises(ModelError, match=r"tokenizer has \d+ tokens, its embeddings only 100.*of the same model"):
+        load_teacher(str(folder))
+
+
 def test_damaged_folders_are_refused(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     missing = {name: value for name, value in weights.items() if "layers.1.mlp" not in name}
