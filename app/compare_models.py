@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app.view import checkpoints, plain, size_text, store
 from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION
@@ -97,18 +98,27 @@ def show_state(slot: Slot, side: str) -> None:
     """How far a model's loading is, followed until it has ended; then the model in a line."""
     if not slot.over:
         _follow(slot)
-    elif slot.state == "failed":
-        st.error(plain(slot.error))
+        return
+    write_state(slot, st.empty())
+    if slot.state == "failed":
         st.button("Try again", key=f"compare_retry_{side}", on_click=retry)
-    else:
-        st.caption(model_line(slot))
 
 
 @st.fragment(run_every=0.4)
 def _follow(slot: Slot) -> None:
     if slot.over:
         st.rerun()
-    st.caption(f":material/hourglass_empty: Loading for {slot.elapsed:.0f} s. You can already ask.")
+    write_state(slot, st.empty())
+
+
+def write_state(slot: Slot, place: DeltaGenerator) -> None:
+    """A model's state as it is now, in a line."""
+    if slot.state == "failed":
+        place.error(plain(slot.error))
+    elif slot.state == "ready":
+        place.caption(model_line(slot))
+    else:
+        place.caption(f":material/hourglass_empty: Loading for {slot.elapsed:.0f} s. You can already ask.")
 
 
 def model_line(slot: Slot) -> str:

@@ -68,7 +68,8 @@ def given(loaded: Loaded, messages: Messages, settings: ChatSettings) -> Message
 
 
 class Duel:
-    """Both answers of one exchange. With ``timed`` the right side begins when the left one has ended."""
+    """Both answers of one exchange, begun together when both models are loaded; with ``timed`` the right one begins
+    when the left one has ended."""
 
     def __init__(self, sides: tuple[Side, Side], *, timed: bool = False) -> None:
         self.answers: list[Answer] = [Answer(timed=timed), Answer(timed=timed)]
@@ -110,8 +111,8 @@ class Duel:
 
     def _answer(self, number: int, sides: tuple[Side, Side]) -> None:
         side = sides[number]
-        # Clean figures want both models loaded: loading the other one takes a core.
-        for slot in {side.slot, sides[1 - number].slot} if self.answers[number].timed else {side.slot}:
+        # Both begin together, and loading the other model would take the processor time of this answer.
+        for slot in (side.slot, sides[1 - number].slot):
             while not slot.wait(0.05) and not self._stop.is_set():
                 pass
         if self._stop.is_set():

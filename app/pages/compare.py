@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.scriptrunner import StopException
 
 from app.compare_answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
 from app.compare_lens import show_lens
-from app.compare_models import SIDES, Offer, choices, hold, pick, resolve, show_state
+from app.compare_models import SIDES, Offer, choices, hold, pick, resolve, show_state, write_state
 from app.compare_settings import settings
 from app.compare_votes import show_votes, votes_of
 from app.view import guard, plain
@@ -17,6 +18,7 @@ from lbllm.chat_settings import ChatSettings
 from lbllm.comparison_page import comparison_page
 from lbllm.conversation import Conversation, Exchange
 from lbllm.errors import LbllmError
+from lbllm.pool import Slot
 from lbllm.prompts import example_prompts
 
 # Ten times a second reads as flowing, and costs the generating threads next to nothing.
@@ -164,13 +166,15 @@ def welcome() -> None:
             )
 
 
-def running(exchange: Exchange) -> None:
+def running(exchange: Exchange, slots: tuple[Slot, Slot], states: list[DeltaGenerator]) -> None:
     """The exchange that is being written: both answers grow here until both have ended."""
     show_prompt(exchange.prompt)
     places = show_exchange(exchange)
     try:
         while not exchange.duel.over:
             show_live(exchange, places, time.monotonic() - exchange.duel.started)
+            for slot, state in zip(slots, states, strict=True):
+                write_state(slot, state)
             time.sleep(TICK)
     except StopException:
         # The session has ended: nobody reads the rest.
@@ -235,9 +239,10 @@ def page() -> None:
     slots = hold(((picked[0].name, left.expand), (picked[1].name, right.expand)))
     names = contenders((picked[0].title, picked[1].title), (left, right))
     st.session_state["compare_ready"] = (slots, names, (left, right), timed)
-    for slot, place, side in zip(slots, states, SIDES, strict=True):
-        with place:
-            show_state(slot, side)
+    if not talk.running:
+        for slot, place, side in zip(slots, states, SIDES, strict=True):
+            with place:
+                show_state(slot, side)
     if not talk.exchanges:
         with beginning.container():
             welcome()
@@ -246,7 +251,7 @@ def page() -> None:
             show_earlier(talk.exchanges[:-1])
     if talk.running:
         with stage.container():
-            running(talk.exchanges[-1])
+            running(talk.exchanges[-1], slots, [place.empty() for place in states])
     elif talk.exchanges:
         with stage.container():
             finished(talk.exchanges[-1])

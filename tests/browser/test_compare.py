@@ -1,0 +1,144 @@
+"""The compare page in a real browser: the embedded teacher beside the checkpoint that comes with the project."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from playwright.sync_api import BrowserContext, Page, expect
+
+from tests.browser.conftest import Server, wait_until
+
+HOSTILE = "Write a long story about <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
+LOADING = 120_000
+
+
+def open_page(page: Page, server: Server, query: str = "") -> None:
+    page.goto(server.url(query))
+    expect(page.get_by_test_id("stChatInputTextArea")).to_be_visible()
+
+
+def ask(page: Page, prompt: str) -> None:
+    page.get_by_test_id("stChatInputTextArea").fill(prompt)
+    page.keyboard.press("Enter")
+
+
+def answers(page: Page) -> list[str]:
+    """Both answers as they are on the screen."""
+    return [page.locator(f".st-key-compare_answer_{side}").inner_text() for side in (0, 1)]
+
+
+def stop(page: Page) -> None:
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Server, tmp_path: Path) -> None:
+    open_page(page, server)
+    # The prompt may be asked before the models are there.
+    expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
+    ask(page, HOSTILE)
+    expect(page.get_by_role("button", name="Stop")).to_be_enabled()
+    # Both write at the same time: two pens on the screen at once.
+    expect(page.get_by_text("▌")).to_have_count(2, timeout=LOADING)
+    stop(page)
+    before = answers(page)
+    assert all(text.strip() for text in before)
+    expect(page.get_by_text("mean divergence")).to_be_visible(timeout=LOADING)
+    assert answers(page) == before
+
+    # Nothing that was written is HTML or Markdown.
+    expect(page.get_by_test_id("stChatMessage").get_by_text(HOSTILE)).to_be_visible()
+    assert page.title() != "run"
+    assert page.locator("img[src='x'], img[src^='https://example.com']").count() == 0
+
+    # The lens: a token's details by the pointer and by the keyboard.
+    tokens, panel = page.locator(".token"), page.locator(".panel")
+    tokens.nth(1).hover()
+    expect(panel.locator(".row")).to_have_count(10)
+    headline = panel.locator(".headline").inner_text()
+    page.keyboard.press("Tab")
+    tokens.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(2)).to_be_focused()
+    expect(panel.locator(".headline")).not_to_have_text(headline)
+    expect(page.locator(".legend .swatch")).to_have_count(6)
+
+    # The vote is on record, and comes out again.
+    page.get_by_role("radio", name="Right is better").click()
+    expect(page.get_by_text("1 vote on this pair")).to_be_visible()
+    assert [vote.choice for vote in server.store.votes()] == ["right"]
+    page.get_by_role("button", name="Votes").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="As JSON").click()
+    (vote,) = json.loads(Path(download.value.path()).read_text())
+    assert vote["prompt"] == HOSTILE
+    page.keyboard.press("Escape")
+
+    # The saved page stands alone: no script, no request, the lens in it.
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as page").click()
+    saved = tmp_path / "comparison.html"
+    download.value.save_as(saved)
+    other = context.new_page()
+    for scheme in ("light", "dark"):
+        other.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        other.goto(saved.as_uri())
+        expect(other.get_by_text(HOSTILE)).to_be_visible()
+    assert other.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 23, 29)"
+    other.locator(".token[tabindex]").first.focus()
+    expect(other.locator(".card").first).to_be_visible()
+    expect(other.get_by_text("The right answer is better")).to_be_visible()
+    other.close()
+
+    # No sideways scrolling, at either size.
+    for width, height in ((1280, 720), (1920, 1080)):
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    # A reload begins a new conversation with the same models, at once, and the votes are still there.
+    page.reload()
+    expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
+    expect(page.get_by_text("bits a weight")).to_have_count(2)
+    assert len(server.store.votes()) == 1
+
+
+def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:
+    model = "smollm2-135m-instruct"
+    open_page(page, server, f"?left={model}&right={model}")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("Two settings").click()
+    for number, length in enumerate(("3", "4")):
+        box = page.get_by_role("spinbutton", name="Longest answer").nth(number)
+        box.fill(length)
+        box.press("Enter")
+    page.keyboard.press("Escape")
+    ask(page, "What is the capital of France?")
+    regenerate = page.get_by_role("button", name="Regenerate")
+    expect(regenerate).to_be_visible(timeout=LOADING)
+    expect(page.get_by_text(f"{model} (max_new_tokens 3)")).to_be_visible()
+    expect(page.get_by_text("Both sides are the same model")).to_be_visible()
+    first = answers(page)
+    regenerate.click()
+    wait_until(lambda: regenerate.is_visible() and answers(page) != first)
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("textbox", name="Edit the prompt").fill("What is the capital of Spain?")
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.get_by_test_id("stChatMessage").get_by_text("Spain")).to_be_visible()
+    expect(regenerate).to_be_visible()
+    page.get_by_role("button", name="Clear").click()
+    expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
+
+
+def test_models_that_can_not_be_had(page: Page, server: Server) -> None:
+    open_page(page, server, "?right=../../etc")
+    expect(page.get_by_text("lies outside")).to_be_visible()
+    open_page(page, server, "?right=smollm2-135m")
+    expect(page.get_by_text(re.compile("can't be downloaded.*use smollm2-135m-instruct"))).to_be_visible(
+        timeout=LOADING
+    )
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+    # The other side is of use nevertheless.
+    expect(page.get_by_text("bits a weight")).to_be_visible(timeout=LOADING)
+    assert page.get_by_text("Traceback").count() == 0
