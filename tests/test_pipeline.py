@@ -378,10 +378,14 @@ def test_a_teacher_with_broken_weights_is_told_by_its_block(
     assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["ptq-0000.safetensors"]
 
 
-def test_degenerate_inputs_are_told_by_their_layer(teacher: Teacher, tmp_path: Path) -> None:
+def test_what_stage_one_cannot_solve_is_told_by_its_layer(teacher: Teacher, tmp_path: Path) -> None:
+    with pytest.raises(LbllmError, match=r"model\.layers\.0\.self_attn\.q_proj.*not finite.*ptq\.tokens"):
+        run_tiny(run_config(ptq={"damping": 1e38}), tmp_path / "damped", teacher)
     teacher.model.get_submodule("model.layers.1").get_parameter("self_attn.q_proj.weight").mul_(1e30)
-    with pytest.raises(LbllmError, match=r"model\.layers\.1\.self_attn\.q_proj.*ptq\.tokens"):
-        run_tiny(run_config(), tmp_path, teacher)
+    with pytest.raises(
+        LbllmError, match=r"model\.layers\.1\.self_attn\.q_proj: its levels reach .*float16.*quant\.skip"
+    ):
+        run_tiny(run_config(), tmp_path / "large", teacher)
 
 
 @pytest.mark.parametrize(

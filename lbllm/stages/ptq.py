@@ -211,7 +211,13 @@ def ptq_block(
                 layer.check(name)
                 binary = to_layer(teacher.get_submodule(name), fmt, layer)
                 binary.round_params()
-                set_linear_weight(student.get_submodule(name), binary.weight().detach())
+                rounded = binary.weight().detach()
+                if not rounded.isfinite().all():
+                    raise LbllmError(
+                        f"{name}: its levels reach {float(layer.levels.abs().max()):.2g}, and a checkpoint holds them "
+                        "in float16, up to 65504; its weights may be damaged, else keep it dense by quant.skip"
+                    )
+                set_linear_weight(student.get_submodule(name), rounded)
                 yield name, layer
 
 
