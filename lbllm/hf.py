@@ -253,9 +253,9 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{folder}: its tokenizer can't be loaded ({type(error).__name__}: {error}); put the teacher's there by "
-            "tokenizer.save_pretrained"
+            f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
     return model.to(device).eval(), tokenizer
 
