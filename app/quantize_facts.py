@@ -7,7 +7,7 @@ import html
 import streamlit as st
 from transformers import PreTrainedModel
 
-from app.view import COLOURS, count_text, plain, size_text, time_text
+from app.view import COLOURS, count_text, plain, sentence, size_text, time_text
 from lbllm.blocks import decoder_blocks, linear_layers
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError
@@ -67,7 +67,7 @@ def show_model(facts: ModelSummary) -> None:
 
 def show_unknown(name: str, message: str) -> None:
     """The same for a model that can't be read: why, and what the catalogue knows."""
-    st.error(plain(message))
+    st.error(sentence(message))
     entry = next((entry for entry in CATALOGUE if entry.id == name), None)
     if entry is not None:
         note = f" {entry.note}." if entry.note else ""
@@ -76,7 +76,7 @@ def show_unknown(name: str, message: str) -> None:
 
 def show_figures(config: RunConfig, result: Estimate) -> None:
     """Bits, disk, memory and time as large numbers, against 16 bits a weight."""
-    columns = st.columns([1, 1, 1, 1])
+    stages = list(result.stage_seconds.values())
     shown = (
         (
             "Bits a weight",
@@ -98,11 +98,12 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
         (
             "Time here",
             time_text(result.seconds),
-            ", ".join(f"{time_text(seconds)}" for seconds in result.stage_seconds.values()),
-            "An estimate from the speed of matrix products on this machine now. Below: stage by stage.",
+            f"mostly stage {1 + stages.index(max(stages))}" if len(stages) > 1 else "stage 1 alone",
+            "From the speed of matrix products on this machine now. "
+            + ", ".join(f"stage {number}: {time_text(seconds)}" for number, seconds in enumerate(stages, 1)),
         ),
     )
-    for column, (label, value, small, explained) in zip(columns, shown, strict=True):
+    for column, (label, value, small, explained) in zip(st.columns(4), shown, strict=True):
         column.metric(label, value, small, delta_color="off", delta_arrow="off", help=explained or None)
 
 

@@ -79,6 +79,13 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&])", r"\\\1", text)
 
 
+def sentence(error: Exception | str) -> str:
+    """A message of the engine's as a sentence on a page, harmless as ``plain`` makes it."""
+    text = str(error)
+    first = text.split(" ", 1)[0]
+    return plain(text[:1].upper() + text[1:] if first.isalpha() else text)
+
+
 @contextmanager
 def guard() -> Iterator[None]:
     """Round a page's or fragment's body: an error becomes a message on the page, never a traceback.
@@ -88,7 +95,7 @@ def guard() -> Iterator[None]:
     try:
         yield
     except LbllmError as error:
-        st.error(plain(str(error)))
+        st.error(sentence(error))
     except Exception as error:
         file = home() / "workbench.log"
         try:

@@ -6,6 +6,7 @@ import shlex
 
 import pandas
 import streamlit as st
+from transformers import PreTrainedModel
 
 from app import quantize_form as form
 from app.quantize_facts import (
@@ -18,7 +19,7 @@ from app.quantize_facts import (
     show_unknown,
 )
 from app.quantize_preview import show_preview
-from app.view import guard, plain, store
+from app.view import guard, sentence, store
 from lbllm.commands.options import arguments
 from lbllm.config import PRESETS, RunConfig
 from lbllm.corpora import check_available
@@ -36,11 +37,11 @@ def page() -> None:
     with left:
         name = _picker()
     with right:
-        names = _described(name)
+        model = _described(name)
     with left:
-        table = _controls(names)
+        table = _controls(layer_names(model) if model else [])
     with right:
-        config = _outlook(table)
+        config = _outlook(table, model)
     with left:
         _exchange(config)
 
@@ -59,19 +60,19 @@ def _picker() -> str:
     return chosen or ""
 
 
-def _described(text: str) -> list[str]:
-    """What is known of the model; returns the names of the layers that can be binarized."""
+def _described(text: str) -> PreTrainedModel | None:
+    """What is known of the model; returns its skeleton."""
     try:
         name = model_name(text)
     except LbllmError as error:
-        st.error(plain(str(error)))
-        return []
+        st.error(sentence(error))
+        return None
     found = model_facts(name)
     if isinstance(found, str):
         show_unknown(name, found)
-        return []
+        return None
     show_model(found[0])
-    return layer_names(found[1])
+    return found[1]
 
 
 def _controls(names: list[str]) -> pandas.DataFrame:
@@ -106,16 +107,20 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         return form.layers_table(names)
 
 
-def _outlook(table: pandas.DataFrame) -> RunConfig | None:
+def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfig | None:
     """Figures, Start with what speaks against it, and the preview; returns the settings if they are sound."""
+    if model is None:
+        st.caption("What the settings give and take is shown as soon as the model can be read.")
+        _start(None, [])
+        return None
     try:
         config = form.read(table)
         found = model_facts(config.model)
         if isinstance(found, str):
-            raise LbllmError(f"the model can't be read: {found}")
+            raise LbllmError(found)
         result = estimated(config, found[1])
     except LbllmError as error:
-        st.error(plain(str(error)))
+        st.error(sentence(error))
         _start(None, [])
         return None
     show_figures(config, result)
@@ -150,7 +155,7 @@ def _start(config: RunConfig | None, objections: list[str]) -> None:
         "Start", type="primary", disabled=impossible, width="stretch", key="quantize start", help=None
     )
     for objection in objections:
-        st.warning(plain(objection))
+        st.warning(sentence(objection))
     ahead = sum(run.state in ("queued", "running") for run in store().all())
     if ahead and not impossible:
         st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; it waits its turn.")
@@ -174,7 +179,7 @@ def _exchange(config: RunConfig | None) -> None:
             help="A file from here, or a run's config.json.",
         )
         if form.UPLOAD_ERROR in st.session_state:
-            st.error(plain(st.session_state[form.UPLOAD_ERROR]))
+            st.error(sentence(st.session_state[form.UPLOAD_ERROR]))
 
 
 def _give(config: RunConfig) -> None:

@@ -40,7 +40,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     page.get_by_role("spinbutton", name="Block").fill("2")
     page.get_by_role("button", name="Preview", exact=True).click()
     chart = page.get_by_test_id("stPlotlyChart")
-    expect(chart).to_be_visible(timeout=120_000)
+    expect(chart).to_be_visible(timeout=300_000)
     expect(chart.get_by_text("you are here")).to_be_visible()
     choose(page, "Group size", "256")
     expect(figure(page, "Bits a weight")).to_have_text("2.31")
