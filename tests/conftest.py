@@ -9,7 +9,13 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 # One process for all tests of these: they share what takes long to make (a browser, a server, a finished run).
-TOGETHER = ("tests/browser/", "tests/test_architectures.py", "tests/test_pipeline.py", "tests/test_worker.py")
+TOGETHER = (
+    "tests/browser/",
+    "tests/test_architectures.py",
+    "tests/test_pipeline.py",
+    "tests/test_preview.py",
+    "tests/test_worker.py",
+)
 
 
 class Sharing(LoadScopeScheduling):
