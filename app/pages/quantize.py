@@ -26,7 +26,6 @@ from lbllm.corpora import check_available
 from lbllm.errors import LbllmError
 from lbllm.estimate import Estimate, check_memory
 from lbllm.model_catalogue import CATALOGUE
-from lbllm.models import ModelSummary
 from lbllm.paths import model_name, root
 
 
@@ -125,13 +124,13 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
         return None
     show_figures(config, result)
     st.html(bar(result))
-    _start(config, _objections(config, result, found[0]))
+    _start(config, _objections(config, result))
     st.divider()
     show_preview(config, result.blocks)
     return config
 
 
-def _objections(config: RunConfig, result: Estimate, facts: ModelSummary) -> list[str]:
+def _objections(config: RunConfig, result: Estimate) -> list[str]:
     """What speaks against a start."""
     said = []
     for check in (lambda: check_memory(result, config.device), lambda: check_available(config.corpus)):
@@ -139,11 +138,6 @@ def _objections(config: RunConfig, result: Estimate, facts: ModelSummary) -> lis
             check()
         except LbllmError as error:
             said.append(str(error))
-    if facts.context_length is not None and config.seq_len > facts.context_length:
-        said.append(
-            f"sequences of {config.seq_len} tokens are longer than the model's context of {facts.context_length}; "
-            "lower the sequence length under Advanced"
-        )
     return said
 
 
