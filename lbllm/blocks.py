@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lbllm.errors import ModelError
+from lbllm.errors import ConfigError, ModelError
 
 BlockCall = dict[str, Any]
 
@@ -73,6 +73,15 @@ def check_supported(model: PreTrainedModel) -> None:
                 f"{type(model).__name__}: {path}.{index} holds lists of sub-modules, as mixture-of-experts blocks do; "
                 "choose a dense model of the family"
             )
+
+
+def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
+    """Raise ConfigError, naming the setting, where sequences are longer than the positions that the model knows."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known < tokens:
+        raise ConfigError(
+            f"{setting} {tokens} is more than the model's context of {known} tokens; choose at most {known}"
+        )
 
 
 class _Captured(Exception):

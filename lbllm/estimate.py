@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lbllm import devices
 from lbllm.binarize import LEVELS, group_length
-from lbllm.blocks import check_supported, linear_weight
+from lbllm.blocks import check_length, check_supported, linear_weight
 from lbllm.config import LayerFormat, RunConfig, Stage
 from lbllm.errors import ResourceError
 from lbllm.models import skeleton
@@ -98,6 +98,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     devices.check_device(config.device)
     model = model or skeleton(config.model)
     check_supported(model)
+    check_length(model, config.seq_len, "seq_len")
     quant = config.quant if "aar" in config.stages else config.quant.weights_only()
     path, blocks, formats = block_formats(model, quant)
     layers = []

@@ -27,6 +27,7 @@ from lbllm.activations import ActQuantizer, TrainingCache
 from lbllm.blocks import (
     BlockCall,
     capture_calls,
+    check_length,
     check_supported,
     decoder_blocks,
     first_inputs,
@@ -179,6 +180,7 @@ def run(
     write_atomic(folder / "precision", accelerator.mixed_precision.encode())
     teacher = teacher or load_teacher(config.model)
     check_supported(teacher.model)
+    check_length(teacher.model, config.seq_len, "seq_len")
     path, blocks, formats = block_formats(teacher.model, config.quant)
     held_out = _held_out(config, teacher) if corpus is None else None
     corpus = corpus or load_corpus(

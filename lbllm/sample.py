@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lbllm.blocks import check_length
 from lbllm.corpora import ASSETS
 from lbllm.errors import CorpusError
 
@@ -155,6 +156,7 @@ def sample_corpus(
     processes may work on one file, each on batches of its own; the one that ends last writes it. Small batches on one
     thread each (OMP_NUM_THREADS=1) make better use of the cores than one process on all of them.
     """
+    check_length(model, length, "--length")
     if out.exists():
         raise CorpusError(f"{out} exists already; delete it, or choose another --out")
     parts = [out.with_name(f"{out.name}.part{index}") for index in range(-(-tokens // (batch * length)))]

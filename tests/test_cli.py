@@ -210,6 +210,9 @@ def test_sampling_a_corpus(terminal: Terminal, tmp_path: Path) -> None:
     document = terminal("corpora", "sample", "--model", terminal.model, *options).document
     assert document["tokens"] == 256
     assert out.stat().st_size == document["bytes"]
+    longer = terminal("corpora", "sample", "--model", terminal.model, "--length", "300", "--out", str(out), "--json")
+    assert longer.code == 1
+    assert "--length 300 is more than the model's context of 256 tokens" in longer.document["error"]
 
 
 def test_no_runs_yet(terminal: Terminal) -> None:

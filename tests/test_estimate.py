@@ -107,6 +107,15 @@ def test_settings_that_do_not_fit(quant: dict[str, Any], message: str, tmp_path:
         _estimate("llama", tmp_path, **quant)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sequences_longer_than_the_models_context_are_refused(architecture: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, architecture)
+    config = _config(folder).model_copy(update={"seq_len": 256})
+    assert estimate(config).blocks == 2
+    with pytest.raises(ConfigError, match="seq_len 257 is more than the model's context of 256 tokens"):
+        estimate(config.model_copy(update={"seq_len": 257}))
+
+
 def test_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="experts"):
         _estimate("qwen3_moe", tmp_path)
