@@ -26,9 +26,11 @@ STEPS = (
 
 def show() -> None:
     """The tour, unless it was dismissed in this visit."""
+    # The place stays when the tour goes: else everything below would move up one, and be drawn anew.
+    place = st.empty()
     if st.session_state.get(SEEN):
         return
-    with st.container(border=True, key="tour"):
+    with place.container(border=True, key="tour"):
         *columns, last = st.columns([10, 10, 10, 3], gap="medium", vertical_alignment="center")
         for column, (title, text) in zip(columns, STEPS, strict=True):
             column.markdown(f"**{title}**  \n{text}")
