@@ -161,7 +161,7 @@ def heat_map(view: RunView) -> Figure:
         width = widths[index] / sum(widths) * (1 - gap * (len(stages) - 1))
         axis = {"domain": [left, left + width], "showgrid": False, "zeroline": False, "uirevision": stage}
         axis |= {"title": {"text": f"step of stage {STAGES.index(stage) + 1}"}, "range": [0.5, max(steps, 1) + 0.5]}
-        layout[f"xaxis{suffix}"] = axis | {"anchor": f"y{suffix}"}
+        layout[f"xaxis{suffix}"] = axis | {"anchor": f"y{suffix}", "showticklabels": steps > 0}
         layout[f"yaxis{suffix}"] = {
             "range": [started.blocks + 0.5, 0.5],
             "anchor": f"x{suffix}",

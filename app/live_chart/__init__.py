@@ -39,6 +39,9 @@ _LAYOUT: dict[str, Any] = {
 }
 _CONFIG = {
     "displaylogo": False,
+    # Plotly offers by default to send a chart to its makers' site.
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
     "scrollZoom": False,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
 }
@@ -58,7 +61,8 @@ def encode(figure: dict[str, Any], *, label: str, stamp: int = 0) -> bytes:
     layout = _LAYOUT | figure.get("layout", {})
     for name in [name for name in layout if name.startswith(("xaxis", "yaxis"))]:
         layout[name] = _AXIS | layout[name]
-    document = {"data": figure["data"], "layout": layout, "config": _CONFIG}
+    config = _CONFIG | {"displayModeBar": False} if layout.get("dragmode") is False else _CONFIG
+    document = {"data": figure["data"], "layout": layout, "config": config}
     payload = {"source": _SOURCE, "label": label, "stamp": stamp, "figure": document}
     return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
 

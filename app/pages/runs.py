@@ -84,8 +84,9 @@ def list_runs(runs: RunStore) -> None:
         st.markdown("No run yet. A run binarizes a model block by block; it begins on the Quantize page.")
         st.page_link("pages/quantize.py", label="Set up a run")
         return
-    widths = [5, 2, 1.5, 2, 4]
-    for column, title in zip(st.columns(widths), ("Run", "State", "Bits", "Time", "Perplexity"), strict=True):
+    widths = [5, 2, 2, 1.5, 1.5, 4]
+    titles = ("Run", "State", "Begun", "Worked", "Bits a weight", "Perplexity")
+    for column, title in zip(st.columns(widths), titles, strict=True):
         column.caption(title)
     for run in found[:LISTED]:
         view = summary(runs.root, run.id)
@@ -95,17 +96,22 @@ def list_runs(runs: RunStore) -> None:
                 st.query_params["run"] = run.id
                 st.rerun()
             columns[1].markdown(STATES[run.state])
-            columns[2].markdown(f"{view.started.bpw:.2f}" if view.started is not None else "–")
+            columns[2].markdown(time.strftime("%-d %b, %H:%M", time.localtime(run.created)))
             columns[3].markdown(time_text(elapsed(run, view)))
-            columns[4].markdown(perplexity_text(view))
+            columns[4].markdown(f"{view.started.bpw:.2f}" if view.started is not None else "–")
+            columns[5].markdown(perplexity_text(view))
     if len(found) > LISTED:
         st.caption(f"The newest {LISTED} of {len(found)} runs. The others: `lbllm runs list`.")
 
 
 def perplexity_text(view: RunView) -> str:
+    """Of the last stage that was evaluated, beside the teacher's."""
     known = view.perplexities
-    shown = [f"{what} {number_text(known[what].perplexity)}" for what in ("teacher", *STAGES) if what in known]
-    return ", ".join(shown) or "–"
+    stages = [stage for stage in STAGES if stage in known]
+    if not stages:
+        return "–"
+    teacher = f", teacher {number_text(known['teacher'].perplexity)}" if "teacher" in known else ""
+    return f"{number_text(known[stages[-1]].perplexity)} after stage {STAGES.index(stages[-1]) + 1}{teacher}"
 
 
 def elapsed(run: Run, view: RunView) -> float:
@@ -188,7 +194,11 @@ def outcome(run: Run, view: RunView) -> None:
             f"{plain(view.result.path)}"
         )
         link.page_link(
-            "pages/compare.py", label="Talk to it beside its teacher", query_params={"right": run.id}, width="stretch"
+            "pages/compare.py",
+            label="Talk to it beside its teacher",
+            icon=":material/forum:",
+            query_params={"right": run.id},
+            width="stretch",
         )
     diverged = view.diverged
     if diverged:
