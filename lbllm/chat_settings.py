@@ -21,7 +21,26 @@ class ChatSettings(BaseModel):
     max_new_tokens: int = Field(160, ge=1, le=4096)
     expand: bool = True
 
-    def differences(self, other: ChatSettings) -> dict[str, tuple[object, object]]:
-        """The settings in which two differ, by name: own value, the other's value."""
+    def apart_from(self, other: ChatSettings) -> str:
+        """The settings in which this differs from another, in words: "temperature 0.2, top-p 1"."""
         mine, theirs = self.model_dump(), other.model_dump()
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        return ", ".join(f"{_WORDS[name]} {_short(mine[name])}" for name in mine if mine[name] != theirs[name])
+
+
+_WORDS = {
+    "system": "system prompt",
+    "template": "chat template",
+    "temperature": "temperature",
+    "top_p": "top-p",
+    "seed": "seed",
+    "max_new_tokens": "longest answer",
+    "expand": "expanded weights",
+}
+
+
+def _short(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str):
+        return f"“{value if len(value) <= 24 else value[:23] + '…'}”"
+    return f"{value:g}"

@@ -138,7 +138,7 @@ def test_two_settings_on_one_model(opened: Open) -> None:
     ask(page)
     (exchange,) = talk(page).exchanges
     assert [settings.temperature for settings in exchange.settings] == [0.0, 1.5]
-    assert exchange.names == ("chat (temperature 0.0)", "chat (temperature 1.5)")
+    assert exchange.names == ("chat (temperature 0)", "chat (temperature 1.5)")
     assert "the same model" in written(page)
 
 

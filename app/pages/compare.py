@@ -35,9 +35,8 @@ def contenders(names: tuple[str, str], both: tuple[ChatSettings, ChatSettings]) 
     """Names of the sides for headings and votes: where the models are the same, with the settings that differ."""
     if names[0] != names[1]:
         return names
-    apart = both[0].differences(both[1])
-    sides = [", ".join(f"{name} {values[side]}" for name, values in apart.items()) for side in (0, 1)]
-    return f"{names[0]} ({sides[0] or 'left'})", f"{names[1]} ({sides[1] or 'right'})"
+    left, right = both
+    return f"{names[0]} ({left.apart_from(right) or 'left'})", f"{names[1]} ({right.apart_from(left) or 'right'})"
 
 
 def ask(prompt: str) -> None:

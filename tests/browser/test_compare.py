@@ -12,6 +12,8 @@ from tests.browser.conftest import Server, wait_until
 
 HOSTILE = "Write a long story about <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
 LOADING = 120_000
+# How a picked model is described once it is loaded.
+READY = re.compile(r"[\d.]+ bits a weight (·|in memory)")
 
 
 def open_page(page: Page, server: Server, query: str = "") -> None:
@@ -100,7 +102,7 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     # A reload begins a new conversation with the same models, at once, and the votes are still there.
     page.reload()
     expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
-    expect(page.get_by_text("bits a weight")).to_have_count(2)
+    expect(page.get_by_text(READY)).to_have_count(2)
     assert len(server.store.votes()) == 1
 
 
@@ -109,15 +111,16 @@ def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:
     open_page(page, server, f"?left={model}&right={model}")
     page.get_by_role("button", name="Settings").click()
     page.get_by_text("Two settings").click()
+    boxes = page.get_by_role("spinbutton", name="Longest answer")
+    expect(boxes).to_have_count(2)
     for number, length in enumerate(("3", "4")):
-        box = page.get_by_role("spinbutton", name="Longest answer").nth(number)
-        box.fill(length)
-        box.press("Enter")
+        boxes.nth(number).fill(length)
+        boxes.nth(number).press("Enter")
     page.keyboard.press("Escape")
     ask(page, "What is the capital of France?")
     regenerate = page.get_by_role("button", name="Regenerate")
     expect(regenerate).to_be_visible(timeout=LOADING)
-    expect(page.get_by_text(f"{model} (max_new_tokens 3)")).to_be_visible()
+    expect(page.get_by_text(f"{model} (longest answer 3)")).to_be_visible()
     expect(page.get_by_text("Both sides are the same model")).to_be_visible()
     first = answers(page)
     regenerate.click()
@@ -140,5 +143,5 @@ def test_models_that_can_not_be_had(page: Page, server: Server) -> None:
     )
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     # The other side is of use nevertheless.
-    expect(page.get_by_text("bits a weight")).to_be_visible(timeout=LOADING)
+    expect(page.get_by_text(READY)).to_be_visible(timeout=LOADING)
     assert page.get_by_text("Traceback").count() == 0
