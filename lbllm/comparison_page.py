@@ -27,7 +27,7 @@ _STYLE = """
   :root { --paper: #12171d; --ink: #e4e9ee; --soft: #1c232b; --line: #323c47; --lead: #6cbce8; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.5rem 6rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.5rem 12rem; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 .small { font-size: .85rem; opacity: .75; }
@@ -53,6 +53,7 @@ mark { color: inherit; background: rgba(230, 159, 0, .32); border-bottom: 2px so
 .token:hover .card { z-index: 3; }
 .card code { white-space: pre; }
 .card span span { display: block; }
+.legend { opacity: 1; }
 .legend span { display: inline-block; margin-right: 1.1rem; }
 .legend i { display: inline-block; width: 1.5em; height: 1em; border: 1px solid var(--line); margin-right: .4em;
   vertical-align: -.12em; }
