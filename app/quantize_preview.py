@@ -46,10 +46,11 @@ def show_preview(config: RunConfig, blocks: int) -> None:
         left, right = st.columns(2, vertical_alignment="bottom")
         left.markdown("**Try one block first**")
         with right.container(horizontal=True, horizontal_alignment="right", vertical_alignment="bottom"):
-            number = st.number_input(
-                f"Block (0 to {blocks - 1})", 0, blocks - 1, blocks // 2, key=f"quantize block of {blocks}", width=140
+            shown = st.number_input(
+                f"Block (1 to {blocks})", 1, blocks, blocks // 2, key=f"quantize block of {blocks}", width=140
             )
             pressed = st.button("Preview", key="quantize preview")
+        number = shown - 1  # the engine counts blocks from 0
         points, trained = _results(_results_key(config), number)
         place = st.empty()
         if pressed:
