@@ -18,7 +18,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import run_charts
 from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure
-from app.view import guard, number_text, plain, size_text, store, time_text
+from app.view import guard, number_text, plain, sentence, size_text, store, time_text
 from lbllm.config import STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
@@ -181,7 +181,7 @@ def state_text(runs: RunStore, run: Run, view: RunView) -> str:
 def outcome(run: Run, view: RunView) -> None:
     """How the run ended and what can be done about it."""
     if run.state == "failed":
-        st.error(plain(view.failure or "The run failed.") + "  \n*Resume* goes on from the finished blocks.")
+        st.error(sentence(view.failure or "The run failed.") + "  \n*Resume* goes on from the finished blocks.")
     elif run.state == "interrupted":
         st.error(
             "The worker ended without a word: it was killed, or the machine went down. *Resume* goes on from the "
