@@ -61,18 +61,19 @@ def finish(store: RunStore, run_id: str, worker: subprocess.Popen[bytes]) -> lis
 def kill_at(
     store: RunStore, run_id: str, worker: subprocess.Popen[bytes], order: dict[Place, int], index: int, wait: float
 ) -> bool:
-    """Kill the worker ``wait`` seconds after it has come to event ``index`` of the timeline; False where it has ended.
+    """Kill the worker ``wait`` seconds after it has come to event ``index`` of the timeline, or at the event after that
+    where this comes sooner, the machine being faster now; False where it has ended.
 
     Only the events of this worker count: those from the last RunQueued on.
     """
     seq = max(stored.seq for stored in store.events(run_id) if isinstance(stored.event, RunQueued)) - 1
-    reached = False
-    while not reached and worker.poll() is None:
+    latest, since = -1, time.monotonic()
+    while worker.poll() is None and (latest < index or (latest == index and time.monotonic() < since + wait)):
         for stored in store.events(run_id, seq):
             seq = stored.seq
-            reached = reached or order.get(place(stored.event), -1) >= index
+            if order.get(place(stored.event), -1) > latest:
+                latest, since = order[place(stored.event)], time.monotonic()
         time.sleep(0.005)
-    time.sleep(wait)
     worker.kill()
     worker.wait()
     return store.get(run_id).state == "interrupted"

@@ -339,7 +339,7 @@ def test_ctrl_c_stops_and_resume_goes_on(terminal: Terminal, tmp_path: Path) -> 
         if line.startswith("Stage 2"):
             process.send_signal(signal.SIGINT)
             break
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=180)
     assert (process.returncode, output) == (130, "")
     assert "runs resume" in errors
     (run,) = terminal("runs", "list", "--json").document["runs"]
