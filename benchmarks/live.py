@@ -90,7 +90,8 @@ def measure(
     done = steps(store, run, last)
     if len(done) < 3:
         raise SystemExit(f"the run made {len(done)} steps in {took:.0f} s; give more --seconds")
-    turn = Turn((len(done) - 1) / (done[-1][1] - done[0][1]), *shares)
+    rate = (len(done) - 1) / (done[-1][1] - done[0][1])
+    turn = Turn(rate, server=shares[0], browser=shares[1])
     if watched:
         page.wait_for_timeout(2_000)
         seen: list[tuple[int, float]] = page.evaluate("window.seen")
