@@ -96,7 +96,7 @@ class QuantConfig(_Section):
 class PtqConfig(_Section):
     """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
 
-    tokens: int = Field(8_192, gt=0)
+    tokens: int = Field(24_576, gt=0)
     em_steps: int = Field(3, ge=1)
     damping: float = Field(0.1, gt=0)
     sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
@@ -110,8 +110,8 @@ class WatConfig(_Section):
     """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
     scale."""
 
-    tokens: int = Field(20_480, gt=0)
-    epochs: int = Field(2, ge=1)
+    tokens: int = Field(24_576, gt=0)
+    epochs: int = Field(1, ge=1)
     batch_tokens: int = Field(512, gt=0)
     lr_weight: float = Field(1e-2, ge=0)
     lr_levels: float = Field(5e-3, ge=0)
