@@ -175,7 +175,8 @@ def test_training_lowers_the_loss_and_ends_with_hard_bits(
     assert [step.step for step in steps] == list(range(1, 8 * 6 + 1))
     assert all(math.isfinite(step.loss) and step.tokens_per_second > 0 for step in steps)
     polarized = bitmap == "relaxed" and format_ == "w1+1"
-    assert all((step.reg > 0) == polarized for step in steps[:-1])
+    # Towards the end every entry of the bitmap may have become hard.
+    assert all((step.reg > 0) == polarized for step in steps[: len(steps) // 2])
     assert trained_error(student, call, inputs, targets, loss) < 0.93 * before
     for layer in binary_layers(student).values():
         assert layer.mode == "frozen"
