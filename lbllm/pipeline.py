@@ -69,8 +69,8 @@ Request = Literal["stop", "cancel"]
 # A block's loss is measured on at most this many tokens, before and after a stage.
 PROBE_TOKENS = 4_096
 FORWARD_TOKENS = 2_048
-# Perplexities that show a run's progress: on few tokens, some at a time, since it all takes from the run's time.
-HELD_OUT_TOKENS, HELD_OUT_BATCH = 2_048, 1_024
+# Perplexities that show a run's progress are measured on few tokens: they take from the run's time.
+HELD_OUT_TOKENS = 2_048
 
 
 class _Ended(Exception):
@@ -254,9 +254,9 @@ def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_o
     if held_out is None or what in known:
         return
     evaluated, losses = model(), []
-    for part in held_out.sequences.split(max(1, HELD_OUT_BATCH // run.config.seq_len)):
+    for window in held_out.sequences.split(1):  # one by one: the logits of several would be the run's peak in memory
         run.check()
-        losses += [math.log(perplexity(evaluated, part).perplexity)] * len(part)
+        losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
     text = f"held-out part of {held_out.name}, {len(losses)} windows of {run.config.seq_len} tokens"
     yield Evaluated(what=what, text=text, perplexity=value, tokens=held_out.sequences[:, 1:].numel())
