@@ -37,10 +37,8 @@ def choices() -> dict[str, Offer]:
     download.
     """
     found = {SHIPPED: Offer(f"{TEACHER} binarized, comes with the program", f"{TEACHER} binarized", SHIPPED)}
-    runs = store()
-    for label, folder in checkpoints(runs).items():
-        if folder.is_relative_to(runs.root):
-            found[folder.parent.name] = Offer(label, label, str(folder))
+    for label, folder in checkpoints(store()).items():
+        found[folder.parent.name] = Offer(label, label, str(folder))
     for entry in sorted(CATALOGUE, key=lambda entry: entry.hub_id is not None):
         note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
         found[entry.id] = Offer(f"{entry.id}, {note}", entry.id, entry.id)

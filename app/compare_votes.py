@@ -27,7 +27,8 @@ def votes_of(exchanges: Sequence[Exchange]) -> dict[str, Choice]:
 
 def show_votes(exchange: Exchange) -> None:
     """Four ways to vote on an exchange, the pair's tally, and the export."""
-    given = votes_of([exchange]).get(exchange.id)
+    votes = store().votes()
+    given = next((vote.choice for vote in votes if vote.exchange == exchange.id), None)
     bar = st.columns([4.6, 3.4, 1.4], vertical_alignment="center")
     bar[0].segmented_control(
         "Which answer is better?",
@@ -39,7 +40,6 @@ def show_votes(exchange: Exchange) -> None:
         on_change=cast,
         args=(exchange,),
     )
-    votes = store().votes()
     counted = tally(votes, *exchange.names)
     if counted.total:
         bar[1].caption(

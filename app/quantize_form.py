@@ -15,13 +15,12 @@ import pandas
 import streamlit as st
 
 from lbllm import corpora
-from lbllm.config import PRESETS, STAGES, WHOLE_ROW, Format, RunConfig, make_config, parse_config
+from lbllm.config import FORMAT_NAMES, PRESETS, STAGES, WHOLE_ROW, RunConfig, make_config, parse_config, read_settings
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.paths import corpus_name, model_name
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 PRESET = "quantize preset"
-FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 STAGE_LABELS = {STAGES[:1]: "1", STAGES[:2]: "1–2", STAGES: "1–3"}
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
@@ -47,16 +46,12 @@ class Setting:
         return f"quantize {self.path}"
 
 
-def _format_name(value: Format) -> str:
-    return FORMAT_NAMES[value]
-
-
 FORMAT = Setting(
     "quant.format",
     "Weights",
     "W(1+1): a sign bit and a bitmap bit a weight, so four levels in a group. W1: the sign alone, two levels.",
     ("w1+1", "w1"),
-    _format_name,
+    FORMAT_NAMES.__getitem__,
 )
 GROUP_SIZE = Setting(
     "quant.group_size",
@@ -205,16 +200,13 @@ def take_upload(key: str) -> None:
     if upload is None:
         return
     try:
-        document = json.loads(upload.getvalue())
-        if not isinstance(document, dict):
-            raise ConfigError(f"it holds a {type(document).__name__}; a JSON object of settings is needed")
-        named = document.pop("preset", None)
-        config = make_config(named if named in PRESETS else "quick", document)
-        if named not in PRESETS:
-            config = config.model_copy(update={"preset": "custom"})
-        load(config)
-    except (ValueError, UnicodeDecodeError) as error:
-        st.session_state[UPLOAD_ERROR] = f"{upload.name} is not valid JSON ({error})"
+        named, document = read_settings(upload.getvalue(), upload.name)
+    except LbllmError as error:
+        st.session_state[UPLOAD_ERROR] = str(error)
+        return
+    try:
+        config = make_config(named or "quick", document)
+        load(config if named else config.model_copy(update={"preset": "custom"}))
     except LbllmError as error:
         st.session_state[UPLOAD_ERROR] = f"{upload.name}: {error}"
 

@@ -7,9 +7,9 @@ import json
 import plotly.graph_objects as go
 import streamlit as st
 
-from app.quantize_form import FORMAT_NAMES, size_label
+from app.quantize_form import size_label
 from app.view import COLOURS, guard, number_text
-from lbllm.config import WHOLE_ROW, Format, RunConfig
+from lbllm.config import FORMAT_NAMES, WHOLE_ROW, Format, RunConfig
 from lbllm.preview import BlockSample, Point, Trained, choices, preview, take_block
 
 Choice = tuple[Format, int]

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.view import COLOURS, number_text, time_text
 from lbllm.config import STAGES, Stage
-from lbllm.run_view import HEAT_COLUMNS, BlockView, RunView, points, smoothed
+from lbllm.run_view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
 
 STAGE_LABELS: dict[Stage, str] = {"ptq": "1 Initialize", "wat": "2 Train weights", "aar": "3 Refine activations"}
 WORKING = "#F0E442"
@@ -25,12 +25,12 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     started = view.started
     if started is None:
         return {"data": [], "layout": {"height": 40}}
-    codes: list[list[int]] = []
+    codes: list[list[float]] = []
     texts: list[list[str]] = []
     for stage in started.stages:
         done = STAGES.index(stage) + 1
         kinds = {"waiting": 0, "working": 4, "done": done, "diverged": 5}
-        codes.append([kinds[view.cell(stage, block)] for block in range(started.blocks)])
+        codes.append([kinds[view.cell(stage, block)] + 0.5 for block in range(started.blocks)])
         texts.append([_cell_text(view, stage, block) for block in range(started.blocks)])
     scale = [[(index + side) / len(_CELLS), colour] for index, colour in enumerate(_CELLS) for side in (0, 1)]
     shapes = []
@@ -40,6 +40,7 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     trace = {
         "type": "heatmap",
         "uid": "cells",
+        # A code is drawn in the colour of the middle of its range.
         "z": codes,
         "x": list(range(1, started.blocks + 1)),
         "y": [f"{STAGE_LABELS[stage]} " for stage in started.stages],
@@ -52,8 +53,6 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
         "xgap": 2,
         "ygap": 4,
     }
-    # A code is drawn in the colour of the middle of its range.
-    trace["z"] = [[code + 0.5 for code in row] for row in codes]
     axis = {"showgrid": False, "zeroline": False, "fixedrange": True, "ticks": ""}
     layout = {
         "height": 46 + 28 * len(started.stages),
@@ -140,7 +139,7 @@ def heat_map(view: RunView) -> Figure:
             rows.append([None if ratio is None else round(100 * ratio - 100, 1) for ratio in ratios])
         changes += [abs(change) for row in rows for change in row if change is not None]
         suffix = str(index + 1) if index else ""
-        per = max(1, -(-steps // HEAT_COLUMNS))
+        per = column_width(steps)
         columns = -(-steps // per) if steps else 1
         data.append(
             {

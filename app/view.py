@@ -14,6 +14,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from lbllm import progress
 from lbllm.errors import LbllmError
 from lbllm.models import home
 from lbllm.runs import RunStore
@@ -39,10 +40,7 @@ COLOURS: dict[str, str] = {
 
 def size_text(size: float) -> str:
     """Bytes in decimal units: 40.2 MB."""
-    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
-        if size >= factor:
-            return f"{size / factor:.{digits}f} {unit}"
-    return f"{size:.0f} bytes"
+    return f"{size:.0f} bytes" if size < 1000 else progress.size(size)
 
 
 def time_text(seconds: float) -> str:

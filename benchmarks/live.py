@@ -22,7 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 from lbllm.config import make_config
 from lbllm.events import StepMetric
 from lbllm.models import home
-from lbllm.runs import Run, RunStore
+from lbllm.runs import ACTIVE, Run, RunStore
 from tests.browser.conftest import CHROMIUM, FLAGS, Server, wait_until
 
 CURVE = "[aria-label^='Block 1,']"
@@ -148,7 +148,7 @@ def main() -> None:
             page = browser.new_page(viewport={"width": 1280, "height": 720})
             page.set_default_timeout(120_000)
             page.goto(server.url(f"runs?run={run.id}"))
-            wait_until(lambda: steps(store, run) or store.get(run.id).state == "failed", 900)
+            wait_until(lambda: steps(store, run) or store.get(run.id).state == "failed", seconds=900)
             if store.get(run.id).state == "failed":
                 raise SystemExit(f"the run failed: {store.events(run.id)[-1].event}")
             # The first steps and the first drawing are slower than those to come.
@@ -159,9 +159,9 @@ def main() -> None:
                 closed.append(measure(store, run, server, page, parts, options.seconds, watched=False))
             report(closed, opened)
         finally:
-            if store.get(run.id).state in ("queued", "running"):
+            if store.get(run.id).state in ACTIVE:
                 store.request(run.id, "cancel")
-                wait_until(lambda: store.get(run.id).state not in ("queued", "running"))
+                wait_until(lambda: store.get(run.id).state not in ACTIVE)
             browser.close()
             server.stop()
             store.close()

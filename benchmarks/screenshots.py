@@ -1,7 +1,7 @@
 """Pictures of the workbench's pages in both themes, for docs/screens.
 
-    python benchmarks/screenshots.py                       pages over the usual home: newest finished run, two models
-    python benchmarks/screenshots.py --size 1920x1080 --out /tmp/large --pages quantize,runs
+    python -m benchmarks.screenshots                       pages over the usual home: newest finished run, two models
+    python -m benchmarks.screenshots --size 1920x1080 --out /tmp/large --pages quantize,runs
 
 It starts a workbench of its own, opens each page in headless Chromium, does what a visitor would (asks both models,
 previews a block, looks at a run), and takes a picture when nothing moves any more.
@@ -10,49 +10,18 @@ previews a block, looks at a run), and takes a picture when nothing moves any mo
 from __future__ import annotations
 
 import argparse
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lbllm.runs import RunStore  # noqa: E402
+from lbllm.models import home
+from lbllm.runs import RunStore
+from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
 PATIENCE = 300_000  # milliseconds for whatever a page computes
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-@contextmanager
-def workbench() -> Iterator[str]:
-    """A server on a free port; gives its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "lbllm", "ui", "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(command, cwd=ROOT)
-    address = f"http://localhost:{port}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def settle(page: Page) -> None:
@@ -64,9 +33,9 @@ def settle(page: Page) -> None:
     page.mouse.move(1, 1)
 
 
-def compare(page: Page, address: str) -> None:
+def compare(page: Page, server: Server) -> None:
     """Both models have answered."""
-    page.goto(address)
+    page.goto(server.url())
     page.get_by_role("button", name="Got it").click()
     box = page.get_by_test_id("stChatInputTextArea")
     expect(box).to_be_enabled(timeout=PATIENCE)
@@ -75,24 +44,24 @@ def compare(page: Page, address: str) -> None:
     page.wait_for_timeout(3000)
 
 
-def quantize(page: Page, address: str) -> None:
+def quantize(page: Page, server: Server) -> None:
     """A block has been tried out."""
-    page.goto(f"{address}/quantize")
+    page.goto(server.url("quantize"))
     button = page.get_by_role("button", name="Preview", exact=True)
     button.click(timeout=PATIENCE)
     expect(page.get_by_test_id("stPlotlyChart")).to_be_visible(timeout=PATIENCE)
     page.get_by_test_id("stMain").evaluate("main => main.scrollTo(0, 0)")
 
 
-def runs(page: Page, address: str) -> None:
+def runs(page: Page, server: Server) -> None:
     """The newest finished run, or the page without one."""
     finished = [run.id for run in RunStore().all() if run.state == "done"]
-    page.goto(f"{address}/runs" + (f"?run={finished[-1]}" if finished else ""))
+    page.goto(server.url("runs" + (f"?run={finished[-1]}" if finished else "")))
     page.get_by_test_id("stMain").wait_for(timeout=PATIENCE)
     page.wait_for_timeout(3000)
 
 
-PAGES: dict[str, Callable[[Page, str], None]] = {"compare": compare, "quantize": quantize, "runs": runs}
+PAGES: dict[str, Callable[[Page, Server], None]] = {"compare": compare, "quantize": quantize, "runs": runs}
 
 
 def main() -> None:
@@ -102,17 +71,20 @@ def main() -> None:
     parser.add_argument("--pages", default=",".join(PAGES))
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with workbench() as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+    server = Server(home())
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        server.start()
+        playwright = stack.enter_context(sync_playwright())
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         for theme in ("light", "dark"):
             for name in arguments.pages.split(","):
                 size = {"width": width, "height": height}
                 context = browser.new_context(viewport=size, color_scheme=theme)  # type: ignore[arg-type]
                 page = context.new_page()
                 page.set_default_timeout(PATIENCE)
-                PAGES[name](page, address)
+                PAGES[name](page, server)
                 settle(page)
                 path = arguments.out / f"{name}-{theme}.png"
                 page.screenshot(path=path)

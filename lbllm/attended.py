@@ -20,7 +20,7 @@ from rich.console import Console
 from lbllm.errors import ConfigError, ResourceError, RunError
 from lbllm.events import Event, RunDone, RunFailed
 from lbllm.progress import RunDisplay, RunProgress
-from lbllm.runs import Run, RunStore
+from lbllm.runs import ACTIVE, Run, RunStore
 
 POLL_SECONDS = 0.1
 
@@ -91,7 +91,7 @@ def _follow(store: RunStore, run_id: str, display: RunDisplay, after_seq: int) -
     with display, interrupts() as pressed:
         while True:
             # The state first: what was written before the end is then among the events read after it.
-            over = store.get(run_id).state not in ("queued", "running")
+            over = store.get(run_id).state not in ACTIVE
             for stored in store.events(run_id, after_seq):
                 after_seq = stored.seq
                 display.take(stored)

@@ -91,17 +91,15 @@ def best_split(groups: Tensor, weight: Tensor, count: int) -> Tensor:
     """
     ordered, order = groups.sort(-1)
     weight = weight.gather(-1, order)
-    size = -(-ordered.shape[-1] // POINTS)
-    mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(
-        torch.finfo(groups.dtype).tiny
-    )
+    size, tiny = -(-ordered.shape[-1] // POINTS), torch.finfo(groups.dtype).tiny
+    mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(tiny)
     centred = ordered - mean
     # Mass, first and second moment of all runs up to each border; their differences are those of an interval.
     moments = torch.stack((weight, weight * centred, weight * centred.square()), -2)
     sums = torch.nn.functional.pad(to_groups(moments, size).sum(-1).cumsum(-1), (1, 0))
     between = sums[..., None, :] - sums[..., :, None]
     mass, first, second = between.unbind(-3)
-    cost = (second - first.square() / mass.clamp_min(torch.finfo(groups.dtype).tiny)).clamp_min(0)
+    cost = (second - first.square() / mass.clamp_min(tiny)).clamp_min(0)
     borders = torch.arange(cost.shape[-1], device=groups.device)
     cost = cost.masked_fill(borders[:, None] > borders, torch.inf)
 
@@ -121,8 +119,8 @@ def best_split(groups: Tensor, weight: Tensor, count: int) -> Tensor:
         middle = (before + after).argmin(-1)
         edges += [halve(edges[0], middle), middle, halve(middle, last), last]
     at = sums.gather(-1, torch.stack(edges, -1)[..., None, :].expand(*sums.shape[:-1], count + 1)).diff(dim=-1)
-    tiny = torch.finfo(groups.dtype).tiny
-    levels = torch.where(at[..., 0, :] > 0, at[..., 1, :] / at[..., 0, :].clamp_min(tiny), 0)
+    mass, first, _ = at.unbind(-2)
+    levels = torch.where(mass > 0, first / mass.clamp_min(tiny), 0)
     return (levels + mean).sort(-1).values
 
 
@@ -159,7 +157,7 @@ def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
     return torch.where(sign, torch.where(bitmap, 3, 2), torch.where(bitmap, 0, 1)).to(torch.uint8)
 
 
-def _compare(compare: Callable[..., Tensor], left: Tensor, right: Tensor | float) -> Tensor:
+def float_mask(compare: Callable[..., Tensor], left: Tensor, right: Tensor | float) -> Tensor:
     """A comparison as 0 and 1 in the left side's dtype: on a CPU several times faster than a mask that is converted."""
     out: Tensor = compare(left, right, out=torch.empty_like(left))
     return out
@@ -172,7 +170,7 @@ class _NearestLevel(torch.autograd.Function):
     def forward(ctx: Any, groups: Tensor, levels: Tensor) -> Tensor:
         middles = (levels[..., 1:] + levels[..., :-1]) / 2
         gaps = levels[..., 1:] - levels[..., :-1]
-        above = [_compare(torch.gt, groups, middles[..., k : k + 1]) for k in range(middles.shape[-1])]
+        above = [float_mask(torch.gt, groups, middles[..., k : k + 1]) for k in range(middles.shape[-1])]
         value = torch.addcmul(levels[..., :1], above[0], gaps[..., :1])
         for k in range(1, len(above)):
             value.addcmul_(above[k], gaps[..., k : k + 1])
@@ -202,7 +200,7 @@ class _FixedLevel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, levels: Tensor, index: Tensor) -> Tensor:
         wide = index.to(levels.dtype)
-        members = [_compare(torch.eq, wide, float(k)) for k in range(levels.shape[-1])]
+        members = [float_mask(torch.eq, wide, float(k)) for k in range(levels.shape[-1])]
         ctx.save_for_backward(*members)
         value = levels[..., :1] * members[0]
         for k in range(1, len(members)):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -75,10 +76,16 @@ def check_supported(model: PreTrainedModel) -> None:
             )
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model knows; None where its config doesn't say."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
 def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
     """Raise ConfigError, naming the setting, where sequences are longer than the positions that the model knows."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(known, int) and 0 < known < tokens:
+    known = context_length(model)
+    if known is not None and known < tokens:
         raise ConfigError(
             f"{setting} {tokens} is more than the model's context of {known} tokens; choose at most {known}"
         )
@@ -113,7 +120,12 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
         if len(calls) == len(blocks):
             raise _Captured  # the output layer of a large vocabulary would cost more memory than all blocks
 
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    _pass(model, sequence, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
+    return calls
+
+
+def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandle]) -> None:
+    """One forward pass for the sake of hooks, which are removed; one of them may end it by raising _Captured."""
     try:
         model(input_ids=sequence, use_cache=False)
     except _Captured:
@@ -121,7 +133,6 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
     finally:
         for handle in handles:
             handle.remove()
-    return calls
 
 
 @torch.no_grad()
@@ -137,14 +148,7 @@ def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
         raise _Captured  # before the output layer, as in capture_calls
 
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
-    handles.append(blocks[-1].register_forward_hook(end))
-    try:
-        model(input_ids=sequence, use_cache=False)
-    except _Captured:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    _pass(model, sequence, [*handles, blocks[-1].register_forward_hook(end)])
     return [name for name, layer in layers.items() if layer not in called]
 
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from lbllm.blocks import context_length
 from lbllm.errors import ModelError
 
 Messages = list[dict[str, str]]
@@ -93,7 +94,7 @@ def stream(
     Raises ModelError where the prompt leaves no room.
     """
     ids = prompt_ids(tokenizer, messages, template=template).to(model.device)
-    room = context_length(model) - ids.shape[1]
+    room = room_for(model, ids.shape[1])
     if room <= 0:
         raise ModelError(
             f"the conversation has {ids.shape[1]} tokens, the model's context holds {context_length(model)}; "
@@ -204,10 +205,12 @@ class _Pieces(BaseStreamer):
         self.written = max(self.written, len(text))
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Positions the model knows; without any statement about it, more than anyone chats."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else 1 << 20
+def room_for(model: PreTrainedModel, tokens: int) -> int:
+    """How many tokens fit into the model's context after ``tokens``; 0 or less where none does.
+
+    Without any statement about the context it is more than anyone chats.
+    """
+    return (context_length(model) or 1 << 20) - tokens
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

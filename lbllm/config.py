@@ -19,6 +19,7 @@ WHOLE_ROW = -1
 
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar"]
+FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar")
 STAGE_NAMES: dict[Stage, str] = {
     "ptq": "Stage 1: PTQ initialization",
@@ -227,6 +228,19 @@ def make_config(
     for assignment in assignments:
         _set(document, assignment)
     return parse_config(document)
+
+
+def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str, Any]]:
+    """The preset that a settings file names, if it is a known one, and its other settings. Raises ConfigError naming
+    ``source``."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{source} holds a {type(document).__name__}; a JSON object of settings is needed")
+    named = document.pop("preset", None)
+    return (named if named in PRESETS else None), document
 
 
 def parse_config(document: dict[str, Any]) -> RunConfig:

@@ -40,9 +40,7 @@ class Answer:
     first_token_seconds: float = 0.0
     timed: bool = False
     error: str = ""
-    precision: str = ""
     weight_bytes: int = 0
-    expanded_bytes: int = 0
     bpw: float = 0.0
     completes: bool = False
 
@@ -122,9 +120,7 @@ class Duel:
         self._update(
             number,
             state="reading",
-            precision=loaded.precision,
             weight_bytes=loaded.weight_bytes,
-            expanded_bytes=loaded.expanded_bytes,
             bpw=loaded.bpw,
             completes=not (loaded.is_chat and settings.template),
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lbllm.chat import Messages, context_length, prompt_ids
+from lbllm.chat import Messages, prompt_ids, room_for
 from lbllm.errors import ModelError
 
 TOP = 5
@@ -120,7 +120,7 @@ def lens(
     if own.shape[1] == 0:
         raise ModelError("the text is empty: the lens needs at least one token")
     before = prompt_ids(tokenizer, messages, template=template) if messages else own[:, :0]
-    room = min(limit, *(context_length(model) - before.shape[1] for model in (teacher, student)))
+    room = min(limit, *(room_for(model, before.shape[1]) for model in (teacher, student)))
     if room <= 0:
         raise ModelError(
             f"the conversation before the text has {before.shape[1]} tokens and fills the models' context; "

@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ def block_formats(
     return path, blocks, formats
 
 
-def bits_per_weight(blocks: nn.ModuleList, formats: list[dict[str, LayerFormat]]) -> float:
+def bits_per_weight(blocks: Iterable[nn.Module], formats: list[dict[str, LayerFormat]]) -> float:
     """Stored bits over weights of all binarized layers, group parameters included."""
     bits = weights = 0
     for block, layers in zip(blocks, formats, strict=True):

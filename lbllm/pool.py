@@ -12,7 +12,6 @@ releases the model; the next load collects what cycles still hold.
 from __future__ import annotations
 
 import gc
-import json
 import threading
 import time
 import weakref
@@ -23,9 +22,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lbllm.config import FORMAT_NAMES, WHOLE_ROW
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.estimate import free_memory
-from lbllm.hf import is_checkpoint, load
+from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import load_teacher, skeleton
 from lbllm.shipped import shipped_checkpoint
@@ -156,7 +156,7 @@ def _open(name: str, *, expand: bool) -> Loaded:
     model, tokenizer = load(name, device=device)
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     stored = _bytes(model)
-    quantization = json.loads((Path(name) / "config.json").read_text())["quantization_config"]
+    stated: LbllmConfig = model.config.quantization_config
     expanded = 0
     if expand:
         for layer in layers:
@@ -164,20 +164,10 @@ def _open(name: str, *, expand: bool) -> Loaded:
             assert layer.dense is not None
             expanded += layer.dense.nbytes
     weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
-    quant = quantization["quant"]
-    group = "whole rows" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
-    weights_as = {"w1+1": "W(1+1)", "w1": "W1"}[quant["format"]]
-    precision = f"{weights_as}A{quant['act_bits']}KV{quant['kv_bits']}, {group}"
-    return Loaded(
-        model,
-        tokenizer,
-        True,
-        precision,
-        weights,
-        stored,
-        expanded,
-        float(quantization.get("bpw") or 0.0),
-    )
+    quant = stated.format
+    group = "whole rows" if quant.group_size == WHOLE_ROW else f"groups of {quant.group_size}"
+    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {group}"
+    return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
 
 
 def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:

@@ -35,9 +35,9 @@ from lbllm.checkpoint import collect, restore
 from lbllm.config import WHOLE_ROW, Format, LayerFormat, RunConfig
 from lbllm.corpora import load_corpus
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.layers import layer_bits
 from lbllm.models import load_teacher
-from lbllm.stages.ptq import Binarized, binarize_layer, input_statistics, to_layer
+from lbllm.pipeline import bits_per_weight
+from lbllm.stages.ptq import binarize_together, by_format, input_statistics, to_layer
 from lbllm.stages.wat import binary_layers, block_error, wat_block
 
 SEQ_LEN = 256
@@ -177,29 +177,19 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
         raise ConfigError(f"{sample.path} stays dense: quant.skip {list(config.quant.skip)} leaves out all its layers")
     settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
     tensors: dict[str, Tensor] = {}
-    bits = weights = 0
     for sharing, hessian in sample.hessians:
-        for layer_format in sorted({formats[name] for name in sharing if name in formats}, key=str):
-            names = [name for name in sharing if formats.get(name) == layer_format]
-            dense = [linear_weight(sample.block.get_submodule(name)) for name in names]
+        for layer_format, names in by_format(sharing, formats):
             try:
-                result = binarize_layer(torch.cat(dense), hessian, layer_format, settings)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise LbllmError(
-                    f"{sample.path}.{names[0]}: its inputs are degenerate for this text; take other text or a larger "
-                    "ptq.damping"
-                ) from None
-            parts = zip(*(tensor.split([len(w) for w in dense]) for tensor in result.tensors()), strict=True)
-            for name, part in zip(names, parts, strict=True):
-                solved = Binarized(*part)
-                solved.check(f"{sample.path}.{name}")
-                layer = to_layer(sample.block.get_submodule(name), layer_format, solved)
+                solved = binarize_together(sample.block, names, hessian, layer_format, settings)
+            except LbllmError as error:
+                raise LbllmError(f"{sample.path}.{error}") from error
+            for name, result in solved.items():
+                layer = to_layer(sample.block.get_submodule(name), layer_format, result)
                 layer.round_params()
-                tensors |= collect({name: layer}) | {f"{name}.latent": solved.latent}
-                bits += layer_bits(layer_format, *solved.latent.shape)
-                weights += solved.latent.numel()
+                tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
     built = restore(sample.block, formats, tensors, config.quant.tail_steps)
-    return Initialized(Point(fmt, group_size, _error(sample, built), bits / weights), formats, tensors)
+    bpw = bits_per_weight([sample.block], [formats])
+    return Initialized(Point(fmt, group_size, _error(sample, built), bpw), formats, tensors)
 
 
 def train(sample: BlockSample, config: RunConfig, start: Initialized) -> Iterator[Trained]:

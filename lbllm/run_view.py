@@ -81,6 +81,11 @@ def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
     return result
 
 
+def column_width(steps: int) -> int:
+    """Steps in a column of the heat map, of a stage with ``steps`` steps a block."""
+    return math.ceil(max(steps, 1) / HEAT_COLUMNS)
+
+
 @dataclass
 class BlockView:
     """One block in one stage. ``losses``, ``rates``: one a step; ``layers``: error in percent by layer, in stage 1."""
@@ -94,13 +99,14 @@ class BlockView:
     done: BlockDone | None = None
     _row: tuple[int, list[float | None]] = (0, [])
 
-    def relative(self, steps: int, columns: int = HEAT_COLUMNS) -> list[float | None]:
-        """The loss in each of at most ``columns`` equal ranges of the stage's ``steps``, over that of the first step.
+    def relative(self, steps: int) -> list[float | None]:
+        """The loss in each of at most ``HEAT_COLUMNS`` equal ranges of the stage's ``steps``, over that of the first
+        step.
 
         None where nothing is known yet.
         """
         if self._row[0] != len(self.losses):
-            width = math.ceil(max(steps, 1) / columns)
+            width = column_width(steps)
             first = self.losses[0]
             row: list[float | None] = []
             for start in range(0, len(self.losses), width):

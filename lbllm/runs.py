@@ -37,6 +37,7 @@ from lbllm.votes import Vote
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
+ACTIVE: tuple[State, ...] = ("queued", "running")
 RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
 
 LIFECYCLE = ("run_queued", "run_loading", "run_started", "run_done", "run_stopped", "run_failed")
@@ -217,7 +218,7 @@ class RunStore:
         """The events after ``after_seq`` and those to come, until the run is neither queued nor running."""
         while True:
             # The state first: what was written before the end is then among the events read after it.
-            over = self.get(run_id).state not in ("queued", "running")
+            over = self.get(run_id).state not in ACTIVE
             for stored in self.events(run_id, after_seq):
                 after_seq = stored.seq
                 yield stored

@@ -161,14 +161,14 @@ def sample_corpus(
         raise CorpusError(f"{out} exists already; delete it, or choose another --out")
     parts = [out.with_name(f"{out.name}.part{index}") for index in range(-(-tokens // (batch * length)))]
     for index, part in enumerate(parts):
-        with (out.with_name(f"{part.name}.lock")).open("ab") as lock:
+        with _lock_of(part).open("ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             if out.exists():  # another process has just written it
                 lock.close()
-                Path(lock.name).unlink()
+                _lock_of(part).unlink()
                 return
             if not part.exists():
                 rows = list(sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index))
@@ -176,7 +176,7 @@ def sample_corpus(
                 temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 temporary.rename(part)
         yield sum(part.exists() for part in parts) * batch * length
-    with (out.with_name(f"{out.name}.lock")).open("ab") as lock:
+    with _lock_of(out).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(part.exists() for part in parts):
             return  # somebody else still works on one, or has just written the file
@@ -185,5 +185,9 @@ def sample_corpus(
                 packed.write(part.read_bytes())
         for part in parts:
             part.unlink()
-            out.with_name(f"{part.name}.lock").unlink()
-    out.with_name(f"{out.name}.lock").unlink(missing_ok=True)
+            _lock_of(part).unlink()
+    _lock_of(out).unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")

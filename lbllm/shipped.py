@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -46,12 +47,10 @@ def strip(checkpoint: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with safe_open(checkpoint / WEIGHTS, "pt") as file:
         names = set(file.keys())
-        layers = {name.removesuffix(".params") for name in names if name.endswith(".params")}
+        layers = _packed_layers(names)
         kept = [n for n in names if n.endswith(_PACKED_ENDINGS) or n.removesuffix(".weight") in layers]
         save_file({name: file.get_tensor(name) for name in kept}, target / PACKED)
-    for name in _SMALL:
-        if (checkpoint / name).is_file():
-            shutil.copy(checkpoint / name, target / name)
+    _copy_small(checkpoint, target)
 
 
 def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
@@ -59,7 +58,7 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
     the file that was stripped."""
     expected = json.loads((stripped / "config.json").read_text())["quantization_config"]["tensors_sha256"]
     tensors = load_file(stripped / PACKED)
-    layers = {name.removesuffix(".params") for name in tensors if name.endswith(".params")}
+    layers = _packed_layers(tensors)
     seen: set[int] = set()
     for name, tensor in teacher.model.state_dict(keep_vars=True).items():
         # A tied tensor is in the file once, under its first name.
@@ -76,15 +75,24 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
                 f"{teacher.name} ({teacher.precision}); get the project's assets again"
             )
         teacher.tokenizer.save_pretrained(unfinished)
-        for name in _SMALL:
-            if (stripped / name).is_file():
-                shutil.copy(stripped / name, unfinished / name)
+        _copy_small(stripped, unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.chmod(0o755)
         unfinished.replace(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _packed_layers(names: Iterable[str]) -> set[str]:
+    """Of the names of a checkpoint's tensors the layers that are packed."""
+    return {name.removesuffix(".params") for name in names if name.endswith(".params")}
+
+
+def _copy_small(source: Path, target: Path) -> None:
+    for name in _SMALL:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lbllm.config import STAGE_NAMES, RunConfig, Stage
+from lbllm.config import FORMAT_NAMES, STAGE_NAMES, RunConfig, Stage
 from lbllm.evaluate import divergences, round_to_nearest
 from lbllm.models import Teacher
 from lbllm.pipeline import stage_model
@@ -60,5 +60,5 @@ def stages_table(
 
 def _precision(config: RunConfig, stage: Stage) -> str:
     quant = config.quant
-    weights = quant.format.upper() if quant.format == "w1" else "W(1+1)"
+    weights = FORMAT_NAMES[quant.format]
     return f"{weights}A{quant.act_bits}KV{quant.kv_bits}" if stage == "aar" else f"{weights}A16"

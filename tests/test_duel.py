@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from lbllm.conversation import Conversation
 from lbllm.duel import Duel, Side
 from lbllm.errors import LbllmError
 from lbllm.pool import ModelPool, Slot
+from tests import waiting
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher
 
@@ -47,11 +48,7 @@ def finished(duel: Duel) -> Duel:
     return duel
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+wait_until = partial(waiting.wait_until, seconds=20.0)
 
 
 def test_all_who_ask_for_a_model_get_the_same_one(folders: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from lbllm.events import (
     StepMetric,
 )
 from lbllm.runs import Request, RunStore, State
+from tests import waiting
 
 STARTED = RunStarted(
     stages=("ptq",), blocks=2, layers=14, weights=1000, device="cpu", corpus_hash="0", tokens=512, bpw=3.0
@@ -60,11 +62,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+wait_until = partial(waiting.wait_until, seconds=60.0)
 
 
 APPENDER = """

@@ -7,13 +7,13 @@ import errno
 import fcntl
 import io
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,9 @@ from lbllm.errors import CorpusError, RunError
 from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped, StepMetric
 from lbllm.runs import Request, Run, RunStore, State
 from lbllm.worker import failure_message
-from tests.tiny_models import SENTENCES, save_tiny
+from tests import waiting
+from tests.tiny_models import save_tiny
+from tests.tiny_runs import stored_run_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,11 +39,7 @@ def store(tmp_path: Path) -> Iterator[RunStore]:
     store.close()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+wait_until = partial(waiting.wait_until, seconds=180.0)
 
 
 @contextlib.contextmanager
@@ -263,21 +261,7 @@ def test_a_store_that_can_take_no_more_ends_the_worker_and_nothing_else(store: R
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of seconds: two small blocks, a few steps a block."""
-    folder = tmp_path_factory.mktemp("tiny")
-    generator = random.Random(0)
-    text = "\n".join(" ".join(generator.choices(SENTENCES, k=4)) for _ in range(400))
-    (folder / "text.txt").write_text(text)
-    changes = {
-        "model": str(save_tiny(folder / "teacher", "llama")),
-        "corpus": str(folder / "text.txt"),
-        "seq_len": 32,
-        "device": "cpu",
-        "quant": {"group_size": 16},
-        "ptq": {"tokens": 256, "em_steps": 4, "sweeps": 1},
-        "wat": {"tokens": 512, "epochs": 1, "batch_tokens": 64},
-        "aar": {"tokens": 512, "epochs": 1, "batch_tokens": 64, "search_tokens": 128},
-    }
-    return make_config("preview", changes)
+    return stored_run_config(tmp_path_factory.mktemp("tiny"))
 
 
 def begun(store: RunStore, run: Run, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from lbllm.config import RunConfig, make_config
 from lbllm.corpora import Corpus, sequences_hash
 from lbllm.events import Event
 from lbllm.models import Teacher
-from tests.tiny_models import VOCABULARY, tiny
+from tests.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
 SEQ_LEN = 32
 
@@ -28,6 +29,24 @@ def run_config(**changes: Any) -> RunConfig:
     for key, value in changes.items():
         base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
     return make_config("quick", base)
+
+
+def stored_run_config(folder: Path) -> RunConfig:
+    """Settings of a run that a worker can do in seconds; its teacher and its text are written to ``folder``."""
+    generator = random.Random(0)
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(generator.choices(SENTENCES, k=4)) for _ in range(400)))
+    changes = {
+        "model": str(save_tiny(folder / "teacher", "llama")),
+        "corpus": str(text),
+        "seq_len": 32,
+        "device": "cpu",
+        "quant": {"group_size": 16},
+        "ptq": {"tokens": 256, "em_steps": 4, "sweeps": 1},
+        "wat": {"tokens": 512, "epochs": 1, "batch_tokens": 64},
+        "aar": {"tokens": 512, "epochs": 1, "batch_tokens": 64, "search_tokens": 128},
+    }
+    return make_config("preview", changes)
 
 
 def token_ids(count: int = 4, seed: int = 0) -> Tensor:

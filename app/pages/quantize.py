@@ -27,6 +27,7 @@ from lbllm.errors import LbllmError
 from lbllm.estimate import Estimate, check_memory
 from lbllm.model_catalogue import CATALOGUE
 from lbllm.paths import model_name, root
+from lbllm.runs import ACTIVE
 
 
 def page() -> None:
@@ -114,10 +115,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
         return None
     try:
         config = form.read(table)
-        found = model_facts(config.model)
-        if isinstance(found, str):
-            raise LbllmError(found)
-        result = estimated(config, found[1])
+        result = estimated(config, model)
     except LbllmError as error:
         st.error(sentence(error))
         _start(None, [])
@@ -145,12 +143,10 @@ def _start(config: RunConfig | None, objections: list[str]) -> None:
     name, button = st.columns([3, 1], vertical_alignment="bottom")
     wanted = name.text_input("Name of the run", placeholder="a name of its own, if you like", key="quantize name")
     impossible = config is None or bool(objections)
-    pressed = button.button(
-        "Start", type="primary", disabled=impossible, width="stretch", key="quantize start", help=None
-    )
+    pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
     for objection in objections:
         st.warning(sentence(objection))
-    ahead = sum(run.state in ("queued", "running") for run in store().all())
+    ahead = sum(run.state in ACTIVE for run in store().all())
     if ahead and not impossible:
         st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; it waits its turn.")
     if pressed and config is not None:

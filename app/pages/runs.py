@@ -8,8 +8,7 @@ something else has happened that the rest shows: this keeps the page's cost to a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -23,9 +22,8 @@ from lbllm.config import STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
 from lbllm.run_view import SUMMARY_KINDS, RunView
-from lbllm.runs import RESUMABLE, Run, RunStore, State
+from lbllm.runs import ACTIVE, RESUMABLE, Run, RunStore, State
 
-ACTIVE: tuple[State, ...] = ("queued", "running")
 POLL_SECONDS, LIST_SECONDS = 1.0, 3.0
 LISTED = 30
 # Otherwise what a redraw takes longer over would grey out, once a second.
@@ -62,19 +60,14 @@ def stage_shares(root: Path, run_id: str) -> dict[Stage, float]:
         return {}
 
 
-@contextmanager
-def remembered(run_id: str, chart: str, version: object) -> Iterator[Callable[[Callable[[], bytes]], bytes]]:
-    """Encode a chart anew only where its ``version`` isn't the last one of this session."""
+def remembered(run_id: str, chart: str, version: object, make: Callable[[], bytes]) -> bytes:
+    """An encoded chart, made anew only where its ``version`` isn't the last one of this session."""
     charts = st.session_state.setdefault("run_charts", {})
     last = charts.get(chart)
-
-    def payload(make: Callable[[], bytes]) -> bytes:
-        if last is None or last[0] != (run_id, version):
-            charts[chart] = ((run_id, version), make())
-        encoded: bytes = charts[chart][1]
-        return encoded
-
-    yield payload
+    if last is None or last[0] != (run_id, version):
+        charts[chart] = last = ((run_id, version), make())
+    encoded: bytes = last[1]
+    return encoded
 
 
 def list_runs(runs: RunStore) -> None:
@@ -229,8 +222,7 @@ def show_chart(
     run_id: str, name: str, version: object, label: str, stamp: int, make: Callable[[], Figure]
 ) -> Chosen | None:
     """One chart; the block that was clicked on it, if any."""
-    with remembered(run_id, name, version) as payload:
-        encoded = payload(lambda: encode(make(), label=label, stamp=stamp))
+    encoded = remembered(run_id, name, version, lambda: encode(make(), label=label, stamp=stamp))
     clicked = live_chart(encoded, key=f"{name} {run_id}")
     if clicked is None:
         return None

@@ -44,12 +44,11 @@ def windows(
     text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int | None, limit: int | None
 ) -> Tensor:
     """Windows (n, T) of the text to evaluate on. Raises ConfigError, CorpusError."""
+    from lbllm.blocks import check_length, context_length
     from lbllm.corpora import CATALOGUE, evaluation_tokens, load_corpus
 
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = seq_len or min(WINDOW, context or WINDOW)
-    if context is not None and length > context:
-        raise ConfigError(f"--seq-len {length} is more than the model's context of {context} tokens")
+    length = seq_len or min(WINDOW, context_length(model) or WINDOW)
+    check_length(model, length, "--seq-len")
     if text != "wikitext2" and text in (entry.id for entry in CATALOGUE):
         wanted = (limit or CATALOGUE_WINDOWS) * length
         return load_corpus(text, tokenizer, seq_len=length, tokens=wanted, part="heldout").sequences

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbllm.config import PRESETS, RunConfig, make_config
-from lbllm.errors import ConfigError
+from lbllm.config import PRESETS, RunConfig, make_config, read_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -57,16 +56,8 @@ def run_config(
     file: Path | None = None,
 ) -> RunConfig:
     """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError."""
-    document: dict[str, Any] = {}
-    if file is not None:
-        try:
-            document = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{file} is not valid JSON ({error})") from None
-        if not isinstance(document, dict):
-            raise ConfigError(f"{file} holds a {type(document).__name__}; a JSON object of settings is needed")
-    named = document.pop("preset", None)
-    base = preset or (named if named in PRESETS else "quick")
+    named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
+    base = preset or named or "quick"
     options = {
         "model": model,
         "corpus": corpus,

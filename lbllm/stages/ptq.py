@@ -193,22 +193,11 @@ def ptq_block(
     the layers to binarize. Yields each layer's name and result.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
-        for fmt in sorted({formats[name] for name in sharing if name in formats}, key=str):
-            # Layers with one input have one Hessian: their rows are solved together.
-            names = [name for name in sharing if formats.get(name) == fmt]
-            weights = [linear_weight(teacher.get_submodule(name)) for name in names]
+        for fmt, names in by_format(sharing, formats):
             seen = layer_inputs(student, names[0], inputs, call, batch)
             meant = layer_inputs(teacher, names[0], teacher_inputs, call, batch)
             hessian, drift = input_statistics(seen, meant)
-            try:
-                weight = align(torch.cat(weights), hessian, drift, config)
-                result = binarize_layer(weight, hessian, fmt, config)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise _degenerate(", ".join(names)) from None
-            parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
-            for name, part in zip(names, parts, strict=True):
-                layer = Binarized(*part)
-                layer.check(name)
+            for name, layer in binarize_together(teacher, names, hessian, fmt, config, drift).items():
                 binary = to_layer(teacher.get_submodule(name), fmt, layer)
                 binary.round_params()
                 rounded = binary.weight().detach()
@@ -219,6 +208,39 @@ def ptq_block(
                     )
                 set_linear_weight(student.get_submodule(name), rounded)
                 yield name, layer
+
+
+def by_format(sharing: list[str], formats: dict[str, LayerFormat]) -> Iterator[tuple[LayerFormat, list[str]]]:
+    """Of layers that share an input those to binarize, grouped by format."""
+    for fmt in sorted({formats[name] for name in sharing if name in formats}, key=str):
+        yield fmt, [name for name in sharing if formats.get(name) == fmt]
+
+
+def binarize_together(
+    block: nn.Module,
+    names: list[str],
+    hessian: Tensor,
+    fmt: LayerFormat,
+    config: PtqConfig,
+    drift: Tensor | None = None,
+) -> dict[str, Binarized]:
+    """Stage 1 for the named layers of a block: they have one input, so one Hessian, and their rows are solved together.
+
+    With ``drift`` the weights are first aligned to it. Raises LbllmError naming a layer where a result is not finite.
+    """
+    weights = [linear_weight(block.get_submodule(name)) for name in names]
+    weight = torch.cat(weights)
+    try:
+        if drift is not None:
+            weight = align(weight, hessian, drift, config)
+        result = binarize_layer(weight, hessian, fmt, config)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise _degenerate(", ".join(names)) from None
+    parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
+    layers = {name: Binarized(*part) for name, part in zip(names, parts, strict=True)}
+    for name, layer in layers.items():
+        layer.check(name)
+    return layers
 
 
 def input_statistics(seen: Iterator[Tensor], meant: Iterator[Tensor]) -> tuple[Tensor, Tensor]:

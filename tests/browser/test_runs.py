@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import math
-import random
 import re
 from collections.abc import Iterator
 from typing import IO
@@ -28,7 +27,7 @@ from lbllm.events import (
 from lbllm.run_view import RunView, points
 from lbllm.runs import Run, RunStore
 from tests.browser.conftest import Server, wait_until
-from tests.tiny_models import SENTENCES, save_tiny
+from tests.tiny_runs import stored_run_config
 
 CURVE = "[aria-label^='Block ']"
 TIMELINE = "[aria-label='Blocks in each stage']"
@@ -40,20 +39,7 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of seconds."""
-    folder = tmp_path_factory.mktemp("tiny")
-    generator = random.Random(0)
-    (folder / "text.txt").write_text("\n".join(" ".join(generator.choices(SENTENCES, k=4)) for _ in range(400)))
-    changes = {
-        "model": str(save_tiny(folder / "teacher", "llama")),
-        "corpus": str(folder / "text.txt"),
-        "seq_len": 32,
-        "device": "cpu",
-        "quant": {"group_size": 16},
-        "ptq": {"tokens": 256, "em_steps": 4, "sweeps": 1},
-        "wat": {"tokens": 512, "epochs": 1, "batch_tokens": 64},
-        "aar": {"tokens": 512, "epochs": 1, "batch_tokens": 64, "search_tokens": 128},
-    }
-    return make_config("preview", changes)
+    return stored_run_config(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +75,12 @@ def shown_as_stored(page: Page, store: RunStore, run: Run) -> None:
     expect(page.locator(CURVE)).to_have_attribute("data-stamp", str(view.blocks[stage, number].seq))
     if stage != "ptq":
         wanted = points(view.blocks[stage, number].losses)[1]
-        wait_until(lambda: lines(page, CURVE)["raw"] == pytest.approx(wanted, rel=1e-4), 10)
+        wait_until(lambda: lines(page, CURVE)["raw"] == pytest.approx(wanted, rel=1e-4), seconds=10)
     for stage in view.started.stages if view.started is not None else ():
         wanted = [b.done.loss_after for b in view.finished if b.stage == stage and b.done is not None]
-        wait_until(lambda stage=stage, wanted=wanted: lines(page, BLOCKS)[stage] == pytest.approx(wanted, rel=1e-4), 10)
+        wait_until(
+            lambda stage=stage, wanted=wanted: lines(page, BLOCKS)[stage] == pytest.approx(wanted, rel=1e-4), seconds=10
+        )
 
 
 def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
@@ -221,7 +209,7 @@ def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
     page.locator(f"{CURVE} .legendtoggle").first.click()
     looks = """node => ({x: node.layout.xaxis.range.map(Number), y: node.layout.yaxis.range.map(Number),
                          hidden: node._fullData.filter(trace => trace.visible !== true).map(trace => trace.uid)})"""
-    wait_until(lambda: page.locator(CURVE).evaluate(looks)["hidden"] == ["raw"], 10)
+    wait_until(lambda: page.locator(CURVE).evaluate(looks)["hidden"] == ["raw"], seconds=10)
     zoomed = page.locator(CURVE).evaluate(looks)
     assert 5 < zoomed["x"][0] < zoomed["x"][1] < 35
     page.locator(CURVE).evaluate("node => { node.mine = true; }")
@@ -250,7 +238,7 @@ def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
     expect(page.get_by_text("Block 2, 2 Train weights: loss")).to_be_visible()
     expect(page.get_by_text("each keeps the state it had before")).to_contain_text("block 1 (2 Train weights)")
     expect(page.get_by_test_id("stMetric").filter(has_text="After stage 1")).to_contain_text("87.5")
-    wait_until(lambda: lines(page, BLOCKS)["wat"] == [0.3], 10)
+    wait_until(lambda: lines(page, BLOCKS)["wat"] == [0.3], seconds=10)
     now = page.locator(CURVE).evaluate(looks)
     assert page.locator(CURVE).evaluate("node => node.mine")
     assert now["x"] == zoomed["x"]
@@ -268,7 +256,7 @@ def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
     page.get_by_role("button", name="Follow the run").click()
     expect(page.get_by_text("Block 2, 2 Train weights: loss")).to_be_visible()
     page.get_by_text("Log axis").click()
-    wait_until(lambda: page.locator(CURVE).evaluate("node => node.layout.yaxis.type") == "log", 10)
+    wait_until(lambda: page.locator(CURVE).evaluate("node => node.layout.yaxis.type") == "log", seconds=10)
 
     # It fits the window, and fails with its message and the way out.
     for width, height in ((1280, 720), (1920, 1080)):
