@@ -114,7 +114,7 @@ class WatConfig(_Section):
     tokens: int = Field(24_576, gt=0)
     epochs: int = Field(1, ge=1)
     batch_tokens: int = Field(512, gt=0)
-    lr_weight: float = Field(1e-2, ge=0)
+    lr_weight: float = Field(2e-2, ge=0)
     lr_levels: float = Field(5e-3, ge=0)
     lr_bitmap: float = Field(1e-2, ge=0)
     bitmap: Literal["coupled", "relaxed"] = "coupled"

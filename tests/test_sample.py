@@ -1,43 +1,30 @@
-"""The corpus sampler: two of them share the work on one file, and it is the file that one alone writes."""
+"""The corpus sampler's draw against the distribution written out."""
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
 
-from lbllm.sample import sample_corpus
-from tests.tiny_models import tiny
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
+from lbllm.sample import draw
 
 
-def test_several_work_on_one_file_and_it_is_what_one_alone_writes(tmp_path: Path) -> None:
-    model, tokenizer = tiny("llama")
-    alone, shared = tmp_path / "alone.jsonl.gz", tmp_path / "shared.jsonl.gz"
-    settings = {"tokens": 320, "length": 16, "batch": 4}
-    assert [*sample_corpus(model, tokenizer, alone, **settings)] == [64, 128, 192, 256, 320]
-    one, other = (sample_corpus(model, tokenizer, shared, **settings) for _ in range(2))
-    assert next(one) == 64
-    assert [*other] == [64, 128, 192, 256, 320]
-    assert [*one] == []
-    assert shared.read_bytes() == alone.read_bytes()
-    assert len(rows(shared)) == 20
-    assert {row["kind"] for row in rows(shared)} == {"chat", "text"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.jsonl.gz", "shared.jsonl.gz"]
-
-
-def test_an_ended_one_goes_on_where_it_was(tmp_path: Path) -> None:
-    model, tokenizer = tiny("llama")
-    out = tmp_path / "text.jsonl.gz"
-    settings = {"tokens": 128, "length": 16, "batch": 4}
-    begun = sample_corpus(model, tokenizer, out, **settings)
-    next(begun)
-    begun.close()
-    first = (tmp_path / "text.jsonl.gz.part0").read_text()
-    assert [*sample_corpus(model, tokenizer, out, **settings)] == [64, 128]
-    with gzip.open(out, "rt") as file:
-        assert file.read().startswith(first)
+@settings(max_examples=20)
+@given(st.integers(1, 12), st.floats(0.3, 2), st.sampled_from([1e-4, 0.05, 0.5, 1.0]), st.integers(0, 2**32))
+def test_tokens_come_as_often_as_their_probability_says(
+    vocabulary: int, temperature: float, min_p: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = 4000
+    logits = 3 * torch.randn(2, vocabulary, generator=generator)
+    drawn = draw(logits.repeat(rows, 1), temperature, min_p, generator).view(rows, 2)
+    for row in range(2):
+        chances = np.exp(logits[row].double().numpy() / temperature)
+        chances[chances < min_p * chances.max() * (1 - 1e-5)] = 0
+        chances /= chances.sum()
+        counts = np.bincount(drawn[:, row].numpy(), minlength=vocabulary)
+        assert counts[chances == 0].sum() == 0
+        spread = np.sqrt(rows * chances * (1 - chances))
+        assert (np.abs(counts - rows * chances) <= 6 * spread + 1).all()
