@@ -77,12 +77,12 @@ def resolve(value: str, offered: dict[str, Offer]) -> Offer:
     return offered[value] if value in offered else Offer(value, value, model_name(value))
 
 
-def hold(names: tuple[tuple[str, bool], tuple[str, bool]]) -> tuple[Slot, Slot]:
-    """The slots of both sides (name, whether to expand), held for this session; the ones it held before are let go."""
+def hold(names: tuple[str, str]) -> tuple[Slot, Slot]:
+    """The slots of both sides, held for this session; the ones it held before are let go."""
     held: tuple[Slot, Slot] | None = st.session_state.get("compare_slots")
-    if held is not None and tuple((slot.name, slot.expand) for slot in held) == names:
+    if held is not None and tuple(slot.name for slot in held) == names:
         return held
-    left, right = (pool().get(name, expand=expand) for name, expand in names)
+    left, right = (pool().get(name) for name in names)
     st.session_state["compare_slots"] = (left, right)
     return left, right
 

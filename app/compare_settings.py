@@ -99,14 +99,6 @@ def _controls(side: str) -> ChatSettings:
         persist_state="session",
         help="Off: the model goes on with your text instead of answering it.",
     )
-    expand = st.toggle(
-        "Expand packed weights",
-        True,
-        key=key("expand"),
-        persist_state="session",
-        help="Keep an expanded copy of packed weights in memory. The answer is the same, sooner. Off: the model runs "
-        "from its packed bits alone, in the small memory of its checkpoint.",
-    )
     return ChatSettings(
         system=system or "",
         template=template,
@@ -114,5 +106,4 @@ def _controls(side: str) -> ChatSettings:
         top_p=top_p,
         seed=seed,
         max_new_tokens=length,
-        expand=expand,
     )

@@ -72,6 +72,13 @@ def number_text(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
+def path_text(path: Path | str) -> str:
+    """A path as a terminal takes it, harmless as ``plain`` makes it; what is in the user's own folder begins with ~."""
+    path = Path(path)
+    own = Path.home()
+    return plain(str(Path("~") / path.relative_to(own)) if path.is_relative_to(own) else str(path))
+
+
 def plain(text: str) -> str:
     """Text that somebody else wrote, with every character that Markdown would act on made harmless."""
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&])", r"\\\1", text)

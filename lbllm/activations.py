@@ -160,6 +160,12 @@ class ActQuantizer(nn.Module):
         self.act[:1].clamp_(*KNEE_RANGE)
         self.act[1:].clamp_(*CLIP_RANGE)
 
+    def settings(self) -> tuple[float, float, float, int, int]:
+        """Knee, lower and upper clip within their ranges, bits and tail steps: what a kernel needs."""
+        knee, low, high = self.act.tolist()
+        low, high = (min(max(clip, CLIP_RANGE[0]), CLIP_RANGE[1]) for clip in (low, high))
+        return min(max(knee, KNEE_RANGE[0]), KNEE_RANGE[1]), low, high, self.bits, self.tail
+
     def grid(self, x: Tensor) -> Grid:
         """The grids of the tokens of x (..., features)."""
         knee = self.act[0].clamp(*KNEE_RANGE)

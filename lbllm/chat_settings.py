@@ -6,12 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ChatSettings(BaseModel):
-    """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding.
+    """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding."""
 
-    ``expand``: packed weights are kept expanded in memory, which changes speed and memory, not the answer.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What earlier versions could set besides is in the votes that they stored.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     system: str = ""
     template: bool = True
@@ -19,7 +17,6 @@ class ChatSettings(BaseModel):
     top_p: float = Field(0.95, gt=0, le=1)
     seed: int = Field(0, ge=0)
     max_new_tokens: int = Field(160, ge=1, le=4096)
-    expand: bool = True
 
     def apart_from(self, other: ChatSettings) -> str:
         """The settings in which this differs from another, in words: "temperature 0.2, top-p 1"."""
@@ -34,7 +31,6 @@ _WORDS = {
     "top_p": "top-p",
     "seed": "seed",
     "max_new_tokens": "longest answer",
-    "expand": "expanded weights",
 }
 
 

@@ -5,11 +5,12 @@ Both give the same output for the same state; a checkpoint holds the packed one 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from lbllm import kernels
 from lbllm.activations import ActQuantizer
 from lbllm.binarize import (
     LEVELS,
@@ -131,8 +132,9 @@ class BinaryLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
 
-    This is the PyTorch reference path: it expands the layer's weight for one call and drops it, unless ``keep_dense``
-    was called.
+    On the CPU ``lbllm.kernels`` does it: at its first call the layer rearranges its bits for this processor, and puts
+    them back when it is saved or moved. Elsewhere, and without a compiler, this is the PyTorch reference path: it
+    expands the layer's weight for one call and drops it, unless ``keep_dense`` was called.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class PackedLinear(nn.Module):
         if fmt.act_bits < 16:
             self.quantizer = ActQuantizer(fmt.act_bits, tail).requires_grad_(False)
         self.dense: Tensor | None = None
+        self.words: Tensor | None = None
         self.weight: Tensor
         self.params: Tensor
         self.params_scale: Tensor | None
@@ -182,6 +185,7 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (out, in), float32, exactly as the stored parameters give it."""
+        self._put_back()
         planes = unpack_plane(self.weight, self.in_features)
         index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
         levels = params_to_levels(decode_params(self.params, self.params_scale))
@@ -192,8 +196,38 @@ class PackedLinear(nn.Module):
         memory."""
         self.dense = self.dequantize().to(dtype)
 
+    def _put_back(self) -> None:
+        """Undo the kernels' own order of the bits: what is stored, and what other devices read, is the common one."""
+        if self.words is not None:
+            planes = torch.ops.lbllm.unpack_words(
+                self.words, self.in_features, self.length, LEVELS[self.fmt.format] // 2
+            )
+            self.weight, self.words = planes, None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._put_back()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._put_back()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._put_back()
+        return super()._apply(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
+        if self.dense is None and x.device.type == "cpu" and kernels.ready():
+            if self.words is None:
+                self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+                self.weight = self.weight.new_empty(0)
+            if self.quantizer is not None:
+                x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
+            result: Tensor = torch.ops.lbllm.packed_linear(
+                x, self.words, self.params, self.params_scale, self.bias, self.in_features, self.length
+            )
+            return result
         if self.quantizer is not None:
             x = self.quantizer(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)

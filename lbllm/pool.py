@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lbllm import kernels
 from lbllm.config import FORMAT_NAMES, WHOLE_ROW
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.estimate import free_memory
@@ -40,8 +41,8 @@ State = Literal["waiting", "loading", "ready", "failed"]
 class Loaded:
     """A model that is ready to answer, and what there is to say about it.
 
-    ``weight_bytes``: weights in memory as they are deployed, the packed ones packed. ``expanded_bytes``: the
-    expanded copy of packed weights that makes answers faster, 0 without one. ``bpw``: bits a weight of the binarized
+    ``weight_bytes``: weights in memory as they are deployed, the packed ones packed. ``expanded_bytes``: an expanded
+    copy of packed weights, kept where there are no kernels for them, else 0. ``bpw``: bits a weight of the binarized
     layers, or of the dense weights as they lie in memory.
     """
 
@@ -63,8 +64,8 @@ class Loaded:
 class Slot:
     """The place of one model in the pool; its fields are written by the loading thread alone."""
 
-    def __init__(self, name: str, *, expand: bool) -> None:
-        self.name, self.expand = name, expand
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.state: State = "waiting"
         self.error = ""
         self._asked = time.monotonic()
@@ -99,7 +100,7 @@ class Slot:
             self.state = "loading"
             gc.collect()
             try:
-                self._loaded = _open(self.name, expand=self.expand)
+                self._loaded = _open(self.name)
                 self.state = "ready"
             except LbllmError as error:
                 self.error, self.state = str(error), "failed"
@@ -116,22 +117,21 @@ class ModelPool:
     """The models of this process by name; threads may share it."""
 
     def __init__(self) -> None:
-        self._slots: weakref.WeakValueDictionary[tuple[str, bool], Slot] = weakref.WeakValueDictionary()
+        self._slots: weakref.WeakValueDictionary[str, Slot] = weakref.WeakValueDictionary()
         self._mutex = threading.Lock()
         # One load at a time: two at once take as long, and need the memory of both loads' temporaries.
         self._turn = threading.Lock()
 
-    def get(self, name: str, *, expand: bool = True) -> Slot:
+    def get(self, name: str) -> Slot:
         """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
 
-        ``name``: ``SHIPPED``, a packed checkpoint's folder, or whatever ``load_teacher`` takes. ``expand``: keep the
-        packed weights expanded too, for speed. A failed load is tried again.
+        ``name``: ``SHIPPED``, a packed checkpoint's folder, or whatever ``load_teacher`` takes. A failed load is tried
+        again.
         """
         with self._mutex:
-            slot = self._slots.get((name, expand))
+            slot = self._slots.get(name)
             if slot is None or slot.state == "failed":
-                slot = Slot(name, expand=expand)
-                self._slots[name, expand] = slot
+                slot = self._slots[name] = Slot(name)
                 threading.Thread(target=slot.load, args=(self._turn,), name="lbllm-pool", daemon=True).start()
         return slot
 
@@ -140,8 +140,9 @@ class ModelPool:
         return sorted(slot.name for slot in self._slots.values())
 
 
-def _open(name: str, *, expand: bool) -> Loaded:
+def _open(name: str) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    expand = device != "cpu" or not kernels.ready()
     if name == SHIPPED:
         name = str(shipped_checkpoint())
     packed = is_checkpoint(name)

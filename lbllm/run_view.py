@@ -40,6 +40,7 @@ from lbllm.runs import LIFECYCLE, RunStore
 
 MAX_POINTS = 800
 HEAT_COLUMNS = 40
+HEAT_SECONDS = 15.0  # how long a long block's row in the heat map may stay as it is
 # All that a list of runs shows; the steps in between are most of a run's events.
 SUMMARY_KINDS: tuple[str, ...] = (*LIFECYCLE, "stage_started", "block_started", "block_done", "evaluated")
 Cell = Literal["waiting", "working", "done", "diverged"]
@@ -137,6 +138,8 @@ class RunView:
         self._worked = 0.0
         self._began: float | None = None
         self._last = 0.0
+        self.heated = 0
+        self._heated_at = 0.0
         self._lock = threading.RLock()
 
     @contextmanager
@@ -166,6 +169,7 @@ class RunView:
                 # A block that is begun again after a resume begins from nothing.
                 self.latest = self.working = (event.stage, event.block)
                 self.blocks[self.working] = BlockView(event.stage, event.block, stored.seq)
+                self._heated_at = stored.time
             case LayerDone() as event:
                 block = self._block(event.stage, event.block, stored.seq)
                 block.layers[event.layer] = event.error
@@ -173,6 +177,9 @@ class RunView:
                 block = self._block(event.stage, event.block, stored.seq)
                 block.losses.append(event.loss)
                 block.rates.append(event.tokens_per_second)
+                if stored.time - self._heated_at >= HEAT_SECONDS:
+                    self.heated += 1
+                    self._heated_at = stored.time
             case BlockDone() as event:
                 block = self._block(event.stage, event.block, stored.seq)
                 block.done = event
@@ -203,8 +210,8 @@ class RunView:
 
     @property
     def news(self) -> tuple[object, ...]:
-        """Changes with everything but the steps and layers of the block in work."""
-        known = (self.started is not None, len(self.evaluations), self.asked)
+        """Changes with everything but the steps and layers of the block in work, and now and then with its steps."""
+        known = (self.started is not None, len(self.evaluations), self.asked, self.heated)
         return (*known, self.latest, len(self.finished), len(self.steps))
 
     def cell(self, stage: Stage, block: int) -> Cell:

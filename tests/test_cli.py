@@ -73,6 +73,7 @@ def test_help_does_not_wait_for_torch() -> None:
         ["runs", "show"],
         ["chat", "--model", "x", "--json"],
         ["chat", "-m", "x", "-m", "y", "-m", "z", "--prompt", "a"],
+        ["chat", "--model", "x", "--prompt", " "],
     ],
 )
 def test_bad_usage_is_exit_code_2(terminal: Terminal, arguments: list[str]) -> None:
@@ -156,6 +157,20 @@ def test_evaluate_against_a_teacher(terminal: Terminal, tmp_path: Path) -> None:
     assert (same["kl"], same["top1_agreement"]) == (0, 1)
     assert same["perplexity"] == same["teacher_perplexity"]
     assert terminal("evaluate", "--model", other, *options).document["kl"] > 0
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_a_model_whose_results_are_no_numbers_is_no_success(terminal: Terminal, tmp_path: Path, against: bool) -> None:
+    model, tokenizer = tiny("llama")
+    model.get_output_embeddings().weight.data[3, 0] = float("nan")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "broken")
+    options = ["--teacher", terminal.model] if against else []
+    broken = ["evaluate", "--model", str(tmp_path / "broken"), "--text", terminal.text, "--limit", "2", *options]
+    result = terminal(*broken, "--json")
+    assert result.code == 1
+    assert "perplexity" in result.document["error"]
+    assert str(tmp_path / "broken") in result.document["error"]
 
 
 def test_evaluate_on_too_short_or_missing_text(terminal: Terminal, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from lbllm.events import (
     StepMetric,
     Stored,
 )
-from lbllm.run_view import MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
+from lbllm.run_view import HEAT_SECONDS, MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
 from lbllm.runs import RunStore
 
 STEPS = 6
@@ -226,3 +226,13 @@ def test_a_row_of_the_heat_map() -> None:
     block_view = view.blocks["wat", 0]
     assert block_view.relative(steps=80) == [0.75, 0.25, 1.5]  # two steps a column
     assert view.tokens_per_second == 103
+
+
+def test_a_long_blocks_row_of_the_heat_map_is_drawn_before_the_block_is_done() -> None:
+    view = folded((0, started()), (0, BlockStarted(stage="wat", block=0)))
+    seen = [view.news]
+    for number in range(1, 101):
+        view.update(Stored(seq=2 + number, time=float(number), event=step("wat", 0, number, 1.0)))
+        if view.news != seen[-1]:
+            seen.append(view.news)
+    assert len(seen) == 1 + math.floor(100 / HEAT_SECONDS)

@@ -235,7 +235,7 @@ def page() -> None:
     if picked is None:
         st.session_state.pop("compare_ready", None)
         return
-    slots = hold(((picked[0].name, left.expand), (picked[1].name, right.expand)))
+    slots = hold((picked[0].name, picked[1].name))
     names = contenders((picked[0].title, picked[1].title), (left, right))
     st.session_state["compare_ready"] = (slots, names, (left, right), timed)
     if not talk.running:

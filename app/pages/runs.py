@@ -17,7 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import run_charts
 from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure
-from app.view import guard, number_text, plain, sentence, size_text, store, time_text
+from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
 from lbllm.config import STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
@@ -178,13 +178,13 @@ def outcome(run: Run, view: RunView) -> None:
     elif run.state == "interrupted":
         st.error(
             "The worker ended without a word: it was killed, or the machine went down. *Resume* goes on from the "
-            f"finished blocks; its log is {plain(str(run.folder / 'worker.log'))}."
+            f"finished blocks; its log is {path_text(run.folder / 'worker.log')}."
         )
     elif run.state == "done" and view.result is not None:
         done, link = st.columns([5, 2], vertical_alignment="center")
         done.success(
             f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits a weight, in "
-            f"{plain(view.result.path)}"
+            f"{path_text(view.result.path)}"
         )
         link.page_link(
             "pages/compare.py",
@@ -331,7 +331,7 @@ def show_run(runs: RunStore, run_id: str) -> None:
             show_chart(
                 run.id,
                 "heat",
-                (count, len(view.steps)),
+                (count, len(view.steps), view.heated),
                 "Loss by block and step",
                 view.seq,
                 lambda: run_charts.heat_map(view),

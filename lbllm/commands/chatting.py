@@ -32,6 +32,8 @@ def chat(
     """Talk to one model, or to two at once. Ctrl-C ends an answer, Ctrl-D or an empty line the conversation."""
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt: a conversation is no single document")
+    if prompt is not None and not prompt.strip():
+        raise typer.BadParameter("--prompt is empty; give it a question, or leave it out to talk")
     if len(model) > 2:
         raise typer.BadParameter(f"--model was given {len(model)} times; one or two models can answer")
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

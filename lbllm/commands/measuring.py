@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,12 @@ def evaluate(
             document |= {"perplexity": compared.student_perplexity, "tokens": compared.tokens, "teacher": teacher}
             document |= {"teacher_perplexity": compared.teacher_perplexity, "kl": compared.kl}
             document |= {"top1_agreement": compared.top1_agreement}
+    wrong = [name for name, value in document.items() if isinstance(value, float) and math.isnan(value)]
+    if wrong:
+        raise ModelError(
+            f"{model} on {text}: {' and '.join(wrong)} came out as no number. Its weights or what is computed from "
+            "them are damaged: load the model anew, or try --device cpu"
+        )
     if as_json:
         print_json(document)
         return

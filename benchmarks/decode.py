@@ -1,0 +1,107 @@
+"""Whole models beside one another, in one run: ``python -m benchmarks.decode CHECKPOINT``.
+
+The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint, each in a process of its own
+and in turn, several rounds: greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed
+are medians over the rounds: tokens a second after the first, time to the first token, and the process's resident
+memory after decoding, beside that of a process with the libraries alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from typing import Any
+
+PROMPT, TOKENS = 64, 128
+
+
+def measure(kind: str, model: str) -> dict[str, float]:
+    """One model in this process."""
+    import gc
+
+    import psutil
+    import torch
+    from transformers import LogitsProcessor
+    from transformers.generation.streamers import BaseStreamer
+
+    import lbllm
+    from lbllm.models import load_teacher
+
+    libraries = psutil.Process().memory_info().rss
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    network: Any
+    if kind == "packed":
+        network, _ = lbllm.load(model)
+    else:
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+        network = load_teacher(model, dtype=dtype).model
+    ids = torch.arange(1000, 1000 + PROMPT)[None]
+
+    class NoEnd(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores[:, network.generation_config.eos_token_id] = -float("inf")
+            return scores
+
+    def answer(tokens: int) -> tuple[float, list[float]]:
+        clock = Clock()
+        began = time.perf_counter()
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "logits_processor": [NoEnd()]}
+        network.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+        return began, clock.times[1:]  # the first is the prompt
+
+    answer(8)
+    began, times = answer(TOKENS)
+    gc.collect()
+    return {
+        "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]),
+        "first_token": times[0] - began,
+        "memory": psutil.Process().memory_info().rss,
+        "libraries": libraries,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a packed checkpoint's folder")
+    parser.add_argument("--teacher", default="smollm2-135m-instruct")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.kind:
+        name = arguments.checkpoint if arguments.kind == "packed" else arguments.teacher
+        print(json.dumps(measure(arguments.kind, name)))
+        return
+    kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16", "packed": "packed, as it was trained"}
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.rounds):
+        for kind in kinds:
+            command = [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:], "--kind", kind]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[kind].append(json.loads(output.splitlines()[-1]))
+    print(f"{arguments.rounds} rounds, {date.today()}")
+    print("| | tokens/s | first token, ms | resident, MB | of that model, MB |\n| --- | --- | --- | --- | --- |")
+    for kind, label in kinds.items():
+        rate, first, memory, libraries = (
+            statistics.median(one[key] for one in results[kind])
+            for key in ("tokens_per_second", "first_token", "memory", "libraries")
+        )
+        print(f"| {label} | {rate:.1f} | {1e3 * first:.0f} | {memory / 1e6:.0f} | {(memory - libraries) / 1e6:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

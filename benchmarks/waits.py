@@ -1,0 +1,101 @@
+"""How long a visitor waits, by the clock of a real browser: ``python -m benchmarks.waits``.
+
+A workbench is started from nothing, as ``make run`` starts it, over an empty home. Printed are the seconds from its
+start to the first page, to both models being ready and to the first word of each answer; then, on the Quantize page,
+from the change of a setting to the new figures (the median of several) and from the click on Preview to the finished
+chart. Nothing else should work on the machine.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.browser.conftest import CHROMIUM, FLAGS, Server
+
+PATIENCE = 300_000  # milliseconds
+READY = re.compile(r"[\d.]+ bits a weight (·|in memory)")
+CHANGES = [("128", "2.54"), ("32", "4.00"), ("256", "2.31"), ("64", "3.00")] * 2
+# Watched in the page itself, so that asking for it costs the page nothing: resolves with the time in milliseconds.
+CHANGED = """([shown]) => new Promise(resolve => {
+    const look = () => {
+        const metric = [...document.querySelectorAll('[data-testid=stMetric]')]
+            .find(one => one.innerText.includes('Bits a weight'));
+        if (metric?.innerText.includes(shown)) requestAnimationFrame(() => resolve(performance.now()));
+        else requestAnimationFrame(look);
+    };
+    look();
+})"""
+
+
+def first_answer(page: Page, server: Server) -> None:
+    """From the start of the server to the first words of both answers."""
+    began = time.perf_counter()
+
+    def passed(what: str) -> None:
+        print(f"{what:48} {time.perf_counter() - began:6.1f} s", flush=True)
+
+    server.start()
+    passed("server answers")
+    page.goto(server.url())
+    box = page.get_by_test_id("stChatInputTextArea")
+    expect(box).to_be_visible(timeout=PATIENCE)
+    passed("first page")
+    expect(page.get_by_text(READY)).to_have_count(2, timeout=PATIENCE)
+    expect(box).to_be_enabled(timeout=PATIENCE)
+    passed("both models ready")
+    box.fill("Why is the sky blue?")
+    box.press("Enter")
+    asked = time.perf_counter()
+    for side in (0, 1):
+        expect(page.locator(f".st-key-compare_answer_{side}")).to_contain_text(re.compile(r"\w"), timeout=PATIENCE)
+    passed("first words of both answers")
+    print(f"{'  of that, since the question':48} {time.perf_counter() - asked:6.1f} s", flush=True)
+    page.get_by_role("button", name="Stop").click()
+
+
+def settings(page: Page, server: Server) -> None:
+    """From a change of the group size to the new figure, and from Preview to its chart."""
+    page.goto(server.url("quantize"))
+    group = page.get_by_test_id("stButtonGroup").filter(has=page.get_by_text("Group size", exact=True))
+    page.evaluate(CHANGED, ["3.00"])
+    page.wait_for_timeout(2000)
+    waits = []
+    for size, shown in CHANGES:
+        group.get_by_role("radio", name=size, exact=True).evaluate("button => { window.clicked = performance.now() }")
+        group.get_by_role("radio", name=size, exact=True).click()
+        waits.append((page.evaluate(CHANGED, [shown]) - page.evaluate("window.clicked")) / 1000)
+        page.wait_for_timeout(700)
+    listed = ", ".join(f"{wait:.2f}" for wait in waits)
+    print(f"{'a change of the group size, median':48} {statistics.median(waits):6.2f} s  ({listed})", flush=True)
+
+    page.wait_for_timeout(3000)
+    began = time.perf_counter()
+    page.get_by_role("button", name="Preview", exact=True).click()
+    page.get_by_test_id("stPlotlyChart").wait_for(timeout=PATIENCE)
+    print(f"{'preview of a block, first points on the chart':48} {time.perf_counter() - began:6.1f} s", flush=True)
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=PATIENCE)
+    print(f"{'preview of a block, all of it':48} {time.perf_counter() - began:6.1f} s", flush=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        page.set_default_timeout(PATIENCE)
+        server = Server(Path(folder))
+        try:
+            first_answer(page, server)
+            settings(page, server)
+        finally:
+            server.stop()
+            browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Kernels that compute from packed bits: C++ for the CPU, compiled for this machine at first use and kept.
+
+    ready()             compiles if need be, loads; False where it can't, which is then said once
+    packed_linear(...)  and the other operators: torch.ops.lbllm
+
+The library is built by the system's C++ compiler (CXX, else c++ or g++ or clang++) for the widest of the instruction
+sets that PyTorch finds (AVX-512, AVX2, or portable code) and lies under LBLLM_HOME/kernels, named by the hash of
+everything that it depends on. Without a compiler the layers compute in PyTorch, slowly: the results are the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch.utils import cpp_extension
+
+from lbllm.errors import LbllmError
+
+SOURCE = Path(__file__).with_name("packed_linear.cpp")
+InstructionSet = Literal["avx512", "avx2", "portable"]
+_FLAGS: dict[InstructionSet, tuple[str, ...]] = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+# The quantizer has to round where PyTorch does, so a product and a sum stay two operations.
+_ALWAYS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+
+
+class BuildError(LbllmError):
+    """There is no compiler, or it failed."""
+
+
+def instruction_set() -> InstructionSet:
+    """The widest set that this processor has, or the one that LBLLM_KERNELS names."""
+    named = os.environ.get("LBLLM_KERNELS", "")
+    if named in get_args(InstructionSet):
+        return named  # type: ignore[return-value]
+    found = torch.backends.cpu.get_cpu_capability()
+    return "avx512" if found == "AVX512" else "avx2" if found == "AVX2" else "portable"
+
+
+def build(folder: Path, instructions: InstructionSet) -> Path:
+    """The library for these instructions in ``folder``, compiled if it isn't there yet. Raises BuildError."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    flags = [*_ALWAYS, *_FLAGS[instructions], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
+    library = folder / f"packed_linear-{instructions}-{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes at once one compiles
+            if library.exists():
+                return library
+            made = library.with_suffix(".tmp")
+            command = [compiler, *flags, *includes, str(SOURCE), "-o", str(made), *libraries, "-lc10", "-ltorch_cpu"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")
+            made.rename(library)
+    except OSError as error:
+        raise BuildError(f"{folder} can't be written ({error})") from error
+    return library
+
+
+@functools.cache
+def ready() -> bool:
+    """Whether torch.ops.lbllm can be used; compiles it first where that was never done. Warns once where it can't."""
+    from lbllm.models import home
+
+    if os.environ.get("LBLLM_KERNELS") == "none":
+        return False
+    try:
+        torch.ops.load_library(str(build(home() / "kernels", instruction_set())))
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"packed layers compute in PyTorch, slowly: {error}. Install a C++ compiler (g++) and start again",
+            stacklevel=2,
+        )
+        return False
+    return True
