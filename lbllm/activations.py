@@ -247,10 +247,13 @@ class PackedKVLayer(DynamicLayer):
     and head."""
 
     bits = 4
+    AHEAD = 64  # tokens to make room for when there is none left
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Codes and scales of the tokens so far, of keys and of values: the first part of what there is room for.
         self.stores: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype, device and sizes of the first states."""
@@ -264,19 +267,38 @@ class PackedKVLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         unpacked = []
+        length = self.get_seq_length()
         for which, states in enumerate((key_states, value_states)):
             codes, scale = encode_kv(states, self.bits)
             if self.bits == 4:
                 codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
                 codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-            store = self.stores[which]
-            if store is not None:
-                codes, scale = torch.cat((store[0], codes), -2), torch.cat((store[1], scale), -2)
+            room = self.reserve(which, (codes, scale))
+            for place, new in zip(room, (codes, scale), strict=True):
+                place[..., length : length + new.shape[-2], :] = new
+            codes, scale = (place[..., : length + codes.shape[-2], :] for place in room)
             self.stores[which] = codes, scale
             if self.bits == 4:
                 codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
             unpacked.append(decode_kv(codes, scale, self.dtype))
         return unpacked[0], unpacked[1]
+
+    def reserve(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tensors that hold the codes and scales of the keys (0) or values (1), with room for as many tokens more
+        as ``new`` has."""
+        store, room = self.stores[which], self.rooms[which]
+        length = 0 if store is None else store[0].shape[-2]
+        needed = length + new[0].shape[-2]
+        if room is None or room[0].shape[-2] < needed:
+            capacity = needed + max(self.AHEAD, needed // 4)
+            made = []
+            for index, part in enumerate(new):
+                place = part.new_empty(*part.shape[:-2], capacity, part.shape[-1])
+                if store is not None:
+                    place[..., :length, :] = store[index]
+                made.append(place)
+            self.rooms[which] = room = made[0], made[1]
+        return room
 
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
@@ -286,10 +308,11 @@ class PackedKVLayer(DynamicLayer):
     def reset(self) -> None:
         """Empty the cache."""
         super().reset()
-        self.stores = [None, None]
+        self.stores, self.rooms = [None, None], [None, None]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.stores = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
+        self.rooms = [None, None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""

@@ -31,6 +31,7 @@ from lbllm.activations import PackedKVLayer
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.checkpoint import write_atomic
 from lbllm.config import QuantConfig
+from lbllm.decode import computing_dtype, speed_up
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.layers import PackedLinear
 from lbllm.quiet import quiet
@@ -90,6 +91,7 @@ class LbllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers would write neither the guard nor the new hash, and has no hook behind its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
+        speed_up(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -207,12 +209,13 @@ def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> N
     with quiet():
         type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})
     if options.get("is_main_process", True):
-        _seal(Path(folder))
+        _seal(Path(folder), computing_dtype(model))
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "config.json"
     document = json.loads(path.read_text())
+    document["dtype"] = str(dtype).removeprefix("torch.")
     document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
     document["transformers_weights"] = GUARD
     write_atomic(path, (json.dumps(document, indent=2) + "\n").encode())

@@ -196,6 +196,13 @@ class PackedLinear(nn.Module):
         memory."""
         self.dense = self.dequantize().to(dtype)
 
+    def arranged(self) -> Tensor:
+        """The bits as this processor's kernels read them; where the layer has them so, it has them no other way."""
+        if self.words is None:
+            self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+            self.weight = self.weight.new_empty(0)
+        return self.words
+
     def _put_back(self) -> None:
         """Undo the kernels' own order of the bits: what is stored, and what other devices read, is the common one."""
         if self.words is not None:
@@ -219,13 +226,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if self.dense is None and x.device.type == "cpu" and kernels.ready():
-            if self.words is None:
-                self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
-                self.weight = self.weight.new_empty(0)
+            words = self.arranged()
             if self.quantizer is not None:
                 x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
             result: Tensor = torch.ops.lbllm.packed_linear(
-                x, self.words, self.params, self.params_scale, self.bias, self.in_features, self.length
+                x, words, self.params, self.params_scale, self.bias, self.in_features, self.length
             )
             return result
         if self.quantizer is not None:

@@ -161,7 +161,7 @@ def _open(name: str) -> Loaded:
     expanded = 0
     if expand:
         for layer in layers:
-            layer.keep_dense(model.dtype)
+            layer.keep_dense(torch.float32)
             assert layer.dense is not None
             expanded += layer.dense.nbytes
     weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)

@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
 
-SOURCE = Path(__file__).with_name("packed_linear.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "attention.h"))
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -57,8 +57,9 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     flags = [*_ALWAYS, *_FLAGS[instructions], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
-    library = folder / f"packed_linear-{instructions}-{key}.so"
+    text = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(text + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
+    library = folder / f"operators-{instructions}-{key}.so"
     if library.exists():
         return library
     try:
@@ -68,7 +69,17 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
             if library.exists():
                 return library
             made = library.with_suffix(".tmp")
-            command = [compiler, *flags, *includes, str(SOURCE), "-o", str(made), *libraries, "-lc10", "-ltorch_cpu"]
+            command = [
+                compiler,
+                *flags,
+                *includes,
+                str(SOURCES[0]),
+                "-o",
+                str(made),
+                *libraries,
+                "-lc10",
+                "-ltorch_cpu",
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")

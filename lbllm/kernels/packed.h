@@ -9,13 +9,10 @@
 // The sums are float32, so a layer with quantized activations gives what it gave in training: the input comes here as
 // the values its codes stand for.
 
+
+#pragma once
+
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -29,8 +26,6 @@
 #endif
 
 namespace {
-
-using at::Tensor;
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -205,8 +200,9 @@ constexpr int64_t FEW = 8;           // tokens up to which the packed weights ar
 
 // Where the layer's columns lie among `steps * LANES` values; nothing to do where every group fills its steps.
 struct Shape {
-  int64_t columns, length, groups, steps, words;
+  int64_t columns = 0, length = 0, groups = 0, steps = 0, words = 0;
 
+  Shape() = default;
   Shape(int64_t columns, int64_t length, int bits) : columns(columns), length(length) {
     groups = (columns + length - 1) / length;
     steps = (groups - 1) * steps_of(length) + steps_of(columns - (groups - 1) * length);
@@ -288,30 +284,62 @@ void some_rows(const Weights& w, int64_t begin, int64_t end, int64_t rows, const
   }
 }
 
+// A layer, its input (tokens, padded) and its output (tokens, rows).
+struct Job {
+  Weights weights;
+  int64_t rows;
+  const float* x;
+  float* y;
+};
+
 template <int BITS>
-void few_tokens(const Weights& w, int64_t rows, int64_t tokens, const float* x, float* y) {
-  const int64_t grain = std::max<int64_t>(4, WORK / (w.shape.columns * tokens));
+void some_tokens(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
+  const Weights& w = job.weights;
+  int64_t token = 0;
+  while (token < tokens) {
+    const float* from = job.x + token * w.shape.padded();
+    float* to = job.y + token * job.rows;
+    const int64_t left = tokens - token;
+    if (left >= 4) {
+      some_rows<BITS, 2, 4>(w, begin, end, job.rows, from, to);
+      token += 4;
+    } else if (left >= 2) {
+      some_rows<BITS, 4, 2>(w, begin, end, job.rows, from, to);
+      token += 2;
+    } else {
+      some_rows<BITS, 4, 1>(w, begin, end, job.rows, from, to);
+      token += 1;
+    }
+  }
+}
+
+// Few tokens through one or several layers, whose rows are shared out among the threads together.
+inline void multiply_few(const Job* jobs, int count, int64_t tokens) {
+  int64_t rows = 0, work = 0;
+  for (int j = 0; j < count; ++j) {
+    rows += jobs[j].rows;
+    work += jobs[j].rows * jobs[j].weights.shape.columns * tokens;
+  }
+  const int64_t grain = std::max<int64_t>(4, rows * WORK / std::max<int64_t>(1, work));
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    int64_t token = 0;
-    while (token < tokens) {
-      const float* from = x + token * w.shape.padded();
-      float* to = y + token * rows;
-      const int64_t left = tokens - token;
-      if (left >= 8) {
-        some_rows<BITS, 1, 8>(w, begin, end, rows, from, to);
-        token += 8;
-      } else if (left >= 4) {
-        some_rows<BITS, 2, 4>(w, begin, end, rows, from, to);
-        token += 4;
-      } else if (left >= 2) {
-        some_rows<BITS, 4, 2>(w, begin, end, rows, from, to);
-        token += 2;
-      } else {
-        some_rows<BITS, 4, 1>(w, begin, end, rows, from, to);
-        token += 1;
-      }
+    int64_t first = 0;
+    for (int j = 0; j < count; first += jobs[j++].rows) {
+      const int64_t from = std::max(begin, first) - first, to = std::min(end, first + jobs[j].rows) - first;
+      if (from >= to) continue;
+      (jobs[j].weights.params.count == 2 ? some_tokens<1> : some_tokens<2>)(jobs[j], from, to, tokens);
     }
   });
+}
+
+// x (tokens, columns) in the order of the words, in `room` where it isn't that already.
+inline const float* laid_out(const Shape& shape, const float* x, int64_t tokens, std::vector<float>& room) {
+  if (shape.filled()) return x;
+  room.assign(tokens * shape.padded(), 0.0f);
+  for (int64_t token = 0; token < tokens; ++token)
+    shape.each_group([&](int64_t column, int64_t first, int64_t width) {
+      std::copy_n(x + token * shape.columns + column, width, room.data() + token * shape.padded() + first);
+    });
+  return room.data();
 }
 
 // One row's weights as floats (columns,).
@@ -347,167 +375,38 @@ void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
   });
 }
 
-Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale, int64_t columns,
-                   int64_t length) {
-  const int count = static_cast<int>(params.size(2));
-  const Shape shape(columns, length, count / 2);
-  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
-                  words.size(1) == shape.words && words.size(2) == LANES,
-              "packed_linear: words must be the contiguous int32 tensor that pack_words makes of these sizes");
-  TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) && params.size(1) == shape.groups &&
-                  (count == 2 || count == 4) &&
-                  params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4), float16, or uint8 with a scale");
-  const uint16_t* affine = nullptr;
-  if (scale) {
-    TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
-                    scale->numel() == words.size(0) * count * 2,
-                "packed_linear: params_scale must be contiguous float16 (rows, levels, 2)");
-    affine = static_cast<const uint16_t*>(scale->const_data_ptr());
-  }
-  return {shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-          {params.const_data_ptr(), affine, shape.groups, count}};
-}
+// The piecewise quantizer of lbllm.activations, value for value; bits 0: none.
+struct Quantizer {
+  int bits = 0, tail = 0;
+  float knee = 0, clip_low = 0, clip_high = 0;
 
-// y (..., rows) = x (..., columns) W^T + bias, in x's dtype; summed in float32.
-Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& bias, int64_t columns, int64_t length) {
-  const Weights w = weights_of(words, params, scale, columns, length);
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns, "packed_linear: the last dimension of x must be ", columns);
-  const int64_t rows = words.size(0), tokens = x.numel() / columns;
-  const bool one = w.params.count == 2;
-  Tensor input = x.reshape({tokens, columns}).to(at::kFloat).contiguous();
-  Tensor y = at::empty({tokens, rows}, input.options());
-  if (tokens <= FEW) {
-    if (!w.shape.filled()) {
-      Tensor laid = at::empty({tokens, w.shape.padded()}, input.options()).zero_();
-      const float* from = input.const_data_ptr<float>();
-      float* to = laid.data_ptr<float>();
-      for (int64_t token = 0; token < tokens; ++token)
-        w.shape.each_group([&](int64_t column, int64_t first, int64_t width) {
-          std::copy_n(from + token * columns + column, width, to + token * w.shape.padded() + first);
-        });
-      input = laid;
+  bool operator==(const Quantizer&) const = default;
+
+  // One token's values on its grid.
+  void apply(const float* x, float* out, int64_t features) const {
+    float least = 0, most = 0;
+    for (int64_t i = 0; i < features; ++i) {
+      least = std::min(least, x[i]);
+      most = std::max(most, x[i]);
     }
-    (one ? few_tokens<1> : few_tokens<2>)(w, rows, tokens, input.const_data_ptr<float>(), y.data_ptr<float>());
-  } else {
-    const int64_t tile = std::max<int64_t>(64, EXPANDED / columns);
-    Tensor dense = at::empty({std::min(tile, rows), columns}, input.options());
-    for (int64_t row = 0; row < rows; row += tile) {
-      const int64_t count = std::min(tile, rows - row);
-      (one ? expand_rows<1> : expand_rows<2>)(w, row, row + count, dense.data_ptr<float>());
-      Tensor part = y.narrow(1, row, count);
-      part.copy_(at::mm(input, dense.narrow(0, 0, count).t()));
+    const float steps = static_cast<float>((1 << bits) - 1 - 2 * tail), tails = static_cast<float>(tail);
+    const float share = tail ? knee : 1.0f, bottom = clip_low * least, top = clip_high * most;
+    const float body = std::max(share * (top - bottom) / steps, 1e-12f);
+    const float zero = std::nearbyint(-share * bottom / body), span = steps - zero;
+    if (!tail) {
+      for (int64_t i = 0; i < features; ++i)
+        out[i] = body * std::min(std::max(std::nearbyint(x[i] / body), -zero), span);
+      return;
+    }
+    const float low = std::max(-zero * body - bottom, 0.0f) / tails, high = std::max(top - span * body, 0.0f) / tails;
+    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
+    for (int64_t i = 0; i < features; ++i) {
+      const float code = std::min(std::max(std::nearbyint(x[i] / body), -zero), span), edge = code * body;
+      const float below = std::min(std::max(std::nearbyint((edge - x[i]) / low_step), 0.0f), tails);
+      const float above = std::min(std::max(std::nearbyint((x[i] - edge) / high_step), 0.0f), tails);
+      out[i] = edge - (code == -zero ? low * below : 0.0f) + (code == span ? high * above : 0.0f);
     }
   }
-  if (bias) y.add_(*bias);
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = rows;
-  return y.reshape(sizes).to(x.scalar_type());
-}
-
-// Planes uint8 (rows, bits, ceil(columns / 8)) of a checkpoint to words int32 (rows, words, LANES).
-Tensor pack_words(const Tensor& planes, int64_t columns, int64_t length) {
-  TORCH_CHECK(planes.scalar_type() == at::kByte && planes.is_contiguous() && planes.dim() == 3 &&
-                  (planes.size(1) == 1 || planes.size(1) == 2) && planes.size(2) == (columns + 7) / 8,
-              "pack_words: planes must be contiguous uint8 (rows, 1 or 2, ceil(columns / 8))");
-  const int bits = static_cast<int>(planes.size(1));
-  const Shape shape(columns, length, bits);
-  const int64_t rows = planes.size(0), bytes = planes.size(2), per_word = 32 / bits;
-  Tensor words = at::empty({rows, shape.words, LANES}, planes.options().dtype(at::kInt)).zero_();
-  const uint8_t* from = planes.const_data_ptr<uint8_t>();
-  auto* to = reinterpret_cast<uint32_t*>(words.data_ptr<int32_t>());
-  at::parallel_for(0, rows, std::max<int64_t>(1, WORK / columns), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      shape.each_group([&](int64_t column, int64_t first, int64_t width) {
-        for (int64_t offset = 0; offset < width; ++offset) {
-          const int64_t c = column + offset, step = (first + offset) / LANES, lane = (first + offset) % LANES;
-          uint32_t code = 0;
-          for (int bit = 0; bit < bits; ++bit)
-            code |= ((from[(row * bits + bit) * bytes + c / 8] >> (c % 8)) & 1u) << bit;
-          to[(row * shape.words + step / per_word) * LANES + lane] |= code << (step % per_word * bits);
-        }
-      });
-  });
-  return words;
-}
-
-// The inverse of pack_words.
-Tensor unpack_words(const Tensor& words, int64_t columns, int64_t length, int64_t bits) {
-  const Shape shape(columns, length, static_cast<int>(bits));
-  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
-                  words.size(1) == shape.words && words.size(2) == LANES,
-              "unpack_words: words must be the contiguous int32 tensor that pack_words makes of these sizes");
-  const int64_t rows = words.size(0), bytes = (columns + 7) / 8, per_word = 32 / bits;
-  Tensor planes = at::empty({rows, bits, bytes}, words.options().dtype(at::kByte)).zero_();
-  const auto* from = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
-  uint8_t* to = planes.data_ptr<uint8_t>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, WORK / columns), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      shape.each_group([&](int64_t column, int64_t first, int64_t width) {
-        for (int64_t offset = 0; offset < width; ++offset) {
-          const int64_t c = column + offset, step = (first + offset) / LANES, lane = (first + offset) % LANES;
-          const uint32_t code = from[(row * shape.words + step / per_word) * LANES + lane] >> (step % per_word * bits);
-          for (int64_t bit = 0; bit < bits; ++bit)
-            to[(row * bits + bit) * bytes + c / 8] |= static_cast<uint8_t>(((code >> bit) & 1u) << (c % 8));
-        }
-      });
-  });
-  return planes;
-}
-
-// The piecewise quantizer of lbllm.activations, value for value: x (..., features) on the grid of each token.
-Tensor quantize_activations(const Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
-                            int64_t tail) {
-  Tensor input = x.to(at::kFloat).contiguous();
-  Tensor out = at::empty_like(input);
-  const int64_t features = x.size(-1), tokens = x.numel() / features;
-  const float steps = static_cast<float>((1 << bits) - 1 - 2 * tail), tails = static_cast<float>(tail);
-  const float share = tail ? static_cast<float>(knee) : 1.0f;
-  const float* from = input.const_data_ptr<float>();
-  float* to = out.data_ptr<float>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 4), [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      const float* values = from + token * features;
-      float* results = to + token * features;
-      float least = 0, most = 0;
-      for (int64_t i = 0; i < features; ++i) {
-        least = std::min(least, values[i]);
-        most = std::max(most, values[i]);
-      }
-      const float bottom = static_cast<float>(clip_low) * least, top = static_cast<float>(clip_high) * most;
-      const float body = std::max(share * (top - bottom) / steps, 1e-12f);
-      const float zero = std::nearbyint(-share * bottom / body), span = steps - zero;
-      if (!tail) {
-        for (int64_t i = 0; i < features; ++i)
-          results[i] = body * std::min(std::max(std::nearbyint(values[i] / body), -zero), span);
-        continue;
-      }
-      const float low = std::max(-zero * body - bottom, 0.0f) / tails, high = std::max(top - span * body, 0.0f) / tails;
-      const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
-      for (int64_t i = 0; i < features; ++i) {
-        const float code = std::min(std::max(std::nearbyint(values[i] / body), -zero), span), edge = code * body;
-        const float below = std::min(std::max(std::nearbyint((edge - values[i]) / low_step), 0.0f), tails);
-        const float above = std::min(std::max(std::nearbyint((values[i] - edge) / high_step), 0.0f), tails);
-        results[i] = edge - (code == -zero ? low * below : 0.0f) + (code == span ? high * above : 0.0f);
-      }
-    }
-  });
-  return out.to(x.scalar_type());
-}
+};
 
 }  // namespace
-
-TORCH_LIBRARY(lbllm, m) {
-  m.def("packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? bias, int columns, int length) -> Tensor");
-  m.def("pack_words(Tensor planes, int columns, int length) -> Tensor");
-  m.def("unpack_words(Tensor words, int columns, int length, int bits) -> Tensor");
-  m.def("quantize_activations(Tensor x, float knee, float clip_low, float clip_high, int bits, int tail) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
-  m.impl("packed_linear", packed_linear);
-  m.impl("pack_words", pack_words);
-  m.impl("unpack_words", unpack_words);
-  m.impl("quantize_activations", quantize_activations);
-}

@@ -1,0 +1,129 @@
+// Attention of one token over keys and values that lie in 4 bits, and the output head's dot product.
+
+#pragma once
+
+#include "packed.h"
+
+#include <c10/util/Half.h>
+
+namespace {
+
+// x's half-rotated copy turned by the position's angles (Su et al. 2021), head by head, in place.
+inline void rotate(float* x, int64_t heads, int64_t dim, const float* cosine, const float* sine) {
+  for (int64_t head = 0; head < heads; ++head, x += dim)
+    for (int64_t i = 0; i < dim / 2; ++i) {
+      const float first = x[i], second = x[i + dim / 2];
+      x[i] = first * cosine[i] - second * sine[i];
+      x[i + dim / 2] = second * cosine[i + dim / 2] + first * sine[i + dim / 2];
+    }
+}
+
+inline uint16_t float_to_half(float value) { return c10::Half(value).x; }
+
+// Keys or values: codes (kv_heads, room, dim / 2), two a byte, the even column low; scale (kv_heads, room, 2), minimum
+// and step. The same numbers as lbllm.activations.encode_kv.
+struct Cache {
+  uint8_t* codes;
+  uint16_t* scale;
+  int64_t room, dim;
+
+  void append(int64_t head, int64_t position, const float* x) {
+    const auto [least, most] = std::minmax_element(x, x + dim);
+    uint16_t* affine = scale + (head * room + position) * 2;
+    affine[0] = float_to_half(*least);
+    const float low = half_to_float(affine[0]);
+    const float wide = half_to_float(float_to_half((*most - low) / 15.0f));
+    affine[1] = float_to_half(std::max(wide, 0x1p-22f));
+    const float step = half_to_float(affine[1]);
+    uint8_t* bytes = codes + (head * room + position) * (dim / 2);
+    const auto code = [&](float value) {
+      return static_cast<uint8_t>(std::min(std::max(std::nearbyint((value - low) / step), 0.0f), 15.0f));
+    };
+    for (int64_t i = 0; i < dim / 2; ++i) bytes[i] = static_cast<uint8_t>(code(x[2 * i]) | code(x[2 * i + 1]) << 4);
+  }
+
+  // The even columns of a token into out[0 .. dim / 2), the odd ones behind them.
+  void read(int64_t head, int64_t position, float* out) const {
+    const uint16_t* affine = scale + (head * room + position) * 2;
+    const float low = half_to_float(affine[0]), step = half_to_float(affine[1]);
+    const uint8_t* bytes = codes + (head * room + position) * (dim / 2);
+    for (int64_t i = 0; i < dim / 2; ++i) out[i] = static_cast<float>(bytes[i] & 15) * step + low;
+    for (int64_t i = 0; i < dim / 2; ++i) out[dim / 2 + i] = static_cast<float>(bytes[i] >> 4) * step + low;
+  }
+};
+
+// Sums in eight strands, which the compiler keeps in registers.
+inline float dot(const float* a, const float* b, int64_t count) {
+  float sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int k = 0; k < 8; ++k) sums[k] += a[i + k] * b[i + k];
+  float sum = 0;
+  for (float one : sums) sum += one;
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// softmax(q K^T scaling) V over `tokens` tokens: q and out (heads, dim).
+inline void attend(const float* q, const Cache& keys, const Cache& values, int64_t tokens, int64_t heads,
+                   int64_t kv_heads, float scaling, float* out) {
+  const int64_t dim = keys.dim, half = dim / 2, group = heads / kv_heads;
+  const int64_t grain = std::max<int64_t>(1, WORK / (2 * tokens * dim * group));
+  at::parallel_for(0, kv_heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> token(dim), queries(group * dim), sums(group * dim), weights(group * tokens);
+    for (int64_t kv = begin; kv < end; ++kv) {
+      for (int64_t g = 0; g < group; ++g)
+        for (int64_t i = 0; i < dim; ++i)
+          queries[g * dim + i % 2 * half + i / 2] = q[(kv * group + g) * dim + i] * scaling;
+      for (int64_t t = 0; t < tokens; ++t) {
+        keys.read(kv, t, token.data());
+        for (int64_t g = 0; g < group; ++g) weights[g * tokens + t] = dot(queries.data() + g * dim, token.data(), dim);
+      }
+      for (int64_t g = 0; g < group; ++g) {
+        float* scores = weights.data() + g * tokens;
+        const float most = *std::max_element(scores, scores + tokens);
+        float total = 0;
+        for (int64_t t = 0; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - most);
+        for (int64_t t = 0; t < tokens; ++t) scores[t] /= total;
+      }
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t t = 0; t < tokens; ++t) {
+        values.read(kv, t, token.data());
+        for (int64_t g = 0; g < group; ++g) {
+          const float weight = weights[g * tokens + t];
+          for (int64_t i = 0; i < dim; ++i) sums[g * dim + i] += weight * token[i];
+        }
+      }
+      for (int64_t g = 0; g < group; ++g)
+        for (int64_t i = 0; i < dim; ++i) out[(kv * group + g) * dim + i] = sums[g * dim + i % 2 * half + i / 2];
+    }
+  });
+}
+
+// A row of bfloat16 weights times x.
+inline float dot_bfloat16(const uint16_t* weight, const float* x, int64_t columns) {
+  float sum = 0;
+  int64_t i = 0;
+#if defined(__AVX2__)
+  __m256 sums[4];
+  each<4>([&](auto k) { sums[k] = _mm256_setzero_ps(); });
+  for (; i + 32 <= columns; i += 32)
+    each<4>([&](auto k) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + i + 8 * k));
+      const __m256 values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+      sums[k] = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + i + 8 * k), sums[k]);
+    });
+  float lanes[8];
+  _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+  for (float lane : lanes) sum += lane;
+#endif
+  for (; i < columns; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(weight[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    sum += value * x[i];
+  }
+  return sum;
+}
+
+}  // namespace

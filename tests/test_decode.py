@@ -1,0 +1,118 @@
+"""Decoding by the fused operators against transformers' own code on the same packed model, and what is saved after."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import DynamicCache
+
+import lbllm
+from lbllm import kernels
+from lbllm.decode import FusedForward, HalfHead
+from lbllm.hf import WEIGHTS
+from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "biases, an untied head": ("llama_bias", {}),
+    "ragged groups, 8-bit parameters": ("llama", {"group_size": 20, "param_bits": 8, "act_bits": 8}),
+    "one bit, activations as they are": ("llama", {"format": "w1", "act_bits": 16}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, quant = CASES[request.param]
+    folder = tmp_path_factory.mktemp("decode")
+    run_tiny(run_config(quant=quant), folder, tiny_teacher(architecture))
+    return folder / "checkpoint"
+
+
+def fused_blocks(model: Any) -> list[FusedForward]:
+    return [b.forward for b in model.model.layers if isinstance(b.forward, FusedForward)]
+
+
+@torch.no_grad()
+def test_a_token_gives_what_transformers_code_gives(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lbllm.load(checkpoint)
+    assert len(fused_blocks(model)) == len(model.model.layers)
+    calls = []
+    usual = type(model.model.layers[0]).forward
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda *a, **k: calls.append(1) or usual(*a, **k))
+    ids = token_ids(1, seed=3)
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    prompt = len(calls)
+    assert prompt == len(model.model.layers)
+    for place in range(20, 90):
+        token = ids[:, place % ids.shape[1]][:, None]
+        # From the same cache: a rounded code that falls on the other side would part the two for good.
+        other = copy.deepcopy(cache)
+        got = model(token, past_key_values=cache, use_cache=True).logits
+        assert len(calls) == prompt
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+            want = model(token, past_key_values=other, use_cache=True).logits
+        assert len(calls) == 2 * prompt
+        del calls[prompt:]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        assert cache.get_seq_length() == other.get_seq_length() == place + 1
+        for mine, theirs in zip(cache.layers, other.layers, strict=True):
+            for a, b in zip(mine.stores, theirs.stores, strict=True):
+                assert (a[0] != b[0]).float().mean() < 0.01
+                torch.testing.assert_close(a[1], b[1])
+
+
+@torch.no_grad()
+def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lbllm.load(checkpoint)
+    ids = token_ids(2, seed=4)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cases: list[dict[str, Any]] = [
+        {"inputs": ids[:1]},
+        {"inputs": ids},
+        {"inputs": ids, "attention_mask": mask},
+        {"inputs": ids[:1], "num_beams": 2},
+        {"inputs": ids[:1], "past_key_values": DynamicCache()},
+    ]
+    results = [model.generate(**options | copy.deepcopy(case)) for case in cases]
+    monkeypatch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+    for case, result in zip(cases, results, strict=True):
+        assert torch.equal(model.generate(**options | copy.deepcopy(case)), result)
+
+
+@torch.no_grad()
+def test_a_model_that_has_answered_is_saved_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
+    model, _ = lbllm.load(checkpoint)
+    assert isinstance(model.lm_head.forward, HalfHead)
+    model.generate(token_ids(1, seed=3)[:, :8], max_new_tokens=4)
+    assert all(block.self_attn.q_proj.words is not None for block in model.model.layers)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(folder / WEIGHTS) for folder in (checkpoint, tmp_path))
+    assert before.keys() == after.keys()
+    # The file may hold in 32 bits what it held in 16: the values are the same.
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+    twin = copy.deepcopy(model)
+    assert twin.model.layers[0].forward.block is twin.model.layers[0]
+
+
+@torch.no_grad()
+def test_the_output_head_in_bfloat16_gives_the_same_logits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lbllm.load(checkpoint)
+    assert kernels.ready()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    hidden = model.config.hidden_size
+    for shape in ((1, 1, hidden), (3, hidden), (2, 40, hidden)):
+        x = torch.randn(shape)
+        expected = x.double() @ model.lm_head.weight.double().t()
+        torch.testing.assert_close(model.lm_head(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert model.get_input_embeddings()(token_ids(1, seed=3)).dtype == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr("lbllm.kernels.ready", lambda: False)
+        torch.testing.assert_close(model.lm_head(x).double(), expected, rtol=1e-5, atol=1e-5)
