@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from lbllm import kernels
 from lbllm.activations import PackedKVLayer
 from lbllm.layers import PackedLinear
 
 NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+# Blocks of transformers that compute what the operator computes: RMS norms before attention and MLP, rotary embedding
+# by halves, grouped queries, a gated MLP; on queries and keys perhaps norms of their own.
+BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 def speed_up(model: PreTrainedModel) -> None:
     """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
     for block in model.modules():
-        if type(block) is LlamaDecoderLayer and block.mlp.config.hidden_act == "silu":
-            layers = [block.get_submodule(name) for name in NAMES]
-            norms = [block.input_layernorm, block.post_attention_layernorm]
-            if all(type(layer) is PackedLinear for layer in layers) and all(type(n) is LlamaRMSNorm for n in norms):
-                block.forward = FusedForward(block)  # type: ignore[method-assign]
+        known = type(block).__name__ in BLOCKS and type(block).__module__.startswith("transformers.models.")
+        gated = known and model.config.hidden_act == "silu"
+        if gated and all(type(block.get_submodule(name)) is PackedLinear for name in NAMES):
+            block.forward = FusedForward(block)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:
         return
@@ -75,29 +76,31 @@ class HalfHead:
 class FusedForward:
     """The forward of a block: one token of one sequence goes through the operator, all else through the class's own."""
 
-    def __init__(self, block: LlamaDecoderLayer) -> None:
+    def __init__(self, block: Any) -> None:
         self.block = block
         self._constant: tuple[Any, ...] | None = None
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._cache_layer(hidden_states, kwargs) if not args else None
         if layer is None:
-            usual: Any = type(self.block).forward
-            output: Tensor = usual(self.block, hidden_states, *args, **kwargs)
+            output: Tensor = type(self.block).forward(self.block, hidden_states, *args, **kwargs)
             return output
-        attention: Any = self.block.self_attn
-        layers: list[Any] = [self.block.get_submodule(name) for name in NAMES]
+        attention = self.block.self_attn
+        layers = [self.block.get_submodule(name) for name in NAMES]
         cosine, sine = kwargs["position_embeddings"]
+        norms = [self.block.input_layernorm, self.block.post_attention_layernorm]
+        if hasattr(attention, "q_norm"):
+            norms += [attention.q_norm, attention.k_norm]
         length = layer.get_seq_length()
         rooms = []
         for which, store in enumerate(layer.stores):
             assert store is not None
             rooms.append(layer.reserve(which, (store[0][..., :1, :], store[1][..., :1, :])))
         result: Tensor = torch.ops.lbllm.decode_block(
-            hidden_states,
-            cosine,
-            sine,
-            [self.block.input_layernorm.weight, self.block.post_attention_layernorm.weight],
+            hidden_states.float(),
+            cosine.float(),
+            sine.float(),
+            [norm.weight.float() for norm in norms],
             [layer.arranged() for layer in layers],
             [layer.params for layer in layers],
             [layer.params_scale for layer in layers],
@@ -112,7 +115,7 @@ class FusedForward:
         )
         for which, room in enumerate(rooms):
             layer.stores[which] = room[0][..., : length + 1, :], room[1][..., : length + 1, :]
-        return result
+        return result.to(hidden_states.dtype)
 
     def _numbers(self, layers: list[Any]) -> tuple[Any, ...]:
         """The layers' quantizers, columns and group lengths, which never change."""
@@ -132,7 +135,7 @@ class FusedForward:
 
     def _cache_layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> PackedKVLayer | None:
         """The cache's layer of this block where this call is one for the operator, else None."""
-        if hidden.shape[:2] != (1, 1) or hidden.dtype != torch.float32 or hidden.device.type != "cpu":
+        if hidden.shape[:2] != (1, 1) or hidden.device.type != "cpu":
             return None
         if torch.is_grad_enabled() or kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             return None

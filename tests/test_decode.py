@@ -19,6 +19,8 @@ from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
+    "biases of queries, keys, values": ("qwen2", {}),
+    "norms of queries and keys": ("qwen3", {}),
     "biases, an untied head": ("llama_bias", {}),
     "ragged groups, 8-bit parameters": ("llama", {"group_size": 20, "param_bits": 8, "act_bits": 8}),
     "one bit, activations as they are": ("llama", {"format": "w1", "act_bits": 16}),
@@ -65,6 +67,19 @@ def test_a_token_gives_what_transformers_code_gives(checkpoint: Path, monkeypatc
             for a, b in zip(mine.stores, theirs.stores, strict=True):
                 assert (a[0] != b[0]).float().mean() < 0.01
                 torch.testing.assert_close(a[1], b[1])
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_decodes_the_same_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = lbllm.load(checkpoint, dtype=torch.bfloat16)
+    cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
+    other = copy.deepcopy(cache)
+    got = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits
+    monkeypatch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+    want = model(torch.tensor([[7]]), past_key_values=other, use_cache=True).logits
+    assert got.dtype == want.dtype == torch.bfloat16
+    # bfloat16 rounds so coarsely that a few 4-bit codes come out as their neighbours.
+    assert float((got - want).float().norm() / want.float().norm()) < 0.3
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ Weights weights_at(at::TensorList words, at::TensorList params, const c10::List<
 
 // One token (1, 1, hidden) through a whole decoder block of LLaMA's kind, its keys and values kept in 4 bits.
 //
-// The layers are q, k, v, o, gate, up, down; `quantizers` has five numbers for each: bits (0: none), tail, knee and the
+// `norms`: before attention and before the MLP, and where a model has them those of each head's query and key. The layers are q, k, v, o, gate, up, down; `quantizers` has five numbers for each: bits (0: none), tail, knee and the
 // two clips. `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
 // `position`.
 Tensor decode_block(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
@@ -182,11 +182,16 @@ Tensor decode_block(const Tensor& hidden, const Tensor& cosine, const Tensor& si
                     int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
   TORCH_CHECK(hidden.scalar_type() == at::kFloat && hidden.is_contiguous() && size == columns[0] && words.size() == 7 &&
-                  params.size() == 7 && quantizers.size() == 35 && cache.size() == 4 && norms.size() == 2,
-              "decode_block: one token, seven layers, two norms and four tensors of cache are expected");
-  for (const Tensor& tensor : {cosine, sine, norms[0], norms[1]})
+                  params.size() == 7 && quantizers.size() == 35 && cache.size() == 4 && (norms.size() == 2 || norms.size() == 4),
+              "decode_block: one token, seven layers, two or four norms and four tensors of cache are expected");
+  for (const Tensor& tensor : norms)
+    TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "decode_block: norms must be float32");
+  for (const Tensor& tensor : {cosine, sine})
     TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(),
-                "decode_block: norms and rotary embeddings must be contiguous float32");
+                "decode_block: rotary embeddings must be contiguous float32");
+  TORCH_CHECK(norms[0].numel() == size && norms[1].numel() == size &&
+                  (norms.size() == 2 || (norms[2].numel() == dim && norms[3].numel() == dim)),
+              "decode_block: norms of another size");
   TORCH_CHECK(cosine.numel() == dim && sine.numel() == dim && heads % kv_heads == 0 && dim % 2 == 0,
               "decode_block: one position's rotary embedding and whole groups of heads are expected");
   std::vector<Weights> w;
@@ -243,15 +248,19 @@ Tensor decode_block(const Tensor& hidden, const Tensor& cosine, const Tensor& si
 
   const float* x = hidden.const_data_ptr<float>();
   std::vector<float> normed(size), stream(x, x + size), qkv[3], attended(heads * dim), projected[1], gated[2];
-  const auto norm = [&](const Tensor& weight) {
+  const auto norm = [&](const Tensor& weight, const float* values, float* result) {
+    const int64_t count = weight.numel();
     double sum = 0;
-    for (float value : stream) sum += static_cast<double>(value) * value;
-    const float factor = 1.0f / std::sqrt(static_cast<float>(sum / size) + static_cast<float>(epsilon));
-    for (int64_t i = 0; i < size; ++i) normed[i] = weight.const_data_ptr<float>()[i] * (stream[i] * factor);
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * values[i];
+    const float factor = 1.0f / std::sqrt(static_cast<float>(sum / count) + static_cast<float>(epsilon));
+    for (int64_t i = 0; i < count; ++i) result[i] = weight.const_data_ptr<float>()[i] * (values[i] * factor);
   };
 
-  norm(norms[0]);
+  norm(norms[0], stream.data(), normed.data());
   run(0, 3, normed, qkv);
+  for (size_t which = 2; which < norms.size(); ++which)
+    for (float* head = qkv[which - 2].data(); head != qkv[which - 2].data() + qkv[which - 2].size(); head += dim)
+      norm(norms[which], head, head);
   rotate(qkv[0].data(), heads, dim, cosine.const_data_ptr<float>(), sine.const_data_ptr<float>());
   rotate(qkv[1].data(), kv_heads, dim, cosine.const_data_ptr<float>(), sine.const_data_ptr<float>());
   for (int which = 0; which < 2; ++which)
@@ -261,7 +270,7 @@ Tensor decode_block(const Tensor& hidden, const Tensor& cosine, const Tensor& si
   run(3, 1, attended, projected);
   for (int64_t i = 0; i < size; ++i) stream[i] += projected[0][i];
 
-  norm(norms[1]);
+  norm(norms[1], stream.data(), normed.data());
   run(4, 2, normed, gated);
   for (size_t i = 0; i < gated[0].size(); ++i) gated[0][i] = gated[0][i] / (1.0f + std::exp(-gated[0][i])) * gated[1][i];
   run(6, 1, gated[0], projected);
