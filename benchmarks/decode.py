@@ -1,7 +1,7 @@
 """Whole models beside one another, in one run: ``python -m benchmarks.decode CHECKPOINT``.
 
-The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint, each in a process of its own
-and in turn, several rounds: greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed
+The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and with activations
+left in 16 bits or more (A16, its answers are of no use then), each in a process of its own and in turn, several rounds: greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed
 are medians over the rounds: tokens a second after the first, time to the first token, and the process's resident
 memory after decoding, beside that of a process with the libraries alone.
 """
@@ -30,6 +30,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
     from transformers.generation.streamers import BaseStreamer
 
     import lbllm
+    from lbllm.layers import PackedLinear
     from lbllm.models import load_teacher
 
     libraries = psutil.Process().memory_info().rss
@@ -45,8 +46,11 @@ def measure(kind: str, model: str) -> dict[str, float]:
             pass
 
     network: Any
-    if kind == "packed":
+    if kind.startswith("packed"):
         network, _ = lbllm.load(model)
+        for layer in network.modules():
+            if kind == "packed16" and isinstance(layer, PackedLinear):
+                layer.quantizer = None
     else:
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         network = load_teacher(model, dtype=dtype).model
@@ -83,10 +87,11 @@ def main() -> None:
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.kind:
-        name = arguments.checkpoint if arguments.kind == "packed" else arguments.teacher
+        name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
         print(json.dumps(measure(arguments.kind, name)))
         return
-    kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16", "packed": "packed, as it was trained"}
+    kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
+    kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):
         for kind in kinds:

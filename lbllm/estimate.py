@@ -29,7 +29,7 @@ from lbllm.pipeline import FORWARD_TOKENS, bits_per_weight, block_formats
 from lbllm.stages.aar import CLIPS, KNEES
 
 # Memory, in bytes.
-PROGRAM = 440_000_000  # interpreter, PyTorch, transformers, a tokenizer and its texts
+PROGRAM = 560_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass through the whole model
 STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # hidden states of all tokens held at once: while a block is passed, or trained
 FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and token of a forward pass
