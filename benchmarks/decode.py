@@ -1,10 +1,10 @@
 """Whole models beside one another, in one run: ``python -m benchmarks.decode CHECKPOINT``.
 
 The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and with activations
-left as they come (A16; its answers are of no use then), each in a process of its own and in turn, several rounds: greedy
-decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds: tokens a
-second after the first, time to the first token, and the process's resident memory after decoding, beside that of a
-process with the libraries alone.
+left as they come (A16; its answers are of no use then), each in a process of its own and in turn, several rounds:
+greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds:
+tokens a second after the first, time to the first token, and the process's resident memory after decoding, beside
+that of a process with the libraries alone.
 """
 
 from __future__ import annotations
