@@ -67,7 +67,8 @@ class HalfHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.head.weight
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and kernels.ready():
+        fits = x.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if fits and not torch.is_grad_enabled() and kernels.ready():
             result: Tensor = torch.ops.lbllm.bfloat16_linear(x, weight)
             return result
         return nn.functional.linear(x, weight.to(x.dtype))

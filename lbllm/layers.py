@@ -220,8 +220,17 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the layer. Another dtype is for the bias alone: the stored parameters keep theirs, and so their values."""
         self._put_back()
-        return super()._apply(*args, **kwargs)
+        stored = {"params": self.params, "params_scale": self.params_scale}
+        act = None if self.quantizer is None else self.quantizer.act.data
+        super()._apply(*args, **kwargs)
+        for name, before in stored.items():
+            if before is not None and getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(self.weight.device))
+        if self.quantizer is not None and act is not None and self.quantizer.act.dtype != act.dtype:
+            self.quantizer.act.data = act.to(self.weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""

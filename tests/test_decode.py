@@ -103,6 +103,18 @@ def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pyte
 
 
 @torch.no_grad()
+def test_a_loaded_model_can_be_converted_and_asked_for_all_states(checkpoint: Path) -> None:
+    model, _ = lbllm.load(checkpoint)
+    cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
+    output = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True, output_hidden_states=True)
+    assert len(output.hidden_states) == len(model.model.layers) + 1
+    for dtype in (torch.float16, torch.bfloat16):
+        model = model.to(dtype)
+        cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
+        assert bool(model(torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits.isfinite().all())
+
+
+@torch.no_grad()
 def test_a_model_that_has_answered_is_saved_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
     model, _ = lbllm.load(checkpoint)
     assert isinstance(model.lm_head.forward, HalfHead)
