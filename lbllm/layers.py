@@ -220,7 +220,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the layer. Another dtype is for the bias alone: the stored parameters keep theirs, and so their values."""
+        """Move the layer. Another dtype is for the bias alone: stored parameters keep theirs, and so their values."""
         self._put_back()
         stored = {"params": self.params, "params_scale": self.params_scale}
         act = None if self.quantizer is None else self.quantizer.act.data
