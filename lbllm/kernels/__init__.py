@@ -16,6 +16,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Literal, get_args
@@ -56,7 +57,10 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
         raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    flags = [*_ALWAYS, *_FLAGS[instructions], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    # PyTorch's loops over threads are OpenMP's, by GCC's runtime; another compiler's would be a second one beside it.
+    threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = [*_ALWAYS, *_FLAGS[instructions], *threads, abi]
     text = b"".join(source.read_bytes() for source in SOURCES)
     key = hashlib.sha256(text + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
     library = folder / f"operators-{instructions}-{key}.so"

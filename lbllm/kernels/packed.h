@@ -194,7 +194,7 @@ class RowParams {
   float low_[4] = {}, step_[4] = {};
 };
 
-constexpr int64_t WORK = 1 << 17;    // weights times tokens that are worth waking a thread for
+constexpr int64_t WORK = 1 << 21;      // weights times tokens that are worth waking an idle thread for, some 0.1 ms
 constexpr int64_t EXPANDED = 1 << 21;  // weights that are expanded at once for many tokens: they stay in the cache
 constexpr int64_t FEW = 8;           // tokens up to which the packed weights are multiplied as they are
 
