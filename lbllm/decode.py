@@ -136,7 +136,7 @@ class FusedForward:
 
     def _cache_layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> PackedKVLayer | None:
         """The cache's layer of this block where this call is one for the operator, else None."""
-        if hidden.shape[:2] != (1, 1) or hidden.device.type != "cpu":
+        if hidden.shape[:2] != (1, 1) or hidden.device.type != "cpu" or hidden.dtype == torch.float64:
             return None
         if torch.is_grad_enabled() or kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             return None

@@ -234,7 +234,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        if self.dense is None and x.device.type == "cpu" and kernels.ready():
+        # The kernels sum in float32.
+        if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
             words = self.arranged()
             if self.quantizer is not None:
                 x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
