@@ -73,6 +73,9 @@ def _options(root: Path, port: int, browser: bool) -> dict[str, Any]:
         "server_maxUploadSize": 5,
         # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
         "runner_postScriptGC": False,
+        # A page's script goes on to its next call and starts anew there, on one thread. Otherwise a second thread would
+        # begin beside it, and the first one could not tell a changed setting from a closed page.
+        "runner_fastReruns": False,
         "browser_gatherUsageStats": False,
         "browser_serverAddress": "localhost",
         "client_showErrorDetails": "none",

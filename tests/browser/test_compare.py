@@ -43,7 +43,18 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     ask(page, HOSTILE)
     expect(page.get_by_role("button", name="Stop")).to_be_enabled()
     # Both write at the same time: two pens on the screen at once.
-    expect(page.get_by_text("▌")).to_have_count(2, timeout=LOADING)
+    pens = page.get_by_text("▌")
+    expect(pens).to_have_count(2, timeout=LOADING)
+
+    # A setting for the next question leaves the answers to this one alone.
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("spinbutton", name="Seed").fill("7")
+    page.get_by_role("spinbutton", name="Seed").press("Enter")
+    page.keyboard.press("Escape")
+    lengths = [len(text) for text in answers(page)]
+    wait_until(lambda: all(len(text) > length + 20 for text, length in zip(answers(page), lengths, strict=True)))
+    expect(pens).to_have_count(2)
+
     stop(page)
     before = answers(page)
     assert all(text.strip() for text in before)
@@ -59,9 +70,11 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     tokens, panel = page.locator(".token"), page.locator(".panel")
     tokens.nth(1).hover()
     expect(panel.locator(".row")).to_have_count(10)
-    about = panel.inner_text()
+    # Out of the way: where the page scrolls, a resting pointer is over another token.
+    page.mouse.move(0, 0)
     page.keyboard.press("Tab")
     tokens.nth(1).focus()
+    about = panel.inner_text()
     page.keyboard.press("ArrowRight")
     expect(tokens.nth(2)).to_be_focused()
     expect(panel).not_to_have_text(about, use_inner_text=True)
