@@ -251,9 +251,17 @@ class PackedKVLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Codes and scales of the tokens so far, of keys and of values: the first part of what there is room for.
-        self.stores: list[tuple[Tensor, Tensor] | None] = [None, None]
+        # Codes and scales of keys and of values, with room for more tokens than the ``length`` so far.
         self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.length = 0
+
+    @property
+    def stores(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Codes and scales of the tokens so far, of keys and of values; None before the first token."""
+        return [
+            None if room is None else (room[0][..., : self.length, :], room[1][..., : self.length, :])
+            for room in self.rooms
+        ]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype, device and sizes of the first states."""
@@ -267,52 +275,59 @@ class PackedKVLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         unpacked = []
-        length = self.get_seq_length()
+        length = self.length + key_states.shape[-2]
         for which, states in enumerate((key_states, value_states)):
             codes, scale = encode_kv(states, self.bits)
             if self.bits == 4:
                 codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
                 codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-            room = self.reserve(which, (codes, scale))
+            room = self._room(which, (codes, scale))
             for place, new in zip(room, (codes, scale), strict=True):
-                place[..., length : length + new.shape[-2], :] = new
-            codes, scale = (place[..., : length + codes.shape[-2], :] for place in room)
-            self.stores[which] = codes, scale
+                place[..., self.length : length, :] = new
+            codes, scale = (place[..., :length, :] for place in room)
             if self.bits == 4:
                 codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
             unpacked.append(decode_kv(codes, scale, self.dtype))
+        self.length = length
         return unpacked[0], unpacked[1]
 
-    def reserve(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The tensors that hold the codes and scales of the keys (0) or values (1), with room for as many tokens more
-        as ``new`` has."""
-        store, room = self.stores[which], self.rooms[which]
-        length = 0 if store is None else store[0].shape[-2]
-        needed = length + new[0].shape[-2]
+    def _room(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tensors of keys (0) or values (1), with room for as many tokens more as ``new`` has."""
+        room = self.rooms[which]
+        needed = self.length + new[0].shape[-2]
         if room is None or room[0].shape[-2] < needed:
             capacity = needed + max(self.AHEAD, needed // 4)
             made = []
             for index, part in enumerate(new):
                 place = part.new_empty(*part.shape[:-2], capacity, part.shape[-1])
-                if store is not None:
-                    place[..., :length, :] = store[index]
+                if room is not None:
+                    place[..., : self.length, :] = room[index][..., : self.length, :]
                 made.append(place)
             self.rooms[which] = room = made[0], made[1]
         return room
 
+    def next_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of keys, codes and scales of values, with room for a token at ``length``: whoever writes it
+        there counts ``length`` up. The cache holds tokens already."""
+        parts: list[Tensor] = []
+        for which, room in enumerate(self.rooms):
+            assert room is not None
+            if room[0].shape[-2] == self.length:
+                room = self._room(which, (room[0][..., :1, :], room[1][..., :1, :]))
+            parts += room
+        return parts[0], parts[1], parts[2], parts[3]
+
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
-        store = self.stores[0]
-        return 0 if store is None else store[0].shape[-2]
+        return self.length
 
     def reset(self) -> None:
         """Empty the cache."""
         super().reset()
-        self.stores, self.rooms = [None, None], [None, None]
+        self.rooms, self.length = [None, None], 0
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.stores = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
-        self.rooms = [None, None]
+        self.rooms = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""
@@ -322,8 +337,7 @@ class PackedKVLayer(DynamicLayer):
         """Drop tokens from the end; counted as transformers does, by a negative number."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        length = max(0, self.get_seq_length() + tokens_to_remove)
-        self._map(lambda part: part[..., :length, :])
+        self.length = max(0, self.length + tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""

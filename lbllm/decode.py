@@ -1,9 +1,9 @@
-"""Decoding on the CPU: a packed decoder block as one operator, and an output head that stays in bfloat16.
+"""Decoding on the CPU: all packed decoder blocks as one operator, and an output head that stays in bfloat16.
 
 A token passes some sixty operators in a block of transformers' code, and calling them takes longer than what they
-compute. Where a block is of LLaMA's kind and all of its layers are packed, one token at a time goes through
-``torch.ops.lbllm.decode_block`` instead; everything else, prompts and batches included, takes the usual way, and both
-ways share the KV cache.
+compute. Where all blocks are of LLaMA's kind and their layers are packed, one token at a time goes through
+``torch.ops.lbllm.decode`` instead, which wakes the other threads once a token; everything else, prompts and batches
+included, takes the usual way, and both ways share the KV cache.
 
 A checkpoint holds embeddings in bfloat16. Expanding them to float32 doubles what is read for every token and changes
 no value, so a model that computes in float32 keeps them as they are.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm import kernels
 from lbllm.activations import PackedKVLayer
@@ -29,11 +30,10 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 def speed_up(model: PreTrainedModel) -> None:
     """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
-    for block in model.modules():
-        known = type(block).__name__ in BLOCKS and type(block).__module__.startswith("transformers.models.")
-        gated = known and model.config.hidden_act == "silu"
-        if gated and all(type(block.get_submodule(name)) is PackedLinear for name in NAMES):
-            block.forward = FusedForward(block)
+    decoder: Any = model.base_model
+    blocks = list(getattr(decoder, "layers", []))
+    if model.config.get_text_config().hidden_act == "silu" and blocks and all(map(_fits, blocks)):
+        decoder.forward = FusedForward(decoder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:
         return
@@ -74,78 +74,122 @@ class HalfHead:
         return nn.functional.linear(x, weight.to(x.dtype))
 
 
+def _fits(block: nn.Module) -> bool:
+    known = type(block).__name__ in BLOCKS and type(block).__module__.startswith("transformers.models.")
+    return known and all(type(block.get_submodule(name)) is PackedLinear for name in NAMES)
+
+
 class FusedForward:
-    """The forward of a block: one token of one sequence goes through the operator, all else through the class's own."""
+    """The forward of a decoder (the model without its output head): one token of one sequence goes through the
+    operator, all else through the class's own."""
 
-    def __init__(self, block: Any) -> None:
-        self.block = block
-        self._constant: tuple[Any, ...] | None = None
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self.layers = [[block.get_submodule(name) for name in NAMES] for block in decoder.layers]
+        self._lists: tuple[list[Any], ...] | None = None
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self._cache_layer(hidden_states, kwargs) if not args else None
-        if layer is None:
-            output: Tensor = type(self.block).forward(self.block, hidden_states, *args, **kwargs)
-            return output
-        attention = self.block.self_attn
-        layers = [self.block.get_submodule(name) for name in NAMES]
-        cosine, sine = kwargs["position_embeddings"]
-        norms = [self.block.input_layernorm, self.block.post_attention_layernorm]
-        if hasattr(attention, "q_norm"):
-            norms += [attention.q_norm, attention.k_norm]
-        length = layer.get_seq_length()
-        rooms = []
-        for which, store in enumerate(layer.stores):
-            assert store is not None
-            rooms.append(layer.reserve(which, (store[0][..., :1, :], store[1][..., :1, :])))
-        result: Tensor = torch.ops.lbllm.decode_block(
-            hidden_states.float(),
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = None if args else self._cache_layers(**kwargs)
+        if cache is None:
+            return type(self.decoder).forward(self.decoder, *args, **kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        hidden = self.decoder.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
+        length = cache[0].length
+        position = kwargs.get("position_ids")
+        cosine, sine = self.decoder.rotary_emb(hidden, torch.tensor([[length]]) if position is None else position)
+        words, *layers = self._weights()
+        attention = self.decoder.layers[0].self_attn
+        result: Tensor = torch.ops.lbllm.decode(
+            hidden.float().contiguous(),
             cosine.float(),
             sine.float(),
-            [norm.weight.float() for norm in norms],
-            [layer.arranged() for layer in layers],
-            [layer.params for layer in layers],
-            [layer.params_scale for layer in layers],
-            [layer.bias for layer in layers],
-            *self._numbers(layers),
-            [*rooms[0], *rooms[1]],
+            self._norms(),
+            words,
+            *layers,
+            [part for layer in cache for part in layer.next_token()],
             length,
             attention.config.num_attention_heads,
             attention.config.num_key_value_heads,
             attention.scaling,
-            self.block.input_layernorm.variance_epsilon,
+            self.decoder.norm.variance_epsilon,
         )
-        for which, room in enumerate(rooms):
-            layer.stores[which] = room[0][..., : length + 1, :], room[1][..., : length + 1, :]
-        return result.to(hidden_states.dtype)
+        for layer in cache:
+            layer.length += 1
+        return BaseModelOutputWithPast(
+            last_hidden_state=result.to(hidden.dtype), past_key_values=kwargs["past_key_values"]
+        )
 
-    def _numbers(self, layers: list[Any]) -> tuple[Any, ...]:
-        """The layers' quantizers, columns and group lengths, which never change."""
-        if self._constant is None:
+    def _norms(self) -> list[Tensor]:
+        norms = []
+        for block in self.decoder.layers:
+            norms += [block.input_layernorm, block.post_attention_layernorm]
+            if hasattr(block.self_attn, "q_norm"):
+                norms += [block.self_attn.q_norm, block.self_attn.k_norm]
+        return [norm.weight.float() for norm in (*norms, self.decoder.norm)]
+
+    def _weights(self) -> tuple[list[Any], ...]:
+        """The layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as a list."""
+        layers = [layer for block in self.layers for layer in block]
+        # A layer that was saved or moved meanwhile has put its bits back, and would hold them twice.
+        if self._lists is None or any(
+            layer.words is not words for layer, words in zip(layers, self._lists[0], strict=True)
+        ):
+            self._lists = None
             quantizers: list[float] = []
             for layer in layers:
                 knee, low, high, bits, tail = (
                     (0.0, 0.0, 0.0, 0, 0) if layer.quantizer is None else layer.quantizer.settings()
                 )
                 quantizers += [bits, tail, knee, low, high]
-            self._constant = (
+            self._lists = (
+                [layer.arranged() for layer in layers],
+                [layer.params for layer in layers],
+                [layer.params_scale for layer in layers],
+                [layer.bias for layer in layers],
                 quantizers,
                 [layer.in_features for layer in layers],
                 [layer.length for layer in layers],
             )
-        return self._constant
+        return self._lists
 
-    def _cache_layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> PackedKVLayer | None:
-        """The cache's layer of this block where this call is one for the operator, else None."""
-        if hidden.shape[:2] != (1, 1) or hidden.device.type != "cpu" or hidden.dtype == torch.float64:
+    def _cache_layers(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> list[PackedKVLayer] | None:
+        """The cache's layers where this call is one for the operator, else None."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None) or given.shape[:2] != (1, 1):
             return None
-        if torch.is_grad_enabled() or kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+        if torch.is_grad_enabled() or given.device.type != "cpu" or self.decoder.dtype == torch.float64:
             return None
-        cache, index = kwargs.get("past_key_values"), self.block.self_attn.layer_idx
-        if cache is None or index >= len(cache.layers) or not kernels.ready():
+        config = self.decoder.config
+        # Whoever asks for more than the last state gets it from the class's own code.
+        if use_cache is False or config.output_hidden_states or config.output_attentions:
             return None
-        layer = cache.layers[index]
-        if not isinstance(layer, PackedKVLayer) or layer.bits != 4 or layer.stores[0] is None:
+        if any(value for name, value in others.items() if name not in ("return_dict", "use_cache")):
             return None
+        layers = getattr(past_key_values, "layers", [])
+        blocks = self.decoder.layers
+        if len(layers) != len(blocks) or any(block._forward_hooks or block._forward_pre_hooks for block in blocks):
+            return None
+        for layer in layers:
+            if not isinstance(layer, PackedKVLayer) or layer.bits != 4 or layer.length == 0:
+                return None
+        length = layers[0].length
         # A head of odd length leaves half a byte, and a batch has more than one sequence.
-        fits = layer.stores[0][0].shape[0] == 1 and self.block.self_attn.head_dim % 2 == 0
-        return layer if fits else None
+        if layers[0].rooms[0][0].shape[0] != 1 or blocks[0].self_attn.head_dim % 2:
+            return None
+        if attention_mask is not None:
+            every = isinstance(attention_mask, Tensor) and attention_mask.shape == (1, length + 1)
+            if not every or not bool(attention_mask.all()):
+                return None
+        window = getattr(config, "sliding_window", None)
+        if window is not None and length + 1 > window:
+            return None
+        return layers if kernels.ready() else None

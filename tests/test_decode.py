@@ -35,14 +35,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder / "checkpoint"
 
 
-def fused_blocks(model: Any) -> list[FusedForward]:
-    return [b.forward for b in model.model.layers if isinstance(b.forward, FusedForward)]
-
-
 @torch.no_grad()
 def test_a_token_gives_what_transformers_code_gives(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = lbllm.load(checkpoint)
-    assert len(fused_blocks(model)) == len(model.model.layers)
+    assert isinstance(model.model.forward, FusedForward)
     calls = []
     usual = type(model.model.layers[0]).forward
     monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda *a, **k: calls.append(1) or usual(*a, **k))
@@ -57,7 +53,7 @@ def test_a_token_gives_what_transformers_code_gives(checkpoint: Path, monkeypatc
         got = model(token, past_key_values=cache, use_cache=True).logits
         assert len(calls) == prompt
         with monkeypatch.context() as patch:
-            patch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+            patch.setattr(FusedForward, "_cache_layers", lambda *_, **__: None)
             want = model(token, past_key_values=other, use_cache=True).logits
         assert len(calls) == 2 * prompt
         del calls[prompt:]
@@ -75,7 +71,7 @@ def test_a_model_in_bfloat16_decodes_the_same_way(checkpoint: Path, monkeypatch:
     cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
     other = copy.deepcopy(cache)
     got = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True).logits
-    monkeypatch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+    monkeypatch.setattr(FusedForward, "_cache_layers", lambda *_, **__: None)
     want = model(torch.tensor([[7]]), past_key_values=other, use_cache=True).logits
     assert got.dtype == want.dtype == torch.bfloat16
     # bfloat16 rounds so coarsely that a few 4-bit codes come out as their neighbours.
@@ -97,9 +93,37 @@ def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pyte
         {"inputs": ids[:1], "past_key_values": DynamicCache()},
     ]
     results = [model.generate(**options | copy.deepcopy(case)) for case in cases]
-    monkeypatch.setattr(FusedForward, "_cache_layer", lambda *_: None)
+    monkeypatch.setattr(FusedForward, "_cache_layers", lambda *_, **__: None)
     for case, result in zip(cases, results, strict=True):
         assert torch.equal(model.generate(**options | copy.deepcopy(case)), result)
+
+
+@torch.no_grad()
+def test_tokens_taken_back_are_decoded_anew(checkpoint: Path) -> None:
+    model, _ = lbllm.load(checkpoint)
+    ids = token_ids(1, seed=3)
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    first = [model(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits for k in range(8, 12)]
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9
+    again = [model(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits for k in range(9, 12)]
+    assert all(torch.equal(a, b) for a, b in zip(first[1:], again, strict=True))
+
+
+@torch.no_grad()
+def test_a_hook_on_a_block_and_a_window_are_respected(checkpoint: Path) -> None:
+    model, _ = lbllm.load(checkpoint)
+    cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
+    fused = model.model.forward
+    token = {"input_ids": torch.tensor([[7]]), "past_key_values": cache}
+    assert fused._cache_layers(**token) is not None
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    model(**token, use_cache=True)
+    assert seen == [1]
+    handle.remove()
+    model.config.sliding_window = 8
+    assert fused._cache_layers(**token) is None
 
 
 @torch.no_grad()
@@ -126,7 +150,7 @@ def test_a_model_that_has_answered_is_saved_as_it_was(checkpoint: Path, tmp_path
     # The file may hold in 32 bits what it held in 16: the values are the same.
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
     twin = copy.deepcopy(model)
-    assert twin.model.layers[0].forward.block is twin.model.layers[0]
+    assert twin.model.forward.decoder is twin.model
 
 
 @torch.no_grad()

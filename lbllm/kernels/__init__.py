@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "attention.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "attention.h", "team.h"))
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),

@@ -64,40 +64,43 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// softmax(q K^T scaling) V over `tokens` tokens: q and out (heads, dim).
-inline void attend(const float* q, const Cache& keys, const Cache& values, int64_t tokens, int64_t heads,
-                   int64_t kv_heads, float scaling, float* out) {
-  const int64_t dim = keys.dim, half = dim / 2, group = heads / kv_heads;
-  const int64_t grain = std::max<int64_t>(1, WORK / (2 * tokens * dim * group));
-  at::parallel_for(0, kv_heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> token(dim), queries(group * dim), sums(group * dim), weights(group * tokens);
-    for (int64_t kv = begin; kv < end; ++kv) {
-      for (int64_t g = 0; g < group; ++g)
-        for (int64_t i = 0; i < dim; ++i)
-          queries[g * dim + i % 2 * half + i / 2] = q[(kv * group + g) * dim + i] * scaling;
-      for (int64_t t = 0; t < tokens; ++t) {
-        keys.read(kv, t, token.data());
-        for (int64_t g = 0; g < group; ++g) weights[g * tokens + t] = dot(queries.data() + g * dim, token.data(), dim);
-      }
-      for (int64_t g = 0; g < group; ++g) {
-        float* scores = weights.data() + g * tokens;
-        const float most = *std::max_element(scores, scores + tokens);
-        float total = 0;
-        for (int64_t t = 0; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - most);
-        for (int64_t t = 0; t < tokens; ++t) scores[t] /= total;
-      }
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t t = 0; t < tokens; ++t) {
-        values.read(kv, t, token.data());
-        for (int64_t g = 0; g < group; ++g) {
-          const float weight = weights[g * tokens + t];
-          for (int64_t i = 0; i < dim; ++i) sums[g * dim + i] += weight * token[i];
-        }
-      }
-      for (int64_t g = 0; g < group; ++g)
-        for (int64_t i = 0; i < dim; ++i) out[(kv * group + g) * dim + i] = sums[g * dim + i % 2 * half + i / 2];
+// softmax(q K^T scaling) V over `tokens` tokens, for the queries of one head of keys and values: q and out (heads, dim).
+// `room`: attention_room() floats.
+inline int64_t attention_room(int64_t tokens, int64_t dim, int64_t group) { return dim + group * (2 * dim + tokens); }
+
+inline void attend(const float* q, const Cache& keys, const Cache& values, int64_t kv, int64_t tokens, int64_t group,
+                   float scaling, float* room, float* out) {
+  const int64_t dim = keys.dim, half = dim / 2;
+  float *token = room, *queries = token + dim, *sums = queries + group * dim, *weights = sums + group * dim;
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t i = 0; i < half; ++i) {
+      queries[g * dim + i] = q[(kv * group + g) * dim + 2 * i] * scaling;
+      queries[g * dim + half + i] = q[(kv * group + g) * dim + 2 * i + 1] * scaling;
     }
-  });
+  for (int64_t t = 0; t < tokens; ++t) {
+    keys.read(kv, t, token);
+    for (int64_t g = 0; g < group; ++g) weights[g * tokens + t] = dot(queries + g * dim, token, dim);
+  }
+  for (int64_t g = 0; g < group; ++g) {
+    float* scores = weights + g * tokens;
+    const float most = *std::max_element(scores, scores + tokens);
+    float total = 0;
+    for (int64_t t = 0; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - most);
+    for (int64_t t = 0; t < tokens; ++t) scores[t] /= total;
+  }
+  std::fill_n(sums, group * dim, 0.0f);
+  for (int64_t t = 0; t < tokens; ++t) {
+    values.read(kv, t, token);
+    for (int64_t g = 0; g < group; ++g) {
+      const float weight = weights[g * tokens + t];
+      for (int64_t i = 0; i < dim; ++i) sums[g * dim + i] += weight * token[i];
+    }
+  }
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t i = 0; i < half; ++i) {
+      out[(kv * group + g) * dim + 2 * i] = sums[g * dim + i];
+      out[(kv * group + g) * dim + 2 * i + 1] = sums[g * dim + half + i];
+    }
 }
 
 // A row of bfloat16 weights times x.

@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "packed.h"
+#include "team.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -48,7 +49,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params,
     std::vector<float> room;
     const float* laid = laid_out(w.shape, input.const_data_ptr<float>(), tokens, room);
     const Job job{w, rows, laid, y.data_ptr<float>()};
-    multiply_few(&job, 1, tokens);
+    at::parallel_for(0, rows, std::max<int64_t>(4, WORK / std::max<int64_t>(1, columns * tokens)),
+                     [&](int64_t begin, int64_t end) { some_rows_of(job, begin, end, tokens); });
   } else {
     const int64_t tile = std::max<int64_t>(64, EXPANDED / columns);
     Tensor dense = at::empty({std::min(tile, rows), columns}, input.options());
@@ -165,117 +167,205 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
   return y.reshape(sizes);
 }
 
-Weights weights_at(at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
-                   at::IntArrayRef columns, at::IntArrayRef lengths, int k) {
-  return weights_of(words[k], params[k], scales.get(k), columns[k], lengths[k]);
+constexpr int LAYERS = 7;           // q, k, v, o, gate, up, down
+constexpr int64_t PIECE = 1 << 16;  // weights that a thread takes at a time, some 10 microseconds
+
+// A decoder block of LLaMA's kind.
+struct Block {
+  const float* norms[4];  // before attention, before the MLP, and perhaps of each head's query and key
+  Weights layers[LAYERS];
+  int64_t rows[LAYERS];
+  Quantizer quantizers[LAYERS];
+  const float* biases[LAYERS];
+  Cache kept[2];
+};
+
+inline void rms_norm(const float* weight, const float* x, float* out, int64_t count, float epsilon) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int k = 0; k < 4; ++k) sums[k] += static_cast<double>(x[i + k]) * x[i + k];
+  for (; i < count; ++i) sums[0] += static_cast<double>(x[i]) * x[i];
+  const double mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<double>(count);
+  const float factor = 1.0f / std::sqrt(static_cast<float>(mean) + epsilon);
+  for (int64_t j = 0; j < count; ++j) out[j] = weight[j] * (x[j] * factor);
 }
 
-// One token (1, 1, hidden) through a whole decoder block of LLaMA's kind, its keys and values kept in 4 bits.
-//
-// `norms`: before attention and before the MLP, and where a model has them those of each head's query and key. The layers are q, k, v, o, gate, up, down; `quantizers` has five numbers for each: bits (0: none), tail, knee and the
-// two clips. `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
-// `position`.
-Tensor decode_block(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
-                    at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
-                    const c10::List<std::optional<Tensor>>& biases, at::ArrayRef<double> quantizers,
-                    at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-                    int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
-  const int64_t size = hidden.numel(), dim = cosine.size(-1);
-  TORCH_CHECK(hidden.scalar_type() == at::kFloat && hidden.is_contiguous() && size == columns[0] && words.size() == 7 &&
-                  params.size() == 7 && quantizers.size() == 35 && cache.size() == 4 && (norms.size() == 2 || norms.size() == 4),
-              "decode_block: one token, seven layers, two or four norms and four tensors of cache are expected");
-  for (const Tensor& tensor : norms)
-    TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "decode_block: norms must be float32");
-  for (const Tensor& tensor : {cosine, sine})
-    TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(),
-                "decode_block: rotary embeddings must be contiguous float32");
-  TORCH_CHECK(norms[0].numel() == size && norms[1].numel() == size &&
-                  (norms.size() == 2 || (norms[2].numel() == dim && norms[3].numel() == dim)),
-              "decode_block: norms of another size");
-  TORCH_CHECK(cosine.numel() == dim && sine.numel() == dim && heads % kv_heads == 0 && dim % 2 == 0,
-              "decode_block: one position's rotary embedding and whole groups of heads are expected");
-  std::vector<Weights> w;
-  std::vector<Quantizer> q;
-  for (int k = 0; k < 7; ++k) {
-    w.push_back(weights_at(words, params, scales, columns, lengths, k));
-    const double* five = quantizers.data() + 5 * k;
-    q.push_back({static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
-                 static_cast<float>(five[3]), static_cast<float>(five[4])});
-  }
-  TORCH_CHECK(words[0].size(0) == heads * dim && words[1].size(0) == kv_heads * dim &&
-                  words[2].size(0) == kv_heads * dim && columns[3] == heads * dim && words[3].size(0) == size &&
-                  words[6].size(0) == size && words[4].size(0) == columns[6] && words[5].size(0) == columns[6],
-              "decode_block: the layers' sizes don't fit each other");
-  Cache kept[2];
-  for (int which = 0; which < 2; ++which) {
-    const Tensor &codes = cache[2 * which], &scale = cache[2 * which + 1];
-    TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && codes.scalar_type() == at::kByte &&
-                    scale.scalar_type() == at::kHalf && codes.dim() == 4 && codes.size(0) == 1 &&
-                    codes.size(1) == kv_heads && codes.size(2) > position && codes.size(3) == dim / 2 &&
-                    scale.size(2) == codes.size(2),
-                "decode_block: the cache has no room, or another shape");
-    kept[which] = {codes.data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()), codes.size(2),
-                   dim};
+// One token's way through blocks; holds the memory that all of them use in turn.
+class Pass {
+ public:
+  Pass(Team& team, int64_t size, int64_t dim, int64_t heads, int64_t kv_heads, int64_t position, float scaling,
+       float epsilon)
+      : team_(team), size_(size), dim_(dim), heads_(heads), kv_heads_(kv_heads), tokens_(position + 1),
+        scaling_(scaling), epsilon_(epsilon), normed_(size), attended_(heads * dim), projected_(size),
+        room_(kv_heads * attention_room(position + 1, dim, heads / kv_heads)) {}
+
+  void run(Block& block, float* stream, const float* cosine, const float* sine) {
+    const int64_t group = heads_ / kv_heads_;
+    for (int k = 0; k < LAYERS; ++k)
+      if (k != 3 && k != 6) outputs_[k].resize(block.rows[k]);
+    float *q = outputs_[0].data(), *k = outputs_[1].data(), *v = outputs_[2].data();
+
+    rms_norm(block.norms[0], stream, normed_.data(), size_, epsilon_);
+    float* queries[] = {q, k, v};
+    multiply(block, 0, 3, normed_.data(), queries);
+    if (block.norms[2]) {
+      for (int64_t head = 0; head < heads_; ++head)
+        rms_norm(block.norms[2], q + head * dim_, q + head * dim_, dim_, epsilon_);
+      for (int64_t head = 0; head < kv_heads_; ++head)
+        rms_norm(block.norms[3], k + head * dim_, k + head * dim_, dim_, epsilon_);
+    }
+    rotate(q, heads_, dim_, cosine, sine);
+    rotate(k, kv_heads_, dim_, cosine, sine);
+    for (int64_t head = 0; head < kv_heads_; ++head) {
+      block.kept[0].append(head, tokens_ - 1, k + head * dim_);
+      block.kept[1].append(head, tokens_ - 1, v + head * dim_);
+    }
+    const int64_t room = static_cast<int64_t>(room_.size()) / kv_heads_;
+    team_.share(kv_heads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t kv = begin; kv < end; ++kv)
+        attend(q, block.kept[0], block.kept[1], kv, tokens_, group, scaling_, room_.data() + kv * room,
+               attended_.data());
+    });
+    float* projected[] = {projected_.data()};
+    multiply(block, 3, 1, attended_.data(), projected);
+    for (int64_t i = 0; i < size_; ++i) stream[i] += projected_[i];
+
+    rms_norm(block.norms[1], stream, normed_.data(), size_, epsilon_);
+    float *gate = outputs_[4].data(), *up = outputs_[5].data();
+    float* gated[] = {gate, up};
+    multiply(block, 4, 2, normed_.data(), gated);
+    team_.share(block.rows[4], 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    });
+    multiply(block, 6, 1, gate, projected);
+    for (int64_t i = 0; i < size_; ++i) stream[i] += projected_[i];
   }
 
-  // A step's layers read one input: quantized once where their quantizers agree.
-  std::vector<float> room[3], laid[3];
-  const auto run = [&](int first, int count, const std::vector<float>& input, std::vector<float>* outputs) {
+ private:
+  // Layers first .. first + count - 1, which read one input: it is quantized once where their quantizers agree.
+  void multiply(const Block& block, int first, int count, const float* input, float** outputs) {
     Job jobs[3];
     const float* last = nullptr;
+    int64_t rows = 0, weights = 0;
     for (int j = 0; j < count; ++j) {
       const int k = first + j;
-      const float* from = input.data();
-      if (q[k].bits) {
-        if (j == 0 || !(q[k] == q[k - 1])) {
-          room[j].resize(columns[k]);
-          q[k].apply(input.data(), room[j].data(), columns[k]);
-          last = room[j].data();
+      const Weights& w = block.layers[k];
+      const float* from = input;
+      if (block.quantizers[k].bits) {
+        if (j == 0 || !(block.quantizers[k] == block.quantizers[k - 1])) {
+          quantized_[j].resize(w.shape.columns);
+          block.quantizers[k].apply(input, quantized_[j].data(), w.shape.columns);
+          last = quantized_[j].data();
         }
         from = last;
       }
-      outputs[j].resize(words[k].size(0));
-      jobs[j] = {w[k], words[k].size(0), laid_out(w[k].shape, from, 1, laid[j]), outputs[j].data()};
+      jobs[j] = {w, block.rows[k], laid_out(w.shape, from, 1, laid_[j]), outputs[j]};
+      rows += block.rows[k];
+      weights += block.rows[k] * w.shape.columns;
     }
-    multiply_few(jobs, count, 1);
-    for (int j = 0; j < count; ++j) {
-      const std::optional<Tensor> bias = biases.get(first + j);
-      if (!bias) continue;
-      const Tensor values = bias->to(at::kFloat).contiguous();
-      for (size_t i = 0; i < outputs[j].size(); ++i) outputs[j][i] += values.const_data_ptr<float>()[i];
-    }
+    const int64_t size = (std::max<int64_t>(1, rows * PIECE / weights) + 3) / 4 * 4;
+    team_.share(rows, size, [&](int64_t begin, int64_t end) {
+      for (int64_t j = 0, before = 0; j < count; before += jobs[j++].rows) {
+        const int64_t from = std::max(begin, before) - before, to = std::min(end, before + jobs[j].rows) - before;
+        if (from >= to) continue;
+        some_rows_of(jobs[j], from, to, 1);
+        if (const float* bias = block.biases[first + j])
+          for (int64_t row = from; row < to; ++row) jobs[j].y[row] += bias[row];
+      }
+    });
+  }
+
+  Team& team_;
+  const int64_t size_, dim_, heads_, kv_heads_, tokens_;
+  const float scaling_, epsilon_;
+  std::vector<float> normed_, attended_, projected_, room_, outputs_[LAYERS], quantized_[3], laid_[3];
+};
+
+// One token (1, 1, hidden) through all decoder blocks of a model of LLaMA's kind and the norm after them, the keys and
+// values kept in 4 bits.
+//
+// Of every block in turn: `norms`, before attention and before the MLP, and where a model has them those of each head's
+// query and key; then at the end the last norm. `words`, `params`, `scales`, `biases`, `columns` and `lengths` of the
+// layers q, k, v, o, gate, up, down; five numbers of each layer's quantizer, bits (0: none), tail, knee and the two
+// clips. `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
+// `position`.
+Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
+              at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
+              const c10::List<std::optional<Tensor>>& biases, at::ArrayRef<double> quantizers,
+              at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
+              int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
+  const int64_t size = hidden.numel(), dim = cosine.size(-1);
+  const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS;
+  TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
+                  biases.size() == layers && quantizers.size() == 5 * layers && columns.size() == layers &&
+                  lengths.size() == layers && cache.size() == 4 * blocks &&
+                  (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
+              "decode: seven layers, two or four norms and four tensors of cache a block, and one norm more are "
+              "expected");
+  TORCH_CHECK(hidden.scalar_type() == at::kFloat && hidden.is_contiguous() && size == columns[0],
+              "decode: one token is expected, contiguous float32");
+  for (const Tensor& tensor : {cosine, sine})
+    TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == dim,
+                "decode: one position's rotary embedding is expected, contiguous float32");
+  TORCH_CHECK(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && dim % 2 == 0,
+              "decode: whole groups of heads, and heads of even length, are expected");
+  const size_t each_norms = (norms.size() - 1) / blocks;
+  const auto norm_at = [&](size_t index, int64_t count) {
+    const Tensor& norm = norms[index];
+    TORCH_CHECK(norm.scalar_type() == at::kFloat && norm.is_contiguous() && norm.numel() == count,
+                "decode: norms must be float32, of the size that they are for");
+    return norm.const_data_ptr<float>();
   };
 
-  const float* x = hidden.const_data_ptr<float>();
-  std::vector<float> normed(size), stream(x, x + size), qkv[3], attended(heads * dim), projected[1], gated[2];
-  const auto norm = [&](const Tensor& weight, const float* values, float* result) {
-    const int64_t count = weight.numel();
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * values[i];
-    const float factor = 1.0f / std::sqrt(static_cast<float>(sum / count) + static_cast<float>(epsilon));
-    for (int64_t i = 0; i < count; ++i) result[i] = weight.const_data_ptr<float>()[i] * (values[i] * factor);
-  };
+  std::vector<Block> program(blocks);
+  std::vector<Tensor> held;  // biases in float32
+  for (size_t b = 0; b < blocks; ++b) {
+    Block& block = program[b];
+    for (size_t n = 0; n < 4; ++n)
+      block.norms[n] = n < each_norms ? norm_at(b * each_norms + n, n < 2 ? size : dim) : nullptr;
+    for (int k = 0; k < LAYERS; ++k) {
+      const size_t at = b * LAYERS + k;
+      block.layers[k] = weights_of(words[at], params[at], scales.get(at), columns[at], lengths[at]);
+      block.rows[k] = words[at].size(0);
+      const double* five = quantizers.data() + 5 * at;
+      block.quantizers[k] = {static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
+                             static_cast<float>(five[3]), static_cast<float>(five[4])};
+      block.biases[k] = nullptr;
+      if (const std::optional<Tensor> bias = biases.get(at)) {
+        TORCH_CHECK(bias->numel() == block.rows[k], "decode: a bias of another size");
+        held.push_back(bias->to(at::kFloat).contiguous());
+        block.biases[k] = held.back().const_data_ptr<float>();
+      }
+    }
+    const int64_t *rows = block.rows, *in = columns.data() + b * LAYERS;
+    TORCH_CHECK(in[0] == size && in[1] == size && in[2] == size && rows[0] == heads * dim && rows[1] == kv_heads * dim &&
+                    rows[2] == kv_heads * dim && in[3] == heads * dim && rows[3] == size && in[4] == size &&
+                    in[5] == size && rows[4] == in[6] && rows[5] == in[6] && rows[6] == size,
+                "decode: the layers' sizes don't fit each other");
+    for (int which = 0; which < 2; ++which) {
+      const Tensor &codes = cache[4 * b + 2 * which], &scale = cache[4 * b + 2 * which + 1];
+      TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && codes.scalar_type() == at::kByte &&
+                      scale.scalar_type() == at::kHalf && codes.dim() == 4 && codes.size(0) == 1 &&
+                      codes.size(1) == kv_heads && codes.size(2) > position && codes.size(3) == dim / 2 &&
+                      scale.dim() == 4 && scale.size(1) == kv_heads && scale.size(2) == codes.size(2) &&
+                      scale.size(3) == 2,
+                  "decode: the cache has no room, or another shape");
+      block.kept[which] = {codes.data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()),
+                           codes.size(2), dim};
+    }
+  }
+  const float* last = norm_at(norms.size() - 1, size);
 
-  norm(norms[0], stream.data(), normed.data());
-  run(0, 3, normed, qkv);
-  for (size_t which = 2; which < norms.size(); ++which)
-    for (float* head = qkv[which - 2].data(); head != qkv[which - 2].data() + qkv[which - 2].size(); head += dim)
-      norm(norms[which], head, head);
-  rotate(qkv[0].data(), heads, dim, cosine.const_data_ptr<float>(), sine.const_data_ptr<float>());
-  rotate(qkv[1].data(), kv_heads, dim, cosine.const_data_ptr<float>(), sine.const_data_ptr<float>());
-  for (int which = 0; which < 2; ++which)
-    for (int64_t head = 0; head < kv_heads; ++head)
-      kept[which].append(head, position, qkv[which + 1].data() + head * dim);
-  attend(qkv[0].data(), kept[0], kept[1], position + 1, heads, kv_heads, static_cast<float>(scaling), attended.data());
-  run(3, 1, attended, projected);
-  for (int64_t i = 0; i < size; ++i) stream[i] += projected[0][i];
-
-  norm(norms[1], stream.data(), normed.data());
-  run(4, 2, normed, gated);
-  for (size_t i = 0; i < gated[0].size(); ++i) gated[0][i] = gated[0][i] / (1.0f + std::exp(-gated[0][i])) * gated[1][i];
-  run(6, 1, gated[0], projected);
+  std::vector<float> stream(hidden.const_data_ptr<float>(), hidden.const_data_ptr<float>() + size);
   Tensor out = at::empty_like(hidden);
-  for (int64_t i = 0; i < size; ++i) out.data_ptr<float>()[i] = stream[i] + projected[0][i];
+  const float *turn = cosine.const_data_ptr<float>(), *tilt = sine.const_data_ptr<float>();
+  float* result = out.data_ptr<float>();
+  with_team([&](Team& team) {
+    Pass pass(team, size, dim, heads, kv_heads, position, static_cast<float>(scaling), static_cast<float>(epsilon));
+    for (Block& block : program) pass.run(block, stream.data(), turn, tilt);
+    rms_norm(last, stream.data(), result, size, static_cast<float>(epsilon));
+  });
   return out;
 }
 
@@ -287,7 +377,7 @@ TORCH_LIBRARY(lbllm, m) {
   m.def("unpack_words(Tensor words, int columns, int length, int bits) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");
   m.def(
-      "decode_block(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] norms, Tensor[] words, Tensor[] params, "
+      "decode(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] norms, Tensor[] words, Tensor[] params, "
       "Tensor?[] scales, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, Tensor(a!)[] cache, "
       "int position, int heads, int kv_heads, float scaling, float epsilon) -> Tensor");
   m.def("quantize_activations(Tensor x, float knee, float clip_low, float clip_high, int bits, int tail) -> Tensor");
@@ -298,6 +388,6 @@ TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("pack_words", pack_words);
   m.impl("unpack_words", unpack_words);
   m.impl("bfloat16_linear", bfloat16_linear);
-  m.impl("decode_block", decode_block);
+  m.impl("decode", decode);
   m.impl("quantize_activations", quantize_activations);
 }

@@ -313,22 +313,8 @@ void some_tokens(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
   }
 }
 
-// Few tokens through one or several layers, whose rows are shared out among the threads together.
-inline void multiply_few(const Job* jobs, int count, int64_t tokens) {
-  int64_t rows = 0, work = 0;
-  for (int j = 0; j < count; ++j) {
-    rows += jobs[j].rows;
-    work += jobs[j].rows * jobs[j].weights.shape.columns * tokens;
-  }
-  const int64_t grain = std::max<int64_t>(4, rows * WORK / std::max<int64_t>(1, work));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (int j = 0; j < count; first += jobs[j++].rows) {
-      const int64_t from = std::max(begin, first) - first, to = std::min(end, first + jobs[j].rows) - first;
-      if (from >= to) continue;
-      (jobs[j].weights.params.count == 2 ? some_tokens<1> : some_tokens<2>)(jobs[j], from, to, tokens);
-    }
-  });
+inline void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
+  (job.weights.params.count == 2 ? some_tokens<1> : some_tokens<2>)(job, begin, end, tokens);
 }
 
 // x (tokens, columns) in the order of the words, in `room` where it isn't that already.
