@@ -338,5 +338,5 @@ def test_embedded_corpus_has_text_for_the_quick_preset_and_to_judge_by() -> None
     quick = make_config("quick")
     sizes = {part: load_corpus("embedded", own, seq_len=512, tokens=10**8, part=part).tokens for part in PARTS}
     assert sizes["train"] >= quick.tokens
-    assert sum(sizes.values()) >= 600_000
+    assert sum(sizes.values()) >= 1_000_000
     assert min(sizes.values()) >= 4_096
