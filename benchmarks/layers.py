@@ -1,9 +1,10 @@
 """Packed layers beside dense ones of the same shape, in one run: ``python -m benchmarks.layers``.
 
 For every shape and number of tokens: the time of torch's linear layer in float32 and bfloat16, and of the packed layer
-W(1+1) at group size 64, with the input as it is (A16) and quantized to 4 bits (A4). All take turns, over several copies
-of their weights where one would fit into the caches; printed is the median. Beside one token: the share of the read
-bandwidth, measured in the same run, at which the packed weights were read.
+W(1+1) at group size 64, with the input as it is (A16) and quantized to 4 bits (A4), the latter by table lookup, which
+is what models use, and by the float products of A16 (up to 8 tokens; more of them take one way). All take turns, over
+several copies of their weights where one would fit into the caches; printed is the median. Beside one token: the share
+of the read bandwidth, measured in the same run, at which the packed weights were read by A16 and by A4.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ SHAPES = {
 BEYOND_CACHES = 128_000_000  # bytes that no cache holds
 
 
-def packed_layer(columns: int, rows: int, act_bits: int) -> PackedLinear:
-    """A layer of random bits."""
+def packed_layer(columns: int, rows: int, act_bits: int, *, tables: bool = True) -> PackedLinear:
+    """A layer of random bits; ``tables`` off: without table lookup."""
     fmt = LayerFormat.model_validate({"format": "w1+1", "group_size": 64, "param_bits": 16, "act_bits": act_bits})
     layer = PackedLinear(columns, rows, fmt, bias=False, tail=2, dtype=torch.float32)
     layer.weight.random_(0, 256)
     layer.params.copy_(0.02 * torch.randn(layer.params.shape))
+    if not tables:
+        layer.looks_up = lambda: False  # type: ignore[method-assign]
     return layer
 
 
@@ -94,7 +97,8 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {cores} threads, {instructions}, {date.today()}")
     memory = read_bandwidth(512)
     print(f"read bandwidth: {memory / 1e9:.1f} GB/s from memory")
-    header = ("layer in x out", "tokens", "fp32 ms", "bf16 ms", "A16 ms", "A4 ms", "fp32/A16", "bf16/A16", "bandwidth")
+    header = ["layer in x out", "tokens", "fp32 ms", "bf16 ms", "A16 ms", "A4 ms", "A4 floats ms"]
+    header += ["fp32/A16", "bf16/A16", "fp32/A4", "bf16/A4", "bandwidth A16", "A4"]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
     for model, shapes in SHAPES.items():
         for columns, rows in shapes:
@@ -105,13 +109,15 @@ def main() -> None:
                     turns(lambda r=rows, c=columns: dense_layer(c, r, torch.bfloat16), x.bfloat16()),  # type: ignore[misc]
                     turns(lambda r=rows, c=columns: packed_layer(c, r, 16), x),  # type: ignore[misc]
                     turns(lambda r=rows, c=columns: packed_layer(c, r, 4), x),  # type: ignore[misc]
+                    turns(lambda r=rows, c=columns: packed_layer(c, r, 4, tables=False), x),  # type: ignore[misc]
                 ]
-                fp32, bf16, a16, a4 = median_seconds(works, arguments.seconds)
+                fp32, bf16, a16, a4, floats = median_seconds(works, arguments.seconds)
                 size = sum(buffer.nbytes for buffer in packed_layer(columns, rows, 16).buffers())
-                share = f"{size / a16 / memory:.0%}" if tokens == 1 else ""
                 row = [f"{model} {columns} x {rows}", str(tokens)]
-                row += [f"{1e3 * t:.3f}" for t in (fp32, bf16, a16, a4)]
-                print("| " + " | ".join([*row, f"{fp32 / a16:.1f}", f"{bf16 / a16:.1f}", share]) + " |", flush=True)
+                row += [f"{1e3 * t:.3f}" for t in (fp32, bf16, a16, a4, floats)]
+                row += [f"{dense / packed:.1f}" for packed in (a16, a4) for dense in (fp32, bf16)]
+                row += [f"{size / packed / memory:.0%}" if tokens == 1 else "" for packed in (a16, a4)]
+                print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -129,12 +129,17 @@ class BinaryLinear(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
+TILE = 32  # rows that a table lookup serves at once
+LONGEST = 2048  # columns of a group whose sum of codes fits into 16 bits
+
+
 class PackedLinear(nn.Module):
     """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
 
     On the CPU ``lbllm.kernels`` does it: at its first call the layer rearranges its bits for this processor, and puts
-    them back when it is saved or moved. Elsewhere, and without a compiler, this is the PyTorch reference path: it
-    expands the layer's weight for one call and drops it, unless ``keep_dense`` was called.
+    them back when it is saved or moved. On a GPU ``lbllm.kernels.gpu`` does it from the bits as they are stored.
+    Elsewhere, and without a compiler, this is the PyTorch reference path: it expands the layer's weight for one call
+    and drops it, unless ``keep_dense`` was called.
     """
 
     def __init__(
@@ -197,19 +202,39 @@ class PackedLinear(nn.Module):
         self.dense = self.dequantize().to(dtype)
 
     def arranged(self) -> Tensor:
-        """The bits as this processor's kernels read them; where the layer has them so, it has them no other way."""
+        """The bits as this processor's kernels read them; where the layer has them so, it has them no other way.
+
+        Tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute, else words.
+        """
+        if self.words is not None and (self.words.dtype == torch.uint8) != self.looks_up():
+            self._put_back()
         if self.words is None:
-            self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+            if self.looks_up():
+                rows, planes, columns = self.weight.shape
+                halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
+                self.words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
+            else:
+                self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
             self.weight = self.weight.new_empty(0)
         return self.words
 
+    def looks_up(self) -> bool:
+        """Whether the layer is computed by table lookup: 4-bit activations, float16 parameters, whole tiles."""
+        fits = self.in_features % 8 == 0 and self.out_features % TILE == 0 and self.params_scale is None
+        groups = self.length % 8 == 0 and self.length <= LONGEST
+        return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
+
     def _put_back(self) -> None:
         """Undo the kernels' own order of the bits: what is stored, and what other devices read, is the common one."""
-        if self.words is not None:
-            planes = torch.ops.lbllm.unpack_words(
-                self.words, self.in_features, self.length, LEVELS[self.fmt.format] // 2
-            )
-            self.weight, self.words = planes, None
+        if self.words is None:
+            return
+        planes = LEVELS[self.fmt.format] // 2
+        if self.words.dtype == torch.uint8:
+            halves = self.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
+            self.weight = halves.reshape(self.out_features, planes, -1)
+        else:
+            self.weight = torch.ops.lbllm.unpack_words(self.words, self.in_features, self.length, planes)
+        self.words = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._put_back()
@@ -234,13 +259,28 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
+        result: Tensor
         # The kernels sum in float32.
         if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
             words = self.arranged()
+            if self.quantizer is not None and self.looks_up():
+                knee, low, high, _, tail = self.quantizer.settings()
+                result = torch.ops.lbllm.packed_lookup(
+                    x, words, self.params, self.bias, self.in_features, self.length, knee, low, high, tail
+                )
+                return result
             if self.quantizer is not None:
                 x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
-            result: Tensor = torch.ops.lbllm.packed_linear(
+            result = torch.ops.lbllm.packed_linear(
                 x, words, self.params, self.params_scale, self.bias, self.in_features, self.length
+            )
+            return result
+        gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
+        if gpu is not None and x.dtype != torch.float64:
+            if self.quantizer is not None:
+                x = gpu.quantize_activations(x, *self.quantizer.settings())
+            result = gpu.packed_linear(
+                x, self.weight, self.params, self.params_scale, self.bias, self.in_features, self.length
             )
             return result
         if self.quantizer is not None:

@@ -142,7 +142,7 @@ class ModelPool:
 
 def _open(name: str) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    expand = device != "cpu" or not kernels.ready()
+    expand = kernels.on_gpu() is None if device == "cuda" else not kernels.ready()
     if name == SHIPPED:
         name = str(shipped_checkpoint())
     packed = is_checkpoint(name)

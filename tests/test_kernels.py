@@ -99,8 +99,60 @@ def test_any_layer_gives_what_its_weights_say(
     assert bool(((got - wanted).abs() <= 1e-5 * scale + 1e-30).all())
 
 
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 60),
+    st.sampled_from(["w1+1", "w1"]),
+    st.sampled_from([-1, 8, 24, 64, 128]),
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 8, 9, 40]),
+    st.booleans(),
+    st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
+    st.integers(0, 2**32),
+)
+@torch.no_grad()
+def test_four_bit_activations_meet_their_weights_in_tables(
+    tiles: int, blocks: int, kind: str, group: int, tail: int, tokens: int, bias: bool, size: float, seed: int
+) -> None:
+    fmt = layer_format(group, 4).model_copy(update={"format": kind})
+    layer = random_layer(32 * tiles, 8 * blocks, fmt, bias=bias, seed=seed, tail=tail)
+    generator = torch.Generator().manual_seed(seed + 1)
+    # Some values far out, and tokens of one sign.
+    x = size * torch.randn(tokens, 8 * blocks, generator=generator).pow(3)
+    x[0] = x[0].abs() * (-1 if seed % 2 else 1)
+    wanted, scale = expected(layer, x)
+    got = layer(x)
+    assert layer.words is not None
+    assert layer.words.dtype == torch.uint8
+    assert bool(((got - wanted).abs() <= 1e-5 * scale + 1e-30).all())
+    quantizer, layer.quantizer = layer.quantizer, None
+    plain = layer(x)
+    assert layer.words.dtype == torch.int32
+    wanted, scale = expected(layer, x)
+    assert bool(((plain - wanted).abs() <= 1e-5 * scale + 1e-30).all())
+    layer.quantizer = quantizer
+    assert torch.equal(layer(x), got)
+
+
+@torch.no_grad()
+def test_a_value_that_is_no_number_is_not_lost_in_a_table() -> None:
+    layer = random_layer(32, 64, layer_format(32, 4))
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(2, 64)
+        x[1, 5] = value
+        got = layer(x)
+        assert bool(got[0].isfinite().all())
+        assert not bool(got[1].isfinite().any())
+
+
 @settings(deadline=None)
-@given(st.integers(1, 20), st.integers(1, 300), formats(), st.integers(0, 2**32))
+@given(
+    st.integers(1, 20) | st.sampled_from([32, 64]),
+    st.integers(1, 300) | st.integers(1, 30).map(lambda blocks: 8 * blocks),
+    formats((4, 16)),
+    st.integers(0, 2**32),
+)
 @torch.no_grad()
 def test_the_bits_come_back_as_they_were(rows: int, columns: int, fmt: LayerFormat, seed: int) -> None:
     layer = random_layer(rows, columns, fmt, seed=seed)
@@ -198,11 +250,21 @@ def test_other_instruction_sets_compute_the_same(instructions: str) -> None:
         instructions == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512"
     ):
         pytest.skip("tested above, or not had by this processor")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "any_layer or bits_come"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "any_layer or bits_come or tables",
+    ]
     environment = os.environ | {"LBLLM_KERNELS": instructions, "PYTEST_PORTABLE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert "2 passed" in result.stdout
+    assert "3 passed" in result.stdout
 
 
 def _process(code: str, environment: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
     ready()             compiles if need be, loads; False where it can't, which is then said once
     packed_linear(...)  and the other operators: torch.ops.lbllm
+    on_gpu()            the module of Triton kernels, None where they can't be used, which is then said once
 
 The library is built by the system's C++ compiler (CXX, else c++ or g++ or clang++) for the widest of the instruction
 sets that PyTorch finds (AVX-512, AVX2, or portable code) and lies under LBLLM_HOME/kernels, named by the hash of
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +28,9 @@ from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "attention.h", "team.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "lookup.h", "attention.h", "team.h")
+)
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -109,3 +113,20 @@ def ready() -> bool:
         )
         return False
     return True
+
+
+@functools.cache
+def on_gpu() -> ModuleType | None:
+    """``lbllm.kernels.gpu`` where it works on this machine's GPU, tried once; warns once where it doesn't."""
+    if os.environ.get("LBLLM_KERNELS") == "none" or not torch.cuda.is_available():
+        return None
+    try:
+        from lbllm.kernels import gpu
+
+        reason = None if gpu.works() else "Triton's results are wrong"
+    except Exception as error:  # whatever a driver or a compiler of this machine stumbles over
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return gpu
+    warnings.warn(f"packed layers compute on the GPU in PyTorch, slowly: {reason}", stacklevel=2)
+    return None

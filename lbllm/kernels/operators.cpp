@@ -1,6 +1,7 @@
 // The operators of torch.ops.lbllm on the CPU.
 
 #include "attention.h"
+#include "lookup.h"
 #include "packed.h"
 #include "team.h"
 
@@ -59,6 +60,69 @@ Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params,
       (one ? expand_rows<1> : expand_rows<2>)(w, row, row + count, dense.data_ptr<float>());
       Tensor part = y.narrow(1, row, count);
       part.copy_(at::mm(input, dense.narrow(0, 0, count).t()));
+    }
+  }
+  if (bias) y.add_(*bias);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = rows;
+  return y.reshape(sizes).to(x.scalar_type());
+}
+
+Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
+  TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
+                  tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
+              "packed_lookup: tiles must be contiguous uint8 (rows / 32, columns / 8, 1 or 2, 32)");
+  // More columns would not fit into 16 bits.
+  TORCH_CHECK(length % 8 == 0 && length > 0 && length <= 2048, "packed_lookup: groups have 8, 16, .. 2048 columns");
+  const int64_t groups = (columns + length - 1) / length, bits = tiles.size(2);
+  TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 3 &&
+                  params.size(0) == tiles.size(0) * TILE && params.size(1) == groups && params.size(2) == 2 * bits,
+              "packed_lookup: params must be contiguous float16 (rows, groups, 2 or 4)");
+  return {tiles.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(params.const_data_ptr()), columns, length,
+          groups, static_cast<int>(bits)};
+}
+
+// y (..., rows) = q(x) W^T + bias for x (..., columns), its values put on the grid of 4-bit activations, in x's dtype.
+Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params, const std::optional<Tensor>& bias,
+                     int64_t columns, int64_t length, double knee, double clip_low, double clip_high, int64_t tail) {
+  const Tiles w = tiles_of(tiles, params, columns, length);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns, "packed_lookup: the last dimension of x must be ", columns);
+  TORCH_CHECK(tail >= 0 && tail <= 7, "packed_lookup: a tail has at most 7 steps");
+  const Quantizer quantizer{4, static_cast<int>(tail), static_cast<float>(knee), static_cast<float>(clip_low),
+                            static_cast<float>(clip_high)};
+  const int64_t count = tiles.size(0), rows = count * TILE, tokens = x.numel() / columns;
+  const Tensor input = x.reshape({tokens, columns}).to(at::kFloat).contiguous();
+  const float* from = input.const_data_ptr<float>();
+  Tensor y = at::empty({tokens, rows}, input.options());
+  float* to = y.data_ptr<float>();
+  if (tokens <= FEW) {
+    std::vector<Lookup> lookups(tokens);
+    for (int64_t token = 0; token < tokens; ++token)
+      lookups[token].build(quantizer, from + token * columns, columns, length);
+    at::parallel_for(0, count, std::max<int64_t>(1, WORK / std::max<int64_t>(1, TILE * columns * tokens)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t tile = begin; tile < end; ++tile)
+                         for (int64_t token = 0; token < tokens; ++token)
+                           look_up(w, tile, tile + 1, lookups[token], to + token * rows);
+                     });
+  } else {
+    Tensor grid = at::empty_like(input);
+    float* on = grid.data_ptr<float>();
+    at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / columns / 4), [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token)
+        quantizer.apply(from + token * columns, on + token * columns, columns);
+    });
+    const int64_t together = std::max<int64_t>(2, EXPANDED / columns / TILE);
+    Tensor dense = at::empty({std::min(together, count) * TILE, columns}, input.options());
+    for (int64_t tile = 0; tile < count; tile += together) {
+      const int64_t now = std::min(together, count - tile);
+      float* expanded = dense.data_ptr<float>();
+      at::parallel_for(0, now, std::max<int64_t>(1, WORK / columns / TILE), [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k)
+          (w.bits == 1 ? expand_tile<1> : expand_tile<2>)(w, tile + k, expanded + k * TILE * columns);
+      });
+      Tensor part = y.narrow(1, tile * TILE, now * TILE);
+      part.copy_(at::mm(grid, dense.narrow(0, 0, now * TILE).t()));
     }
   }
   if (bias) y.add_(*bias);
@@ -170,13 +234,20 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
 constexpr int LAYERS = 7;           // q, k, v, o, gate, up, down
 constexpr int64_t PIECE = 1 << 16;  // weights that a thread takes at a time, some 10 microseconds
 
+// A packed layer, its bits in words or in tiles.
+struct Layer {
+  bool tiled;
+  Weights words;
+  Tiles tiles;
+  int64_t rows, columns, length;
+  Quantizer quantizer;
+  const float* bias;
+};
+
 // A decoder block of LLaMA's kind.
 struct Block {
   const float* norms[4];  // before attention, before the MLP, and perhaps of each head's query and key
-  Weights layers[LAYERS];
-  int64_t rows[LAYERS];
-  Quantizer quantizers[LAYERS];
-  const float* biases[LAYERS];
+  Layer layers[LAYERS];
   Cache kept[2];
 };
 
@@ -203,7 +274,7 @@ class Pass {
   void run(Block& block, float* stream, const float* cosine, const float* sine) {
     const int64_t group = heads_ / kv_heads_;
     for (int k = 0; k < LAYERS; ++k)
-      if (k != 3 && k != 6) outputs_[k].resize(block.rows[k]);
+      if (k != 3 && k != 6) outputs_[k].resize(block.layers[k].rows);
     float *q = outputs_[0].data(), *k = outputs_[1].data(), *v = outputs_[2].data();
 
     rms_norm(block.norms[0], stream, normed_.data(), size_, epsilon_);
@@ -235,7 +306,7 @@ class Pass {
     float *gate = outputs_[4].data(), *up = outputs_[5].data();
     float* gated[] = {gate, up};
     multiply(block, 4, 2, normed_.data(), gated);
-    team_.share(block.rows[4], 256, [&](int64_t begin, int64_t end) {
+    team_.share(block.layers[4].rows, 256, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
     });
     multiply(block, 6, 1, gate, projected);
@@ -246,32 +317,50 @@ class Pass {
   // Layers first .. first + count - 1, which read one input: it is quantized once where their quantizers agree.
   void multiply(const Block& block, int first, int count, const float* input, float** outputs) {
     Job jobs[3];
+    const Lookup* lookups[3] = {};
     const float* last = nullptr;
-    int64_t rows = 0, weights = 0;
+    int64_t units = 0, rows = 0, weights = 0;  // a unit: 32 rows of one layer
     for (int j = 0; j < count; ++j) {
-      const int k = first + j;
-      const Weights& w = block.layers[k];
-      const float* from = input;
-      if (block.quantizers[k].bits) {
-        if (j == 0 || !(block.quantizers[k] == block.quantizers[k - 1])) {
-          quantized_[j].resize(w.shape.columns);
-          block.quantizers[k].apply(input, quantized_[j].data(), w.shape.columns);
-          last = quantized_[j].data();
+      const Layer &layer = block.layers[first + j], &before = block.layers[first + j - (j > 0)];
+      const bool same = j > 0 && layer.quantizer == before.quantizer && layer.tiled == before.tiled;
+      if (layer.tiled) {
+        if (same && layer.length == before.length) {
+          lookups[j] = lookups[j - 1];
+        } else {
+          lookups_[j].build(layer.quantizer, input, layer.columns, layer.length);
+          lookups[j] = &lookups_[j];
         }
-        from = last;
+      } else {
+        const float* from = input;
+        if (layer.quantizer.bits) {
+          if (!same) {
+            quantized_[j].resize(layer.columns);
+            layer.quantizer.apply(input, quantized_[j].data(), layer.columns);
+            last = quantized_[j].data();
+          }
+          from = last;
+        }
+        jobs[j] = {layer.words, layer.rows, laid_out(layer.words.shape, from, 1, laid_[j]), outputs[j]};
       }
-      jobs[j] = {w, block.rows[k], laid_out(w.shape, from, 1, laid_[j]), outputs[j]};
-      rows += block.rows[k];
-      weights += block.rows[k] * w.shape.columns;
+      units += (layer.rows + TILE - 1) / TILE;
+      rows += layer.rows;
+      weights += layer.rows * layer.columns;
     }
-    const int64_t size = (std::max<int64_t>(1, rows * PIECE / weights) + 3) / 4 * 4;
-    team_.share(rows, size, [&](int64_t begin, int64_t end) {
-      for (int64_t j = 0, before = 0; j < count; before += jobs[j++].rows) {
-        const int64_t from = std::max(begin, before) - before, to = std::min(end, before + jobs[j].rows) - before;
+    team_.share(units, std::max<int64_t>(1, rows * PIECE / weights / TILE), [&](int64_t begin, int64_t end) {
+      int64_t passed = 0;
+      for (int j = 0; j < count; ++j) {
+        const Layer& layer = block.layers[first + j];
+        const int64_t own = (layer.rows + TILE - 1) / TILE;
+        const int64_t from = std::max(begin, passed) - passed, to = std::min(end, passed + own) - passed;
+        passed += own;
         if (from >= to) continue;
-        some_rows_of(jobs[j], from, to, 1);
-        if (const float* bias = block.biases[first + j])
-          for (int64_t row = from; row < to; ++row) jobs[j].y[row] += bias[row];
+        const int64_t top = from * TILE, bottom = std::min(layer.rows, to * TILE);
+        if (layer.tiled)
+          look_up(layer.tiles, from, to, *lookups[j], outputs[j]);
+        else
+          some_rows_of(jobs[j], top, bottom, 1);
+        if (layer.bias)
+          for (int64_t row = top; row < bottom; ++row) outputs[j][row] += layer.bias[row];
       }
     });
   }
@@ -280,6 +369,7 @@ class Pass {
   const int64_t size_, dim_, heads_, kv_heads_, tokens_;
   const float scaling_, epsilon_;
   std::vector<float> normed_, attended_, projected_, room_, outputs_[LAYERS], quantized_[3], laid_[3];
+  Lookup lookups_[3];
 };
 
 // One token (1, 1, hidden) through all decoder blocks of a model of LLaMA's kind and the norm after them, the keys and
@@ -326,23 +416,34 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       block.norms[n] = n < each_norms ? norm_at(b * each_norms + n, n < 2 ? size : dim) : nullptr;
     for (int k = 0; k < LAYERS; ++k) {
       const size_t at = b * LAYERS + k;
-      block.layers[k] = weights_of(words[at], params[at], scales.get(at), columns[at], lengths[at]);
-      block.rows[k] = words[at].size(0);
+      Layer& layer = block.layers[k];
+      layer.tiled = words[at].scalar_type() == at::kByte;
+      layer.columns = columns[at];
+      layer.length = lengths[at];
+      layer.rows = params[at].size(0);
       const double* five = quantizers.data() + 5 * at;
-      block.quantizers[k] = {static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
-                             static_cast<float>(five[3]), static_cast<float>(five[4])};
-      block.biases[k] = nullptr;
+      layer.quantizer = {static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
+                         static_cast<float>(five[3]), static_cast<float>(five[4])};
+      if (layer.tiled) {
+        TORCH_CHECK(layer.quantizer.bits == 4, "decode: layers in tiles have 4-bit activations");
+        layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);
+      } else {
+        layer.words = weights_of(words[at], params[at], scales.get(at), layer.columns, layer.length);
+      }
+      layer.bias = nullptr;
       if (const std::optional<Tensor> bias = biases.get(at)) {
-        TORCH_CHECK(bias->numel() == block.rows[k], "decode: a bias of another size");
+        TORCH_CHECK(bias->numel() == layer.rows, "decode: a bias of another size");
         held.push_back(bias->to(at::kFloat).contiguous());
-        block.biases[k] = held.back().const_data_ptr<float>();
+        layer.bias = held.back().const_data_ptr<float>();
       }
     }
-    const int64_t *rows = block.rows, *in = columns.data() + b * LAYERS;
-    TORCH_CHECK(in[0] == size && in[1] == size && in[2] == size && rows[0] == heads * dim && rows[1] == kv_heads * dim &&
-                    rows[2] == kv_heads * dim && in[3] == heads * dim && rows[3] == size && in[4] == size &&
-                    in[5] == size && rows[4] == in[6] && rows[5] == in[6] && rows[6] == size,
-                "decode: the layers' sizes don't fit each other");
+    const Layer* at = block.layers;
+    const int64_t wide = heads * dim, narrow = kv_heads * dim, middle = at[6].columns;
+    const int64_t sizes[LAYERS][2] = {{size, wide}, {size, narrow}, {size, narrow}, {wide, size},
+                                      {size, middle}, {size, middle}, {middle, size}};
+    for (int k = 0; k < LAYERS; ++k)
+      TORCH_CHECK(at[k].columns == sizes[k][0] && at[k].rows == sizes[k][1],
+                  "decode: the layers' sizes don't fit each other");
     for (int which = 0; which < 2; ++which) {
       const Tensor &codes = cache[4 * b + 2 * which], &scale = cache[4 * b + 2 * which + 1];
       TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && codes.scalar_type() == at::kByte &&
@@ -373,6 +474,9 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
 
 TORCH_LIBRARY(lbllm, m) {
   m.def("packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? bias, int columns, int length) -> Tensor");
+  m.def(
+      "packed_lookup(Tensor x, Tensor tiles, Tensor params, Tensor? bias, int columns, int length, float knee, "
+      "float clip_low, float clip_high, int tail) -> Tensor");
   m.def("pack_words(Tensor planes, int columns, int length) -> Tensor");
   m.def("unpack_words(Tensor words, int columns, int length, int bits) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");
@@ -385,6 +489,7 @@ TORCH_LIBRARY(lbllm, m) {
 
 TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("packed_linear", packed_linear);
+  m.impl("packed_lookup", packed_lookup);
   m.impl("pack_words", pack_words);
   m.impl("unpack_words", unpack_words);
   m.impl("bfloat16_linear", bfloat16_linear);

@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -178,13 +179,20 @@ class RowParams {
       return spread(_mm256_add_ps(mu, _mm256_xor_ps(alpha, sign)));
     }
 #endif
+    alignas(16) float out[4];
+    levels_to(group, out);
+    return spread(out);
+  }
+  INLINE void levels_to(int64_t group, float out[4]) const {
     float p[4];
     for (int k = 0; k < count_; ++k)
       p[k] = halves_ ? half_to_float(halves_[group * count_ + k])
                      : static_cast<float>(bytes_[group * count_ + k]) * step_[k] + low_[k];
     const int inner = count_ == 4 ? 2 : 0;  // G = 0 is the second pair
-    alignas(16) const float out[4] = {p[inner + 1] - p[inner], p[inner + 1] + p[inner], p[1] - p[0], p[1] + p[0]};
-    return spread(out);
+    out[0] = p[inner + 1] - p[inner];
+    out[1] = p[inner + 1] + p[inner];
+    out[2] = p[1] - p[0];
+    out[3] = p[1] + p[0];
   }
 
  private:
@@ -368,8 +376,11 @@ struct Quantizer {
 
   bool operator==(const Quantizer&) const = default;
 
-  // One token's values on its grid.
-  void apply(const float* x, float* out, int64_t features) const {
+  // One token's grid.
+  struct Grid {
+    float body, zero, span, low, high, tails;
+  };
+  Grid grid(const float* x, int64_t features) const {
     float least = 0, most = 0;
     for (int64_t i = 0; i < features; ++i) {
       least = std::min(least, x[i]);
@@ -379,12 +390,19 @@ struct Quantizer {
     const float share = tail ? knee : 1.0f, bottom = clip_low * least, top = clip_high * most;
     const float body = std::max(share * (top - bottom) / steps, 1e-12f);
     const float zero = std::nearbyint(-share * bottom / body), span = steps - zero;
+    if (!tail) return {body, zero, span, 0, 0, 0};
+    const float low = std::max(-zero * body - bottom, 0.0f) / tails, high = std::max(top - span * body, 0.0f) / tails;
+    return {body, zero, span, low, high, tails};
+  }
+
+  // One token's values on its grid.
+  void apply(const float* x, float* out, int64_t features) const {
+    const auto [body, zero, span, low, high, tails] = grid(x, features);
     if (!tail) {
       for (int64_t i = 0; i < features; ++i)
         out[i] = body * std::min(std::max(std::nearbyint(x[i] / body), -zero), span);
       return;
     }
-    const float low = std::max(-zero * body - bottom, 0.0f) / tails, high = std::max(top - span * body, 0.0f) / tails;
     const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
     for (int64_t i = 0; i < features; ++i) {
       const float code = std::min(std::max(std::nearbyint(x[i] / body), -zero), span), edge = code * body;
@@ -392,6 +410,28 @@ struct Quantizer {
       const float above = std::min(std::max(std::nearbyint((x[i] - edge) / high_step), 0.0f), tails);
       out[i] = edge - (code == -zero ? low * below : 0.0f) + (code == span ? high * above : 0.0f);
     }
+  }
+
+  // The same as codes: x is steps[0] body + steps[1] below + steps[2] above, with below <= 0 <= above. False where x is
+  // not finite. At most 4 bits.
+  bool encode(const float* x, int64_t features, int8_t* body_codes, int8_t* below_codes, int8_t* above_codes,
+              float* steps) const {
+    const auto [body, zero, span, low, high, tails] = grid(x, features);
+    steps[0] = body;
+    steps[1] = low;
+    steps[2] = high;
+    int strange = 0;
+    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
+    for (int64_t i = 0; i < features; ++i) {
+      strange |= !(std::abs(x[i]) <= std::numeric_limits<float>::max());
+      const float code = std::min(std::max(std::nearbyint(x[i] / body), -zero), span), edge = code * body;
+      const float below = std::min(std::max(std::nearbyint((edge - x[i]) / low_step), 0.0f), tails);
+      const float above = std::min(std::max(std::nearbyint((x[i] - edge) / high_step), 0.0f), tails);
+      body_codes[i] = static_cast<int8_t>(static_cast<int>(code));
+      below_codes[i] = code == -zero ? static_cast<int8_t>(-static_cast<int>(below)) : 0;
+      above_codes[i] = code == span ? static_cast<int8_t>(static_cast<int>(above)) : 0;
+    }
+    return !strange;
   }
 };
 

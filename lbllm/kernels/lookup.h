@@ -1,0 +1,358 @@
+// Linear layers whose 4-bit activations meet the packed bits by table lookup.
+//
+// Of a token's codes c the sums +-c_0 +-c_1 +-c_2 +-c_3 of four neighbouring columns have 16 values. One byte shuffle looks up
+// those of 32 rows at once, by four bits of a bit plane of each (T-MAC, Wei et al. 2024, and before it the Four Russians).
+// With s = 2B - 1 and g = 2G - 1 a group's product with x is
+//
+//     1/2 [mu_0 (X + X_g) + mu_1 (X - X_g) + alpha_0 (X_s + X_sg) + alpha_1 (X_s - X_sg)],   X_p = sum_j p_j x_j,
+//
+// so three lookups a column quad do, for B, G and B xor G; the group's parameters enter once. The sums are whole numbers:
+// exact. Activations beyond the knee have a second code with a step of its own, and their quads second tables.
+//
+// In memory a layer is tiles of 32 rows: of 8 columns in turn, for each plane, 32 bytes. Byte 2 i is row i of the tile,
+// byte 2 i + 1 row 16 + i, its bits the columns as in a checkpoint.
+
+#pragma once
+
+#include "packed.h"
+
+namespace {
+
+constexpr int TILE = 32;     // rows
+constexpr int QUADS = 2;     // column quads in a byte
+constexpr int ENTRIES = 16;  // of a table
+
+// A layer's bits in tiles.
+struct Tiles {
+  const uint8_t* bytes;    // (rows / TILE, columns / 8, bits, TILE)
+  const uint16_t* params;  // float16 (rows, groups, 2 bits)
+  int64_t columns, length, groups;
+  int bits;
+};
+
+inline int row_of(int place) { return place % 2 * 16 + place / 2; }
+
+// The tables of one token's codes.
+class Lookup {
+ public:
+  // The codes of x (columns,), which `quantizer` puts on its grid; groups of `length` columns.
+  void build(const Quantizer& quantizer, const float* x, int64_t columns, int64_t length) {
+    quads_ = columns / 4;
+    per_group_ = length / 4;
+    const int64_t groups = (columns + length - 1) / length;
+    codes_.resize(3 * columns);
+    int8_t *body = codes_.data(), *below = body + columns, *above = below + columns;
+    const bool sound = quantizer.encode(x, columns, body, below, above, steps);
+    if (!sound) steps[0] = std::numeric_limits<float>::quiet_NaN();  // and so is every product with them
+    tables_.resize(quads_ * ENTRIES);
+    sums_.resize(groups);
+    int64_t most = 0;
+    for (int64_t quad = 0; quad < quads_; ++quad) {
+      table(body + 4 * quad, tables_.data() + quad * ENTRIES);
+      int64_t bound = 0;
+      for (int j = 0; j < 4; ++j) bound += std::abs(body[4 * quad + j]);
+      most = std::max(most, bound);
+    }
+    narrow = most <= 31;
+    for (int64_t group = 0; group < groups; ++group) {
+      int64_t totals[3] = {};
+      for (int64_t j = group * length; j < std::min(columns, (group + 1) * length); ++j) {
+        totals[0] += body[j];
+        totals[1] += below[j];
+        totals[2] += above[j];
+      }
+      sums_[group] = steps[0] * static_cast<float>(totals[0]) + steps[1] * static_cast<float>(totals[1]) +
+                     steps[2] * static_cast<float>(totals[2]);
+    }
+    for (int side = 0; side < 2; ++side) {
+      const int8_t* codes = side ? above : below;
+      Tails& tails = tails_[side];
+      tails.quads.clear();
+      tails.tables.clear();
+      tails.first.assign(groups + 1, 0);
+      for (int64_t quad = 0; quad < quads_; ++quad) {
+        int32_t four;
+        std::memcpy(&four, codes + 4 * quad, sizeof four);
+        if (four) {
+          tails.quads.push_back(static_cast<int32_t>(quad));
+          tails.tables.resize(tails.tables.size() + ENTRIES);
+          table(codes + 4 * quad, tails.tables.data() + tails.tables.size() - ENTRIES);
+        }
+        if ((quad + 1) % per_group_ == 0 || quad + 1 == quads_)
+          tails.first[quad / per_group_ + 1] = static_cast<int32_t>(tails.quads.size());
+      }
+    }
+  }
+
+  const int8_t* quad(int64_t index) const { return tables_.data() + index * ENTRIES; }
+  float sum(int64_t group) const { return sums_[group]; }
+
+  // f(quad, table) for the quads of a group with codes below (0) or above (1) the body.
+  template <class F>
+  INLINE void each_tail(int side, int64_t group, F f) const {
+    const Tails& tails = tails_[side];
+    for (int32_t i = tails.first[group]; i < tails.first[group + 1]; ++i) f(tails.quads[i], tails.tables.data() + i * ENTRIES);
+  }
+  bool has_tail(int side, int64_t group) const { return tails_[side].first[group] < tails_[side].first[group + 1]; }
+
+  float steps[3];       // of body, lower and upper tail
+  bool narrow = false;  // four quads' sums fit into a byte
+
+ private:
+  struct Tails {
+    std::vector<int32_t> quads, first;  // quads with such codes, and each group's first one in `quads`
+    std::vector<int8_t> tables;
+  };
+
+  static void table(const int8_t* codes, int8_t* out) {
+#if defined(__AVX2__)
+    alignas(16) static const int8_t SIGNS[4][ENTRIES] = {
+        {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1},
+        {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1},
+        {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1},
+        {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1}};
+    __m128i sum = _mm_setzero_si128();
+    each<4>([&](auto j) {
+      const __m128i signs = _mm_load_si128(reinterpret_cast<const __m128i*>(SIGNS[j]));
+      sum = _mm_add_epi8(sum, _mm_sign_epi8(_mm_set1_epi8(codes[j]), signs));
+    });
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sum);
+#else
+    for (int entry = 0; entry < ENTRIES; ++entry) {
+      int sum = 0;
+      for (int j = 0; j < 4; ++j) sum += entry >> j & 1 ? codes[j] : -codes[j];
+      out[entry] = static_cast<int8_t>(sum);
+    }
+#endif
+  }
+
+  int64_t quads_ = 0, per_group_ = 1;
+  std::vector<int8_t> codes_, tables_;
+  std::vector<float> sums_;
+  Tails tails_[2];
+};
+
+#if defined(__AVX2__)
+
+// Sums of 32 rows for P planes as whole numbers: rows 0 .. 15 and 16 .. 31.
+template <int P>
+struct Whole {
+  __m256i first[P], second[P];
+  INLINE Whole() {
+    each<P>([&](auto p) { first[p] = second[p] = _mm256_setzero_si256(); });
+  }
+  // Bytes, one a row.
+  INLINE void add(int p, __m256i bytes) {
+    first[p] = _mm256_add_epi16(first[p], _mm256_maddubs_epi16(_mm256_set1_epi16(1), bytes));
+    second[p] = _mm256_add_epi16(second[p], _mm256_maddubs_epi16(_mm256_set1_epi16(256), bytes));
+  }
+  // Rows 8 q .. 8 q + 7 as floats.
+  template <int Q>
+  INLINE __m256 floats(int p) const {
+    const __m256i half = Q < 2 ? first[p] : second[p];
+    const __m128i eight = Q % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight));
+  }
+};
+
+INLINE __m256i table_of(const int8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+
+// The parameters of 8 rows, `stride` apart, in float32: alpha_0, mu_0[, alpha_1, mu_1].
+template <int BITS>
+INLINE void load_params(const uint16_t* params, int64_t stride, __m256 out[2 * BITS]) {
+  __m128i row[8];
+  each<8>([&](auto r) {
+    const uint16_t* from = params + r * stride;
+    if constexpr (BITS == 2)
+      row[r] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    else
+      row[r] = _mm_loadu_si32(from);
+  });
+  __m128i pair[4], low[2], high[2];
+  each<4>([&](auto k) { pair[k] = _mm_unpacklo_epi16(row[2 * k], row[2 * k + 1]); });
+  each<2>([&](auto k) {
+    low[k] = _mm_unpacklo_epi32(pair[2 * k], pair[2 * k + 1]);
+    high[k] = _mm_unpackhi_epi32(pair[2 * k], pair[2 * k + 1]);
+  });
+  out[0] = _mm256_cvtph_ps(_mm_unpacklo_epi64(low[0], low[1]));
+  out[1] = _mm256_cvtph_ps(_mm_unpackhi_epi64(low[0], low[1]));
+  if constexpr (BITS == 2) {
+    out[2] = _mm256_cvtph_ps(_mm_unpacklo_epi64(high[0], high[1]));
+    out[3] = _mm256_cvtph_ps(_mm_unpackhi_epi64(high[0], high[1]));
+  }
+}
+
+// y (TILE,) of one tile.
+template <int BITS, bool NARROW>
+void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) {
+  constexpr int P = BITS == 2 ? 3 : 1;
+  const __m256i low_bits = _mm256_set1_epi8(15);
+  const int64_t blocks = w.columns / 8, per_group = w.length / 8;
+  const uint8_t* bytes = w.bytes + tile * blocks * BITS * TILE;
+  const auto plane = [&](int64_t block, int bit) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + (block * BITS + bit) * TILE));
+  };
+  // The bits of one quad of a block, for each plane.
+  const auto nibbles = [&](const __m256i* loaded, int odd, __m256i* out) __attribute__((always_inline)) {
+    each<BITS>([&](auto bit) {
+      out[bit] = _mm256_and_si256(odd ? _mm256_srli_epi16(loaded[bit], 4) : loaded[bit], low_bits);
+    });
+    if constexpr (BITS == 2) out[2] = _mm256_xor_si256(out[0], out[1]);
+  };
+  // Sums over a block, a byte a row.
+  const auto block_sums = [&](int64_t block, __m256i* sums) __attribute__((always_inline)) {
+    __m256i loaded[BITS], index[2][P];
+    each<BITS>([&](auto bit) { loaded[bit] = plane(block, bit); });
+    nibbles(loaded, 0, index[0]);
+    nibbles(loaded, 1, index[1]);
+    const __m256i even = table_of(lookup.quad(2 * block)), odd = table_of(lookup.quad(2 * block + 1));
+    each<P>([&](auto p) {
+      sums[p] = _mm256_add_epi8(_mm256_shuffle_epi8(even, index[0][p]), _mm256_shuffle_epi8(odd, index[1][p]));
+    });
+  };
+  __m256 result[4];
+  each<4>([&](auto q) { result[q] = _mm256_setzero_ps(); });
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t end = std::min(blocks, (group + 1) * per_group);
+    int64_t block = group * per_group;
+    Whole<P> body;
+    __m256i sums[P], more[P];
+    if constexpr (NARROW)
+      for (; block + 2 <= end; block += 2) {
+        block_sums(block, sums);
+        block_sums(block + 1, more);
+        each<P>([&](auto p) { body.add(p, _mm256_add_epi8(sums[p], more[p])); });
+      }
+    for (; block < end; ++block) {
+      block_sums(block, sums);
+      each<P>([&](auto p) { body.add(p, sums[p]); });
+    }
+    __m256 x[4][P];
+    each<4>([&](auto q) {
+      each<P>([&](auto p) { x[q][p] = _mm256_mul_ps(body.template floats<q>(p), _mm256_set1_ps(lookup.steps[0])); });
+    });
+    for (int side = 0; side < 2; ++side) {
+      if (!lookup.has_tail(side, group)) continue;
+      Whole<P> tail;
+      lookup.each_tail(side, group, [&](int64_t quad, const int8_t* table) __attribute__((always_inline)) {
+        __m256i loaded[BITS], index[P];
+        each<BITS>([&](auto bit) { loaded[bit] = plane(quad / QUADS, bit); });
+        if (quad % QUADS)
+          nibbles(loaded, 1, index);
+        else
+          nibbles(loaded, 0, index);
+        const __m256i entries = table_of(table);
+        each<P>([&](auto p) { tail.add(p, _mm256_shuffle_epi8(entries, index[p])); });
+      });
+      each<4>([&](auto q) {
+        each<P>([&](auto p) {
+          x[q][p] = _mm256_fmadd_ps(tail.template floats<q>(p), _mm256_set1_ps(lookup.steps[1 + side]), x[q][p]);
+        });
+      });
+    }
+    const __m256 all = _mm256_set1_ps(lookup.sum(group));
+    each<4>([&](auto q) {
+      __m256 p[2 * BITS];
+      const int64_t row = tile * TILE + 8 * q, stride = w.groups * 2 * BITS;
+      load_params<BITS>(w.params + row * stride + group * 2 * BITS, stride, p);
+      if constexpr (BITS == 1) {
+        result[q] = _mm256_fmadd_ps(p[1], all, _mm256_fmadd_ps(p[0], x[q][0], result[q]));
+      } else {
+        result[q] = _mm256_fmadd_ps(p[1], _mm256_add_ps(all, x[q][1]), result[q]);
+        result[q] = _mm256_fmadd_ps(p[3], _mm256_sub_ps(all, x[q][1]), result[q]);
+        result[q] = _mm256_fmadd_ps(p[0], _mm256_sub_ps(x[q][0], x[q][2]), result[q]);
+        result[q] = _mm256_fmadd_ps(p[2], _mm256_add_ps(x[q][0], x[q][2]), result[q]);
+      }
+    });
+  }
+  each<4>([&](auto q) { _mm256_storeu_ps(y + 8 * q, BITS == 1 ? result[q] : _mm256_mul_ps(result[q], _mm256_set1_ps(0.5f))); });
+}
+
+#else
+
+template <int BITS, bool NARROW>
+void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) {
+  constexpr int P = BITS == 2 ? 3 : 1;
+  const int64_t blocks = w.columns / 8, per_group = w.length / 8;
+  const uint8_t* bytes = w.bytes + tile * blocks * BITS * TILE;
+  for (int place = 0; place < TILE; ++place) {
+    const int64_t row = tile * TILE + row_of(place);
+    float result = 0;
+    for (int64_t group = 0; group < w.groups; ++group) {
+      int whole[3][P] = {};
+      const auto add = [&](int64_t quad, const int8_t* table, int* sums) {
+        const uint8_t* at = bytes + quad / QUADS * BITS * TILE + place;
+        const int shift = quad % QUADS * 4, first = at[0] >> shift & 15;
+        sums[0] += table[first];
+        if constexpr (BITS == 2) {
+          const int second = at[TILE] >> shift & 15;
+          sums[1] += table[second];
+          sums[2] += table[first ^ second];
+        }
+      };
+      for (int64_t quad = group * per_group * QUADS; quad < std::min(blocks, (group + 1) * per_group) * QUADS; ++quad)
+        add(quad, lookup.quad(quad), whole[0]);
+      for (int side = 0; side < 2; ++side)
+        lookup.each_tail(side, group, [&](int64_t quad, const int8_t* table) { add(quad, table, whole[1 + side]); });
+      float x[P], p[2 * BITS];
+      for (int k = 0; k < P; ++k) {
+        x[k] = static_cast<float>(whole[0][k]) * lookup.steps[0];
+        for (int side = 0; side < 2; ++side) x[k] += static_cast<float>(whole[1 + side][k]) * lookup.steps[1 + side];
+      }
+      for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params[(row * w.groups + group) * 2 * BITS + k]);
+      const float all = lookup.sum(group);
+      if constexpr (BITS == 1)
+        result += p[0] * x[0] + p[1] * all;
+      else
+        result += 0.5f * (p[1] * (all + x[1]) + p[3] * (all - x[1]) + p[0] * (x[0] - x[2]) + p[2] * (x[0] + x[2]));
+    }
+    y[row_of(place)] = result;
+  }
+}
+
+#endif
+
+// y (rows,) for the tiles [begin, end).
+inline void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, float* y) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float* to = y + tile * TILE;
+    if (w.bits == 2)
+      lookup.narrow ? look_up_tile<2, true>(w, tile, lookup, to) : look_up_tile<2, false>(w, tile, lookup, to);
+    else
+      lookup.narrow ? look_up_tile<1, true>(w, tile, lookup, to) : look_up_tile<1, false>(w, tile, lookup, to);
+  }
+}
+
+// The weights of one tile as floats (TILE, columns).
+template <int BITS>
+void expand_tile(const Tiles& w, int64_t tile, float* out) {
+  const int64_t blocks = w.columns / 8;
+  const uint8_t* bytes = w.bytes + tile * blocks * BITS * TILE;
+  const Params params{w.params, nullptr, w.groups, 2 * BITS};
+  for (int place = 0; place < TILE; ++place) {
+    const RowParams row(params, tile * TILE + row_of(place));
+    float* to = out + row_of(place) * w.columns;
+    alignas(16) float levels[4];
+    for (int64_t block = 0; block < blocks; ++block, to += 8) {
+      if (block % (w.length / 8) == 0) row.levels_to(block / (w.length / 8), levels);
+      const uint8_t* at = bytes + block * BITS * TILE + place;
+      const uint32_t sign = at[0], bitmap = BITS == 2 ? at[TILE] : 0;
+#if defined(__AVX2__)
+      const __m256i shifts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
+      __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(sign)), shifts), one);
+      if constexpr (BITS == 2)
+        code = _mm256_or_si256(
+            code, _mm256_slli_epi32(
+                      _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bitmap)), shifts), one), 1));
+      const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels));
+      _mm256_storeu_ps(to, _mm256_permutevar_ps(four, code));
+#else
+      for (int j = 0; j < 8; ++j) to[j] = levels[(sign >> j & 1) | (bitmap >> j & 1) << 1];
+#endif
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,78 @@
+"""The Triton kernels against float64 and the reference quantizer: in Triton's interpreter, or on a GPU where one is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbllm.activations import ActQuantizer
+from lbllm.config import LayerFormat
+from tests.test_kernels import expected, formats, random_layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+from lbllm.kernels import gpu  # noqa: E402 - reads the environment
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 300),
+    formats(),
+    st.sampled_from([1, 3, 16, 21, 70]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@torch.no_grad()
+def test_any_layer_gives_what_its_weights_say(
+    rows: int, columns: int, fmt: LayerFormat, tokens: int, bias: bool, seed: int
+) -> None:
+    layer = random_layer(rows, columns, fmt, bias=bias, seed=seed)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed + 1))
+    wanted, scale = expected(layer, x)
+    parts = (layer.weight, layer.params, layer.params_scale, layer.bias)
+    placed = [None if part is None else part.data.to(DEVICE) for part in parts]
+    for dtype, error in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+        got = gpu.packed_linear(x.to(DEVICE, dtype), *placed, columns, layer.length).cpu()  # type: ignore[arg-type]
+        assert got.shape == wanted.shape
+        assert got.dtype == dtype
+        assert bool(((got - wanted).abs() <= error * scale + 1e-30).all())
+
+
+def test_no_tokens_and_more_dimensions() -> None:
+    layer = random_layer(5, 40, LayerFormat.model_validate({"format": "w1+1", "group_size": 8, "param_bits": 16}))
+    parts = [layer.weight.to(DEVICE), layer.params.to(DEVICE), None, None, 40, layer.length]
+    assert gpu.packed_linear(torch.randn(0, 40, device=DEVICE), *parts).shape == (0, 5)  # type: ignore[arg-type]
+    assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.sampled_from([(4, 0), (4, 1), (4, 2), (4, 3), (8, 0)]),
+    st.floats(-1, 2),
+    st.sampled_from([0.0, 1e-20, 1.0, 1e4]),
+    st.integers(0, 2**32),
+)
+@torch.no_grad()
+def test_the_quantizer_gives_the_values_of_training(
+    tokens: int, features: int, grid: tuple[int, int], knee: float, size: float, seed: int
+) -> None:
+    bits, tail = grid
+    quantizer = ActQuantizer(bits, tail)
+    generator = torch.Generator().manual_seed(seed)
+    quantizer.act.copy_(torch.tensor([knee, *(1.5 * torch.rand(2, generator=generator)).tolist()]))
+    x = size * torch.randn(tokens, features, generator=generator).pow(3)
+    x[0] = x[0].abs()
+    got = gpu.quantize_activations(x.to(DEVICE), *quantizer.settings()).cpu()
+    wanted = quantizer(x)
+    # A GPU divides and rounds a last bit differently: single values may fall on the neighbouring step.
+    close = torch.isclose(got, wanted, rtol=1e-5, atol=1e-30)
+    assert float(close.float().mean()) > 0.99 if got.numel() > 100 else float((~close).sum()) <= 1
