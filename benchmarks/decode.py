@@ -5,6 +5,12 @@ left as they come (A16; its answers are of no use then), each in a process of it
 greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds:
 tokens a second after the first, time to the first token, and the process's resident memory after decoding, beside
 that of a process with the libraries alone.
+
+With ``--llama-cpp FOLDER`` the embedded model's GGUF file runs in llama.cpp as well, on as many threads. Into FOLDER
+
+    npm install --ignore-scripts --omit=optional node-llama-cpp @node-llama-cpp/linux-x64
+
+puts a prebuilt one; node is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 PROMPT, TOKENS = 64, 128
@@ -80,11 +87,23 @@ def measure(kind: str, model: str) -> dict[str, float]:
     }
 
 
+def llama_cpp(folder: str) -> list[str]:
+    """The command that measures the embedded model's file in llama.cpp."""
+    import torch
+
+    from lbllm.models import embedded_file
+
+    script, gguf = Path(__file__).with_name("llama_cpp.mjs"), embedded_file()
+    numbers = [str(number) for number in (torch.get_num_threads(), PROMPT, TOKENS)]
+    return ["node", str(script), str(Path(folder).resolve()), str(gguf), *numbers]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a packed checkpoint's folder")
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-cpp", metavar="FOLDER", help="where npm has installed node-llama-cpp")
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.kind:
@@ -93,10 +112,14 @@ def main() -> None:
         return
     kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
     kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
+    if arguments.llama_cpp:
+        kinds["llama.cpp"] = "llama.cpp, Q4_1"
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):
         for kind in kinds:
             command = [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:], "--kind", kind]
+            if kind == "llama.cpp":
+                command = llama_cpp(arguments.llama_cpp)
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[kind].append(json.loads(output.splitlines()[-1]))
     print(f"{arguments.rounds} rounds, {date.today()}")

