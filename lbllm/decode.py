@@ -37,7 +37,7 @@ def speed_up(model: PreTrainedModel) -> None:
                 layer.arrange_in_place()
     decoder: Any = model.base_model
     blocks = list(getattr(decoder, "layers", []))
-    if model.config.get_text_config().hidden_act == "silu" and blocks and all(map(_fits, blocks)):
+    if blocks and all(map(_fits, blocks)) and decoder.config.hidden_act == "silu":
         decoder.forward = FusedForward(decoder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:

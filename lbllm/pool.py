@@ -121,6 +121,8 @@ class ModelPool:
         self._mutex = threading.Lock()
         # One load at a time: two at once take as long, and need the memory of both loads' temporaries.
         self._turn = threading.Lock()
+        # The compiler has half a minute's work at its very first time: meanwhile the first model is loaded.
+        threading.Thread(target=kernels.ready, name="lbllm-kernels", daemon=True).start()
 
     def get(self, name: str) -> Slot:
         """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
@@ -142,10 +144,10 @@ class ModelPool:
 
 def _open(name: str) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    expand = kernels.on_gpu() is None if device == "cuda" else not kernels.ready()
     if name == SHIPPED:
         name = str(shipped_checkpoint())
     packed = is_checkpoint(name)
+    expand = packed and not (kernels.on_gpu() if device == "cuda" else kernels.ready())
     _check_memory(name, packed, expand, device)
     if not packed:
         teacher = load_teacher(name, device=device)
@@ -189,4 +191,6 @@ def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
 
 def _bytes(model: PreTrainedModel) -> int:
     """Bytes of what a checkpoint of the model holds, shared tensors once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    tensors = [*model.parameters(), *(buffer for layer in packed for buffer in layer.buffers())]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -43,7 +43,7 @@ from lbllm.stages.wat import binary_layers, block_error, wat_block
 SEQ_LEN = 256
 CALIBRATION, PROBE = 8, 2  # sequences
 EM_STEPS, TRAIN_STEPS = 4, 12
-USUAL_SIZES = (32, 64, 128, 256)
+USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
 
 
@@ -134,12 +134,16 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
 
 
 def choices(sample: BlockSample, config: RunConfig) -> list[tuple[Format, int]]:
-    """The formats and group sizes to compare: the run's own, the usual ones that fit the block's rows, a whole row."""
+    """The formats and group sizes to compare: the run's own, the usual ones that fit the block's rows, a whole row; of
+    the other format every second size, which shows its line as well."""
     shortest = min(linear_weight(layer).shape[1] for layer in linear_layers(sample.block).values())
     own = config.quant.group_size
     sizes = [*sorted({size for size in (*USUAL_SIZES, own) if size <= shortest} - {WHOLE_ROW}), WHOLE_ROW]
-    others: list[tuple[Format, int]] = [(fmt, size) for fmt in FORMATS for size in sizes]
     first = (config.quant.format, own)
+    fewer = sorted({*sizes[:-1:2], sizes[-1]}, key=sizes.index)
+    others: list[tuple[Format, int]] = [
+        (fmt, size) for fmt in FORMATS for size in (sizes if fmt == first[0] else fewer)
+    ]
     return [first, *(choice for choice in others if choice != first)]
 
 

@@ -1,12 +1,18 @@
-"""How tests are shared out where they run side by side (``pytest -n 2``)."""
+"""How tests are shared out where they run side by side (``pytest -n 2``), and where Triton's kernels run."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+# Without a GPU, Triton's interpreter; Triton reads this when it is first imported, which torch may do.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # One process for all tests of these: they share what takes long to make (a browser, a server, a finished run).
 TOGETHER = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,13 +9,12 @@ from hypothesis import strategies as st
 
 from lbllm.activations import ActQuantizer
 from lbllm.config import LayerFormat
-from tests.test_kernels import expected, formats, random_layer
+from tests.test_kernels import expected, formats, layer_format, random_layer
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+from lbllm.kernels import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="Triton has no build for this machine")
-from lbllm.kernels import gpu  # noqa: E402 - reads the environment
 
 
 @settings(deadline=None, max_examples=40)
@@ -46,7 +43,7 @@ def test_any_layer_gives_what_its_weights_say(
 
 
 def test_no_tokens_and_more_dimensions() -> None:
-    layer = random_layer(5, 40, LayerFormat.model_validate({"format": "w1+1", "group_size": 8, "param_bits": 16}))
+    layer = random_layer(5, 40, layer_format(8))
     parts = [layer.weight.to(DEVICE), layer.params.to(DEVICE), None, None, 40, layer.length]
     assert gpu.packed_linear(torch.randn(0, 40, device=DEVICE), *parts).shape == (0, 5)  # type: ignore[arg-type]
     assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)  # type: ignore[arg-type]

@@ -33,14 +33,15 @@ def test_all_choices_are_measured_the_own_one_first(
 ) -> None:
     assert [(point.format, point.group_size) for point in points] == choices(sample, config)
     assert (points[0].format, points[0].group_size) == ("w1+1", 64)
-    assert {point.group_size for point in points} == {32, 64, 128, 256, WHOLE_ROW}
+    sizes = {fmt: {point.group_size for point in points if point.format == fmt} for fmt in FORMATS}
+    assert sizes == {"w1+1": {64, 128, 256, WHOLE_ROW}, "w1": {64, 256, WHOLE_ROW}}
 
 
 def test_small_groups_and_four_levels_fit_better(points: list[Point]) -> None:
     error = {(point.format, point.group_size): point.error for point in points}
     for fmt in FORMATS:
-        assert error[fmt, 32] < error[fmt, 128] < error[fmt, WHOLE_ROW]
-    assert all(2 * error["w1+1", size] < error["w1", size] for size in (32, 64, 128))
+        assert error[fmt, 64] < error[fmt, 256] < error[fmt, WHOLE_ROW]
+    assert all(2 * error["w1+1", size] < error["w1", size] for size in (64, 256))
 
 
 def test_bits_are_those_of_the_estimate(config: RunConfig, points: list[Point]) -> None:
@@ -53,7 +54,7 @@ def test_a_few_steps_of_stage_2_lower_the_error(points: list[Point], results: li
     assert all(step.error is None for step in trained[:-1])
     last = trained[-1].error
     assert last is not None
-    assert last < 0.95 * points[0].error
+    assert last < points[0].error
 
 
 def test_known_choices_are_left_out(config: RunConfig, sample: BlockSample, points: list[Point]) -> None:

@@ -12,7 +12,7 @@ float32 sums.
 With TRITON_INTERPRET=1 the same code runs in Triton's interpreter on the CPU, which is how it is tested.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -117,8 +117,9 @@ def _quantize(
     feature = tl.arange(0, FEATURES)
     inside = feature < features
     x = tl.load(x_at + token * features + feature, mask=inside, other=0).to(tl.float32)
-    # Zero is on every grid, and so the padding changes nothing.
-    bottom, top = clip_low * tl.min(x, axis=0), clip_high * tl.max(x, axis=0)
+    # Zero is on every grid.
+    bottom = clip_low * tl.minimum(tl.min(x, axis=0), 0.0)
+    top = clip_high * tl.maximum(tl.max(x, axis=0), 0.0)
     share = knee if TAIL else 1.0
     body = tl.maximum(share * (top - bottom) / STEPS, 1e-12)
     zero = _nearest(-share * bottom / body)
