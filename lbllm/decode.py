@@ -29,12 +29,7 @@ BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 
 def speed_up(model: PreTrainedModel) -> None:
-    """Let a packed model that was just loaded decode by the operators above wherever they fit; the answers stay the
-    same. Nobody may hold its tensors yet."""
-    if kernels.ready():
-        for layer in model.modules():
-            if isinstance(layer, PackedLinear) and layer.weight.device.type == "cpu":
-                layer.arrange_in_place()
+    """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
     decoder: Any = model.base_model
     blocks = list(getattr(decoder, "layers", []))
     if blocks and all(map(_fits, blocks)) and decoder.config.hidden_act == "silu":
@@ -90,7 +85,7 @@ class FusedForward:
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
-        self.layers = [[block.get_submodule(name) for name in NAMES] for block in decoder.layers]
+        self.layers = [block.get_submodule(name) for block in decoder.layers for name in NAMES]
         self._lists: tuple[list[Any], ...] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +129,7 @@ class FusedForward:
 
     def _weights(self) -> tuple[list[Any], ...]:
         """The layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as a list."""
-        layers = [layer for block in self.layers for layer in block]
+        layers = self.layers
         # A layer that was saved or moved meanwhile has put its bits back, and would hold them twice.
         if self._lists is None or any(
             layer.words is not words for layer, words in zip(layers, self._lists[0], strict=True)
@@ -177,7 +172,7 @@ class FusedForward:
         # Whoever asks for more than the last state gets it from the class's own code.
         if use_cache is False or config.output_hidden_states or config.output_attentions:
             return None
-        if any(value for name, value in others.items() if name not in ("return_dict", "use_cache")):
+        if any(value for name, value in others.items() if name != "return_dict"):
             return None
         layers = getattr(past_key_values, "layers", [])
         blocks = self.decoder.layers

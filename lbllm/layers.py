@@ -211,23 +211,13 @@ class PackedLinear(nn.Module):
             self._put_back()
         if self.words is None:
             if self.looks_up():
-                self.words = self._tiles()
+                rows, planes, columns = self.weight.shape
+                halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
+                self.words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
             else:
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
             self.weight = self.weight.new_empty(0)
         return self.words
-
-    def arrange_in_place(self) -> None:
-        """The same for tiles, in the memory of the bits as they were loaded: nobody else may hold these."""
-        if self.words is None and self.looks_up():
-            tiles = self._tiles()
-            self.words = self.weight.view(tiles.shape).copy_(tiles)
-            self.weight = self.weight.new_empty(0)
-
-    def _tiles(self) -> Tensor:
-        rows, planes, columns = self.weight.shape
-        halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
-        return halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
 
     def looks_up(self) -> bool:
         """Whether the layer is computed by table lookup: 4-bit activations, float16 parameters, whole tiles."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lbllm.activations import ActQuantizer
 from lbllm.config import LayerFormat
-from tests.test_kernels import expected, formats, layer_format, random_layer
+from tests.test_kernels import expected, formats, layer_format, quantizer_cases, random_layer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 from lbllm.kernels import gpu
@@ -50,24 +51,10 @@ def test_no_tokens_and_more_dimensions() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.integers(1, 5),
-    st.integers(1, 200),
-    st.sampled_from([(4, 0), (4, 1), (4, 2), (4, 3), (8, 0)]),
-    st.floats(-1, 2),
-    st.sampled_from([0.0, 1e-20, 1.0, 1e4]),
-    st.integers(0, 2**32),
-)
+@given(quantizer_cases(5))
 @torch.no_grad()
-def test_the_quantizer_gives_the_values_of_training(
-    tokens: int, features: int, grid: tuple[int, int], knee: float, size: float, seed: int
-) -> None:
-    bits, tail = grid
-    quantizer = ActQuantizer(bits, tail)
-    generator = torch.Generator().manual_seed(seed)
-    quantizer.act.copy_(torch.tensor([knee, *(1.5 * torch.rand(2, generator=generator)).tolist()]))
-    x = size * torch.randn(tokens, features, generator=generator).pow(3)
-    x[0] = x[0].abs()
+def test_the_quantizer_gives_the_values_of_training(case: tuple[ActQuantizer, Tensor]) -> None:
+    quantizer, x = case
     got = gpu.quantize_activations(x.to(DEVICE), *quantizer.settings()).cpu()
     wanted = quantizer(x)
     # A GPU divides and rounds a last bit differently: single values may fall on the neighbouring step.

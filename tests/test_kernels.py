@@ -164,25 +164,38 @@ def test_the_bits_come_back_as_they_were(rows: int, columns: int, fmt: LayerForm
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@settings(deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 200),
-    st.sampled_from([(4, 0), (4, 1), (4, 2), (4, 3), (8, 0)]),
-    st.floats(-1, 2),
-    st.sampled_from([0.0, 1e-20, 1.0, 1e4]),
-    st.integers(0, 2**32),
-)
 @torch.no_grad()
-def test_the_quantizer_gives_the_very_values_of_training(
+def quantizer_and_tokens(
     tokens: int, features: int, grid: tuple[int, int], knee: float, size: float, seed: int
-) -> None:
+) -> tuple[ActQuantizer, Tensor]:
+    """A quantizer of ``grid`` (bits, tail steps) with random clips, and tokens with some values far out, one of them of
+    one sign."""
     bits, tail = grid
     quantizer = ActQuantizer(bits, tail)
     generator = torch.Generator().manual_seed(seed)
     quantizer.act.copy_(torch.tensor([knee, *(1.5 * torch.rand(2, generator=generator)).tolist()]))
     x = size * torch.randn(tokens, features, generator=generator).pow(3)
-    x[0] = x[0].abs()  # one sign alone
+    x[0] = x[0].abs()
+    return quantizer, x
+
+
+def quantizer_cases(tokens: int) -> st.SearchStrategy[tuple[ActQuantizer, Tensor]]:
+    return st.builds(
+        quantizer_and_tokens,
+        st.integers(1, tokens),
+        st.integers(1, 200),
+        st.sampled_from([(4, 0), (4, 1), (4, 2), (4, 3), (8, 0)]),
+        st.floats(-1, 2),
+        st.sampled_from([0.0, 1e-20, 1.0, 1e4]),
+        st.integers(0, 2**32),
+    )
+
+
+@settings(deadline=None)
+@given(quantizer_cases(9))
+@torch.no_grad()
+def test_the_quantizer_gives_the_very_values_of_training(case: tuple[ActQuantizer, Tensor]) -> None:
+    quantizer, x = case
     assert torch.equal(torch.ops.lbllm.quantize_activations(x, *quantizer.settings()), quantizer(x))
 
 

@@ -68,6 +68,23 @@ Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params,
   return y.reshape(sizes).to(x.scalar_type());
 }
 
+// x (..., features) on the grid of each token.
+Tensor quantize_activations(const Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
+                            int64_t tail) {
+  const Quantizer quantizer{static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee),
+                            static_cast<float>(clip_low), static_cast<float>(clip_high)};
+  const Tensor input = x.to(at::kFloat).contiguous();
+  Tensor out = at::empty_like(input);
+  const int64_t features = x.size(-1), tokens = x.numel() / features;
+  const float* from = input.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 4), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token)
+      quantizer.apply(from + token * features, to + token * features, features);
+  });
+  return out.to(x.scalar_type());
+}
+
 Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
   TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
                   tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
@@ -106,12 +123,7 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
                            look_up(w, tile, tile + 1, lookups[token], to + token * rows);
                      });
   } else {
-    Tensor grid = at::empty_like(input);
-    float* on = grid.data_ptr<float>();
-    at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / columns / 4), [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; ++token)
-        quantizer.apply(from + token * columns, on + token * columns, columns);
-    });
+    const Tensor grid = quantize_activations(input, knee, clip_low, clip_high, 4, tail);
     const int64_t together = std::max<int64_t>(2, EXPANDED / columns / TILE);
     Tensor dense = at::empty({std::min(together, count) * TILE, columns}, input.options());
     for (int64_t tile = 0; tile < count; tile += together) {
@@ -179,23 +191,6 @@ Tensor unpack_words(const Tensor& words, int64_t columns, int64_t length, int64_
       });
   });
   return planes;
-}
-
-// x (..., features) on the grid of each token.
-Tensor quantize_activations(const Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
-                            int64_t tail) {
-  const Quantizer quantizer{static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee),
-                            static_cast<float>(clip_low), static_cast<float>(clip_high)};
-  const Tensor input = x.to(at::kFloat).contiguous();
-  Tensor out = at::empty_like(input);
-  const int64_t features = x.size(-1), tokens = x.numel() / features;
-  const float* from = input.const_data_ptr<float>();
-  float* to = out.data_ptr<float>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 4), [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token)
-      quantizer.apply(from + token * features, to + token * features, features);
-  });
-  return out.to(x.scalar_type());
 }
 
 // x (..., columns) times W^T for W (rows, columns) in bfloat16, in float32: bytes are what an output head costs.
