@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -111,6 +111,7 @@ def test_any_layer_gives_what_its_weights_say(
     st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
     st.integers(0, 2**32),
 )
+@example(2, 1, "w1", -1, 0, 2, False, 1e-3, 2)  # all members of a group at a level far smaller than its alpha and mu
 @torch.no_grad()
 def test_four_bit_activations_meet_their_weights_in_tables(
     tiles: int, blocks: int, kind: str, group: int, tail: int, tokens: int, bias: bool, size: float, seed: int

@@ -2,12 +2,13 @@
 //
 // Of a token's codes c the sums +-c_0 +-c_1 +-c_2 +-c_3 of four neighbouring columns have 16 values. One byte shuffle looks up
 // those of 32 rows at once, by four bits of a bit plane of each (T-MAC, Wei et al. 2024, and before it the Four Russians).
-// With s = 2B - 1 and g = 2G - 1 a group's product with x is
+// With s = 2B - 1 and g = 2G - 1 the sum over the members of one level, B = G = 1 for example, is
 //
-//     1/2 [mu_0 (X + X_g) + mu_1 (X - X_g) + alpha_0 (X_s + X_sg) + alpha_1 (X_s - X_sg)],   X_p = sum_j p_j x_j,
+//     1/4 [X + X_s + X_g + X_sg],   X_p = sum_j p_j x_j,
 //
-// so three lookups a column quad do, for B, G and B xor G; the group's parameters enter once. The sums are whole numbers:
-// exact. Activations beyond the knee have a second code with a step of its own, and their quads second tables.
+// so three lookups a column quad do, for B, G and B xor G; the group's four levels enter once. The sums are whole numbers:
+// exact, and a level without members adds nothing, however large it is. Activations beyond the knee have a second code
+// with a step of its own, and their quads second tables.
 //
 // In memory a layer is tiles of 32 rows: of 8 columns in turn, for each plane, 32 bytes. Byte 2 i is row i of the tile,
 // byte 2 i + 1 row 16 + i, its bits the columns as in a checkpoint.
@@ -45,7 +46,7 @@ class Lookup {
     const bool sound = quantizer.encode(x, columns, body, below, above, steps);
     if (!sound) steps[0] = std::numeric_limits<float>::quiet_NaN();  // and so is every product with them
     tables_.resize(quads_ * ENTRIES);
-    sums_.resize(groups);
+    totals_.resize(3 * groups);
     int64_t most = 0;
     for (int64_t quad = 0; quad < quads_; ++quad) {
       table(body + 4 * quad, tables_.data() + quad * ENTRIES);
@@ -55,14 +56,13 @@ class Lookup {
     }
     narrow = most <= 31;
     for (int64_t group = 0; group < groups; ++group) {
-      int64_t totals[3] = {};
+      int32_t* totals = totals_.data() + 3 * group;
+      std::fill_n(totals, 3, 0);
       for (int64_t j = group * length; j < std::min(columns, (group + 1) * length); ++j) {
         totals[0] += body[j];
         totals[1] += below[j];
         totals[2] += above[j];
       }
-      sums_[group] = steps[0] * static_cast<float>(totals[0]) + steps[1] * static_cast<float>(totals[1]) +
-                     steps[2] * static_cast<float>(totals[2]);
     }
     for (int side = 0; side < 2; ++side) {
       const int8_t* codes = side ? above : below;
@@ -85,7 +85,8 @@ class Lookup {
   }
 
   const int8_t* quad(int64_t index) const { return tables_.data() + index * ENTRIES; }
-  float sum(int64_t group) const { return sums_[group]; }
+  // A group's sum of codes: of the body (0), below it (1), above it (2).
+  int32_t total(int64_t group, int part) const { return totals_[3 * group + part]; }
 
   // f(quad, table) for the quads of a group with codes below (0) or above (1) the body.
   template <class F>
@@ -128,7 +129,7 @@ class Lookup {
 
   int64_t quads_ = 0, per_group_ = 1;
   std::vector<int8_t> codes_, tables_;
-  std::vector<float> sums_;
+  std::vector<int32_t> totals_;
   Tails tails_[2];
 };
 
@@ -146,12 +147,25 @@ struct Whole {
     first[p] = _mm256_add_epi16(first[p], _mm256_maddubs_epi16(_mm256_set1_epi16(1), bytes));
     second[p] = _mm256_add_epi16(second[p], _mm256_maddubs_epi16(_mm256_set1_epi16(256), bytes));
   }
-  // Rows 8 q .. 8 q + 7 as floats.
+  // Of rows 8 Q .. 8 Q + 7 the sums over each level's members, as many times as there are levels; `total`: over all.
   template <int Q>
-  INLINE __m256 floats(int p) const {
-    const __m256i half = Q < 2 ? first[p] : second[p];
-    const __m128i eight = Q % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight));
+  INLINE void members(int32_t total, __m256* out) const {
+    __m256i sum[P];
+    each<P>([&](auto p) {
+      const __m256i half = Q < 2 ? first[p] : second[p];
+      sum[p] = _mm256_cvtepi16_epi32(Q % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half));
+    });
+    const __m256i all = _mm256_set1_epi32(total);
+    const auto level = [&](int k, __m256i a, __m256i b) {
+      out[2 * k] = _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b));
+      out[2 * k + 1] = _mm256_cvtepi32_ps(_mm256_add_epi32(a, b));
+    };
+    if constexpr (P == 1) {
+      level(0, all, sum[0]);
+    } else {
+      level(0, _mm256_add_epi32(all, sum[1]), _mm256_sub_epi32(sum[0], sum[2]));
+      level(1, _mm256_sub_epi32(all, sum[1]), _mm256_add_epi32(sum[0], sum[2]));
+    }
   }
 };
 
@@ -229,9 +243,11 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
       block_sums(block, sums);
       each<P>([&](auto p) { body.add(p, sums[p]); });
     }
-    __m256 x[4][P];
+    constexpr int K = 2 * BITS;
+    __m256 x[4][K];
     each<4>([&](auto q) {
-      each<P>([&](auto p) { x[q][p] = _mm256_mul_ps(body.template floats<q>(p), _mm256_set1_ps(lookup.steps[0])); });
+      body.template members<q>(lookup.total(group, 0), x[q]);
+      each<K>([&](auto k) { x[q][k] = _mm256_mul_ps(x[q][k], _mm256_set1_ps(lookup.steps[0])); });
     });
     for (int side = 0; side < 2; ++side) {
       if (!lookup.has_tail(side, group)) continue;
@@ -247,27 +263,22 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
         each<P>([&](auto p) { tail.add(p, _mm256_shuffle_epi8(entries, index[p])); });
       });
       each<4>([&](auto q) {
-        each<P>([&](auto p) {
-          x[q][p] = _mm256_fmadd_ps(tail.template floats<q>(p), _mm256_set1_ps(lookup.steps[1 + side]), x[q][p]);
-        });
+        __m256 more_x[K];
+        tail.template members<q>(lookup.total(group, 1 + side), more_x);
+        each<K>([&](auto k) { x[q][k] = _mm256_fmadd_ps(more_x[k], _mm256_set1_ps(lookup.steps[1 + side]), x[q][k]); });
       });
     }
-    const __m256 all = _mm256_set1_ps(lookup.sum(group));
     each<4>([&](auto q) {
-      __m256 p[2 * BITS];
-      const int64_t row = tile * TILE + 8 * q, stride = w.groups * 2 * BITS;
-      load_params<BITS>(w.params + row * stride + group * 2 * BITS, stride, p);
-      if constexpr (BITS == 1) {
-        result[q] = _mm256_fmadd_ps(p[1], all, _mm256_fmadd_ps(p[0], x[q][0], result[q]));
-      } else {
-        result[q] = _mm256_fmadd_ps(p[1], _mm256_add_ps(all, x[q][1]), result[q]);
-        result[q] = _mm256_fmadd_ps(p[3], _mm256_sub_ps(all, x[q][1]), result[q]);
-        result[q] = _mm256_fmadd_ps(p[0], _mm256_sub_ps(x[q][0], x[q][2]), result[q]);
-        result[q] = _mm256_fmadd_ps(p[2], _mm256_add_ps(x[q][0], x[q][2]), result[q]);
-      }
+      __m256 p[K];
+      const int64_t row = tile * TILE + 8 * q, stride = w.groups * K;
+      load_params<BITS>(w.params + row * stride + group * K, stride, p);
+      each<BITS>([&](auto k) {
+        result[q] = _mm256_fmadd_ps(_mm256_sub_ps(p[2 * k + 1], p[2 * k]), x[q][2 * k], result[q]);
+        result[q] = _mm256_fmadd_ps(_mm256_add_ps(p[2 * k + 1], p[2 * k]), x[q][2 * k + 1], result[q]);
+      });
     });
   }
-  each<4>([&](auto q) { _mm256_storeu_ps(y + 8 * q, BITS == 1 ? result[q] : _mm256_mul_ps(result[q], _mm256_set1_ps(0.5f))); });
+  each<4>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_mul_ps(result[q], _mm256_set1_ps(BITS == 1 ? 0.5f : 0.25f))); });
 }
 
 #else
@@ -296,19 +307,22 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
         add(quad, lookup.quad(quad), whole[0]);
       for (int side = 0; side < 2; ++side)
         lookup.each_tail(side, group, [&](int64_t quad, const int8_t* table) { add(quad, table, whole[1 + side]); });
-      float x[P], p[2 * BITS];
-      for (int k = 0; k < P; ++k) {
-        x[k] = static_cast<float>(whole[0][k]) * lookup.steps[0];
-        for (int side = 0; side < 2; ++side) x[k] += static_cast<float>(whole[1 + side][k]) * lookup.steps[1 + side];
+      float x[2 * BITS] = {}, p[2 * BITS];
+      for (int part = 0; part < 3; ++part) {
+        const int* sum = whole[part];
+        const int all = lookup.total(group, part);
+        for (int k = 0; k < BITS; ++k) {
+          const int a = BITS == 1 ? all : k ? all - sum[P > 1] : all + sum[P > 1];
+          const int b = BITS == 1 ? sum[0] : k ? sum[0] + sum[P - 1] : sum[0] - sum[P - 1];
+          x[2 * k] += static_cast<float>(a - b) * lookup.steps[part];
+          x[2 * k + 1] += static_cast<float>(a + b) * lookup.steps[part];
+        }
       }
       for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params[(row * w.groups + group) * 2 * BITS + k]);
-      const float all = lookup.sum(group);
-      if constexpr (BITS == 1)
-        result += p[0] * x[0] + p[1] * all;
-      else
-        result += 0.5f * (p[1] * (all + x[1]) + p[3] * (all - x[1]) + p[0] * (x[0] - x[2]) + p[2] * (x[0] + x[2]));
+      for (int k = 0; k < BITS; ++k)
+        result += (p[2 * k + 1] - p[2 * k]) * x[2 * k] + (p[2 * k + 1] + p[2 * k]) * x[2 * k + 1];
     }
-    y[row_of(place)] = result;
+    y[row_of(place)] = result * (BITS == 1 ? 0.5f : 0.25f);
   }
 }
 
