@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lbllm.activations import TrainingCache
 from lbllm.blocks import (
     BlockCall,
+    all_inputs,
     capture_calls,
     decoder_blocks,
     first_inputs,
@@ -113,7 +114,8 @@ class Bench:
         formats = dict.fromkeys(linear_layers(block), self.format)
         tensors: dict[str, Tensor] = {}
         latents: dict[str, Tensor] = {}
-        results = ptq_block(block, student, self.calls[number], self.seen[0], self.meant[0], formats, config, BATCH)
+        meant = all_inputs(block, self.meant[0], self.calls[number], BATCH)
+        results = ptq_block(block, student, self.calls[number], self.seen[0], meant, formats, config, BATCH)
         for name, result in results:
             layer = to_layer(block.get_submodule(name), self.format, result)
             layer.round_params()

@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lbllm.blocks import (
+    all_inputs,
     capture_calls,
     decoder_blocks,
     first_inputs,
@@ -98,7 +99,8 @@ def main() -> None:
     wanted = {name: fmt for name, fmt in formats.items() if fmt is not None}
     tensors: dict[str, torch.Tensor] = {}
     latents: dict[str, torch.Tensor] = {}
-    for name, result in ptq_block(block, student, call, inputs[:4], inputs[:4], wanted, config.ptq, 4):
+    meant = all_inputs(block, inputs[:4], call, 4)
+    for name, result in ptq_block(block, student, call, inputs[:4], meant, wanted, config.ptq, 4):
         tensors |= collect({name: to_layer(block.get_submodule(name), wanted[name], result)})
         latents[name] = result.latent
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -242,6 +243,38 @@ def layer_inputs(
         finally:
             handle.remove()
         yield box.pop().flatten(0, -2)
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """While a block runs, write down what reaches the named linear layers: bfloat16 (tokens, in) of every batch."""
+    records: dict[str, list[Tensor]] = {name: [] for name in layers}
+    reached: set[str] = set()
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in reached:  # as in layer_inputs, a batch's first call alone
+                records[name].append(args[0].detach().flatten(0, -2).bfloat16())
+                reached.add(name)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in records]
+    handles.append(block.register_forward_pre_hook(lambda *_: reached.clear()))
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def all_inputs(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int) -> dict[str, list[Tensor]]:
+    """``recorded_inputs`` of all linear layers of a block for hidden states (n, T, hidden)."""
+    with recorded_inputs(block, linear_layers(block)) as records:
+        for _ in run_batches(block, hidden, call, batch):
+            pass
+    return records
 
 
 def share_copy(module: nn.Module) -> Any:

@@ -34,6 +34,7 @@ LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass thr
 STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # hidden states of all tokens held at once: while a block is passed, or trained
 FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and token of a forward pass
 TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
+PTQ_INPUT = 1.3  # per token and input feature: the teacher's, once where layers share an input
 PTQ_WEIGHT = 16  # per weight of a block in stage 1: target, latent, value, index, state to save
 HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, damped, inverse, factor, solution
 WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
@@ -245,7 +246,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
         moments.append({streams: STREAMS_ADVANCE * stream, activations: forward})
         if stage == "ptq":
             solving = PTQ_WEIGHT * weights + HESSIANS * 4 * widest**2
-            moments.append({streams: STREAMS_TRAIN * stream, activations: forward, state: solving})
+            meant = round(PTQ_INPUT * inputs * settings.tokens)
+            moments.append({streams: STREAMS_TRAIN * stream + meant, activations: forward, state: solving})
             continue
         batch = max(config.seq_len, settings.batch_tokens)
         kept = TRAIN_FEATURE * features * batch

@@ -33,6 +33,7 @@ from lbllm.blocks import (
     first_inputs,
     linear_layers,
     linear_weight,
+    recorded_inputs,
     run_batches,
     share_copy,
     shared_inputs,
@@ -285,18 +286,23 @@ def _run_stage(run: _Run, stage: Stage) -> Iterator[Event]:
     student_stream = teacher_stream
     for number, block in enumerate(run.blocks):
         run.check()
-        targets = _advance(run, block, number, teacher_stream)
+        state = run.store.load(stage, number)
+        # Of layers that read one input, the first.
+        names: list[str] = []
+        if stage == "ptq" and state is None:
+            names = [names[0] for names in shared_inputs(block, teacher_stream[:1], run.calls[number])]
+        with recorded_inputs(block, names) as meant:
+            targets = _advance(run, block, number, teacher_stream)
         if not targets.isfinite().all():
             raise ModelError(
                 f"{run.config.model}: {run.path}.{number} gives values that are not finite (NaN or infinity) for these "
                 "texts before anything is binarized; its weights may be damaged, give another copy of the model"
             )
-        state = run.store.load(stage, number)
         if state is None:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
             if stage == "ptq":
-                state = yield from _initialize(run, number, student_stream, teacher_stream, targets)
+                state = yield from _initialize(run, number, student_stream, meant, targets)
             else:
                 state = yield from _train(run, stage, number, student_stream, targets, cache)
             run.store.save(stage, number, state)
@@ -343,7 +349,7 @@ def _probe(run: _Run, block: nn.Module, number: int, inputs: Tensor, targets: Te
 
 
 def _initialize(
-    run: _Run, number: int, inputs: Tensor, teacher_inputs: Tensor, targets: Tensor
+    run: _Run, number: int, inputs: Tensor, meant: dict[str, list[Tensor]], targets: Tensor
 ) -> Generator[Event, None, BlockState]:
     """Stage 1 on one block. ``loss_before`` is that of the dense block on the student's stream: the error that it
     inherits."""
@@ -352,9 +358,7 @@ def _initialize(
     before = _probe(run, student, number, inputs, targets)
     tensors: dict[str, Tensor] = {}
     try:
-        for name, result in ptq_block(
-            block, student, call, inputs, teacher_inputs, run.formats[number], config.ptq, run.batch
-        ):
+        for name, result in ptq_block(block, student, call, inputs, meant, run.formats[number], config.ptq, run.batch):
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
             yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
             layer = to_layer(block.get_submodule(name), run.formats[number][name], result)

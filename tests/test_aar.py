@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lbllm.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer, TrainingCache
 from lbllm.blocks import (
+    all_inputs,
     capture_calls,
     decoder_blocks,
     first_inputs,
@@ -120,7 +121,8 @@ class Problem:
         }
         self.sharing = shared_inputs(block, self.inputs[:1], self.call)
         self.student: nn.Module = share_copy(block)
-        stage_1 = ptq_block(block, share_copy(block), self.call, self.inputs, self.inputs, formats, PtqConfig(), 32)
+        meant = all_inputs(block, self.inputs, self.call, 32)
+        stage_1 = ptq_block(block, share_copy(block), self.call, self.inputs, meant, formats, PtqConfig(), 32)
         for name, result in list(stage_1):
             self.student.set_submodule(name, to_layer(block.get_submodule(name), formats[name], result))
 

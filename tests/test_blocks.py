@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lbllm.activations import TrainingCache
 from lbllm.blocks import (
+    all_inputs,
     capture_calls,
     check_supported,
     decoder_blocks,
@@ -114,6 +115,8 @@ def test_layers_by_shared_input_in_their_order_of_use(architecture: str) -> None
             captured = torch.cat(list(layer_inputs(blocks[0], name, hidden, call, batch=2)))
             torch.testing.assert_close(captured, given[name], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(given[name], given[names[0]])
+            recorded = torch.cat(all_inputs(blocks[0], hidden, call, batch=2)[name])
+            assert torch.equal(recorded, captured.bfloat16())
 
 
 @pytest.mark.parametrize("architecture", DENSE_ARCHITECTURES)

@@ -23,6 +23,7 @@ from lbllm.binarize import (
     to_groups,
 )
 from lbllm.blocks import (
+    all_inputs,
     capture_calls,
     decoder_blocks,
     first_inputs,
@@ -282,6 +283,17 @@ def block_problem(architecture: str) -> tuple[nn.Module, dict[str, Any], Tensor,
     return decoder_blocks(model)[1][0], capture_calls(model, sequences[:1])[0], stream, drifted
 
 
+def stage_1(
+    block: nn.Module,
+    student: nn.Module,
+    call: dict[str, Any],
+    drifted: Tensor,
+    stream: Tensor,
+    formats: dict[str, LayerFormat],
+) -> dict[str, Binarized]:
+    return dict(ptq_block(block, student, call, drifted, all_inputs(block, stream, call, 8), formats, CONFIG, 8))
+
+
 def clustered(block: nn.Module, formats: dict[str, LayerFormat]) -> nn.Module:
     """The block with every weight at the nearest of four levels a group, without stage 1's care."""
     student = share_copy(block)
@@ -303,7 +315,7 @@ def test_a_block_after_stage_1_beats_plain_clustering(architecture: str) -> None
     formats = dict.fromkeys(linear_layers(block), layer_format(group_size=16))
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     student: nn.Module = share_copy(block)
-    results = dict(ptq_block(block, student, call, drifted, stream, formats, CONFIG, 8))
+    results = stage_1(block, student, call, drifted, stream, formats)
     assert set(results) == set(formats)
     for name, result in results.items():
         weight = linear_weight(block.get_submodule(name))
@@ -328,7 +340,7 @@ def test_layers_of_one_input_may_have_different_formats_and_some_stay_dense() ->
         "mlp.down_proj": layer_format(group_size=7, param_bits=8),
     }
     student: nn.Module = share_copy(block)
-    results = dict(ptq_block(block, student, call, drifted, stream, formats, CONFIG, 8))
+    results = stage_1(block, student, call, drifted, stream, formats)
     assert set(results) == set(formats)
     assert results["self_attn.q_proj"].levels.shape == (48, 3, 4)
     assert results["self_attn.v_proj"].levels.shape == (24, 1, 2)
@@ -344,9 +356,9 @@ def test_layers_solved_together_get_what_they_would_get_alone() -> None:
     block, call, stream, drifted = block_problem("llama")
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     fmt = layer_format(group_size=16)
-    together = dict(ptq_block(block, share_copy(block), call, drifted, stream, dict.fromkeys(names, fmt), CONFIG, 8))
+    together = stage_1(block, share_copy(block), call, drifted, stream, dict.fromkeys(names, fmt))
     for name in names:
-        alone = dict(ptq_block(block, share_copy(block), call, drifted, stream, {name: fmt}, CONFIG, 8))[name]
+        alone = stage_1(block, share_copy(block), call, drifted, stream, {name: fmt})[name]
         torch.testing.assert_close(params_to_levels(together[name].levels), params_to_levels(alone.levels))
         torch.testing.assert_close(together[name].latent, alone.latent)
 
@@ -357,4 +369,4 @@ def test_inputs_that_are_not_finite_are_refused_with_the_layers_name(bad: float)
     drifted[0, 0, 0] = bad
     formats = {"mlp.down_proj": layer_format()}
     with pytest.raises(LbllmError, match=r"mlp\.down_proj.*ptq\.damping"):
-        list(ptq_block(block, share_copy(block), call, drifted, stream, formats, CONFIG, 8))
+        stage_1(block, share_copy(block), call, drifted, stream, formats)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lbllm.binarize import LEVELS
-from lbllm.blocks import capture_calls, decoder_blocks, first_inputs, linear_layers, run_block, share_copy
+from lbllm.blocks import all_inputs, capture_calls, decoder_blocks, first_inputs, linear_layers, run_block, share_copy
 from lbllm.config import Format, LayerFormat, PtqConfig, WatConfig
 from lbllm.stages.ptq import ptq_block, to_layer
 from lbllm.stages.wat import Step, batch_order, binary_layers, block_error, cosine, token_error, wat_block
@@ -127,7 +127,8 @@ def problem(
     fmt = LayerFormat(format=format_, group_size=16, param_bits=16, act_bits=16)
     formats = dict.fromkeys(linear_layers(block), fmt)
     student: nn.Module = share_copy(block)
-    results = dict(ptq_block(block, share_copy(block), call, inputs, inputs, formats, PtqConfig(), 48))
+    meant = all_inputs(block, inputs, call, 48)
+    results = dict(ptq_block(block, share_copy(block), call, inputs, meant, formats, PtqConfig(), 48))
     for name, result in results.items():
         student.set_submodule(name, to_layer(block.get_submodule(name), fmt, result))
     return student, call, inputs, targets, {name: result.latent for name, result in results.items()}

@@ -9,7 +9,7 @@ squares under the full Hessian, then each of its columns moves to the level near
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -181,7 +181,7 @@ def ptq_block(
     student: nn.Module,
     call: BlockCall,
     inputs: Tensor,
-    teacher_inputs: Tensor,
+    meant: Mapping[str, Sequence[Tensor]],
     formats: dict[str, LayerFormat],
     config: PtqConfig,
     batch: int,
@@ -189,14 +189,14 @@ def ptq_block(
     """Binarize a block's layers in their order of use; later layers see what the earlier ones have become.
 
     ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is what
-    earlier, already binarized blocks deliver, ``teacher_inputs`` what the teacher's own deliver; ``formats`` names
-    the layers to binarize. Yields each layer's name and result.
+    earlier, already binarized blocks deliver; ``meant`` has, in the same batches, what reaches the teacher's layers on
+    its own stream, (tokens, in), at least for the first of those that read one input. ``formats`` names the layers to
+    binarize. Yields each layer's name and result.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
         for fmt, names in by_format(sharing, formats):
             seen = layer_inputs(student, names[0], inputs, call, batch)
-            meant = layer_inputs(teacher, names[0], teacher_inputs, call, batch)
-            hessian, drift = input_statistics(seen, meant)
+            hessian, drift = input_statistics(seen, meant[sharing[0]])
             for name, layer in binarize_together(teacher, names, hessian, fmt, config, drift).items():
                 binary = to_layer(teacher.get_submodule(name), fmt, layer)
                 binary.round_params()
@@ -243,7 +243,7 @@ def binarize_together(
     return layers
 
 
-def input_statistics(seen: Iterator[Tensor], meant: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
     tokens; float32.
 
