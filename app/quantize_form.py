@@ -17,11 +17,18 @@ import streamlit as st
 from lbllm import corpora
 from lbllm.config import FORMAT_NAMES, PRESETS, STAGES, WHOLE_ROW, RunConfig, make_config, parse_config, read_settings
 from lbllm.errors import ConfigError, LbllmError
+from lbllm.losses import LOSSES
 from lbllm.paths import corpus_name, model_name
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 PRESET = "quantize preset"
-STAGE_LABELS = {STAGES[:1]: "1", STAGES[:2]: "1–2", STAGES: "1–3"}
+STAGE_LABELS = {
+    STAGES[:1]: "1",
+    STAGES[:2]: "1–2",
+    STAGES[:3]: "1–3",
+    (*STAGES[:2], STAGES[3]): "1–2, 4",
+    STAGES: "1–4",
+}
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
 
@@ -79,7 +86,7 @@ STAGE_SETTING = Setting(
     "stages",
     "Stages",
     "1: initialization, closed form. 2: each block learns to give the teacher's output, by gradient descent. "
-    "3: the same with quantized activations and KV cache.",
+    "3: the same with quantized activations and KV cache. 4: the whole model at once learns the teacher's next words.",
     tuple(STAGE_LABELS),
     lambda stages: STAGE_LABELS[stages],
 )
@@ -119,6 +126,14 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("aar.batch_tokens", "Tokens a step", "", number=_TOKENS),
         Setting("aar.lr_levels", "Learning rate, levels", "", number=_RATE),
         Setting("aar.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),
+    ),
+    "Stage 4": (
+        Setting("e2e.tokens", "Tokens", "", number=_TOKENS),
+        Setting("e2e.epochs", "Epochs", "", number=_AT_LEAST_1),
+        Setting("e2e.batch_tokens", "Tokens a step", "", number=_TOKENS),
+        Setting("e2e.loss", "Loss", "What is compared of both models' next words.", tuple(LOSSES)),
+        Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
+        Setting("e2e.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),
     ),
 }
 SETTINGS = (

@@ -11,10 +11,15 @@ from app.view import COLOURS, number_text, time_text
 from lbllm.config import STAGES, Stage
 from lbllm.run_view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
 
-STAGE_LABELS: dict[Stage, str] = {"ptq": "1 Initialize", "wat": "2 Train weights", "aar": "3 Refine activations"}
+STAGE_LABELS: dict[Stage, str] = {
+    "ptq": "1 Initialize",
+    "wat": "2 Train weights",
+    "aar": "3 Refine activations",
+    "e2e": "4 End to end",
+}
 WORKING = "#F0E442"
 # Each stage's own colour, the block in work, a diverged one, and what is still to come.
-_CELLS = ["--st-border-color-light", COLOURS["ptq"], COLOURS["wat"], COLOURS["aar"], WORKING, COLOURS["bad"]]
+_CELLS = ["--st-border-color-light", *(COLOURS[stage] for stage in STAGES), WORKING, COLOURS["bad"]]
 
 Chosen = tuple[Stage, int]
 Figure = dict[str, Any]
@@ -29,14 +34,14 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     texts: list[list[str]] = []
     for stage in started.stages:
         done = STAGES.index(stage) + 1
-        kinds = {"waiting": 0, "working": 4, "done": done, "diverged": 5}
+        kinds = {"waiting": 0, "working": 5, "done": done, "diverged": 6}
         codes.append([kinds[view.cell(stage, block)] + 0.5 for block in range(started.blocks)])
         texts.append([_cell_text(view, stage, block) for block in range(started.blocks)])
     scale = [[(index + side) / len(_CELLS), colour] for index, colour in enumerate(_CELLS) for side in (0, 1)]
     shapes = []
     if chosen is not None and chosen[0] in started.stages:
         row = started.stages.index(chosen[0])
-        shapes.append(_frame(row, chosen[1]))
+        shapes.append(_frame(row, chosen[1], started.blocks if chosen[0] == "e2e" else 1))
     trace = {
         "type": "heatmap",
         "uid": "cells",
@@ -65,6 +70,12 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     return {"data": [trace], "layout": layout}
 
 
+def place_name(chosen: Chosen) -> str:
+    """A block in a stage, as people say it."""
+    stage, number = chosen
+    return f"{'All blocks' if stage == 'e2e' else f'Block {number + 1}'}, {STAGE_LABELS[stage]}"
+
+
 def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
     """The loss of one block step by step, or in stage 1 the error of each of its layers."""
     stage, number = chosen
@@ -91,7 +102,7 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
     if steps:
         layout["xaxis"] |= {"autorange": False, "range": [0, steps + 1]}
     if not losses:
-        layout["annotations"] = [_note(f"Block {number + 1} has not begun this stage")]
+        layout["annotations"] = [_note(f"{place_name(chosen)}: not begun")]
     return {"data": data, "layout": layout}
 
 
@@ -99,6 +110,8 @@ def before_after(view: RunView, *, log: bool) -> Figure:
     """The loss of every finished block after each stage, and dotted before it."""
     data: list[Figure] = []
     for stage in view.started.stages if view.started is not None else ():
+        if stage == "e2e":
+            continue  # its loss is the whole model's
         blocks = [block.done for block in view.finished if block.stage == stage and block.done is not None]
         numbers = [done.block + 1 for done in blocks]
         colour = COLOURS[stage]
@@ -121,7 +134,7 @@ def before_after(view: RunView, *, log: bool) -> Figure:
 def heat_map(view: RunView) -> Figure:
     """Block by step in stages 2 and 3: the loss over that of the block's first step, as a change in percent."""
     started = view.started
-    stages: list[Stage] = [stage for stage in started.stages if stage != "ptq"] if started is not None else []
+    stages: list[Stage] = [stage for stage in started.stages if stage in ("wat", "aar")] if started is not None else []
     layout: Figure = {"height": 300, "coloraxis": {}}
     data: list[Figure] = []
     if started is None or not stages:
@@ -228,8 +241,8 @@ def _loss_axis(log: bool) -> Figure:
 
 
 def _cell_text(view: RunView, stage: Stage, block: int) -> str:
-    cell, place = view.cell(stage, block), f"block {block + 1}, {STAGE_LABELS[stage]}"
-    found = view.blocks.get((stage, block))
+    cell, place = view.cell(stage, block), place_name((stage, block))
+    found = view.blocks.get((stage, 0 if stage == "e2e" else block))
     if found is None or found.done is None:
         return f"{place}: {'in work' if cell == 'working' else 'to come'}"
     done = found.done
@@ -237,8 +250,8 @@ def _cell_text(view: RunView, stage: Stage, block: int) -> str:
     return f"{place}: {losses}" + (", diverged: kept as before" if done.diverged else "")
 
 
-def _frame(row: int, block: int) -> Figure:
-    box = {"type": "rect", "x0": block + 0.56, "x1": block + 1.44, "y0": row - 0.42, "y1": row + 0.42}
+def _frame(row: int, block: int, blocks: int) -> Figure:
+    box = {"type": "rect", "x0": block + 0.56, "x1": block + blocks + 0.44, "y0": row - 0.42, "y1": row + 0.42}
     return box | {"line": {"color": "--st-text-color", "width": 2}}
 
 

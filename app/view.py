@@ -28,6 +28,7 @@ COLOURS: dict[str, str] = {
     "ptq": "#E69F00",
     "wat": "#0072B2",
     "aar": "#009E73",
+    "e2e": "#CC79A7",
     "bad": "#D55E00",
     "bits": "#0072B2",
     "bitmap": "#56B4E9",

@@ -72,13 +72,14 @@ def encode(x: Tensor, grid: Grid, bits: int, tail: int) -> Codes:
     """The codes of x (..., features) on its tokens' grids; a value in a tail sits on its body's edge plus j tail
     steps."""
     steps = 2**bits - 1 - 2 * tail
-    body = torch.clamp(torch.round(x / grid.body), -grid.zero, steps - grid.zero)
+    bottom, top = -grid.zero, steps - grid.zero
+    body = (x / grid.body).round_().clamp_(bottom, top)
     if not tail:
         empty = torch.zeros_like(body)
         return Codes(body, empty, empty)
     edge = body * grid.body
-    low = torch.clamp(torch.round((edge - x) / grid.low.clamp_min(1e-12)), 0, tail) * (body == -grid.zero)
-    high = torch.clamp(torch.round((x - edge) / grid.high.clamp_min(1e-12)), 0, tail) * (body == steps - grid.zero)
+    low = (edge - x).div_(grid.low.clamp_min(1e-12)).round_().clamp_(0, tail).mul_(float_mask(torch.eq, body, bottom))
+    high = (x - edge).div_(grid.high.clamp_min(1e-12)).round_().clamp_(0, tail).mul_(float_mask(torch.eq, body, top))
     return Codes(body, low, high)
 
 
@@ -240,6 +241,16 @@ class TrainingCache:
     def get_seq_length(self, *args: Any) -> int:
         """Tokens before the present ones: none."""
         return 0
+
+
+class TrainingKVLayer(DynamicLayer):
+    """The same for a whole model: the KV cache of one layer that keeps nothing and gives back what it would hold."""
+
+    bits = 4
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
 
 
 class PackedKVLayer(DynamicLayer):

@@ -13,18 +13,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lbllm.errors import ConfigError
+from lbllm.losses import LogitLoss
 
 SCHEMA_VERSION = 1
 WHOLE_ROW = -1
 
 Format = Literal["w1+1", "w1"]
-Stage = Literal["ptq", "wat", "aar"]
+Stage = Literal["ptq", "wat", "aar", "e2e"]
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
-STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar")
+STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
+PAPER_STAGES = STAGES[:3]
 STAGE_NAMES: dict[Stage, str] = {
     "ptq": "Stage 1: PTQ initialization",
     "wat": "Stage 2: weight-aware training",
     "aar": "Stage 3: activation-aware refinement",
+    "e2e": "Stage 4: end to end",
 }
 
 
@@ -137,6 +140,18 @@ class AarConfig(_Section):
     grad_clip: float = Field(0.3, gt=0)
 
 
+class E2eConfig(_Section):
+    """Stage 4, which is optional. Learning rates as in stage 3; the loss compares the logits of both models."""
+
+    tokens: int = Field(65_536, gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_tokens: int = Field(1_024, gt=0)
+    lr_levels: float = Field(4e-3, ge=0)
+    lr_act: float = Field(2e-3, ge=0)
+    loss: LogitLoss = "forward_kl"
+    grad_clip: float = Field(1.0, gt=0)
+
+
 class RunConfig(_Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
     a path."""
@@ -145,7 +160,7 @@ class RunConfig(_Section):
     model: str = Field("smollm2-135m-instruct", min_length=1)
     corpus: str = Field("embedded", min_length=1)
     preset: str = "custom"
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = PAPER_STAGES
     seq_len: int = Field(512, ge=8)
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
@@ -153,13 +168,22 @@ class RunConfig(_Section):
     ptq: PtqConfig = PtqConfig()
     wat: WatConfig = WatConfig()
     aar: AarConfig = AarConfig()
+    e2e: E2eConfig = E2eConfig()
 
     @field_validator("stages")
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        if not value or value != STAGES[: len(value)]:
-            raise ValueError(f"stages run in the order {', '.join(STAGES)} and each needs the one before it")
+        blockwise = value[:-1] if value[-1:] == ("e2e",) else value
+        if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
+            raise ValueError(
+                f"stages run in the order {', '.join(PAPER_STAGES)}, each needs the one before it; e2e may follow any"
+            )
         return value
+
+    def precision(self, stage: Stage) -> QuantConfig:
+        """The format of the model after a stage: activations and KV cache are quantized from stage 3 on."""
+        after = self.stages[: self.stages.index(stage) + 1]
+        return self.quant if "aar" in after else self.quant.weights_only()
 
     @property
     def tokens(self) -> int:

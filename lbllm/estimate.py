@@ -40,13 +40,16 @@ HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, d
 WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
 AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
+E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
+E2E_LOGITS = 40  # per token of one sequence and vocabulary entry: both models' logits, the loss and its gradient
 
 # Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
 PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
 PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each descent sweep, column by column
 STREAMS_TOKEN = 4.0  # stages 2 and 3: teacher and student streams advance
 STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
-EFFICIENCY: dict[Stage, float] = {"ptq": 0.75, "wat": 0.75, "aar": 0.4}  # shares of the matmul rate that stages reach
+# Shares of the matmul rate that the stages reach.
+EFFICIENCY: dict[Stage, float] = {"ptq": 0.75, "wat": 0.75, "aar": 0.4, "e2e": 0.5}
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     model = model or skeleton(config.model)
     check_supported(model)
     check_length(model, config.seq_len, "seq_len")
-    quant = config.quant if "aar" in config.stages else config.quant.weights_only()
+    quant = config.precision(config.stages[-1])
     path, blocks, formats = block_formats(model, quant)
     layers = []
     for number, named in enumerate(formats):
@@ -242,6 +245,12 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
     ]
     for stage in config.stages:
         settings = getattr(config, stage)
+        if stage == "e2e":
+            kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.seq_len
+            logits = E2E_LOGITS * config.seq_len * text.vocab_size
+            training = E2E_WEIGHT * sum(layer.weights for layer in layers)
+            moments.append({activations: kept, "logits of one sequence": logits, "weights in training": training})
+            continue
         stream = 4 * text.hidden_size * config.seq_len * math.ceil(settings.tokens / config.seq_len)
         moments.append({streams: STREAMS_ADVANCE * stream, activations: forward})
         if stage == "ptq":
@@ -265,11 +274,15 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], ra
     attention = len({layer.block for layer in layers}) * config.seq_len * model.config.get_text_config().hidden_size
     weights = sum(layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
+    head = model.config.get_text_config()
+    head_weights = head.hidden_size * head.vocab_size
     search = 2 * len(CLIPS) * len(KNEES) * config.aar.search_tokens
     flops: dict[Stage, float] = {
         "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
         "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
         "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
+        # Of both models a forward pass, of the student a backward pass; nothing trains in the output head.
+        "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + 6 * head_weights),
     }
     return {stage: flops[stage] / (rate * EFFICIENCY[stage]) for stage in config.stages}
 

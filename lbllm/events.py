@@ -45,6 +45,11 @@ class RunStarted(_Event):
     resumed_blocks: int = 0
 
 
+def stage_parts(stage: Stage, blocks: int) -> int:
+    """Into how many parts a stage divides a model of so many blocks: stage 4 takes it whole."""
+    return 1 if stage == "e2e" else blocks
+
+
 class StageStarted(_Event):
     """A stage begins. ``steps`` is the number of optimizer steps a block has in it (0 for stage 1)."""
 
@@ -54,6 +59,8 @@ class StageStarted(_Event):
 
 
 class BlockStarted(_Event):
+    """Work on a block begins. For stage 4, here and in the events below, the whole model is its block 0."""
+
     kind: Literal["block_started"] = "block_started"
     stage: Stage
     block: int
@@ -100,7 +107,7 @@ class BlockDone(_Event):
 
 
 class Evaluated(_Event):
-    """A perplexity became known; ``what``: teacher, rtn, ptq, wat or aar; ``text`` names the evaluated text."""
+    """A perplexity became known; ``what``: teacher, rtn or a stage; ``text`` names the evaluated text."""
 
     kind: Literal["evaluated"] = "evaluated"
     what: str

@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm import memory
-from lbllm.activations import PackedKVLayer
+from lbllm.activations import PackedKVLayer, TrainingKVLayer
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.checkpoint import write_atomic
 from lbllm.config import QuantConfig
@@ -125,12 +125,14 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
             block.set_submodule(name, packed)
 
 
-def attach_kv_cache(model: nn.Module, bits: int) -> None:
+def attach_kv_cache(
+    model: nn.Module, bits: int, kind: type[PackedKVLayer] | type[TrainingKVLayer] = PackedKVLayer
+) -> None:
     """Make the model keep its KV cache in ``bits`` bits, whoever creates the cache: generate(), a caller, or a plain
     forward call, of the model or of the part of it without the head. Comes before the layers are replaced."""
     if bits >= 16:
         return
-    layer_class = type("PackedKVLayer", (PackedKVLayer,), {"bits": bits})
+    layer_class = type(kind.__name__, (kind,), {"bits": bits})
     decoder = _cache_holder(model)
     names = list(inspect.signature(decoder.forward).parameters)
 
@@ -263,6 +265,7 @@ def load(
         ) from error
     model = model.to(device).eval()
     memory.trim()
+    memory.unload(folder / WEIGHTS)
     return model, tokenizer
 
 

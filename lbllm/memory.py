@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
+from pathlib import Path
 
 
 def keep_large_allocations() -> None:
@@ -25,6 +27,26 @@ def trim() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def unload(file: Path) -> None:
+    """Take the pages of a mapped file out of this process's memory: a tensor that still refers to it has them read
+    again.
+
+    A checkpoint's mapping outlives its loading, and every page that was copied from it counts as resident. Where the
+    mapping has been written to, and where there is no /proc, nothing is done.
+    """
+    library, name = _glibc(), str(file.resolve())
+    maps = Path("/proc/self/smaps")
+    if library is None or not maps.exists():
+        return
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start = end = 0
+    for line in maps.read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-")) if line.endswith(name) else (0, 0)
+        elif end and line.startswith("Private_Dirty:") and int(line.split()[1]) == 0:
+            library.madvise(start, end - start, 4)  # MADV_DONTNEED
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.activations import ActQuantizer, TrainingCache
+from lbllm.activations import ActQuantizer, TrainingCache, TrainingKVLayer
 from lbllm.blocks import (
     BlockCall,
     capture_calls,
@@ -62,14 +62,16 @@ from lbllm.hf import WEIGHTS, LbllmConfig, LbllmQuantizer, attach_kv_cache, save
 from lbllm.layers import PackedLinear, layer_bits
 from lbllm.models import Teacher, load_teacher
 from lbllm.stages.aar import aar_block, add_quantizers
+from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.ptq import ptq_block, to_layer
 from lbllm.stages.wat import Step, batch_order, binary_layers, block_error, wat_block
 
 Request = Literal["stop", "cancel"]
 
 # A block's loss is measured on at most this many tokens, before and after a stage.
-PROBE_TOKENS = 4_096
+PROBE_TOKENS = 2_048
 FORWARD_TOKENS = 2_048
+SAVE_SECONDS = 120.0  # between two savings of stage 4, which has no blocks that finish
 # Perplexities that show a run's progress are measured on few tokens: they take from the run's time.
 HELD_OUT_TOKENS = 2_048
 
@@ -219,7 +221,7 @@ def run(
     try:
         yield from _evaluate(state, "teacher", lambda: model, held_out)
         for stage in config.stages:
-            yield from _run_stage(state, stage)
+            yield from _end_to_end(state) if stage == "e2e" else _run_stage(state, stage)
             yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
         state.check()
     except _Ended:
@@ -419,11 +421,114 @@ def _train(
     return state
 
 
+def _end_to_end(run: _Run) -> Iterator[Event]:
+    """Stage 4 on the whole model at once, which counts as its block 0; its state so far is saved now and then."""
+    began = time.perf_counter()
+    stage: Stage = "e2e"
+    # The last of the text: what earlier stages have seen least.
+    count = math.ceil(run.config.e2e.tokens / run.config.seq_len)
+    sequences = run.corpus.sequences[-count:].to(run.teacher.device)
+    student, blocks = _whole_student(run, run.config.stages[-2])
+    layers = [layer for block in blocks for layer in binary_layers(block).values()]
+    training = EndToEnd(
+        student, run.teacher, layers, sequences, run.config.e2e, seed=run.config.seed, autocast=run.autocast
+    )
+    yield StageStarted(stage=stage, steps=len(training.order))
+    if any(run.store.load(stage, number) is None for number in range(len(blocks))):
+        yield from _train_whole(run, training, blocks)
+    yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iterator[Event]:
+    stage: Stage = "e2e"
+    began = saved = time.perf_counter()
+    probe = training.sequences[: max(1, PROBE_TOKENS // run.config.seq_len)]
+    underway = len(blocks)  # the number under which the state of unfinished training lies beside those of the blocks
+    state = run.store.load(stage, underway)
+    if state is None:
+        yield BlockStarted(stage=stage, block=0)
+        before = training.loss(probe)
+    else:
+        before = state.loss_before
+        training.load(state.tensors)
+
+    def keep() -> None:
+        run.store.save(stage, underway, BlockState(training.state(), before, 0.0, False))
+
+    try:
+        for step in training.steps():
+            run.check()
+            if step is None:
+                continue
+            yield StepMetric(
+                stage=stage,
+                block=0,
+                step=step.step,
+                loss=step.loss,
+                lr=step.lr,
+                tokens_per_second=step.tokens_per_second,
+            )
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                keep()
+                saved = time.perf_counter()
+    except _Ended:
+        if run.request() == "stop":
+            keep()
+        raise
+    for layer in training.layers:
+        layer.round_params()
+    after = training.loss(probe)
+    diverged = not after <= before
+    for number, block in enumerate(blocks):
+        tensors = collect(binary_layers(block))
+        if diverged:
+            earlier = run.store.load(run.config.stages[-2], number)
+            assert earlier is not None
+            tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
+        run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
+    run.store.path(stage, underway).unlink(missing_ok=True)
+    yield BlockDone(
+        stage=stage,
+        block=0,
+        loss_before=before,
+        loss_after=before if diverged else after,
+        seconds=time.perf_counter() - began,
+        memory_bytes=peak_memory(),
+        diverged=diverged,
+    )
+
+
+def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The model after a stage with BinaryLinear layers to train, and its blocks; layers that read one input share
+    their quantizer."""
+    quant = run.config.precision(stage)
+    student: PreTrainedModel = share_copy(run.teacher)
+    attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)
+    _, student_blocks = decoder_blocks(student)
+    _, _, formats = block_formats(run.teacher, quant)
+    hidden = first_inputs(run.teacher, run.corpus.sequences[:1], 1)
+    blocks: list[nn.Module] = []
+    for number, block in enumerate(run.blocks):
+        state = run.store.load(stage, number)
+        if state is None:
+            raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of stage {stage}")
+        restored = restore(block, formats[number], state.tensors, quant.tail_steps)
+        layers = binary_layers(restored)
+        for names in shared_inputs(block, hidden, run.calls[number]):
+            shared: dict[int, ActQuantizer] = {}
+            for name in names:
+                if name in layers and (quantizer := layers[name].quantizer) is not None:
+                    layers[name].quantizer = shared.setdefault(quantizer.bits, quantizer)
+        student_blocks[number] = restored
+        blocks.append(restored)
+    return student, blocks
+
+
 def stage_model(config: RunConfig, folder: Path, stage: Stage, teacher: Teacher | None = None) -> PreTrainedModel:
     """The model as it was after a stage of the run in ``folder``, packed as it would be deployed, computing in float32.
 
-    Weights alone are binarized after stages 1 and 2; after stage 3 activations and KV cache have their bits too. Raises
-    CheckpointError where the run has not finished that stage.
+    Weights alone are binarized after stages 1 and 2; from stage 3 on activations and KV cache have their bits too.
+    Raises CheckpointError where the run has not finished that stage.
     """
     teacher = teacher or load_teacher(config.model)
     return _packed_model(config, folder, stage, teacher, torch.float32)[0]
@@ -434,7 +539,7 @@ def _packed_model(
 ) -> tuple[PreTrainedModel, QuantConfig]:
     """The packed model after a stage and its format; what stays dense is rounded to bfloat16 and then held in
     ``dtype``."""
-    quant = config.quant if stage == "aar" else config.quant.weights_only()
+    quant = config.precision(stage)
     _, blocks, formats = block_formats(teacher.model, quant)
     student: PreTrainedModel = share_copy(teacher.model)
     attach_kv_cache(student, quant.kv_bits)

@@ -32,6 +32,7 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
     Stored,
+    stage_parts,
 )
 
 
@@ -117,7 +118,8 @@ class RunProgress:
         """Of the stage under way by its blocks so far, of later ones as expected; None while that isn't known."""
         if self.started is None or self.stage is None or self.status != "running":
             return None
-        left = self.started.blocks - self.done_blocks
+        parts = stage_parts(self.stage.stage, self.started.blocks)
+        left = parts - self.done_blocks
         if self.block_seconds:
             # The latest blocks say most about the next ones; the first of a process is slower.
             recent = self.block_seconds[-5:]
@@ -125,7 +127,7 @@ class RunProgress:
         elif self.part > 0 and self.block_began:
             a_block = (now - self.block_began) / self.part
         elif self.stage.stage in self.expected:
-            a_block = self.expected[self.stage.stage] / self.started.blocks
+            a_block = self.expected[self.stage.stage] / parts
         else:
             return None
         later = self.started.stages[self.started.stages.index(self.stage.stage) + 1 :]
@@ -162,7 +164,8 @@ class RunProgress:
 
     def _losses(self, event: BlockDone) -> str:
         blocks = self.started.blocks if self.started else "?"
-        text = f"block {event.block + 1}/{blocks}: loss {event.loss_before:.4g} -> {event.loss_after:.4g}"
+        place = "whole model" if event.stage == "e2e" else f"block {event.block + 1}/{blocks}"
+        text = f"{place}: loss {event.loss_before:.4g} -> {event.loss_after:.4g}"
         text += f", {duration(event.seconds)}, {size(event.memory_bytes)}"
         return text + (", diverged: its state from before is kept" if event.diverged else "")
 
@@ -177,7 +180,7 @@ class RunProgress:
             head.append(f"{'  ' if head else ''}{self.status}", style="yellow")
         rows: list[RenderableType] = [head]
         if self.started is not None and self.stage is not None:
-            blocks = self.started.blocks
+            blocks = stage_parts(self.stage.stage, self.started.blocks)
             grid = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=blocks, completed=self.done_blocks + self.part, width=40)
             block = f"block {min(self.done_blocks + 1, blocks)}/{blocks}"

@@ -34,6 +34,7 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
     Stored,
+    stage_parts,
 )
 from lbllm.progress import RunProgress
 from lbllm.runs import LIFECYCLE, RunStore
@@ -175,6 +176,9 @@ class RunView:
                 block.layers[event.layer] = event.error
             case StepMetric() as event:
                 block = self._block(event.stage, event.block, stored.seq)
+                # A resumed stage 4 begins in the middle and repeats the steps since it was last saved.
+                self.latest = self.working = (event.stage, event.block)
+                del block.losses[event.step - 1 :], block.rates[event.step - 1 :]
                 block.losses.append(event.loss)
                 block.rates.append(event.tokens_per_second)
                 if stored.time - self._heated_at >= HEAT_SECONDS:
@@ -215,7 +219,8 @@ class RunView:
         return (*known, self.latest, len(self.finished), len(self.steps))
 
     def cell(self, stage: Stage, block: int) -> Cell:
-        """Where a block is in a stage."""
+        """Where a block is in a stage; in stage 4 all are where the whole model is."""
+        block = min(block, stage_parts(stage, block + 1) - 1)
         view = self.blocks.get((stage, block))
         if view is not None and view.done is not None:
             return "diverged" if view.done.diverged else "done"
@@ -265,7 +270,8 @@ class RunView:
         """
         if self.started is None:
             return None
-        planned = sum(expected.get(view.stage, math.nan) for view in self.finished) / self.started.blocks
+        blocks = self.started.blocks
+        planned = sum(expected.get(view.stage, math.nan) / stage_parts(view.stage, blocks) for view in self.finished)
         taken = sum(view.done.seconds for view in self.finished if view.done is not None)
         pace = taken / planned if planned else math.nan
         self.progress.expected = {stage: pace * share for stage, share in expected.items()} if pace == pace else {}

@@ -59,6 +59,6 @@ def stages_table(
 
 
 def _precision(config: RunConfig, stage: Stage) -> str:
-    quant = config.quant
-    weights = FORMAT_NAMES[quant.format]
-    return f"{weights}A{quant.act_bits}KV{quant.kv_bits}" if stage == "aar" else f"{weights}A16"
+    quant = config.precision(stage)
+    weights = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}"
+    return weights if quant.kv_bits == 16 else f"{weights}KV{quant.kv_bits}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lbllm.config import RunConfig, make_config
+from lbllm.config import STAGES, RunConfig, make_config
 from lbllm.errors import ConfigError, ModelError, ResourceError
 from lbllm.estimate import Estimate, check_memory, estimate, free_memory, matmul_rate
 from lbllm.events import RunDone
@@ -156,6 +156,21 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     for stage, key in (("wat", "tokens"), ("aar", "batch_tokens"), ("ptq", "tokens")):
         larger = getattr(config, stage).model_copy(update={key: 2_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
+    # Stage 4 holds a graph of the whole model.
+    whole = config.model_copy(update={"stages": STAGES, "seq_len": 256})
+    assert estimate(whole).memory_bytes > base + 10**6
+
+
+def test_stage_4_takes_time_of_its_own(tmp_path: Path) -> None:
+    config = _config(save_tiny(tmp_path, "llama"), stages=STAGES)
+    times = [
+        estimate(config.model_copy(update={"e2e": config.e2e.model_copy(update={"tokens": tokens})}), rate=1e9)
+        for tokens in (1_000, 3_000)
+    ]
+    one, three = (result.stage_seconds["e2e"] for result in times)
+    assert three == pytest.approx(3 * one)
+    # Teacher and student forward, student backward: at least 8 FLOPs a binarized weight and token.
+    assert one >= 8 * times[0].weights * 1_000 / 1e9
 
 
 def test_too_little_memory_is_said_before_the_start() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.kill_resume import hashes
 from lbllm import load, pipeline
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.config import STAGES, RunConfig
+from lbllm.config import PAPER_STAGES, RunConfig
 from lbllm.corpora import Corpus, load_corpus, sequences_hash
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
 from lbllm.evaluate import perplexity
@@ -48,7 +48,7 @@ LAYERS = {
     **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (90, 48)),
     "mlp.down_proj": (48, 90),
 }
-STATES = list(itertools.product(STAGES, range(BLOCKS)))
+STATES = list(itertools.product(PAPER_STAGES, range(BLOCKS)))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_events_tell_the_run_in_order(whole: tuple[Path, list[Event]]) -> None:
         rows * (math.ceil(columns / 16) * 4 * 16 + math.ceil(columns / 8) * 8 * 2) for rows, columns in LAYERS.values()
     )
     assert started == RunStarted(
-        stages=STAGES,
+        stages=PAPER_STAGES,
         blocks=BLOCKS,
         layers=BLOCKS * len(LAYERS),
         weights=weights,
@@ -107,7 +107,7 @@ def test_events_tell_the_run_in_order(whole: tuple[Path, list[Event]]) -> None:
         tokens=token_ids().numel(),
         bpw=bits / weights,
     )
-    for stage in STAGES:
+    for stage in PAPER_STAGES:
         steps = 0 if stage == "ptq" else 2
         assert next(told) == StageStarted(stage=stage, steps=steps)
         for block in range(BLOCKS):
@@ -297,7 +297,7 @@ def test_stages_one_and_two_leave_activations_and_cache_alone(
 ) -> None:
     ids = token_ids(2, seed=1)
     with torch.no_grad():
-        outputs = [stage_model(run_config(), whole[0], stage, teacher)(ids) for stage in STAGES]
+        outputs = [stage_model(run_config(), whole[0], stage, teacher)(ids) for stage in PAPER_STAGES]
         dense = teacher.model(ids).logits
     assert [type(output.past_key_values.layers[0]).__name__ for output in outputs] == [
         "DynamicLayer",

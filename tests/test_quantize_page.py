@@ -233,4 +233,4 @@ def test_every_widget_is_a_setting() -> None:
         for part in setting.path.split("."):
             value = value[part]
     assert len({setting.path for setting in SETTINGS}) == len(SETTINGS)
-    assert set(ADVANCED) == {"All stages", "Stage 1", "Stage 2", "Stage 3"}
+    assert set(ADVANCED) == {"All stages", "Stage 1", "Stage 2", "Stage 3", "Stage 4"}

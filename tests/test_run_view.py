@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbllm.config import STAGES, Stage, make_config
+from lbllm.config import PAPER_STAGES, Stage, make_config
 from lbllm.events import (
     Acknowledged,
     BlockDone,
@@ -37,7 +37,7 @@ STEPS = 6
 
 def started(blocks: int = 2) -> RunStarted:
     return RunStarted(
-        stages=STAGES,
+        stages=PAPER_STAGES,
         blocks=blocks,
         layers=2 * blocks,
         weights=1000,
@@ -108,7 +108,7 @@ def test_however_the_events_arrive_the_view_is_the_same(tmp_path: Path, seed: in
             view.update(stored)
         for one in (view, fresh):
             assert one.seq == len(whole_run())
-            assert [(b.stage, b.block) for b in one.finished] == [(stage, k) for stage in STAGES for k in (0, 1)]
+            assert [(b.stage, b.block) for b in one.finished] == [(stage, k) for stage in PAPER_STAGES for k in (0, 1)]
             assert one.blocks["ptq", 1].layers == {"a.q": 5, "a.k": 5}
             # The block that was begun twice has its second curve alone.
             assert one.blocks["wat", 1].losses == [1 / k for k in range(1, STEPS + 1)]
@@ -148,6 +148,28 @@ def test_cells_of_the_timeline() -> None:
     view.update(Stored(seq=8, time=11, event=done("ptq", 1)))
     assert view.news != news
     assert view.cell("ptq", 1) == "done"
+
+
+def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() -> None:
+    events: list[Event] = [RunStarted(**(started().model_dump() | {"stages": ("ptq", "e2e")}))]
+    events += [
+        *block("ptq", 0),
+        *block("ptq", 1),
+        StageStarted(stage="e2e", steps=5),
+        BlockStarted(stage="e2e", block=0),
+    ]
+    events += [step("e2e", 0, number, 1 / number) for number in (1, 2, 3, 4)]
+    # Killed after its last saving, which was after step 2.
+    resumed = [RunQueued(), RunLoading(), events[0], StageStarted(stage="e2e", steps=5)]
+    again = [step("e2e", 0, number, 2 / number) for number in (3, 4)]
+    view = folded(*((float(k), event) for k, event in enumerate([*events, *resumed, *again])))
+    assert view.blocks["e2e", 0].losses == [1, 1 / 2, 2 / 3, 2 / 4]
+    assert [view.cell("e2e", block) for block in (0, 1)] == ["working", "working"]
+    assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) is not None
+    end = Stored(seq=view.seq + 1, time=50.0, event=done("e2e", 0))
+    view.update(end)
+    assert [view.cell("e2e", block) for block in (0, 1)] == ["done", "done"]
+    assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) == 0
 
 
 def test_time_counts_while_a_worker_works() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks.kill_resume import compare, hashes
-from lbllm.config import RunConfig, make_config
+from lbllm.config import STAGES, RunConfig, make_config
 from lbllm.errors import CorpusError, RunError
 from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped, StepMetric
 from lbllm.runs import Request, Run, RunStore, State
@@ -260,8 +261,10 @@ def test_a_store_that_can_take_no_more_ends_the_worker_and_nothing_else(store: R
 
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of seconds: two small blocks, a few steps a block."""
-    return stored_run_config(tmp_path_factory.mktemp("tiny"))
+    """A run of seconds: two small blocks, a few steps a block, and stage 4."""
+    config = stored_run_config(tmp_path_factory.mktemp("tiny"))
+    e2e = config.e2e.model_copy(update={"tokens": 512, "batch_tokens": 64})
+    return config.model_copy(update={"stages": STAGES, "e2e": e2e})
 
 
 def begun(store: RunStore, run: Run, kind: str) -> None:
@@ -295,13 +298,15 @@ def test_a_whole_run_tells_its_story_in_order(killed: tuple[RunStore, str], tiny
         assert run.state == "done"
         events = store.events(run.id)
         assert [stored.seq for stored in events] == list(range(1, len(events) + 1))
-        assert [stored.event.kind for stored in events[:3]][:2] == ["run_queued", "run_loading"]
+        told = kinds(store, run)
+        # A worker may be killed before it has begun to load; each resume queues the run again.
+        assert [kind for kind, _ in itertools.groupby(told)][:2] == ["run_queued", "run_loading"]
         assert isinstance(events[-1].event, RunDone)
         started = next(stored.event for stored in events if isinstance(stored.event, RunStarted))
         assert started.tokens == tiny_config.tokens == 512
     told = kinds(store, store.all()[0])
     assert told.count("stage_done") == len(tiny_config.stages)
-    assert told.count("block_done") == len(tiny_config.stages) * 2
+    assert told.count("block_done") == 3 * 2 + 1
 
 
 def test_a_stopped_run_goes_on_from_its_finished_blocks_and_a_cancelled_one_never(

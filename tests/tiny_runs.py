@@ -67,11 +67,15 @@ def run_tiny(
     *,
     request: Callable[[], Literal["stop", "cancel"] | None] = lambda: None,
     precision: str = "no",
+    seen: list[Event] | None = None,
 ) -> list[Event]:
-    """All events of a run in ``folder``, on ``token_ids()``."""
+    """All events of a run in ``folder``, on ``token_ids()``; ``seen`` has them as they come, for ``request``."""
     folder.mkdir(parents=True, exist_ok=True)
     # As if the run had begun before: measuring which precision is faster would take longer than the run.
     (folder / "precision").write_text(precision)
     sequences = token_ids()
     corpus = Corpus("given", sequences_hash(sequences), sequences)
-    return list(pipeline.run(config, folder, request=request, teacher=teacher, corpus=corpus))
+    events = seen if seen is not None else []
+    for event in pipeline.run(config, folder, request=request, teacher=teacher, corpus=corpus):
+        events.append(event)
+    return events

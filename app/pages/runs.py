@@ -16,9 +16,9 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app import run_charts
 from app.live_chart import encode, live_chart
-from app.run_charts import STAGE_LABELS, Chosen, Figure
+from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
-from lbllm.config import STAGES, Stage
+from lbllm.config import PAPER_STAGES, STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
 from lbllm.run_view import SUMMARY_KINDS, RunView
@@ -195,7 +195,7 @@ def outcome(run: Run, view: RunView) -> None:
         )
     diverged = view.diverged
     if diverged:
-        names = ", ".join(f"block {block.block + 1} ({STAGE_LABELS[block.stage]})" for block in diverged[:8])
+        names = "; ".join(place_name((block.stage, block.block)) for block in diverged[:8])
         more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
         st.warning(
             f"Training made these blocks worse or met a number that is none, so each keeps the state it had before: "
@@ -206,16 +206,19 @@ def outcome(run: Run, view: RunView) -> None:
 def figures(view: RunView) -> None:
     """The numbers that become known while the run goes on."""
     known = view.perplexities
-    columns = st.columns([1, 1, 1, 1, 1.2, 1.2, 1])
-    for column, what in zip(columns, ("teacher", *STAGES), strict=False):
+    measured = ("teacher", *dict.fromkeys((*PAPER_STAGES, *(view.started.stages if view.started is not None else ()))))
+    columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
+    for column, what in zip(columns, measured, strict=False):
         label = "Teacher" if what == "teacher" else f"After stage {STAGES.index(what) + 1}"
         column.metric(label, number_text(known[what].perplexity) if what in known else "–")
     rate = view.tokens_per_second
-    columns[4].metric("Tokens a second", f"{rate:,.0f}" if rate is not None else "–")
-    columns[5].metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–")
-    columns[6].metric("Bits a weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
+    columns[-3].metric("Tokens a second", f"{rate:,.0f}" if rate is not None else "–")
+    columns[-2].metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–")
+    columns[-1].metric("Bits a weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
     text = f" on {plain(view.evaluations[-1].text)}" if view.evaluations else ""
-    st.caption(f"The first four: perplexity{text}; lower is better, and the teacher's is the one to come close to.")
+    st.caption(
+        f"The first {len(measured)}: perplexity{text}; lower is better, and the teacher's is the one to come close to."
+    )
 
 
 def show_chart(
@@ -228,7 +231,7 @@ def show_chart(
         return None
     if name == "timeline":
         stage = next(stage for stage, label in STAGE_LABELS.items() if label == clicked["y"].strip())
-        return stage, int(clicked["x"]) - 1
+        return stage, 0 if stage == "e2e" else int(clicked["x"]) - 1
     heat = [stage for stage in STAGES if clicked["trace"] == f"heat {stage}"]
     return (heat[0], int(clicked["y"]) - 1) if heat else None
 
@@ -242,10 +245,9 @@ def choose(run: Run, clicked: Chosen | None) -> None:
 
 def block_heading(run: Run, chosen: Chosen) -> None:
     """Which block's curve follows, and the way back to the block in work."""
-    stage, number = chosen
     head, follow = st.columns([3, 2], vertical_alignment="center")
-    what = "output error of its layers" if stage == "ptq" else "loss"
-    head.markdown(f"**Block {number + 1}, {STAGE_LABELS[stage]}: {what}**")
+    what = "output error of its layers" if chosen[0] == "ptq" else "loss"
+    head.markdown(f"**{place_name(chosen)}: {what}**")
     fixed = f"block {run.id}"
     if fixed in st.session_state and run.state == "running" and follow.button("Follow the run", width="stretch"):
         del st.session_state[fixed]
@@ -262,7 +264,7 @@ def curve(run: Run, view: RunView, chosen: Chosen) -> None:
         run.id,
         "curve",
         (chosen, seq, smooth, log),
-        f"Block {chosen[1] + 1}, {STAGE_LABELS[chosen[0]]}",
+        place_name(chosen),
         seq,
         lambda: run_charts.curve(view, chosen, smooth=smooth, log=log),
     )

@@ -1,0 +1,69 @@
+"""Distillation losses on logits, for the end-to-end stage: each a function of student and teacher logits.
+
+Logits are (tokens, vocabulary), float32; p_S and p_T are their softmaxes. Every loss is the mean over the tokens, a
+scalar, zero where the student gives the teacher's distribution, and differentiable in the student's logits.
+
+- ``forward_kl``: KL(p_T || p_S), mass-covering.
+- ``reverse_kl``: KL(p_S || p_T), mode-seeking.
+- ``cakld``: the mixture of both by the teacher's confidence in the text (BitDistiller, Du et al. 2024).
+- ``eakld``: the mixture by the teacher's entropy, which needs no text (EdgeRazor, Zhang et al. 2026).
+- ``concrete_score``: logit differences of all pairs of the vocabulary (Concrete Score Distillation, Kim et al. 2026).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor
+
+LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
+
+
+def forward_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """KL(p_T || p_S); ``tokens`` is not read."""
+    log_student, log_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean()
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """KL(p_S || p_T); ``tokens`` is not read."""
+    return forward_kl(teacher, student, tokens)
+
+
+def cakld(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """gamma KL(p_S || p_T) + (1 - gamma) KL(p_T || p_S), gamma the teacher's mean probability of the text's next
+    ``tokens`` (int64, one a row)."""
+    gamma = teacher.detach().softmax(-1).gather(-1, tokens[:, None]).mean()
+    return _mixture(student, teacher, tokens, gamma)
+
+
+def eakld(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """The same with gamma = clip(1 - mean entropy of p_T / log k, 0, 1), k the size of the vocabulary; ``tokens`` is
+    not read."""
+    log_teacher = teacher.detach().log_softmax(-1)
+    entropy = -(log_teacher.exp() * log_teacher).sum(-1).mean()
+    return _mixture(student, teacher, tokens, (1 - entropy / math.log(teacher.shape[-1])).clamp(0, 1))
+
+
+def concrete_score(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """1/2 sum_xy p_T(x) p_T(y) (f_S[x] - f_S[y] - f_T[x] + f_T[y])^2 of logits f: the variance of f_S - f_T under
+    p_T; ``tokens`` is not read."""
+    weight, difference = teacher.detach().softmax(-1), student - teacher
+    mean = (weight * difference).sum(-1, keepdim=True)
+    return (weight * (difference - mean).square()).sum(-1).mean()
+
+
+def _mixture(student: Tensor, teacher: Tensor, tokens: Tensor, gamma: Tensor) -> Tensor:
+    return gamma * reverse_kl(student, teacher, tokens) + (1 - gamma) * forward_kl(student, teacher, tokens)
+
+
+LOSSES: dict[LogitLoss, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "cakld": cakld,
+    "eakld": eakld,
+    "concrete_score": concrete_score,
+}
+assert set(LOSSES) == set(get_args(LogitLoss))

@@ -1,0 +1,135 @@
+"""Stage 4, end to end (optional; LBLLM has none): the whole student learns to give the teacher's logits.
+
+Bits are fixed; trained are the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and
+KV cache as they will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.)
+
+Sequences go through one at a time and their gradients are summed. Each layer's fake-quantized weight is made once a
+step and collects its gradient, which then goes to the group parameters: their graph never spans the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lbllm.activations import ActQuantizer
+from lbllm.config import E2eConfig
+from lbllm.layers import BinaryLinear
+from lbllm.losses import LOSSES
+from lbllm.stages.wat import Step, batch_order, cosine
+
+WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
+
+
+class EndToEnd:
+    """The training of a student's ``layers``, frozen BinaryLinears of which those that read one input share their
+    quantizer. ``state`` and ``load`` carry it over an interruption between two steps, bit for bit."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        layers: Sequence[BinaryLinear],
+        sequences: Tensor,
+        config: E2eConfig,
+        *,
+        seed: int,
+        autocast: Any,
+    ) -> None:
+        self.student, self.teacher, self.layers, self.sequences = student, teacher, layers, sequences
+        self.config, self.autocast = config, autocast
+        self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
+        self.step = 0
+        found = {id(layer.quantizer): layer.quantizer for layer in layers if layer.quantizer is not None}
+        self.quantizers: list[ActQuantizer] = list(found.values())
+        student.requires_grad_(False)
+        groups: list[dict[str, Any]] = []
+        for layer in layers:
+            scale = float(layer.weight().detach().std())
+            groups.append({"params": [layer.params.requires_grad_()], "lr": config.lr_levels * scale})
+        if self.quantizers:
+            acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
+            groups.append({"params": acts, "lr": config.lr_act})
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
+
+    @torch.no_grad()
+    def loss(self, sequences: Tensor) -> float:
+        """The mean loss over sequences (n, T) as the student is now."""
+        self._expand()
+        losses = [self._next_token_loss(one) for one in sequences.split(1)]
+        self._drop()
+        return float(torch.stack(losses).mean())
+
+    def steps(self) -> Iterator[Step | None]:
+        """The steps that are left; between two sequences None, where the caller may leave off. A step whose loss is not
+        finite is not applied, and the last."""
+        while self.step < len(self.order):
+            rows, began = self.order[self.step], time.perf_counter()
+            factor = cosine(self.step, len(self.order)) * min(1.0, (self.step + 1) / WARM_UP)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.zero_grad(set_to_none=True)
+            self._expand()
+            total = 0.0
+            for row in rows:
+                yield None
+                loss = self._next_token_loss(self.sequences[row : row + 1]) / len(rows)
+                loss.backward()
+                total += float(loss.detach())
+            if math.isfinite(total):
+                for layer in self.layers:
+                    assert layer.dense is not None
+                    layer.weight().backward(layer.dense.grad)
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+                self.optimizer.step()
+                for quantizer in self.quantizers:
+                    quantizer.bound()
+            self._drop()
+            self.step += 1
+            speed = rows.numel() * self.sequences.shape[1] / (time.perf_counter() - began)
+            yield Step(self.step, total, 0.0, factor, speed)
+            if not math.isfinite(total):
+                return
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later process needs to go on from after the last whole step."""
+        tensors = {"step": torch.tensor(self.step)}
+        for index, parameter in enumerate(self.parameters):
+            tensors[f"{index}.value"] = parameter.detach()
+            tensors |= {f"{index}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from another process's ``state``."""
+        self.step = int(tensors["step"])
+        for index, parameter in enumerate(self.parameters):
+            found = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{index}.")}
+            parameter.copy_(found.pop("value"))
+            self.optimizer.state[parameter] = {
+                name: value.to(parameter.device, copy=True) for name, value in found.items()
+            }
+
+    def _next_token_loss(self, sequence: Tensor) -> Tensor:
+        """The loss of one sequence of token ids (1, T) over the T - 1 next tokens that it has."""
+        with self.autocast():
+            with torch.no_grad():
+                meant = self.teacher(input_ids=sequence, use_cache=False).logits[0, :-1]
+            given = self.student(input_ids=sequence, use_cache=False).logits[0, :-1]
+        return LOSSES[self.config.loss](given.float(), meant.float(), sequence[0, 1:])
+
+    def _expand(self) -> None:
+        for layer in self.layers:
+            layer.dense = layer.weight().detach().requires_grad_()
+
+    def _drop(self) -> None:
+        for layer in self.layers:
+            layer.dense = None

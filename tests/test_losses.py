@@ -1,0 +1,75 @@
+"""The distillation losses against their formulas, written out in float64 with numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lbllm.losses import LOSSES, LogitLoss
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    return float(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+
+
+def by_formula(kind: LogitLoss, student: np.ndarray, teacher: np.ndarray, tokens: np.ndarray) -> float:
+    count, size = student.shape
+    p_s, p_t = [softmax(row) for row in student], [softmax(row) for row in teacher]
+    forward = np.mean([divergence(t, s) for s, t in zip(p_s, p_t, strict=True)])
+    reverse = np.mean([divergence(s, t) for s, t in zip(p_s, p_t, strict=True)])
+    if kind == "forward_kl":
+        return float(forward)
+    if kind == "reverse_kl":
+        return float(reverse)
+    if kind == "concrete_score":
+        total = 0.0
+        for row in range(count):
+            for x in range(size):
+                for y in range(size):
+                    gap = student[row, x] - student[row, y] - teacher[row, x] + teacher[row, y]
+                    total += 0.5 * p_t[row][x] * p_t[row][y] * gap**2
+        return total / count
+    if kind == "cakld":
+        gamma = np.mean([p[token] for p, token in zip(p_t, tokens, strict=True)])
+    else:
+        entropy = np.mean([-sum(a * np.log(a) for a in p if a > 0) for p in p_t])
+        gamma = min(1.0, max(0.0, 1 - entropy / np.log(size)))
+    return float(gamma * reverse + (1 - gamma) * forward)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+@given(st.integers(1, 5), st.integers(2, 12), st.sampled_from([0.1, 1.0, 5.0]), st.integers(0, 2**32))
+def test_a_loss_is_its_formula(kind: LogitLoss, count: int, size: int, scale: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    student, teacher = scale * random.standard_normal((2, count, size))
+    tokens = random.integers(0, size, count)
+    wanted = by_formula(kind, student, teacher, tokens)
+    given_: tuple[Tensor, Tensor, Tensor] = tuple(map(torch.from_numpy, (student, teacher, tokens)))  # type: ignore[assignment]
+    assert float(LOSSES[kind](*given_)) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_no_loss_where_both_say_the_same_and_none_for_a_shift_of_all_logits(kind: LogitLoss) -> None:
+    teacher = torch.randn(4, 9, dtype=torch.float64)
+    student = (teacher + 3.0).requires_grad_()
+    loss = LOSSES[kind](student, teacher, torch.zeros(4, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-12)
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+def test_the_gradient_is_that_of_finite_differences(kind: LogitLoss) -> None:
+    teacher, tokens = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 5, 2])
+    student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda logits: LOSSES[kind](logits, teacher, tokens), student)
