@@ -214,6 +214,7 @@ class PackedLinear(nn.Module):
                 rows, planes, columns = self.weight.shape
                 halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
                 self.words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
+                self.params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
             else:
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
             self.weight = self.weight.new_empty(0)
@@ -233,6 +234,7 @@ class PackedLinear(nn.Module):
         if self.words.dtype == torch.uint8:
             halves = self.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
             self.weight = halves.reshape(self.out_features, planes, -1)
+            self.params = self.params.permute(0, 3, 1, 2).flatten(0, 1).contiguous()
         else:
             self.weight = torch.ops.lbllm.unpack_words(self.words, self.in_features, self.length, planes)
         self.words = None

@@ -11,7 +11,8 @@
 // with a step of its own, and their quads second tables.
 //
 // In memory a layer is tiles of 32 rows: of 8 columns in turn, for each plane, 32 bytes. Byte 2 i is row i of the tile,
-// byte 2 i + 1 row 16 + i, its bits the columns as in a checkpoint.
+// byte 2 i + 1 row 16 + i, its bits the columns as in a checkpoint. The parameters lie tile by tile as well: of each group in
+// turn alpha_0 of the 32 rows, then mu_0 and so on, so that a tile is read from beginning to end.
 
 #pragma once
 
@@ -26,9 +27,14 @@ constexpr int ENTRIES = 16;  // of a table
 // A layer's bits in tiles.
 struct Tiles {
   const uint8_t* bytes;    // (rows / TILE, columns / 8, bits, TILE)
-  const uint16_t* params;  // float16 (rows, groups, 2 bits)
+  const uint16_t* params;  // float16 (rows / TILE, groups, 2 bits, TILE)
   int64_t columns, length, groups;
   int bits;
+
+  // The k-th parameter of a group, of all rows of a tile.
+  const uint16_t* params_at(int64_t tile, int64_t group, int k) const {
+    return params + ((tile * groups + group) * 2 * bits + k) * TILE;
+  }
 };
 
 inline int row_of(int place) { return place % 2 * 16 + place / 2; }
@@ -47,12 +53,10 @@ class Lookup {
     if (!sound) steps[0] = std::numeric_limits<float>::quiet_NaN();  // and so is every product with them
     tables_.resize(quads_ * ENTRIES);
     totals_.resize(3 * groups);
-    int64_t most = 0;
+    int most = 0, most_tail = 1;
     for (int64_t quad = 0; quad < quads_; ++quad) {
       table(body + 4 * quad, tables_.data() + quad * ENTRIES);
-      int64_t bound = 0;
-      for (int j = 0; j < 4; ++j) bound += std::abs(body[4 * quad + j]);
-      most = std::max(most, bound);
+      most = std::max(most, bound(body + 4 * quad));
     }
     narrow = most <= 31;
     for (int64_t group = 0; group < groups; ++group) {
@@ -74,6 +78,7 @@ class Lookup {
         int32_t four;
         std::memcpy(&four, codes + 4 * quad, sizeof four);
         if (four) {
+          most_tail = std::max(most_tail, bound(codes + 4 * quad));
           tails.quads.push_back(static_cast<int32_t>(quad));
           tails.tables.resize(tails.tables.size() + ENTRIES);
           table(codes + 4 * quad, tails.tables.data() + tails.tables.size() - ENTRIES);
@@ -82,6 +87,7 @@ class Lookup {
           tails.first[quad / per_group_ + 1] = static_cast<int32_t>(tails.quads.size());
       }
     }
+    together = 127 / most_tail;
   }
 
   const int8_t* quad(int64_t index) const { return tables_.data() + index * ENTRIES; }
@@ -98,12 +104,18 @@ class Lookup {
 
   float steps[3];       // of body, lower and upper tail
   bool narrow = false;  // four quads' sums fit into a byte
+  int together = 1;     // so many tail quads' sums do
 
  private:
   struct Tails {
     std::vector<int32_t> quads, first;  // quads with such codes, and each group's first one in `quads`
     std::vector<int8_t> tables;
   };
+
+  // The largest sum of four codes, whatever their signs.
+  static int bound(const int8_t* codes) {
+    return std::abs(codes[0]) + std::abs(codes[1]) + std::abs(codes[2]) + std::abs(codes[3]);
+  }
 
   static void table(const int8_t* codes, int8_t* out) {
 #if defined(__AVX2__)
@@ -173,31 +185,6 @@ INLINE __m256i table_of(const int8_t* table) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }
 
-// The parameters of 8 rows, `stride` apart, in float32: alpha_0, mu_0[, alpha_1, mu_1].
-template <int BITS>
-INLINE void load_params(const uint16_t* params, int64_t stride, __m256 out[2 * BITS]) {
-  __m128i row[8];
-  each<8>([&](auto r) {
-    const uint16_t* from = params + r * stride;
-    if constexpr (BITS == 2)
-      row[r] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    else
-      row[r] = _mm_loadu_si32(from);
-  });
-  __m128i pair[4], low[2], high[2];
-  each<4>([&](auto k) { pair[k] = _mm_unpacklo_epi16(row[2 * k], row[2 * k + 1]); });
-  each<2>([&](auto k) {
-    low[k] = _mm_unpacklo_epi32(pair[2 * k], pair[2 * k + 1]);
-    high[k] = _mm_unpackhi_epi32(pair[2 * k], pair[2 * k + 1]);
-  });
-  out[0] = _mm256_cvtph_ps(_mm_unpacklo_epi64(low[0], low[1]));
-  out[1] = _mm256_cvtph_ps(_mm_unpackhi_epi64(low[0], low[1]));
-  if constexpr (BITS == 2) {
-    out[2] = _mm256_cvtph_ps(_mm_unpacklo_epi64(high[0], high[1]));
-    out[3] = _mm256_cvtph_ps(_mm_unpackhi_epi64(high[0], high[1]));
-  }
-}
-
 // y (TILE,) of one tile.
 template <int BITS, bool NARROW>
 void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) {
@@ -252,6 +239,8 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
     for (int side = 0; side < 2; ++side) {
       if (!lookup.has_tail(side, group)) continue;
       Whole<P> tail;
+      int room = lookup.together;
+      each<P>([&](auto p) { more[p] = _mm256_setzero_si256(); });
       lookup.each_tail(side, group, [&](int64_t quad, const int8_t* table) __attribute__((always_inline)) {
         __m256i loaded[BITS], index[P];
         each<BITS>([&](auto bit) { loaded[bit] = plane(quad / QUADS, bit); });
@@ -260,8 +249,16 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
         else
           nibbles(loaded, 0, index);
         const __m256i entries = table_of(table);
-        each<P>([&](auto p) { tail.add(p, _mm256_shuffle_epi8(entries, index[p])); });
+        each<P>([&](auto p) { more[p] = _mm256_add_epi8(more[p], _mm256_shuffle_epi8(entries, index[p])); });
+        if (--room == 0) {
+          each<P>([&](auto p) {
+            tail.add(p, more[p]);
+            more[p] = _mm256_setzero_si256();
+          });
+          room = lookup.together;
+        }
       });
+      each<P>([&](auto p) { tail.add(p, more[p]); });
       each<4>([&](auto q) {
         __m256 more_x[K];
         tail.template members<q>(lookup.total(group, 1 + side), more_x);
@@ -270,8 +267,10 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
     }
     each<4>([&](auto q) {
       __m256 p[K];
-      const int64_t row = tile * TILE + 8 * q, stride = w.groups * K;
-      load_params<BITS>(w.params + row * stride + group * K, stride, p);
+      each<K>([&](auto k) {
+        const uint16_t* halves = w.params_at(tile, group, k) + 8 * q;
+        p[k] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+      });
       each<BITS>([&](auto k) {
         result[q] = _mm256_fmadd_ps(_mm256_sub_ps(p[2 * k + 1], p[2 * k]), x[q][2 * k], result[q]);
         result[q] = _mm256_fmadd_ps(_mm256_add_ps(p[2 * k + 1], p[2 * k]), x[q][2 * k + 1], result[q]);
@@ -289,7 +288,6 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
   const int64_t blocks = w.columns / 8, per_group = w.length / 8;
   const uint8_t* bytes = w.bytes + tile * blocks * BITS * TILE;
   for (int place = 0; place < TILE; ++place) {
-    const int64_t row = tile * TILE + row_of(place);
     float result = 0;
     for (int64_t group = 0; group < w.groups; ++group) {
       int whole[3][P] = {};
@@ -318,7 +316,7 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
           x[2 * k + 1] += static_cast<float>(a + b) * lookup.steps[part];
         }
       }
-      for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params[(row * w.groups + group) * 2 * BITS + k]);
+      for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params_at(tile, group, k)[row_of(place)]);
       for (int k = 0; k < BITS; ++k)
         result += (p[2 * k + 1] - p[2 * k]) * x[2 * k] + (p[2 * k + 1] + p[2 * k]) * x[2 * k + 1];
     }
@@ -344,13 +342,18 @@ template <int BITS>
 void expand_tile(const Tiles& w, int64_t tile, float* out) {
   const int64_t blocks = w.columns / 8;
   const uint8_t* bytes = w.bytes + tile * blocks * BITS * TILE;
-  const Params params{w.params, nullptr, w.groups, 2 * BITS};
   for (int place = 0; place < TILE; ++place) {
-    const RowParams row(params, tile * TILE + row_of(place));
     float* to = out + row_of(place) * w.columns;
     alignas(16) float levels[4];
     for (int64_t block = 0; block < blocks; ++block, to += 8) {
-      if (block % (w.length / 8) == 0) row.levels_to(block / (w.length / 8), levels);
+      if (block % (w.length / 8) == 0) {
+        float p[2 * BITS];
+        for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params_at(tile, block / (w.length / 8), k)[row_of(place)]);
+        for (int code = 0; code < 4; ++code) {
+          const float* pair = BITS == 2 && code < 2 ? p + 2 : p;
+          levels[code] = code % 2 ? pair[1] + pair[0] : pair[1] - pair[0];
+        }
+      }
       const uint8_t* at = bytes + block * BITS * TILE + place;
       const uint32_t sign = at[0], bitmap = BITS == 2 ? at[TILE] : 0;
 #if defined(__AVX2__)

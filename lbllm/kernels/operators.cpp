@@ -92,9 +92,10 @@ Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64
   // More columns would not fit into 16 bits.
   TORCH_CHECK(length % 8 == 0 && length > 0 && length <= 2048, "packed_lookup: groups have 8, 16, .. 2048 columns");
   const int64_t groups = (columns + length - 1) / length, bits = tiles.size(2);
-  TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 3 &&
-                  params.size(0) == tiles.size(0) * TILE && params.size(1) == groups && params.size(2) == 2 * bits,
-              "packed_lookup: params must be contiguous float16 (rows, groups, 2 or 4)");
+  TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 4 &&
+                  params.size(0) == tiles.size(0) && params.size(1) == groups && params.size(2) == 2 * bits &&
+                  params.size(3) == TILE,
+              "packed_lookup: params must be contiguous float16 (rows / 32, groups, 2 or 4, 32)");
   return {tiles.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(params.const_data_ptr()), columns, length,
           groups, static_cast<int>(bits)};
 }
@@ -415,7 +416,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       layer.tiled = words[at].scalar_type() == at::kByte;
       layer.columns = columns[at];
       layer.length = lengths[at];
-      layer.rows = params[at].size(0);
+      layer.rows = params[at].size(0) * (layer.tiled ? TILE : 1);
       const double* five = quantizers.data() + 5 * at;
       layer.quantizer = {static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
                          static_cast<float>(five[3]), static_cast<float>(five[4])};
