@@ -65,42 +65,53 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
     l)^2.
 
     E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level. It starts
-    from the best clustering of the sorted weights taken a few at a time, see ``best_split``. Padding has importance
+    from the best clustering of the sorted weights taken a few at a time, see ``_best_split``. Padding has importance
     zero. ``importance`` broadcasts against ``groups``.
     """
-    weight = importance.expand_as(groups)
-    levels = best_split(groups, weight, count)
-    weighted = groups * weight
+    ordered, order = groups.sort(-1)
+    weight = importance.expand_as(groups).gather(-1, order)
+    tiny = torch.finfo(groups.dtype).tiny
+    mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(tiny)
+    ordered -= mean
+    levels = _best_split(ordered, weight, count)
+    if steps:
+        # A cluster is a run of the sorted weights, so its mass and mean are differences of running sums.
+        sums = _running(torch.stack((weight, weight * ordered), -2).double())
+        ends = ordered.shape[-1] * torch.ones_like(levels[..., :1], dtype=torch.long)
     for _ in range(steps):
-        index = assign(groups, levels)
-        means = []
-        for k in range(count):
-            member = index == k
-            mass = (weight * member).sum(-1)
-            means.append(torch.where(mass > 0, (weighted * member).sum(-1) / mass, levels[..., k]))
-        levels = torch.stack(means, -1).sort(-1).values
-    return levels
+        cuts = torch.searchsorted(ordered, (levels[..., 1:] + levels[..., :-1]) / 2, right=True)
+        borders = torch.cat((torch.zeros_like(ends), cuts, ends), -1)
+        mass, first = _between(sums, borders).unbind(-2)
+        means = torch.where(mass > 0, first / mass.clamp_min(tiny), levels)
+        levels = means.to(levels.dtype).sort(-1).values
+    return levels + mean
 
 
-def best_split(groups: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Ascending levels (out, n, count), 2 or 4, of the best clustering of each group into ``POINTS`` runs of
+def _running(values: Tensor) -> Tensor:
+    """The sums of the first 0, 1, 2, ... values along the last dimension."""
+    return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+
+
+def _between(sums: Tensor, borders: Tensor) -> Tensor:
+    """Of running sums (out, n, m, g + 1) those between neighbouring ``borders`` (out, n, b): (out, n, m, b - 1)."""
+    return sums.gather(-1, borders[..., None, :].expand(*sums.shape[:-1], borders.shape[-1])).diff(dim=-1)
+
+
+def _best_split(ordered: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Ascending levels (out, n, count), 2 or 4, of the best clustering of ascending values into ``POINTS`` runs of
     neighbours.
 
-    In one dimension the clusters of the optimum are intervals. Here the sorted weights are first gathered into at most
+    In one dimension the clusters of the optimum are intervals. Here the values are first gathered into at most
     ``POINTS`` runs of equally many neighbours; the best way to cut those into intervals is found exactly.
     """
-    ordered, order = groups.sort(-1)
-    weight = weight.gather(-1, order)
-    size, tiny = -(-ordered.shape[-1] // POINTS), torch.finfo(groups.dtype).tiny
-    mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(tiny)
-    centred = ordered - mean
+    size, tiny = -(-ordered.shape[-1] // POINTS), torch.finfo(ordered.dtype).tiny
     # Mass, first and second moment of all runs up to each border; their differences are those of an interval.
-    moments = torch.stack((weight, weight * centred, weight * centred.square()), -2)
-    sums = torch.nn.functional.pad(to_groups(moments, size).sum(-1).cumsum(-1), (1, 0))
+    moments = torch.stack((weight, weight * ordered, weight * ordered.square()), -2)
+    sums = _running(to_groups(moments, size).sum(-1))
     between = sums[..., None, :] - sums[..., :, None]
     mass, first, second = between.unbind(-3)
     cost = (second - first.square() / mass.clamp_min(tiny)).clamp_min(0)
-    borders = torch.arange(cost.shape[-1], device=groups.device)
+    borders = torch.arange(cost.shape[-1], device=ordered.device)
     cost = cost.masked_fill(borders[:, None] > borders, torch.inf)
 
     def halve(start: Tensor, end: Tensor) -> Tensor:
@@ -118,10 +129,8 @@ def best_split(groups: Tensor, weight: Tensor, count: int) -> Tensor:
         after = (cost + cost[..., None, :, -1]).amin(-1)
         middle = (before + after).argmin(-1)
         edges += [halve(edges[0], middle), middle, halve(middle, last), last]
-    at = sums.gather(-1, torch.stack(edges, -1)[..., None, :].expand(*sums.shape[:-1], count + 1)).diff(dim=-1)
-    mass, first, _ = at.unbind(-2)
-    levels = torch.where(mass > 0, first / mass.clamp_min(tiny), 0)
-    return (levels + mean).sort(-1).values
+    mass, first, _ = _between(sums, torch.stack(edges, -1)).unbind(-2)
+    return torch.where(mass > 0, first / mass.clamp_min(tiny), 0).sort(-1).values
 
 
 def levels_to_params(levels: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from lbllm.binarize import (
     POINTS,
     assign,
-    best_split,
     fit_levels,
     from_groups,
     group_length,
@@ -182,7 +181,7 @@ def test_the_clustering_comes_near_the_best_one(count: int) -> None:
 def test_a_short_group_starts_at_the_best_clustering(length: int, count: int, seed: int) -> None:
     weights = torch.randn(2, 3, length, generator=random(seed), dtype=torch.float64)
     importance = torch.rand(2, 3, length, generator=random(seed + 1), dtype=torch.float64) + 0.01
-    found = weighted_error(weights, importance, best_split(weights, importance, count))
+    found = weighted_error(weights, importance, fit_levels(weights, importance, count, 0))
     rows = zip(weights.flatten(0, 1).tolist(), importance.flatten(0, 1).tolist(), strict=True)
     best = torch.tensor([best_error(w, h, count) for w, h in rows], dtype=torch.float64)
     torch.testing.assert_close(found.flatten(), best)
