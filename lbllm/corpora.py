@@ -341,11 +341,11 @@ def _wikitext(split: str) -> list[str]:
         path = below / "wikitext-2-raw" / name if below else None
         if path is not None and path.is_file():
             return wikitext_rows(read_lines(path))
-    return [row["text"] for row in _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split, streaming=False)]
+    return [row["text"] for row in hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split, streaming=False)]
 
 
 def _hub_rows(dataset: str, configuration: str | None) -> Iterator[Document]:
-    rows = iter(_hub_dataset(dataset, configuration, "train", streaming=True))
+    rows = iter(hub_dataset(dataset, configuration, "train", streaming=True))
     for number in itertools.count(1):
         try:
             row = next(rows)
@@ -356,7 +356,7 @@ def _hub_rows(dataset: str, configuration: str | None) -> Iterator[Document]:
         yield from parse_row(row, f"{dataset}, row {number}")
 
 
-def _hub_dataset(dataset: str, configuration: str | None, split: str, *, streaming: bool) -> Any:
+def hub_dataset(dataset: str, configuration: str | None, split: str, *, streaming: bool) -> Any:
     if hub.ask(dataset, "dataset") == "unreachable":
         raise CorpusError(_NO_HUB.format(dataset, "it does not answer"))
     import datasets  # seconds to import, and only needed here

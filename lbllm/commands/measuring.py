@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +29,7 @@ from lbllm.runs import Run, RunStore
 
 if TYPE_CHECKING:
     from lbllm.table import TableRow
+    from lbllm.zero_shot import Score
 
 
 def evaluate(
@@ -35,12 +38,20 @@ def evaluate(
     seq_len: SeqLenOption = None,
     limit: LimitOption = None,
     teacher: Annotated[str | None, typer.Option(help="Also measure KL and top-1 agreement to this model.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot accuracy instead: piqa, arc_easy and so on, joined by commas, or all."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text."""
+    """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text, or its accuracy in tasks, beside
+    another model's."""
     from lbllm.evaluate import divergence, perplexity
 
+    if tasks is not None:
+        evaluate_tasks(model, teacher, tasks, limit, device, as_json)
+        return
     student, tokenizer = open_model(model, device)
     sequences = windows(text, student, tokenizer, seq_len, limit)
     document: dict[str, Any] = {"model": model, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}
@@ -72,6 +83,42 @@ def evaluate(
     if teacher is not None:
         plain(results(), f"teacher {document['teacher_perplexity']:.4f}, KL {document['kl']:.4f} nats a token")
         plain(results(), f"same most likely token: {100 * document['top1_agreement']:.1f}%")
+
+
+def evaluate_tasks(model: str, teacher: str | None, tasks: str, limit: int | None, device: str, as_json: bool) -> None:
+    """Print the zero-shot accuracy of one or two models in tasks, and the averages over them."""
+    from lbllm.zero_shot import task_names, zero_shot
+
+    names = task_names(tasks)
+    found: dict[str, dict[str, Score]] = {}
+    with counter(notices(quiet=as_json)) as show:
+        for one in (model,) if teacher is None else (model, teacher):
+            network, tokenizer = open_model(one, device)
+            shown = partial(_show_task, show, one)
+            found[one] = {s.task: s for s in zero_shot(network, tokenizer, names, limit=limit, on_progress=shown)}
+            del network
+    averages = {one: sum(score.accuracy for score in scores.values()) / len(names) for one, scores in found.items()}
+    chance = sum(score.chance for score in found[model].values()) / len(names)
+    above = averages[teacher] - chance if teacher is not None else 0.0
+    kept = (averages[model] - chance) / above if above > 0 else None
+    if as_json:
+        results_of = {one: [asdict(score) for score in scores.values()] for one, scores in found.items()}
+        print_json({"tasks": results_of, "average": averages, "chance": chance, "kept_above_chance": kept})
+        return
+    grid = Table()
+    for heading in ("", "examples", "chance", *found):
+        grid.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for name, score in found[model].items():
+        cells = [f"{100 * s[name].accuracy:.1f} ± {100 * s[name].stderr:.1f}" for s in found.values()]
+        grid.add_row(name, str(score.examples), f"{100 * score.chance:.0f}", *cells)
+    grid.add_row("average", "", f"{100 * chance:.1f}", *(f"{100 * average:.1f}" for average in averages.values()))
+    results().print(grid)
+    if kept is not None:
+        plain(results(), f"{100 * kept:.0f}% of {teacher}'s distance above chance")
+
+
+def _show_task(show: Callable[[str, int, int], None], model: str, task: str, done: int, total: int) -> None:
+    show(f"{model}: {task}", done, total)
 
 
 def table(

@@ -40,7 +40,7 @@ SeqLenOption = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window. \\[default: 2048, or the model's context if shorter]")
 ]
 IgnoreMemoryOption = Annotated[bool, typer.Option("--ignore-memory", help="Start even if memory seems too small.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N windows only.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N windows, or questions of a task, only.")]
 
 
 def run_config(
