@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lbllm import kernels
+from lbllm import kernels, memory
 from lbllm.activations import PackedKVLayer
 from lbllm.layers import PackedLinear
 
@@ -150,6 +150,9 @@ class FusedForward:
                 [layer.in_features for layer in layers],
                 [layer.length for layer in layers],
             )
+            # The bits were read from the checkpoint's file once more.
+            memory.trim()
+            memory.unload_checkpoints()
         return self._lists
 
     def _cache_layers(

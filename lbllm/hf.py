@@ -265,7 +265,7 @@ def load(
         ) from error
     model = model.to(device).eval()
     memory.trim()
-    memory.unload(folder / WEIGHTS)
+    memory.unload_checkpoints()
     return model, tokenizer
 
 

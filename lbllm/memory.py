@@ -29,22 +29,22 @@ def trim() -> None:
         library.malloc_trim(0)
 
 
-def unload(file: Path) -> None:
-    """Take the pages of a mapped file out of this process's memory: a tensor that still refers to it has them read
-    again.
+def unload_checkpoints() -> None:
+    """Take the pages of mapped safetensors files out of this process's memory: a tensor that still refers to one has
+    it read again.
 
-    A checkpoint's mapping outlives its loading, and every page that was copied from it counts as resident. Where the
-    mapping has been written to, and where there is no /proc, nothing is done.
+    A file's mapping outlives its loading, and every page that was copied from it counts as resident. A mapping that has
+    been written to is left alone; where there is no /proc, nothing is done.
     """
-    library, name = _glibc(), str(file.resolve())
-    maps = Path("/proc/self/smaps")
+    library, maps = _glibc(), Path("/proc/self/smaps")
     if library is None or not maps.exists():
         return
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = end = 0
     for line in maps.read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-")) if line.endswith(name) else (0, 0)
+            here = line.split(" ", 1)[0].split("-") if line.endswith(".safetensors") else ("0", "0")
+            start, end = (int(part, 16) for part in here)
         elif end and line.startswith("Private_Dirty:") and int(line.split()[1]) == 0:
             library.madvise(start, end - start, 4)  # MADV_DONTNEED
 
