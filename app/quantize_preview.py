@@ -58,7 +58,7 @@ def show_preview(config: RunConfig, blocks: int) -> None:
         own: Choice = (config.quant.format, config.quant.group_size)
         if not points:
             place.container(border=True).markdown(
-                "Ten seconds show what format and group size do to one block: stage 1 for both formats in several "
+                "Some seconds show what format and group size do to one block: stage 1 for both formats in several "
                 "sizes, and a few steps of stage 2 for yours."
             )
             return

@@ -91,6 +91,7 @@ def turns(make: Callable[[], nn.Module], x: Tensor) -> Callable[[], object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and number of tokens")
+    parser.add_argument("--models", default=",".join(SHAPES), help="whose shapes, joined by commas")
     arguments = parser.parse_args()
     assert kernels.ready()
     cores, instructions = torch.get_num_threads(), kernels.instruction_set()
@@ -100,8 +101,8 @@ def main() -> None:
     header = ["layer in x out", "tokens", "fp32 ms", "bf16 ms", "A16 ms", "A4 ms", "A4 floats ms"]
     header += ["fp32/A16", "bf16/A16", "fp32/A4", "bf16/A4", "bandwidth A16", "A4"]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
-    for model, shapes in SHAPES.items():
-        for columns, rows in shapes:
+    for model in arguments.models.split(","):
+        for columns, rows in SHAPES[model]:
             for tokens in (1, 8, 512):
                 x = torch.randn(tokens, columns)
                 works = [

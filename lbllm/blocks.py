@@ -108,12 +108,13 @@ def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @torch.no_grad()
-def capture_calls(model: PreTrainedModel, sequence: Tensor) -> list[BlockCall]:
-    """The arguments besides the hidden states with which the model calls each block, from one sequence (1, T).
+def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = None) -> list[BlockCall]:
+    """The arguments besides the hidden states with which the model calls its first ``count`` blocks, all of them by
+    default, from one sequence (1, T).
 
     They depend on positions and masks alone and broadcast over the batch, so they serve every batch of length T.
     """
-    _, blocks = decoder_blocks(model)
+    blocks = decoder_blocks(model)[1][:count]
     calls: list[BlockCall] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +39,12 @@ from lbllm.corpora import load_corpus
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.models import load_teacher
 from lbllm.pipeline import bits_per_weight
-from lbllm.stages.ptq import binarize_together, by_format, input_statistics, to_layer
+from lbllm.stages.ptq import binarize_together, by_format, factorize, input_statistics, to_layer
 from lbllm.stages.wat import binary_layers, block_error, wat_block
 
 SEQ_LEN = 256
-CALIBRATION, PROBE = 8, 2  # sequences
+CALIBRATION, PROBE = 6, 2  # sequences
+AT_ONCE = 2  # choices solved at the same time: each is many small operations that one core does
 EM_STEPS, TRAIN_STEPS = 4, 12
 USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
@@ -61,6 +64,13 @@ class BlockSample:
     probe_inputs: Tensor
     probe_targets: Tensor
     hessians: list[tuple[list[str], Tensor]]
+    _factors: dict[float, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def factors(self, damping: float) -> list[tuple[Tensor, Tensor]]:
+        """``factorize`` of each Hessian, which is the same for all choices."""
+        if damping not in self._factors:
+            self._factors[damping] = [factorize(hessian, damping) for _, hessian in self.hessians]
+        return self._factors[damping]
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
     length = min(SEQ_LEN, config.seq_len)
     tokens = (CALIBRATION + PROBE) * SEQ_LEN
     sequences = load_corpus(config.corpus, teacher.tokenizer, seq_len=length, tokens=tokens).sequences
-    block, call = blocks[number], capture_calls(model, sequences[:1])
+    block, call = blocks[number], capture_calls(model, sequences[:1], number + 1)
     hidden = first_inputs(model, sequences, CALIBRATION)
     for earlier in range(number):
         hidden = torch.cat(list(run_batches(blocks[earlier], hidden, call[earlier], CALIBRATION)))
@@ -158,9 +168,12 @@ def preview(
     start = initialize(sample, config, *own)
     yield start.point
     yield from train(sample, config, start)
-    for choice in others:
-        if choice not in known:
-            yield initialize(sample, config, *choice).point
+    unknown = [choice for choice in others if choice not in known]
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        yield from pool.map(lambda choice: initialize(sample, config, *choice).point, unknown)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def block_layers(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> dict[str, LayerFormat]:
@@ -181,10 +194,14 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
         raise ConfigError(f"{sample.path} stays dense: quant.skip {list(config.quant.skip)} leaves out all its layers")
     settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
     tensors: dict[str, Tensor] = {}
-    for sharing, hessian in sample.hessians:
+    try:
+        known = sample.factors(settings.damping)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        known = []  # found again, and said, with the layer's name
+    for (sharing, hessian), factors in zip_longest(sample.hessians, known):
         for layer_format, names in by_format(sharing, formats):
             try:
-                solved = binarize_together(sample.block, names, hessian, layer_format, settings)
+                solved = binarize_together(sample.block, names, hessian, layer_format, settings, factors=factors)
             except LbllmError as error:
                 raise LbllmError(f"{sample.path}.{error}") from error
             for name, result in solved.items():

@@ -68,15 +68,30 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 @torch.no_grad()
-def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: PtqConfig) -> Binarized:
-    """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64)."""
+def factorize(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped H (in, in), and U, the upper Cholesky factor of its inverse, whose rows carry a column's error to the
+    columns after it."""
+    hessian = damped(hessian, damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return hessian, torch.linalg.cholesky(inverse, upper=True)
+
+
+@torch.no_grad()
+def binarize_layer(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: LayerFormat,
+    config: PtqConfig,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Binarized:
+    """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64).
+
+    ``factors``: the Hessian's ``factorize``, where it is known.
+    """
     weight = weight.to(hessian.dtype)
-    hessian = damped(hessian, config.damping)
+    hessian, factor = factors or factorize(hessian, config.damping)
     count, length = LEVELS[fmt.format], group_length(fmt.group_size, weight.shape[1])
     spans = [slice(start, min(start + length, weight.shape[1])) for start in range(0, weight.shape[1], length)]
-    # Rows of U, the upper Cholesky factor of H^-1, carry a column's error to the columns after it.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)
     importance = factor.diagonal().square().reciprocal()
 
     # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
@@ -223,6 +238,7 @@ def binarize_together(
     fmt: LayerFormat,
     config: PtqConfig,
     drift: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Binarized]:
     """Stage 1 for the named layers of a block: they have one input, so one Hessian, and their rows are solved together.
 
@@ -233,7 +249,7 @@ def binarize_together(
     try:
         if drift is not None:
             weight = align(weight, hessian, drift, config)
-        result = binarize_layer(weight, hessian, fmt, config)
+        result = binarize_layer(weight, hessian, fmt, config, factors)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise _degenerate(", ".join(names)) from None
     parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
