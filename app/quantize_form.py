@@ -9,15 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pandas
 import streamlit as st
 
 from lbllm import corpora
-from lbllm.config import FORMAT_NAMES, PRESETS, STAGES, WHOLE_ROW, RunConfig, make_config, parse_config, read_settings
+from lbllm.config import (
+    FORMAT_NAMES,
+    PRESETS,
+    STAGES,
+    WHOLE_ROW,
+    LogitLoss,
+    RunConfig,
+    make_config,
+    parse_config,
+    read_settings,
+)
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.losses import LOSSES
 from lbllm.paths import corpus_name, model_name
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
@@ -131,7 +140,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.tokens", "Tokens", "", number=_TOKENS),
         Setting("e2e.epochs", "Epochs", "", number=_AT_LEAST_1),
         Setting("e2e.batch_tokens", "Tokens a step", "", number=_TOKENS),
-        Setting("e2e.loss", "Loss", "What is compared of both models' next words.", tuple(LOSSES)),
+        Setting("e2e.loss", "Loss", "What is compared of both models' next words.", get_args(LogitLoss)),
         Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
         Setting("e2e.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),
     ),

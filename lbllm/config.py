@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lbllm.errors import ConfigError
-from lbllm.losses import LogitLoss
 
 SCHEMA_VERSION = 1
 WHOLE_ROW = -1
 
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
+LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 PAPER_STAGES = STAGES[:3]

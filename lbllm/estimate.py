@@ -29,7 +29,7 @@ from lbllm.pipeline import FORWARD_TOKENS, bits_per_weight, block_formats
 from lbllm.stages.aar import CLIPS, KNEES
 
 # Memory, in bytes.
-PROGRAM = 560_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
+PROGRAM = 660_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass through the whole model
 STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # hidden states of all tokens held at once: while a block is passed, or trained
 FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and token of a forward pass
@@ -49,7 +49,7 @@ PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each d
 STREAMS_TOKEN = 4.0  # stages 2 and 3: teacher and student streams advance
 STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
 # Shares of the matmul rate that the stages reach.
-EFFICIENCY: dict[Stage, float] = {"ptq": 0.75, "wat": 0.75, "aar": 0.4, "e2e": 0.5}
+EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.4, "e2e": 0.35}
 
 
 @dataclass(frozen=True)

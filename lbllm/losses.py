@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
+from lbllm.config import LogitLoss
 
 
 def forward_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:

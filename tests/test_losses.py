@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbllm.losses import LOSSES, LogitLoss
+from lbllm.config import LogitLoss
+from lbllm.losses import LOSSES
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -195,7 +195,10 @@ def outcome(run: Run, view: RunView) -> None:
         )
     diverged = view.diverged
     if diverged:
-        names = "; ".join(place_name((block.stage, block.block)) for block in diverged[:8])
+        names = ", ".join(
+            f"{'the whole model' if block.stage == 'e2e' else f'block {block.block + 1}'} ({STAGE_LABELS[block.stage]})"
+            for block in diverged[:8]
+        )
         more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
         st.warning(
             f"Training made these blocks worse or met a number that is none, so each keeps the state it had before: "
