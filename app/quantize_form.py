@@ -48,7 +48,8 @@ def size_label(group_size: int) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its path in the document, and what its widget needs. Choices make buttons, others a number."""
+    """One setting: its path in the document, and what its widget needs. Choices make buttons, or a menu where they
+    have no room, others a number."""
 
     path: str
     label: str
@@ -56,6 +57,7 @@ class Setting:
     choices: tuple[Any, ...] = ()
     show: Callable[[Any], str] = str
     number: dict[str, Any] = field(default_factory=dict)
+    menu: bool = False
 
     @property
     def key(self) -> str:
@@ -98,6 +100,7 @@ STAGE_SETTING = Setting(
     "3: the same with quantized activations and KV cache. 4: the whole model at once learns the teacher's next words.",
     tuple(STAGE_LABELS),
     lambda stages: STAGE_LABELS[stages],
+    menu=True,
 )
 TOKENS = Setting(
     "wat.tokens",
@@ -140,7 +143,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.tokens", "Tokens", "", number=_TOKENS),
         Setting("e2e.epochs", "Epochs", "", number=_AT_LEAST_1),
         Setting("e2e.batch_tokens", "Tokens a step", "", number=_TOKENS),
-        Setting("e2e.loss", "Loss", "What is compared of both models' next words.", get_args(LogitLoss)),
+        Setting("e2e.loss", "Loss", "What is compared of both models' next words.", get_args(LogitLoss), menu=True),
         Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
         Setting("e2e.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),
     ),
@@ -242,6 +245,16 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         return
     value = st.session_state[setting.key]
     choices = _with(setting.choices, value)
+    if setting.menu:
+        st.selectbox(
+            setting.label,
+            choices,
+            format_func=setting.show,
+            key=setting.key,
+            help=setting.help or None,
+            disabled=disabled,
+        )
+        return
     st.segmented_control(
         setting.label,
         choices,

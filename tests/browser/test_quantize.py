@@ -32,7 +32,8 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     choose(page, "Weights", "W(1+1)")
     choose(page, "Group size", "row")
     expect(figure(page, "Bits a weight")).to_have_text("2.09")
-    choose(page, "Stages", "1")
+    page.get_by_test_id("stSelectbox").filter(has=page.get_by_text("Stages", exact=True)).locator("input").click()
+    page.get_by_role("option", name="1", exact=True).click()
     main = page.get_by_test_id("stMain")
     assert main.evaluate("m => m.scrollWidth <= m.clientWidth")
 
