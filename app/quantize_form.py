@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, get_args
 
 import pandas
@@ -245,23 +246,13 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         return
     value = st.session_state[setting.key]
     choices = _with(setting.choices, value)
-    if setting.menu:
-        st.selectbox(
-            setting.label,
-            choices,
-            format_func=setting.show,
-            key=setting.key,
-            help=setting.help or None,
-            disabled=disabled,
-        )
-        return
-    st.segmented_control(
+    draw: Callable[..., Any] = st.selectbox if setting.menu else partial(st.segmented_control, required=True)
+    draw(
         setting.label,
         choices,
         format_func=setting.show,
         key=setting.key,
         help=setting.help or None,
-        required=True,
         disabled=disabled,
     )
 

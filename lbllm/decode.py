@@ -152,7 +152,6 @@ class FusedForward:
             )
             # The bits were read from the checkpoint's file once more.
             memory.trim()
-            memory.unload_checkpoints()
         return self._lists
 
     def _cache_layers(

@@ -265,7 +265,6 @@ def load(
         ) from error
     model = model.to(device).eval()
     memory.trim()
-    memory.unload_checkpoints()
     return model, tokenizer
 
 

@@ -22,22 +22,18 @@ def keep_large_allocations() -> None:
 
 
 def trim() -> None:
-    """Hand memory that nobody uses any more back to the kernel: loading a model leaves tens of megabytes of it."""
-    gc.collect()
-    library = _glibc()
-    if library is not None:
-        library.malloc_trim(0)
+    """Hand memory that nobody uses any more back to the kernel: loading a model leaves tens of megabytes of it.
 
-
-def unload_checkpoints() -> None:
-    """Take the pages of mapped safetensors files out of this process's memory: a tensor that still refers to one has
-    it read again.
-
-    A file's mapping outlives its loading, and every page that was copied from it counts as resident. A mapping that has
-    been written to is left alone; where there is no /proc, nothing is done.
+    That is freed memory, and the pages of mapped safetensors files: a file's mapping outlives its loading, and every
+    page that was copied from it counts as resident. A tensor that still refers to one has it read again; a mapping
+    that has been written to is left alone, and so are all where there is no /proc.
     """
+    gc.collect()
     library, maps = _glibc(), Path("/proc/self/smaps")
-    if library is None or not maps.exists():
+    if library is None:
+        return
+    library.malloc_trim(0)
+    if not maps.exists():
         return
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = end = 0

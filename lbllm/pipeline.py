@@ -402,15 +402,7 @@ def _train(
             student, call, inputs, targets, config.aar, kv_bits=quant.kv_bits, seed=seed, autocast=run.autocast
         )
     for step in steps:
-        yield StepMetric(
-            stage=stage,
-            block=number,
-            step=step.step,
-            loss=step.loss,
-            reg=step.reg,
-            lr=step.lr,
-            tokens_per_second=step.tokens_per_second,
-        )
+        yield _metric(stage, number, step)
         run.check()
     for layer in binary_layers(student).values():
         layer.round_params()
@@ -419,6 +411,18 @@ def _train(
     if not state.loss_after <= before:
         state = BlockState({k: v for k, v in start.items() if not k.endswith(".latent")}, before, before, True)
     return state
+
+
+def _metric(stage: Stage, number: int, step: Step) -> StepMetric:
+    return StepMetric(
+        stage=stage,
+        block=number,
+        step=step.step,
+        loss=step.loss,
+        reg=step.reg,
+        lr=step.lr,
+        tokens_per_second=step.tokens_per_second,
+    )
 
 
 def _end_to_end(run: _Run) -> Iterator[Event]:
@@ -460,14 +464,7 @@ def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iter
             run.check()
             if step is None:
                 continue
-            yield StepMetric(
-                stage=stage,
-                block=0,
-                step=step.step,
-                loss=step.loss,
-                lr=step.lr,
-                tokens_per_second=step.tokens_per_second,
-            )
+            yield _metric(stage, 0, step)
             if time.perf_counter() - saved > SAVE_SECONDS:
                 keep()
                 saved = time.perf_counter()
@@ -498,6 +495,18 @@ def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iter
     )
 
 
+def _restored(model: PreTrainedModel, store: BlockStore, stage: Stage, quant: QuantConfig) -> Iterator[nn.Module]:
+    """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
+    _, blocks, formats = block_formats(model, quant)
+    for number, block in enumerate(blocks):
+        state = store.load(stage, number)
+        if state is None:
+            raise CheckpointError(
+                f"{store.folder.parent}: block {number} has not finished stage {stage}; resume the run first"
+            )
+        yield restore(block, formats[number], state.tensors, quant.tail_steps)
+
+
 def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Module]]:
     """The model after a stage with BinaryLinear layers to train, and its blocks; layers that read one input share
     their quantizer."""
@@ -505,15 +514,10 @@ def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Mo
     student: PreTrainedModel = share_copy(run.teacher)
     attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)
     _, student_blocks = decoder_blocks(student)
-    _, _, formats = block_formats(run.teacher, quant)
     hidden = first_inputs(run.teacher, run.corpus.sequences[:1], 1)
     blocks: list[nn.Module] = []
-    for number, block in enumerate(run.blocks):
-        state = run.store.load(stage, number)
-        if state is None:
-            raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of stage {stage}")
-        restored = restore(block, formats[number], state.tensors, quant.tail_steps)
-        layers = binary_layers(restored)
+    for number, restored in enumerate(_restored(run.teacher, run.store, stage, quant)):
+        block, layers = run.blocks[number], binary_layers(restored)
         for names in shared_inputs(block, hidden, run.calls[number]):
             shared: dict[int, ActQuantizer] = {}
             for name in names:
@@ -540,16 +544,10 @@ def _packed_model(
     """The packed model after a stage and its format; what stays dense is rounded to bfloat16 and then held in
     ``dtype``."""
     quant = config.precision(stage)
-    _, blocks, formats = block_formats(teacher.model, quant)
     student: PreTrainedModel = share_copy(teacher.model)
     attach_kv_cache(student, quant.kv_bits)
     _, student_blocks = decoder_blocks(student)
-    store = BlockStore(folder, None)
-    for number, block in enumerate(blocks):
-        state = store.load(stage, number)
-        if state is None:
-            raise CheckpointError(f"{folder}: block {number} has not finished stage {stage}; resume the run first")
-        restored = restore(block, formats[number], state.tensors, quant.tail_steps)
+    for number, restored in enumerate(_restored(teacher.model, BlockStore(folder, None), stage, quant)):
         for name, layer in binary_layers(restored).items():
             packed = PackedLinear.pack(layer, quant.tail_steps, dtype)
             student_blocks[number].set_submodule(name, packed)
