@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -46,3 +48,10 @@ def test_a_missing_gpu_is_said() -> None:
 
 def test_the_matmul_rate_is_a_rate() -> None:
     assert 1e7 < matmul_rate(torch.float32, size=64, seconds=0.01) < 1e16
+
+
+def test_a_machine_that_others_use_has_the_same_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = matmul_rate(torch.float32, seconds=0.2)
+    wall = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: 10 * wall())  # the same work takes ten times as long
+    assert matmul_rate(torch.float32, seconds=2.0) > alone / 4
