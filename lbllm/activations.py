@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from lbllm import kernels
 from lbllm.binarize import float_mask
 
 KNEE_RANGE = (0.02, 1.0)
@@ -88,8 +89,26 @@ def decode(codes: Codes, grid: Grid) -> Tensor:
     return grid.body * codes.body - grid.low * codes.low + grid.high * codes.high
 
 
+class _Compiled(torch.autograd.Function):
+    """Quantize to the grids of knee and clips ``act`` (3,), each pass one operator of ``lbllm.kernels``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: Tensor, bits: int, tail: int, tau: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.settings = *act.tolist(), bits, tail
+        ctx.tau = tau
+        return torch.ops.lbllm.quantize_activations(x, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_x, by_act = torch.ops.lbllm.quantize_activations_backward(
+            grads[0], *ctx.saved_tensors, *ctx.settings, ctx.tau
+        )
+        return by_x, by_act, None, None, None
+
+
 class _FakeQuant(torch.autograd.Function):
-    """Quantize on a grid; analytic gradients for x and for the grid's three steps."""
+    """The same on a grid that is made already, in PyTorch; gradients to x and to the grid's three steps."""
 
     @staticmethod
     def forward(
@@ -167,10 +186,13 @@ class ActQuantizer(nn.Module):
         low, high = (min(max(clip, CLIP_RANGE[0]), CLIP_RANGE[1]) for clip in (low, high))
         return min(max(knee, KNEE_RANGE[0]), KNEE_RANGE[1]), low, high, self.bits, self.tail
 
+    def bounded(self) -> Tensor:
+        """Knee, lower and upper clip (3,) within their ranges."""
+        return torch.cat((self.act[:1].clamp(*KNEE_RANGE), self.act[1:].clamp(*CLIP_RANGE)))
+
     def grid(self, x: Tensor) -> Grid:
         """The grids of the tokens of x (..., features)."""
-        knee = self.act[0].clamp(*KNEE_RANGE)
-        clip_low, clip_high = self.act[1].clamp(*CLIP_RANGE), self.act[2].clamp(*CLIP_RANGE)
+        knee, clip_low, clip_high = self.bounded()
         return make_grid(x, knee, clip_low, clip_high, self.bits, self.tail)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,12 +201,21 @@ class ActQuantizer(nn.Module):
             latest = self._latest[1]()
             if latest is not None:
                 return latest
-        value = x.float()
-        grid = self.grid(value)
+        compiled = x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready()
+        quantized: Tensor
         if not (torch.is_grad_enabled() and (x.requires_grad or self.act.requires_grad)):
+            if compiled:
+                quantized = torch.ops.lbllm.quantize_activations(x, *self.settings())
+                return quantized
+            value = x.float()
+            grid = self.grid(value)
             return decode(encode(value, grid, self.bits, self.tail), grid).to(x.dtype)
-        quantized: Tensor = _FakeQuant.apply(value, *grid, self.bits, self.tail, self.temperature)
-        quantized = quantized.to(x.dtype)
+        if compiled:
+            quantized = _Compiled.apply(x, self.bounded(), self.bits, self.tail, self.temperature)
+        else:
+            value = x.float()
+            quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
+            quantized = quantized.to(x.dtype)
         self._latest = weakref.ref(x), weakref.ref(quantized)
         return quantized
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lbllm import kernels
 from lbllm.activations import (
     CLIP_RANGE,
     KNEE_RANGE,
@@ -213,10 +214,15 @@ def reference(x: Tensor, act: Tensor, bits: int, tail: int, temperature: float) 
     return value
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(("bits", "tail"), [(4, 2), (4, 1), (8, 0)])
 @pytest.mark.parametrize("act", [(0.3, 0.9, 0.85), (0.15, 0.6, 0.95), (0.7, 0.8, 0.7)])
-def test_gradients_are_those_of_the_formula(bits: int, tail: int, act: tuple[float, float, float]) -> None:
+def test_gradients_are_those_of_the_formula(
+    bits: int, tail: int, act: tuple[float, float, float], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through steps and edges to knee and clips, and straight through to x."""
+    assert kernels.ready()
+    monkeypatch.setattr(kernels, "ready", lambda: compiled)
     quantizer = ActQuantizer(bits, tail, temperature=0.5)
     quantizer.act.data.copy_(torch.tensor(act))
     x = heavy_tailed(50, 64).float().requires_grad_()

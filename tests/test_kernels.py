@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm import kernels
-from lbllm.activations import ActQuantizer
+from lbllm.activations import ActQuantizer, decode, encode
 from lbllm.config import LayerFormat
 from lbllm.layers import PackedLinear
 
@@ -195,9 +196,29 @@ def quantizer_cases(tokens: int) -> st.SearchStrategy[tuple[ActQuantizer, Tensor
 @settings(deadline=None)
 @given(quantizer_cases(9))
 @torch.no_grad()
-def test_the_quantizer_gives_the_very_values_of_training(case: tuple[ActQuantizer, Tensor]) -> None:
+def test_the_quantizer_gives_the_very_values_of_the_formulas(case: tuple[ActQuantizer, Tensor]) -> None:
     quantizer, x = case
-    assert torch.equal(torch.ops.lbllm.quantize_activations(x, *quantizer.settings()), quantizer(x))
+    grid = quantizer.grid(x)
+    expected = decode(encode(x, grid, quantizer.bits, quantizer.tail), grid)
+    assert torch.equal(torch.ops.lbllm.quantize_activations(x, *quantizer.settings()), expected)
+
+
+@settings(deadline=None)
+@given(quantizer_cases(9), st.floats(0.05, 2))
+def test_the_quantizer_sends_back_the_same_gradients_with_and_without_a_compiler(
+    case: tuple[ActQuantizer, Tensor], temperature: float
+) -> None:
+    quantizer, x = case
+    quantizer.temperature = temperature
+    x.requires_grad_()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for compiled in (True, False):
+        with mock.patch.object(kernels, "ready", lambda compiled=compiled: compiled):
+            found.append(torch.autograd.grad((quantizer(x.clone()) * direction).sum(), [x, quantizer.act]))
+    assert torch.equal(found[0][0], found[1][0])
+    largest = float(x.detach().abs().amax()) * direction.abs().sum().item()
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6 * largest + 1e-30)
 
 
 @torch.no_grad()

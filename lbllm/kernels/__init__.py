@@ -38,7 +38,10 @@ _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "portable": (),
 }
 # The quantizer has to round where PyTorch does, so a product and a sum stay two operations.
-_ALWAYS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_ALWAYS = (
+    *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp-simd"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
 
 
 class BuildError(LbllmError):

@@ -85,6 +85,33 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
   return out.to(x.scalar_type());
 }
 
+// What the gradient of quantize_activations' result is to x, in x's dtype, and to knee, clip_low and clip_high: float32 (3).
+std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, const Tensor& x, double knee,
+                                                         double clip_low, double clip_high, int64_t bits,
+                                                         int64_t tail, double temperature) {
+  const Quantizer quantizer{static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee),
+                            static_cast<float>(clip_low), static_cast<float>(clip_high)};
+  TORCH_CHECK(grad.sizes() == x.sizes(), "quantize_activations_backward: grad and x must have one shape");
+  const Tensor input = x.to(at::kFloat).contiguous(), given = grad.to(at::kFloat).contiguous();
+  Tensor out = at::empty_like(input);
+  const int64_t features = x.size(-1), tokens = x.numel() / features;
+  const float *from = input.const_data_ptr<float>(), *slope = given.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  std::vector<double> act(3 * tokens);  // of each token, so that the sum is the same for any number of threads
+  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 16), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token)
+      quantizer.backward(from + token * features, slope + token * features, to + token * features,
+                         act.data() + 3 * token, static_cast<float>(temperature), features);
+  });
+  Tensor by_act = at::empty({3}, input.options());
+  for (int k = 0; k < 3; ++k) {
+    double sum = 0;
+    for (int64_t token = 0; token < tokens; ++token) sum += act[3 * token + k];
+    by_act.data_ptr<float>()[k] = static_cast<float>(sum);
+  }
+  return {out.to(x.scalar_type()), by_act};
+}
+
 Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
   TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
                   tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
@@ -481,6 +508,9 @@ TORCH_LIBRARY(lbllm, m) {
       "Tensor?[] scales, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, Tensor(a!)[] cache, "
       "int position, int heads, int kv_heads, float scaling, float epsilon) -> Tensor");
   m.def("quantize_activations(Tensor x, float knee, float clip_low, float clip_high, int bits, int tail) -> Tensor");
+  m.def(
+      "quantize_activations_backward(Tensor grad, Tensor x, float knee, float clip_low, float clip_high, int bits, "
+      "int tail, float temperature) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
@@ -491,4 +521,5 @@ TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("bfloat16_linear", bfloat16_linear);
   m.impl("decode", decode);
   m.impl("quantize_activations", quantize_activations);
+  m.impl("quantize_activations_backward", quantize_activations_backward);
 }

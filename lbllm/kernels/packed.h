@@ -15,6 +15,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -380,14 +381,18 @@ struct Quantizer {
   struct Grid {
     float body, zero, span, low, high, tails;
   };
-  Grid grid(const float* x, int64_t features) const {
+  // A token's least value, or zero, and its greatest.
+  static std::pair<float, float> range(const float* x, int64_t features) {
     float least = 0, most = 0;
     for (int64_t i = 0; i < features; ++i) {
       least = std::min(least, x[i]);
       most = std::max(most, x[i]);
     }
+    return {least, most};
+  }
+  Grid grid(std::pair<float, float> range) const {
     const float steps = static_cast<float>((1 << bits) - 1 - 2 * tail), tails = static_cast<float>(tail);
-    const float share = tail ? knee : 1.0f, bottom = clip_low * least, top = clip_high * most;
+    const float share = tail ? knee : 1.0f, bottom = clip_low * range.first, top = clip_high * range.second;
     const float body = std::max(share * (top - bottom) / steps, 1e-12f);
     const float zero = std::nearbyint(-share * bottom / body), span = steps - zero;
     if (!tail) return {body, zero, span, 0, 0, 0};
@@ -397,7 +402,7 @@ struct Quantizer {
 
   // One token's values on its grid.
   void apply(const float* x, float* out, int64_t features) const {
-    const auto [body, zero, span, low, high, tails] = grid(x, features);
+    const auto [body, zero, span, low, high, tails] = grid(range(x, features));
     if (!tail) {
       for (int64_t i = 0; i < features; ++i)
         out[i] = body * std::min(std::max(std::nearbyint(x[i] / body), -zero), span);
@@ -416,7 +421,7 @@ struct Quantizer {
   // not finite. At most 4 bits.
   bool encode(const float* x, int64_t features, int8_t* body_codes, int8_t* below_codes, int8_t* above_codes,
               float* steps) const {
-    const auto [body, zero, span, low, high, tails] = grid(x, features);
+    const auto [body, zero, span, low, high, tails] = grid(range(x, features));
     steps[0] = body;
     steps[1] = low;
     steps[2] = high;
@@ -432,6 +437,64 @@ struct Quantizer {
       above_codes[i] = code == span ? static_cast<int8_t>(static_cast<int>(above)) : 0;
     }
     return !strange;
+  }
+
+  // The gradients that one token's values on its grid send back: to x, and added to `act` those of knee and clips.
+  // The formulas are lbllm.activations'; `tau` is the soft mask's temperature.
+  void backward(const float* x, const float* grad, float* to_x, double* act, float tau, int64_t features) const {
+    const auto [least, most] = range(x, features);
+    const auto [body, zero, span, low, high, tails] = grid({least, most});
+    const float lower = -zero * body, upper = span * body;
+    const float slack = tail ? 1e-5f * (upper + tails * high - (lower - tails * low)) : body / 2;
+    const float first = lower - tails * low - slack, last = upper + tails * high + slack;
+    const float dense_first = tail ? lower : first, dense_last = tail ? upper : last;
+    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f), width = tau * body;
+    const float below_reach = body + low, above_reach = body + high;
+    float by_body = 0, by_low = 0, by_high = 0;
+#pragma omp simd reduction(+ : by_body, by_low, by_high)
+    for (int64_t i = 0; i < features; ++i) {
+      const float value = x[i], code = std::min(std::max(std::nearbyint(value / body), -zero), span);
+      float slope = code - (value >= dense_first && value <= dense_last ? value / body : 0.0f);
+      if (tail) {
+        const float edge = code * body;
+        float below = std::min(std::max(std::nearbyint((edge - value) / low_step), 0.0f), tails);
+        float above = std::min(std::max(std::nearbyint((value - edge) / high_step), 0.0f), tails);
+        below = code == -zero ? below : 0.0f;
+        above = code == span ? above : 0.0f;
+        // Moving an edge hands values near it from the tail's grid to the body's, by the soft mask's slope.
+        const float over = value - upper, under = value - lower;
+        const float to_upper = (edge - upper - high * above) * bell(over / width) * (span / width);
+        const float to_lower = (edge - lower + low * below) * bell(under / width) * (zero / width);
+        slope += std::abs(over) <= above_reach ? to_upper : 0.0f;
+        slope += std::abs(under) <= below_reach ? to_lower : 0.0f;
+        by_low -= grad[i] * below;
+        by_high += grad[i] * above;
+      }
+      by_body += grad[i] * slope;
+      to_x[i] = value >= first && value <= last ? grad[i] : 0.0f;
+    }
+    // From the steps to what the grid is made of; where it is cut off at nothing, no gradient passes.
+    const float steps = span + zero, share = tail ? knee : 1.0f, bottom = clip_low * least, top = clip_high * most;
+    if (tail) {
+      by_low = -zero * body - bottom >= 0 ? by_low / tails : 0.0f;
+      by_high = top - span * body >= 0 ? by_high / tails : 0.0f;
+      by_body -= zero * by_low + span * by_high;
+    }
+    if (!(share * (top - bottom) / steps >= 1e-12f)) by_body = 0;
+    if (tail) act[0] += by_body * (top - bottom) / steps;
+    act[1] -= (share / steps * by_body + by_low) * least;
+    act[2] += (share / steps * by_body + by_high) * most;
+  }
+
+ private:
+  // m (1 - m) for m = sigmoid(t). The exponential by hand, since a call would keep the loop from being vectorized.
+  static INLINE float bell(float t) {
+    const float x = std::max(-std::abs(t), -80.0f), n = std::nearbyint(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float power = ((((1.98756915e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+                         1.6666665459e-1f) * r + 0.5f;
+    const float e = (power * r * r + r + 1) * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+    return e / ((1 + e) * (1 + e));
   }
 };
 
