@@ -144,6 +144,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.tokens", "Tokens", "", number=_TOKENS),
         Setting("e2e.epochs", "Epochs", "", number=_AT_LEAST_1),
         Setting("e2e.batch_tokens", "Tokens a step", "", number=_TOKENS),
+        Setting("e2e.seq_len", "Tokens a sequence", "Memory goes with it.", number=_TOKENS),
         Setting("e2e.loss", "Loss", "What is compared of both models' next words.", get_args(LogitLoss), menu=True),
         Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
         Setting("e2e.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),

@@ -141,9 +141,12 @@ class AarConfig(_Section):
 
 
 class E2eConfig(_Section):
-    """Stage 4, which is optional. Learning rates as in stage 3; the loss compares the logits of both models."""
+    """Stage 4, which is optional. Learning rates as in stage 3; the loss compares the logits of both models.
+
+    Memory goes with ``seq_len``: the activations of the whole model are kept for one sequence."""
 
     tokens: int = Field(65_536, gt=0)
+    seq_len: int = Field(256, ge=8, description="longer sequences of the run are cut to this length")
     epochs: int = Field(1, ge=1)
     batch_tokens: int = Field(1_024, gt=0)
     lr_levels: float = Field(4e-3, ge=0)
@@ -186,6 +189,11 @@ class RunConfig(_Section):
         return self.quant if "aar" in after else self.quant.weights_only()
 
     @property
+    def e2e_seq_len(self) -> int:
+        """Tokens of a sequence in stage 4."""
+        return min(self.seq_len, self.e2e.seq_len)
+
+    @property
     def tokens(self) -> int:
         """Calibration tokens that the run reads from its corpus: the most that any of its stages asks for."""
         return max(getattr(self, stage).tokens for stage in self.stages)
@@ -198,8 +206,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "wat": {"tokens": 2_048, "epochs": 1},
         "aar": {"tokens": 2_048, "search_tokens": 1_024},
     },
-    "quick": {},
+    # The last minutes do more in stage 4 than in a second pass of stage 3.
+    "quick": {"stages": STAGES, "aar": {"epochs": 1}, "e2e": {"tokens": 8_192}},
     "standard": {
+        "stages": STAGES,
         "seq_len": 1_024,
         "ptq": {"tokens": 65_536},
         "wat": {"tokens": 262_144, "epochs": 2, "batch_tokens": 2_048},

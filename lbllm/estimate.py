@@ -246,8 +246,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
     for stage in config.stages:
         settings = getattr(config, stage)
         if stage == "e2e":
-            kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.seq_len
-            logits = E2E_LOGITS * config.seq_len * text.vocab_size
+            kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
+            logits = E2E_LOGITS * config.e2e_seq_len * text.vocab_size
             training = E2E_WEIGHT * sum(layer.weights for layer in layers)
             moments.append({activations: kept, "logits of one sequence": logits, "weights in training": training})
             continue

@@ -430,8 +430,9 @@ def _end_to_end(run: _Run) -> Iterator[Event]:
     began = time.perf_counter()
     stage: Stage = "e2e"
     # The last of the text: what earlier stages have seen least.
-    count = math.ceil(run.config.e2e.tokens / run.config.seq_len)
-    sequences = run.corpus.sequences[-count:].to(run.teacher.device)
+    count, length = math.ceil(run.config.e2e.tokens / run.config.seq_len), run.config.e2e_seq_len
+    whole = run.corpus.sequences[-count:, : run.config.seq_len // length * length]
+    sequences = whole.reshape(-1, length).to(run.teacher.device)
     student, blocks = _whole_student(run, run.config.stages[-2])
     layers = [layer for block in blocks for layer in binary_layers(block).values()]
     training = EndToEnd(
@@ -446,7 +447,7 @@ def _end_to_end(run: _Run) -> Iterator[Event]:
 def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iterator[Event]:
     stage: Stage = "e2e"
     began = saved = time.perf_counter()
-    probe = training.sequences[: max(1, PROBE_TOKENS // run.config.seq_len)]
+    probe = training.sequences[: max(1, PROBE_TOKENS // run.config.e2e_seq_len)]
     underway = len(blocks)  # the number under which the state of unfinished training lies beside those of the blocks
     state = run.store.load(stage, underway)
     if state is None:

@@ -90,6 +90,16 @@ def test_the_whole_model_is_one_block_of_the_events(whole: tuple[Path, list[Even
     assert isinstance(events[-1], RunDone)
 
 
+def test_long_sequences_are_cut(tmp_path: Path) -> None:
+    """Of each of three sequences of 32 tokens three pieces of 10 are left; four make a step."""
+    settings = config(("ptq", "e2e"), seq_len=10, batch_tokens=40)
+    events = run_tiny(settings, tmp_path, bfloat_teacher())
+    assert StageStarted(stage="e2e", steps=3 * 3) in events
+    (done,) = e2e_done(events)
+    pieces = token_ids()[-3:, :30].reshape(-1, 10)
+    assert done.loss_after == pytest.approx(deployed_loss(settings, tmp_path, "e2e", pieces), rel=2e-2)
+
+
 @pytest.mark.parametrize("stages", [STAGES, ("ptq", "e2e")])
 def test_it_brings_the_deployed_model_closer_and_leaves_the_bits(stages: tuple[Stage, ...], tmp_path: Path) -> None:
     settings = config(stages, epochs=8, lr_levels=5e-3)
