@@ -6,6 +6,7 @@ before anything is loaded, and ``preset(name)`` gives the named starting points.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 from typing import Annotated, Any, Literal
@@ -258,7 +259,7 @@ def make_config(
     """The preset with nested ``changes`` and then ``key=value`` assignments applied. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
-    document = _merge(_merge({"preset": preset}, PRESETS[preset]), changes or {})
+    document = _merge(_merge({"preset": preset}, copy.deepcopy(PRESETS[preset])), copy.deepcopy(changes or {}))
     for assignment in assignments:
         _set(document, assignment)
     return parse_config(document)

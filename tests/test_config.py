@@ -35,6 +35,14 @@ def test_values_that_cannot_work_are_refused(assignment: str, complaint: str) ->
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_an_assignment_leaves_preset_and_changes_as_they_were(preset: str) -> None:
+    changes = {"wat": {"epochs": 2}}
+    before = make_config(preset, changes)
+    make_config(preset, changes, ("aar.epochs=7", "e2e.tokens=9", "wat.epochs=5"))
+    assert make_config(preset, changes) == before
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_settings_survive_their_file(preset: str) -> None:
     config = make_config(preset, {"quant": {"overrides": {"*.v_proj": {"group_size": -1}}, "skip": ["*.k_proj"]}})
     assert parse_config(json.loads(config.model_dump_json())) == config

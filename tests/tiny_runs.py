@@ -28,7 +28,7 @@ def run_config(**changes: Any) -> RunConfig:
     base |= {"wat": small, "aar": small | {"search_tokens": 64}}
     for key, value in changes.items():
         base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    return make_config("quick", base)
+    return make_config("preview", base)
 
 
 def stored_run_config(folder: Path) -> RunConfig:
