@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lbllm import memory
 from lbllm.activations import ActQuantizer, TrainingCache, TrainingKVLayer
 from lbllm.blocks import (
     BlockCall,
@@ -221,6 +222,7 @@ def run(
     try:
         yield from _evaluate(state, "teacher", lambda: model, held_out)
         for stage in config.stages:
+            memory.trim()  # what is kept free of the stage before is of other sizes than this one asks for
             yield from _end_to_end(state) if stage == "e2e" else _run_stage(state, stage)
             yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
         state.check()
