@@ -27,9 +27,9 @@ from lbllm.blocks import (
     check_supported,
     decoder_blocks,
     first_inputs,
-    layer_inputs,
     linear_layers,
     linear_weight,
+    recorded_inputs,
     run_batches,
     shared_inputs,
 )
@@ -45,7 +45,7 @@ from lbllm.stages.wat import binary_layers, block_error, wat_block
 SEQ_LEN = 256
 CALIBRATION, PROBE = 6, 2  # sequences
 AT_ONCE = 2  # choices solved at the same time: each is many small operations that one core does
-EM_STEPS, TRAIN_STEPS = 4, 12
+EM_STEPS, TRAIN_STEPS = 4, 8
 USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
 
@@ -123,22 +123,27 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
     hidden = first_inputs(model, sequences, CALIBRATION)
     for earlier in range(number):
         hidden = torch.cat(list(run_batches(blocks[earlier], hidden, call[earlier], CALIBRATION)))
-    output = torch.cat(list(run_batches(block, hidden, call[number], CALIBRATION)))
     # A text too short for both parts is measured on what it was fitted to.
     probe = len(hidden) * PROBE // (CALIBRATION + PROBE)
-    inputs = hidden[probe:]
+    inputs, probe_inputs = hidden[probe:], hidden[: probe or None]
+    sharing = shared_inputs(block, inputs[:1], call[number])
+    with recorded_inputs(block, [names[0] for names in sharing]) as seen:
+        targets = torch.cat(list(run_batches(block, inputs, call[number], CALIBRATION)))
+    probe_targets = targets
+    if probe:
+        probe_targets = torch.cat(list(run_batches(block, probe_inputs, call[number], CALIBRATION)))
     hessians = []
-    for names in shared_inputs(block, inputs[:1], call[number]):
-        seen = list(layer_inputs(block, names[0], inputs, call[number], CALIBRATION))
-        hessians.append((names, input_statistics(iter(seen), iter(seen))[0]))
+    for names in sharing:
+        batches = [batch.float() for batch in seen[names[0]]]
+        hessians.append((names, input_statistics(iter(batches), iter(batches))[0]))
     return BlockSample(
         path=f"{path}.{number}",
         block=block,
         call=call[number],
         inputs=inputs,
-        targets=output[probe:],
-        probe_inputs=hidden[: probe or None],
-        probe_targets=output[: probe or None],
+        targets=targets,
+        probe_inputs=probe_inputs,
+        probe_targets=probe_targets,
         hessians=hessians,
     )
 
