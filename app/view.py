@@ -15,12 +15,12 @@ from pathlib import Path
 import streamlit as st
 
 from lbllm import progress
+from lbllm.bundle import ASSETS
 from lbllm.errors import LbllmError
 from lbllm.models import home
 from lbllm.runs import RunStore
 
-ROOT = Path(__file__).resolve().parent.parent
-THEME = ROOT / "assets" / "theme"
+THEME = ASSETS / "theme"
 
 COLOURS: dict[str, str] = {
     "teacher": "#5B6B7B",

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
-if TYPE_CHECKING or sys.argv[:1] != ["-m"]:
-    # While Python looks for the module of `python -m lbllm...` argv[0] is "-m": our own commands import what they need,
-    # when they need it, and start at once. Everybody else wants the registration, which brings torch with it.
+if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswith("/lbllm")):
+    # While Python looks for the module of `python -m lbllm...` argv[0] is "-m", in the installed command the command's
+    # path: our own commands import what they need, when they need it, and start at once. Everybody else wants the
+    # registration, which brings torch with it.
     from lbllm.hf import load as load
 
 

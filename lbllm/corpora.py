@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lbllm import hub
+from lbllm.bundle import ASSETS
 from lbllm.documents import (
     SHARES,
     Document,
@@ -43,10 +44,6 @@ from lbllm.documents import (
     wikitext_rows,
 )
 from lbllm.errors import CorpusError
-
-_HERE = Path(__file__).resolve().parent
-# In a source tree assets/ lies beside the package, in an installed wheel inside it.
-ASSETS = next((path for path in (_HERE / "assets", _HERE.parent / "assets") if path.is_dir()), _HERE.parent / "assets")
 
 # How much of a source is read for a number of tokens: texts have 4 to 5 characters a token, so 8 leave room to spare.
 _CHARACTERS_PER_TOKEN = 8

@@ -6,7 +6,7 @@ import json
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from lbllm.corpora import ASSETS
+from lbllm.bundle import ASSETS
 
 
 class PromptKind(BaseModel):

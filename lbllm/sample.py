@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.blocks import check_length
-from lbllm.corpora import ASSETS
+from lbllm.bundle import ASSETS
 from lbllm.errors import CorpusError
 
 

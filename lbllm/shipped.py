@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lbllm.corpora import ASSETS
+from lbllm.bundle import ASSETS
 from lbllm.errors import CheckpointError
 from lbllm.hf import WEIGHTS, is_checkpoint, tensors_sha256
 from lbllm.models import Teacher, home, load_teacher

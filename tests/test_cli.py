@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from lbllm.bundle import ASSETS
 from lbllm.cli import main
-from lbllm.corpora import ASSETS, evaluation_tokens
+from lbllm.corpora import evaluation_tokens
 from lbllm.evaluate import perplexity
 from tests.tiny_models import SENTENCES, save_tiny, tiny
 

@@ -1,21 +1,62 @@
-"""The command that opens the workbench: which port, which address, what it refuses."""
+"""The command that opens the workbench: which port, which address, what it refuses and warns of."""
 
 import socket
+import sys
+from typing import Any
 
 import pytest
+from streamlit.runtime.pages_manager import PagesManager
+from streamlit.web import bootstrap
 
 from lbllm.cli import main
-from lbllm.commands.workbench import ADDRESS
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings of each server that would have been started."""
+    servers: list[dict[str, Any]] = []
+    monkeypatch.setattr(bootstrap, "load_config_options", lambda options: None)
+    monkeypatch.setattr(bootstrap, "run", lambda script, is_hello, args, options: servers.append(options))
+    monkeypatch.setattr(PagesManager, "uses_pages_directory", PagesManager.uses_pages_directory)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("LBLLM_HOST", raising=False)
+    return servers
 
 
 def test_a_port_that_is_taken_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
-        taken.bind((ADDRESS, 0))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["ui", "--port", str(port), "--no-browser"]) == 1
     assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
 
 
-def test_the_workbench_is_for_this_machine_alone() -> None:
-    assert ADDRESS == "127.0.0.1"
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "::1"])
+def test_a_host_that_is_not_this_machine_s_is_refused_by_name(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui", "--host", host, "--no-browser"]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"host '{host}' can't be listened on" in message
+    assert "127.0.0.1 for itself alone" in message
+
+
+def test_the_workbench_is_for_this_machine_alone(
+    started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ui", "--no-browser"]) == 0
+    assert started[0]["server_address"] == "127.0.0.1"
+    assert started[0]["server_allowedHosts"] == ["localhost", "127.0.0.1"]
+    assert "Warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_the_network_is_let_in_by_name_with_a_warning(
+    by: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("LBLLM_HOST", "0.0.0.0")
+    assert main(["ui", "--no-browser", *(["--host", "0.0.0.0"] if by == "option" else [])]) == 0
+    assert started[0]["server_address"] == "0.0.0.0"
+    # Under a name of its own no page elsewhere gets in, although the port is open.
+    assert set(started[0]["server_allowedHosts"]) == {"localhost", "127.0.0.1", "0.0.0.0", socket.gethostname()}
+    assert "there is no password" in " ".join(capsys.readouterr().err.split())

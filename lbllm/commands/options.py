@@ -33,6 +33,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. wat.epochs=4. Repeatable.")
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="JSON file of settings, as a run's config.json.")]
+HostOption = Annotated[
+    str, typer.Option(envvar="LBLLM_HOST", help="Address to listen on; 0.0.0.0: every address, so the network, too.")
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `runs list` shows it.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the packed checkpoint.")]
 TextOption = Annotated[str, typer.Option("--text", help="wikitext2, a text file, or a catalogue text (held-out part).")]

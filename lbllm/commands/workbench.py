@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import socket
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lbllm.bundle import APP, ASSETS, BUNDLE
+from lbllm.commands.options import HostOption
 from lbllm.commands.output import notices, plain
 from lbllm.errors import ResourceError
 
 ADDRESS = "127.0.0.1"
+EVERY_ADDRESS = "0.0.0.0"
 FIRST_PORT, PORTS = 8501, 20
 
 
 def ui(
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help=f"Port on {ADDRESS}. \\[default: the first free from 8501]")
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on. \\[default: the first free from 8501]")
     ] = None,
+    host: HostOption = ADDRESS,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs go on."""
@@ -30,13 +34,13 @@ def ui(
     except ImportError:
         raise ResourceError("the workbench needs streamlit: pip install -r requirements.txt") from None
 
-    root = Path(__file__).resolve().parents[2]
-    script = root / "app" / "workbench.py"
+    script = APP / "workbench.py"
     if not script.is_file():
-        raise ResourceError(f"the workbench's pages are not at {script.parent}; start it from the project's folder")
-    port = _port(port)
-    sys.path.insert(0, str(root))
-    options = _options(root, port, browser)
+        raise ResourceError(f"the workbench's pages are not at {APP}; install lbllm again")
+    port = _port(host, port)
+    # The pages are the top-level package app.
+    sys.path.insert(0, str(BUNDLE))
+    options = _options(host, port, browser)
     bootstrap.load_config_options(options)
     # Streamlit takes a folder pages/ for the whole navigation until the entry script says otherwise, and so a page that
     # is opened by its own address before that would run without it.
@@ -44,31 +48,52 @@ def ui(
     # Before the first page is asked for: transformers can't be imported by two threads at once.
     for name in ("lbllm.pool", "lbllm.preview"):
         importlib.import_module(name)
-    plain(notices(), f"LBLLM Workbench: http://localhost:{port} (Ctrl-C ends it)")
+    plain(notices(), f"LBLLM Workbench: http://{options['browser_serverAddress']}:{port} (Ctrl-C ends it)")
+    if warning := _exposed(host, port):
+        plain(notices(), warning, style="yellow")
     bootstrap.run(str(script), False, [], options)
 
 
-def _port(wanted: int | None) -> int:
-    """The port to listen on. Raises ResourceError where it, or each of the usual ones, is taken."""
+def _exposed(host: str, port: int) -> str | None:
+    """What to know where others than this machine's users may reach the workbench; None where they can't."""
+    from lbllm.paths import root
+
+    if host.startswith("127."):
+        return None
+    return (
+        f"Warning: there is no password. Whoever reaches port {port} of {host} can start and cancel runs, load models "
+        f"and see texts under {root()}"
+    )
+
+
+def _port(host: str, wanted: int | None) -> int:
+    """The port to listen on. Raises ResourceError where it, or each of the usual ones, is taken, and where ``host`` is
+    no address of this machine."""
     candidates = range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else [wanted]
     for port in candidates:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((ADDRESS, port))
-            except OSError:
-                continue
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise ResourceError(
+                    f"host {host!r} can't be listened on ({error.strerror}); give --host an IPv4 address of this "
+                    f"machine, {ADDRESS} for itself alone or {EVERY_ADDRESS} for every address it has"
+                ) from None
             return port
-    raise ResourceError(f"port {candidates[0]} of {ADDRESS} is taken or not allowed; give another with --port")
+    raise ResourceError(f"port {candidates[0]} of {host} is taken or not allowed; give another with --port")
 
 
-def _options(root: Path, port: int, browser: bool) -> dict[str, Any]:
-    """Streamlit's settings: this machine only, nothing sent anywhere, no tracebacks on a page."""
+def _options(host: str, port: int, browser: bool) -> dict[str, Any]:
+    """Streamlit's settings: this address only, nothing sent anywhere, no tracebacks on a page."""
+    names = ["localhost", ADDRESS] if host == ADDRESS else ["localhost", ADDRESS, host, socket.gethostname()]
     options = {
-        "server_address": ADDRESS,
+        "server_address": host,
         "server_port": port,
         # A page elsewhere must not reach the server under a name of its own (DNS rebinding).
-        "server_allowedHosts": ["localhost", ADDRESS],
+        "server_allowedHosts": names,
         "server_fileWatcherType": "none",
         "server_maxUploadSize": 5,
         # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
@@ -77,12 +102,12 @@ def _options(root: Path, port: int, browser: bool) -> dict[str, Any]:
         # begin beside it, and the first one could not tell a changed setting from a closed page.
         "runner_fastReruns": False,
         "browser_gatherUsageStats": False,
-        "browser_serverAddress": "localhost",
+        "browser_serverAddress": "localhost" if host in (ADDRESS, EVERY_ADDRESS) else host,
         "client_showErrorDetails": "none",
         "client_showErrorLinks": False,
         "client_toolbarMode": "minimal",
         "logger_hideWelcomeMessage": True,
-        "theme_base": str(root / "assets" / "theme" / "theme.toml"),
+        "theme_base": str(ASSETS / "theme" / "theme.toml"),
         "global_developmentMode": False,
     }
     # Where there is no display Streamlit itself opens none.
