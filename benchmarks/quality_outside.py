@@ -48,13 +48,13 @@ def auto_round(folder: Path, group_size: int, blocks: str) -> float:
     from auto_round import AutoRound
 
     tokens = load_file(folder / "tokens.safetensors")["input_ids"]
-    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.split(1)]
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
     rounding = AutoRound(
         model,
         AutoTokenizer.from_pretrained(folder / "teacher"),
         scheme={"bits": BITS, "group_size": group_size, "sym": False, "data_type": "int", "act_bits": 16},
-        dataset=torch.utils.data.DataLoader(samples, batch_size=1),
+        dataset=samples,
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         device_map="cpu",

@@ -82,10 +82,10 @@ def test_activations_get_sixteen_even_values_a_token() -> None:
     model(input_ids=torch.arange(5, 25)[None])
     for token in seen[0].flatten(0, -2):
         values = token.unique().double()
-        steps = values.diff() / values.diff().min()
+        codes = values / values.diff().min()  # zero is one of the grid's values, seen or not
         assert len(values) <= 16
-        assert (values == 0).any()
-        torch.testing.assert_close(steps, steps.round(), atol=1e-2, rtol=0)
+        assert codes[-1] - codes[0] <= 15.01
+        torch.testing.assert_close(codes, codes.round(), atol=1e-2, rtol=0)
 
 
 def test_rows_and_bad_arguments() -> None:

@@ -18,7 +18,7 @@ from lbllm.stages.ptq import assign_columns, factorize, one_thread
 def gptq(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
     """A weight (out, in) on even levels, so that tr((W - Q) H (W - Q)^T) is small. Columns keep their order."""
     factor = factorize(hessian, settings.damping)[1]
-    latent = weight.to(hessian.dtype).t().contiguous()
+    latent = weight.to(hessian.dtype).t().clone(memory_format=torch.contiguous_format)
     value = torch.empty_like(latent)
     with one_thread():
         for span in spans(weight.shape[1], settings.group_size):
