@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -61,6 +60,6 @@ def test_chosen_methods_join_the_chart(config: RunConfig) -> None:
     assert not at.exception
     assert lines(at) == ["W(1+1)", "W1", "Round to nearest"]
     assert "Round to nearest" in at.caption[-1].value
-    assert "(4.1" in at.caption[-1].value
+    assert "(4.03 bits)" in at.caption[-1].value
     at.multiselect(key="quantize preview methods").set_value([]).run()
     assert lines(at) == ["W(1+1)", "W1"]
