@@ -164,7 +164,9 @@ def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> 
     stages = OWN[row.name]
     act_bits = 4 if "aar" in stages else 16
     changes: dict[str, Any] = {"model": options.teacher, "corpus": options.corpus, "seq_len": options.seq_len}
-    changes |= {"stages": stages, **{stage: {"tokens": options.tokens} for stage in stages}}
+    changes["stages"] = stages
+    for stage in stages:
+        changes[stage] = {"tokens": options.tokens}
     changes |= {"quant": {"group_size": row.group_size, "act_bits": act_bits, "kv_bits": act_bits}}
     config = make_config("quick", changes)
     with tempfile.TemporaryDirectory() as folder:

@@ -158,7 +158,7 @@ def choices(sample: BlockSample, config: RunConfig, methods: Sequence[str] = ())
     sizes = [*sorted({size for size in (*USUAL_SIZES, own) if size <= shortest} - {WHOLE_ROW}), WHOLE_ROW]
     first = (config.quant.format, own)
     fewer = sorted({*sizes[:-1:2], sizes[-1]}, key=sizes.index)
-    others = [(fmt, size) for fmt in FORMATS for size in (sizes if fmt == first[0] else fewer)]
+    others: list[Choice] = [(fmt, size) for fmt in FORMATS for size in (sizes if fmt == first[0] else fewer)]
     others += [(name, size) for name in methods for size in sizes if size in (*fewer, own)]
     return [first, *(choice for choice in others if choice != first)]
 

@@ -44,16 +44,17 @@ def binarize_block(block: Tensor, inverse: Tensor, *, column_groups: bool) -> Qu
     """One block (out, b); ``inverse`` as for BiLLM."""
     salient = salient_columns(block, inverse)
     value = torch.zeros_like(block)
-    for columns, order in ((salient, 2), (~salient, 1)):
-        part = block[:, columns]
+    for chosen, order in ((salient, 2), (~salient, 1)):
+        part = block[:, chosen]
         groups = [torch.ones_like(part)]
         if column_groups or order == 1:
             large = large_mask(part)
             groups = [large, 1 - large]
         for mask in groups:
             for plane in refine(part, mask, order, ROUNDS):
-                value[:, columns] += Plane(plane.sign, half(plane.row), half(plane.column)).value()
-    return Quantized(value, stored_bits(*block.shape, int(salient.sum()), column_groups))
+                value[:, chosen] += Plane(plane.sign, half(plane.row), half(plane.column)).value()
+    rows, columns = block.shape
+    return Quantized(value, stored_bits(rows, columns, int(salient.sum()), column_groups))
 
 
 def stored_bits(rows: int, columns: int, salient: int, column_groups: bool) -> int:

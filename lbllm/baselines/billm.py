@@ -34,7 +34,7 @@ def binarize_block(block: Tensor, inverse: Tensor) -> Quantized:
     rest = block[:, ~salient]
     large = large_mask(rest)
     value[:, ~salient] = approximate(rest, large, 1) + approximate(rest, 1 - large, 1)
-    return Quantized(value, stored_bits(*block.shape, int(salient.sum())))
+    return Quantized(value, stored_bits(block.shape[0], block.shape[1], int(salient.sum())))
 
 
 def stored_bits(rows: int, columns: int, salient: int) -> int:

@@ -23,4 +23,4 @@ def gptq(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
     with one_thread():
         for span in spans(weight.shape[1], settings.group_size):
             assign_columns(latent, value, span, factor, even_levels(latent[span].t(), settings.bits))
-    return Quantized(value.t().float().contiguous(), even_bits(*weight.shape, settings))
+    return Quantized(value.t().float().contiguous(), even_bits(weight.shape[0], weight.shape[1], settings))

@@ -33,7 +33,7 @@ def rtn(weight: Tensor, hessian: Tensor | None, settings: Settings) -> Quantized
     for span in spans(rows.shape[1], settings.group_size):
         group, levels = rows[:, None, span], even_levels(rows[:, span], settings.bits)[:, None]
         value[:, span] = take_levels(levels, assign(group, levels))[:, 0]
-    return Quantized(value, even_bits(*weight.shape, settings))
+    return Quantized(value, even_bits(rows.shape[0], rows.shape[1], settings))
 
 
 @torch.no_grad()
