@@ -1,4 +1,5 @@
-"""One block tried out before a run: its error against the group size, a line a format."""
+"""One block tried out before a run: its error against the group size, a line a format and a dotted one for each other
+method that was chosen."""
 
 from __future__ import annotations
 
@@ -9,11 +10,21 @@ import streamlit as st
 
 from app.quantize_form import size_label
 from app.view import COLOURS, guard, number_text
-from lbllm.config import FORMAT_NAMES, WHOLE_ROW, Format, RunConfig
-from lbllm.preview import BlockSample, Point, Trained, choices, preview, take_block
+from lbllm.baselines.methods import METHODS
+from lbllm.config import FORMAT_NAMES, WHOLE_ROW, RunConfig
+from lbllm.preview import BlockSample, Choice, Point, Trained, choices, preview, take_block
 
-Choice = tuple[Format, int]
-LINES: dict[Format, str] = {"w1+1": COLOURS["student"], "w1": COLOURS["ptq"]}
+LINES: dict[str, str] = {
+    "w1+1": COLOURS["student"],
+    "w1": COLOURS["ptq"],
+    "rtn": COLOURS["other"],
+    "gptq": COLOURS["e2e"],
+    "billm": COLOURS["bitmap"],
+    "arb-rc": COLOURS["bad"],
+    "arb": COLOURS["aar"],
+    "bwa": COLOURS["embeddings"],
+}
+NAMES: dict[str, str] = FORMAT_NAMES | {name: method.name for name, method in METHODS.items()}
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
@@ -50,11 +61,21 @@ def show_preview(config: RunConfig, blocks: int) -> None:
                 f"Block (1 to {blocks})", 1, blocks, blocks // 2, key=f"quantize block of {blocks}", width=140
             )
             pressed = st.button("Preview", key="quantize preview")
+        methods = st.multiselect(
+            "Beside other methods",
+            list(METHODS),
+            format_func=NAMES.__getitem__,
+            placeholder="none",
+            key="quantize preview methods",
+            help="Weight-only methods with a calibration like stage 1's, no training, on the same block and text. "
+            "They are for comparison: a run makes W(1+1) or W1. Each takes some seconds more.",
+        )
         number = shown - 1  # the engine counts blocks from 0
-        points, trained = _results(_results_key(config), number)
+        known, trained = _results(_results_key(config), number)
         place = st.empty()
         if pressed:
-            _compute(config, number, points, trained, place)
+            _compute(config, number, known, trained, methods, place)
+        points = {choice: point for choice, point in known.items() if choice[0] in (*FORMAT_NAMES, *methods)}
         own: Choice = (config.quant.format, config.quant.group_size)
         if not points:
             place.container(border=True).markdown(
@@ -74,22 +95,21 @@ def _compute(
     number: int,
     points: dict[Choice, Point],
     trained: dict[Choice, Trained],
+    methods: list[str],
     place: st.delta_generator.DeltaGenerator,
 ) -> None:
     bar = place.progress(0.0, "Running the teacher up to this block")
     sample = _sample(_sample_key(config), number, config)
     own: Choice = (config.quant.format, config.quant.group_size)
-    total = len([choice for choice in choices(sample, config) if choice not in points or choice == own]) + 1
+    total = len([choice for choice in choices(sample, config, methods) if choice not in points or choice == own]) + 1
     done = 0.0
     bar.progress(0.02, "Stage 1")
-    for result in preview(sample, config, points):
+    for result in preview(sample, config, points, methods):
         if isinstance(result, Point):
             choice: Choice = (result.format, result.group_size)
             points[choice] = result
             done += 1
-            text = (
-                f"{FORMAT_NAMES[result.format]}, group size {size_label(result.group_size)}: {_percent(result.error)}"
-            )
+            text = f"{NAMES[result.format]}, group size {size_label(result.group_size)}: {_percent(result.error)}"
         else:
             done += 1 / result.steps if result.error is None else 0
             text = f"Stage 2, step {result.step} of {result.steps}"
@@ -106,8 +126,9 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
     sizes = sorted({size for _, size in points}, key=lambda size: (size == WHOLE_ROW, size))
     place = {size: number for number, size in enumerate(sizes)}
     figure = go.Figure()
-    for fmt, name in FORMAT_NAMES.items():
+    for fmt, name in NAMES.items():
         line = [points[fmt, size] for size in sizes if (fmt, size) in points]
+        other = fmt in METHODS
         if not line:
             continue
         figure.add_scatter(
@@ -116,16 +137,20 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
             customdata=[(size_label(point.group_size), point.bpw) for point in line],
             mode="lines+markers",
             name=name,
-            line={"color": LINES[fmt], "width": 2.5},
-            marker={"size": 8},
+            showlegend=other,
+            line={"color": LINES[fmt], "width": 1.5 if other else 2.5, "dash": "dot" if other else "solid"},
+            marker={"size": 6 if other else 8},
             hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} bits "
             "a weight<extra></extra>",
         )
-        _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
+        if not other:
+            _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
     if own in points:
         here = place[own[1]]
         ring = {"size": 20, "color": "rgba(0,0,0,0)", "line": {"color": COLOURS["bad"], "width": 2.5}}
-        figure.add_scatter(x=[here], y=[100 * points[own].error], mode="markers", marker=ring, hoverinfo="skip")
+        figure.add_scatter(
+            x=[here], y=[100 * points[own].error], mode="markers", marker=ring, hoverinfo="skip", showlegend=False
+        )
         _label(figure, here, points[own].error, "you are here", COLOURS["bad"], yshift=22)
         if after is not None and after.error is not None:
             figure.add_scatter(
@@ -133,13 +158,15 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
                 y=[100 * after.error],
                 mode="markers",
                 marker={"size": 11, "color": COLOURS["aar"], "symbol": "diamond"},
+                showlegend=False,
                 hovertemplate=f"after {after.steps} steps of stage 2<br>error %{{y:.2f}} %<extra></extra>",
             )
     ticks = {"tickvals": list(place.values()), "ticktext": [size_label(size) for size in sizes]}
     figure.update_layout(
         height=270,
         margin={"l": 8, "r": 8, "t": 14, "b": 8},
-        showlegend=False,
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         xaxis={"title": "group size", "fixedrange": True, "range": [-0.3, len(sizes) - 0.3]} | ticks,
         yaxis={"title": "error, %", "rangemode": "tozero", "fixedrange": True},
     )
@@ -162,8 +189,13 @@ def _label(figure: go.Figure, x: int, error: float, text: str, colour: str, xshi
 
 def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) -> None:
     said = ""
+    beside = [point for choice, point in points.items() if choice[1] == own[1] and choice[0] != own[0]]
+    if own in points and any(point.format in METHODS for point in beside):
+        ranked = sorted([points[own], *beside], key=lambda point: point.error)
+        said = "At your group size, with bits a weight, everything counted: "
+        said += ", ".join(f"{NAMES[p.format]} {_percent(p.error)} ({p.bpw:.2f} bits)" for p in ranked) + ". "
     if own in points and after is not None and after.error is not None:
-        said = (
+        said += (
             f"Yours: {_percent(points[own].error)} after stage 1, {_percent(after.error)} after {after.steps} steps of "
             "stage 2 (diamond). "
         )

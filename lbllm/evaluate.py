@@ -1,4 +1,4 @@
-"""How close a student stays to its teacher: perplexity, divergence, and plain round-to-nearest for scale.
+"""How close a student stays to its teacher: perplexity and divergence.
 
 The protocol is the usual one for perplexity at a window length T: the text is cut into consecutive windows of T tokens
 without overlap, each window is scored alone, its tokens 2 to T are predicted from those before them in the window, and
@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
 
 ROWS = 256
 BATCH_TOKENS = 2048
@@ -134,37 +132,6 @@ class _Sums:
             self.nll += _nll(log_q, wanted)
             self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             self.kl += float(log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum(dtype=torch.float64))
-
-
-@torch.no_grad()
-def round_to_nearest(model: PreTrainedModel, bits: int, group_size: int) -> PreTrainedModel:
-    """A copy of ``model`` with decoder-block linear weights rounded to 2**bits even steps a group; it shares the rest.
-
-    Groups are ``group_size`` weights of a row (-1: the whole row, a row's last group may be shorter). The steps span
-    each group's minimum to its maximum, so a group stores its codes, a minimum and a step. Nothing is calibrated: what
-    any method at these bits has to beat.
-    """
-    student: PreTrainedModel = share_copy(model)
-    _, blocks = decoder_blocks(student)
-    for block in blocks:
-        for layer in linear_layers(block).values():
-            weight = rounded(linear_weight(layer), bits, group_size)
-            stored = weight if linear_weight(layer) is layer.weight else weight.t().contiguous()
-            layer.weight = nn.Parameter(stored, requires_grad=False)
-    return student
-
-
-def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """``weight`` (out, in) rounded to the nearest of 2**bits even steps from each group's minimum to its maximum."""
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
-    parts = []
-    for group in weight.float().split(size, dim=1) if columns % size else [weight.float().unflatten(1, (-1, size))]:
-        low, high = group.aminmax(dim=-1, keepdim=True)
-        step = (high - low) / (2**bits - 1)
-        step = torch.where(step > 0, step, 1)
-        parts.append((((group - low) / step).round_() * step + low).flatten(1))
-    return torch.cat(parts, dim=1).to(weight.dtype)
 
 
 def _check(sequences: Tensor) -> None:

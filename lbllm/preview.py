@@ -1,5 +1,5 @@
 """One decoder block through stage 1 in several formats, and a few steps of stage 2 in one: what a choice does, in
-seconds.
+seconds. Methods of ``lbllm.baselines`` can be put beside them.
 
     sample = take_block(config, 12)
     for result in preview(sample, config):
@@ -13,7 +13,7 @@ compare formats with each other; those of a run lie higher. They are measured on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -21,6 +21,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
+from lbllm.baselines.layer import Settings
+from lbllm.baselines.methods import Stored, method, quantize_layer
 from lbllm.blocks import (
     BlockCall,
     capture_calls,
@@ -31,6 +33,8 @@ from lbllm.blocks import (
     linear_weight,
     recorded_inputs,
     run_batches,
+    set_linear_weight,
+    share_copy,
     shared_inputs,
 )
 from lbllm.checkpoint import collect, restore
@@ -48,6 +52,8 @@ AT_ONCE = 2  # choices solved at the same time: each is many small operations th
 EM_STEPS, TRAIN_STEPS = 4, 8
 USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
+
+Choice = tuple[str, int]  # a format or a method's name, and a group size
 
 
 @dataclass
@@ -75,10 +81,10 @@ class BlockSample:
 
 @dataclass(frozen=True)
 class Point:
-    """The block after stage 1 in a format. ``error``: the relative loss of its output; ``bpw``: stored bits per
-    binarized weight."""
+    """The block after stage 1 in a format, or after a method of ``lbllm.baselines``. ``error``: the relative loss of
+    its output; ``bpw``: stored bits per binarized weight."""
 
-    format: Format
+    format: str
     group_size: int
     error: float
     bpw: float
@@ -148,37 +154,65 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
     )
 
 
-def choices(sample: BlockSample, config: RunConfig) -> list[tuple[Format, int]]:
+def choices(sample: BlockSample, config: RunConfig, methods: Sequence[str] = ()) -> list[Choice]:
     """The formats and group sizes to compare: the run's own, the usual ones that fit the block's rows, a whole row; of
-    the other format every second size, which shows its line as well."""
+    the other format every second size, which shows its line as well. Last come ``methods``, at those and the own
+    size."""
     shortest = min(linear_weight(layer).shape[1] for layer in linear_layers(sample.block).values())
     own = config.quant.group_size
     sizes = [*sorted({size for size in (*USUAL_SIZES, own) if size <= shortest} - {WHOLE_ROW}), WHOLE_ROW]
     first = (config.quant.format, own)
     fewer = sorted({*sizes[:-1:2], sizes[-1]}, key=sizes.index)
-    others: list[tuple[Format, int]] = [
-        (fmt, size) for fmt in FORMATS for size in (sizes if fmt == first[0] else fewer)
-    ]
+    others: list[Choice] = [(fmt, size) for fmt in FORMATS for size in (sizes if fmt == first[0] else fewer)]
+    others += [(name, size) for name in methods for size in sizes if size in (*fewer, own)]
     return [first, *(choice for choice in others if choice != first)]
 
 
 def preview(
-    sample: BlockSample, config: RunConfig, known: Container[tuple[Format, int]] = ()
+    sample: BlockSample, config: RunConfig, known: Container[Choice] = (), methods: Sequence[str] = ()
 ) -> Iterator[Point | Trained]:
     """A Point for each choice that is not ``known``; between them the steps of stage 2 for the run's own choice.
 
-    Raises ConfigError where the settings leave the block dense, LbllmError where the block's inputs are degenerate.
+    Raises ConfigError where the settings leave the block dense or a method is not known, LbllmError where the block's
+    inputs are degenerate.
     """
-    own, *others = choices(sample, config)
-    start = initialize(sample, config, *own)
+    _, *others = choices(sample, config, methods)
+    start = initialize(sample, config, config.quant.format, config.quant.group_size)
     yield start.point
     yield from train(sample, config, start)
     unknown = [choice for choice in others if choice not in known]
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        yield from pool.map(lambda choice: initialize(sample, config, *choice).point, unknown)
+        yield from pool.map(lambda choice: measure(sample, config, *choice), unknown)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def measure(sample: BlockSample, config: RunConfig, name: str, group_size: int) -> Point:
+    """The Point of a format or of a method."""
+    fmt = next((fmt for fmt in FORMATS if fmt == name), None)
+    return (
+        baseline(sample, config, name, group_size) if fmt is None else initialize(sample, config, fmt, group_size).point
+    )
+
+
+@torch.no_grad()
+def baseline(sample: BlockSample, config: RunConfig, name: str, group_size: int) -> Point:
+    """The block after a method of ``lbllm.baselines``, in the layers that the run binarizes.
+
+    Raises ConfigError for an unknown method, LbllmError where the block's inputs are degenerate.
+    """
+    chosen, stored = method(name), Stored()
+    formats = block_layers(sample, config, config.quant.format, group_size)
+    block = share_copy(sample.block)
+    for names, hessian in sample.hessians:
+        for layer_name in (name for name in names if name in formats):
+            layer = block.get_submodule(layer_name)
+            settings = Settings(formats[layer_name].group_size)
+            result = quantize_layer(f"{sample.path}.{layer_name}", linear_weight(layer), hessian, chosen, settings)
+            set_linear_weight(layer, result.weight)
+            stored.add(result)
+    return Point(name, group_size, _error(sample, block), stored.bpw)
 
 
 def block_layers(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> dict[str, LayerFormat]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lbllm.baselines.rtn import round_to_nearest
 from lbllm.config import FORMAT_NAMES, STAGE_NAMES, RunConfig, Stage
-from lbllm.evaluate import divergences, round_to_nearest
+from lbllm.evaluate import divergences
 from lbllm.models import Teacher
 from lbllm.pipeline import stage_model
 

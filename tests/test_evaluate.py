@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.evaluate import ROWS, divergence, divergences, perplexity, round_to_nearest, rounded
+from lbllm.baselines.rtn import round_to_nearest
+from lbllm.evaluate import ROWS, divergence, divergences, perplexity
 from tests.tiny_models import VOCABULARY, tiny
 
 
@@ -89,41 +87,3 @@ def test_too_little_text_is_refused(shape: tuple[int, ...]) -> None:
     model, _ = tiny("llama")
     with pytest.raises(ValueError, match="windows of shape"):
         perplexity(model, torch.zeros(shape, dtype=torch.long))
-
-
-@given(
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 40),
-    group_size=st.one_of(st.just(-1), st.integers(1, 50)),
-    bits=st.integers(1, 4),
-    seed=st.integers(0, 1000),
-)
-@settings(deadline=None)
-def test_rounding_is_to_the_nearest_step_of_each_group(
-    rows: int, columns: int, group_size: int, bits: int, seed: int
-) -> None:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    result = rounded(weight, bits, group_size)
-    assert result.shape == weight.shape
-    size = columns if group_size == -1 else group_size
-    for start in range(0, columns, size):
-        for row in range(rows):
-            group = weight[row, start : start + size].double()
-            steps = torch.linspace(float(group.min()), float(group.max()), 2**bits, dtype=torch.float64)
-            best = (group[:, None] - steps).abs().min(-1).values
-            given = (group - result[row, start : start + size].double()).abs()
-            torch.testing.assert_close(given, best, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_round_to_nearest_changes_the_blocks_linear_layers_alone(architecture: str) -> None:
-    model, _ = tiny(architecture)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    student = round_to_nearest(model, bits=2, group_size=20)
-    path, blocks = decoder_blocks(student)
-    linear = {f"{path}.{i}.{name}.weight" for i, block in enumerate(blocks) for name in linear_layers(block)}
-    for name, value in student.state_dict().items():
-        assert torch.equal(model.state_dict()[name], before[name])
-        assert torch.equal(value, before[name]) == (name not in linear), name
-    weight = linear_weight(next(iter(linear_layers(blocks[0]).values())))
-    assert all(len(row[:20].unique()) <= 4 for row in weight)

@@ -141,9 +141,19 @@ class _Columns:
 def _compensate(
     latent: Tensor, value: Tensor, span: slice, factor: Tensor, importance: Tensor, count: int, em_steps: int
 ) -> Tensor:
-    """Fit the levels of a group, assign its columns in turn; the columns after each absorb its error. Returns levels
-    (out, K)."""
+    """Fit the levels of a group and assign its columns with ``assign_columns``. Returns levels (out, K)."""
     levels = fit_levels(latent[span].t().contiguous(), importance, count, em_steps)
+    assign_columns(latent, value, span, factor, levels)
+    return levels
+
+
+def assign_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, levels: Tensor) -> None:
+    """Assign the columns of a group to the nearest of its ascending ``levels`` (out, K), one after the other; the
+    columns after each absorb its error.
+
+    ``latent`` and ``value`` (in, out) are the compensated weights and the quantized ones, both changed in place;
+    ``factor`` is U of ``factorize``.
+    """
     columns = _Columns(levels)
     errors = torch.empty_like(latent[span])
     for offset, column in enumerate(range(span.start, span.stop)):
@@ -151,7 +161,6 @@ def _compensate(
         errors[offset] = (latent[column] - value[column]) / factor[column, column]
         latent[column + 1 : span.stop].addr_(factor[column, column + 1 : span.stop], errors[offset], alpha=-1)
     latent[span.stop :].addmm_(factor[span, span.stop :].t(), errors, alpha=-1)
-    return levels
 
 
 def _descend(target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor) -> Tensor:

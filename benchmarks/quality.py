@@ -1,0 +1,301 @@
+"""What quantization costs in quality, one method beside the other: ``python -m benchmarks.quality``.
+
+    python -m benchmarks.quality --methods rtn,gptq,billm,arb,bwa,stage1 --group-sizes 64,128 --a4
+    python -m benchmarks.quality --methods arb --checkpoint runs/mine --tasks piqa,arc_easy --task-limit 200
+    python -m benchmarks.quality --methods rtn,hqq,auto-round --outside OUTSIDE
+
+Every method quantizes all decoder blocks of the same teacher, in order, calibrated on the same tokens; each layer's
+inputs have come through what was quantized before. ``stage1``, ``stage2`` and ``stage3`` are this program's own stages
+on as many tokens each. Printed: stored bits per weight of the quantized layers, everything counted; perplexity on the
+texts; with ``--a4`` also with plain 4-bit activations (per token, asymmetric; ``stage3`` and checkpoints have their
+own, and stand in those columns if those are in 4 bits); accuracy in zero-shot tasks; the minutes that quantizing took,
+and the peak memory until it was done. Each row is made in a process of its own.
+
+Other packages run in an environment of their own, which never sees this program:
+
+    python3 -m venv OUTSIDE
+    OUTSIDE/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 termcolor einops \
+py-cpuinfo requests pydantic
+    OUTSIDE/bin/pip install --no-deps hqq==0.2.8.post1 auto-round==0.16.1
+
+``--no-deps`` keeps them from replacing PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lbllm
+from lbllm.activations import ActQuantizer
+from lbllm.baselines.layer import Settings
+from lbllm.baselines.methods import METHODS, method, quantize_blocks
+from lbllm.blocks import check_length, decoder_blocks, linear_layers
+from lbllm.config import PAPER_STAGES, make_config
+from lbllm.corpora import Corpus, evaluation_tokens, load_corpus
+from lbllm.errors import ConfigError, LbllmError
+from lbllm.evaluate import perplexity
+from lbllm.events import RunStarted
+from lbllm.models import Teacher, load_teacher
+from lbllm.pipeline import peak_memory, run, stage_model
+from lbllm.zero_shot import task_names, zero_shot
+
+OWN = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
+OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound"}
+ALL_WINDOWS = 128  # of a text without an end of its own
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text."""
+
+    teacher: str
+    corpus: str
+    tokens: int
+    seq_len: int
+    damping: float
+    texts: tuple[str, ...]
+    window: int
+    limit: int | None
+    a4: bool
+    tasks: tuple[str, ...]
+    task_limit: int | None
+    outside: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table. ``name``: a method's, or the folder of a checkpoint."""
+
+    kind: Literal["teacher", "baseline", "own", "outside", "checkpoint"]
+    name: str
+    group_size: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model to evaluate. ``act_bits``: those that it brings along, 16 where activations are left alone."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: str
+    bpw: float | None = None
+    minutes: float | None = None
+    memory: int | None = None
+    act_bits: int = 16
+
+
+def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+    """One row in this process: label, bpw, minutes, memory (bytes) and ``figures`` by column."""
+    made = make(row, options, report)
+    for setting, tokens in (("--window", options.window), ("--seq-len", options.seq_len)):
+        check_length(made.model, tokens, setting)
+    figures: dict[str, str] = {}
+    dense = row.kind not in ("own", "checkpoint")
+    for act_bits in (16, 4) if dense and options.a4 else (made.act_bits,):
+        suffix = "" if act_bits == 16 else f", A{act_bits}"
+        if act_bits < made.act_bits:
+            quantize_inputs(made.model, act_bits)
+        for text in options.texts:
+            report(f"perplexity on {text}{suffix}")
+            found = perplexity(made.model, windows(text, made.tokenizer, options))
+            figures[f"{text}{suffix}"] = f"{found.perplexity:,.2f}"
+        for score in zero_shot(made.model, made.tokenizer, options.tasks, limit=options.task_limit):
+            figures[f"{score.task}{suffix}"] = f"{score.accuracy:.1%} ± {score.stderr:.1%}"
+    named = {"label": made.label, "bpw": made.bpw, "minutes": made.minutes, "memory": made.memory}
+    return named | {"figures": figures}
+
+
+def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
+    """The row's model, quantized now or read. Raises LbllmError."""
+    if row.kind == "checkpoint":
+        model, tokenizer = lbllm.load(row.name)
+        stored: Any = model.config.quantization_config
+        quant = stored.quant
+        label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, group {quant['group_size']}"
+        return Made(model, tokenizer, label, bpw=stored.bpw, act_bits=quant["act_bits"])
+    teacher = load_teacher(options.teacher)
+    if row.kind == "teacher":
+        return Made(teacher.model, teacher.tokenizer, f"Teacher, {teacher.precision}")
+    corpus = load_corpus(options.corpus, teacher.tokenizer, seq_len=options.seq_len, tokens=options.tokens)
+    if corpus.tokens < options.tokens:
+        raise ConfigError(f"corpus {options.corpus} has {corpus.tokens} tokens for --tokens {options.tokens}")
+    began = time.perf_counter()
+    act_bits = 16
+    if row.kind == "baseline":
+        chosen = method(row.name)
+        settings = Settings(row.group_size, damping=options.damping)
+        label = chosen.name
+
+        def on_block(done: int, total: int) -> None:
+            report(f"{chosen.name}: block {done} of {total}")
+
+        bpw = quantize_blocks(teacher.model, corpus.sequences, chosen, settings, on_block=on_block).bpw
+        model = teacher.model
+    elif row.kind == "own":
+        label = f"Stages 1 to {row.name[-1]}" if row.name != "stage1" else "Stage 1"
+        model, bpw, act_bits = own_stages(row, options, teacher, corpus)
+    else:
+        label = OUTSIDE[row.name]
+        report(f"{label}: {options.outside}")
+        model, bpw, minutes, memory = outside(row, options, teacher, corpus.sequences)
+        return Made(model, teacher.tokenizer, f"{label}, group {row.group_size}", bpw, minutes, memory)
+    minutes = (time.perf_counter() - began) / 60
+    label = f"{label}, group {row.group_size}"
+    return Made(model, teacher.tokenizer, label, bpw, minutes, peak_memory(), act_bits)
+
+
+def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> tuple[PreTrainedModel, float, int]:
+    """The model after this program's own stages, its bits per weight and activation bits."""
+    stages = OWN[row.name]
+    act_bits = 4 if "aar" in stages else 16
+    changes: dict[str, Any] = {"model": options.teacher, "corpus": options.corpus, "seq_len": options.seq_len}
+    changes["stages"] = stages
+    for stage in stages:
+        changes[stage] = {"tokens": options.tokens}
+    changes |= {"quant": {"group_size": row.group_size, "act_bits": act_bits, "kv_bits": act_bits}}
+    config = make_config("quick", changes)
+    with tempfile.TemporaryDirectory() as folder:
+        events = run(config, Path(folder), request=lambda: None, teacher=teacher, corpus=corpus)
+        started = [event for event in events if isinstance(event, RunStarted)]
+        return stage_model(config, Path(folder), stages[-1], teacher), started[0].bpw, act_bits
+
+
+def outside(
+    row: Row, options: Options, teacher: Teacher, sequences: Tensor
+) -> tuple[PreTrainedModel, float, float, int]:
+    """The dense model that another package leaves, its bits per weight, minutes and peak memory."""
+    script = Path(__file__).with_name("quality_outside.py")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher.model.save_pretrained(folder / "teacher")
+        teacher.tokenizer.save_pretrained(folder / "teacher")
+        save_file({"input_ids": sequences}, folder / "tokens.safetensors")
+        path, _ = decoder_blocks(teacher.model)
+        command = [f"{options.outside}/bin/python", str(script), row.name, str(folder), path, str(row.group_size)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise LbllmError(f"{row.name} in {options.outside} failed: {last[0]}")
+        told = json.loads(done.stdout.splitlines()[-1])
+        model = load_teacher(str(folder / "quantized")).model
+    return model, told["bpw"], told["seconds"] / 60, told["memory"]
+
+
+def quantize_inputs(model: PreTrainedModel, bits: int) -> None:
+    """Let the blocks' linear layers see their inputs in so many bits: per token, asymmetric, even steps, no tails."""
+    quantizer = ActQuantizer(bits, tail=0)
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (quantizer(args[0]), *args[1:])
+
+    for block in decoder_blocks(model)[1]:
+        for layer in linear_layers(block).values():
+            layer.register_forward_pre_hook(hook)
+
+
+def windows(text: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Tensor:
+    """Windows (n, T) of WikiText-2's test split, of a file, or of a corpus: of one that is calibrated on, the held-out
+    part."""
+    if text == "wikitext2" or Path(text).is_file():
+        return evaluation_tokens(text, tokenizer, seq_len=options.window, limit=options.limit)
+    tokens = (options.limit or ALL_WINDOWS) * options.window
+    part: Literal["heldout", "train"] = "heldout" if text in options.corpus.split("+") else "train"
+    return load_corpus(text, tokenizer, seq_len=options.window, tokens=tokens, part=part).sequences
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as ``measure`` gives them as a markdown table; a column that a row has nothing for stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row["figures"]))
+    columns.sort(key=lambda column: column.endswith(", A4"))
+    lines = ["| | bits per weight | " + " | ".join([*columns, "minutes", "peak, MB"]) + " |"]
+    lines.append("|" + " --- |" * (len(columns) + 4))
+    for row in rows:
+        bpw = "" if row["bpw"] is None else f"{row['bpw']:.3f}"
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
+        cells = [row["label"], bpw, *(row["figures"].get(column, "") for column in columns), minutes, memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rows_of(methods: str, sizes: str, checkpoints: list[str], outside: str | None) -> list[Row]:
+    """The table's rows: the teacher, each method at each group size, checkpoints. Raises ConfigError."""
+    rows = [Row("teacher", "")]
+    for name in filter(None, methods.split(",")):
+        kind: Literal["baseline", "own", "outside"] = (
+            "own" if name in OWN else "outside" if name in OUTSIDE else "baseline"
+        )
+        if kind == "baseline" and name not in METHODS:
+            raise ConfigError(f"--methods {name}: choose from {', '.join((*METHODS, *OWN, *OUTSIDE))}")
+        if kind == "outside" and outside is None:
+            raise ConfigError(f"--methods {name} needs --outside with the environment that it is installed in")
+        for size in sizes.split(","):
+            if not size.removeprefix("-").isdigit() or int(size) < -1 or int(size) == 0:
+                raise ConfigError(f"--group-sizes {size}: give numbers of weights joined by commas; -1 is a whole row")
+            rows.append(Row(kind, name, int(size)))
+    return rows + [Row("checkpoint", folder) for folder in checkpoints]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="smollm2-135m-instruct")
+    parser.add_argument("--methods", default="rtn,gptq,billm,arb,bwa", help=", ".join((*METHODS, *OWN, *OUTSIDE)))
+    parser.add_argument("--group-sizes", default="128", help="joined by commas; -1: the whole row")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="DIR", help="packed; may be repeated")
+    parser.add_argument("--corpus", default="embedded", help="to calibrate on")
+    parser.add_argument("--tokens", type=int, default=24_576, help="to calibrate on")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence that is calibrated on")
+    parser.add_argument("--damping", type=float, default=0.01, help="of the Hessians, as published; not of the stages")
+    parser.add_argument("--texts", default="wikitext2,c4", help="for perplexity: wikitext2, corpora, files")
+    parser.add_argument("--window", type=int, default=2_048)
+    parser.add_argument("--limit", type=int, help="windows of each text; all by default")
+    parser.add_argument("--a4", action="store_true", help="with 4-bit activations, too")
+    parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
+    parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
+    parser.add_argument("--outside", metavar="ENV", help="environment of hqq and auto-round")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    try:
+        options = Options(
+            **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
+            **{name: getattr(given, name) for name in ("window", "limit", "a4", "task_limit", "outside")},
+            texts=tuple(given.texts.split(",")),
+            tasks=tuple(task_names(given.tasks)) if given.tasks else (),
+        )
+        if given.row:
+            found = measure(Row(**json.loads(given.row)), options, lambda text: print(text, file=sys.stderr))
+            print(json.dumps(found))
+            return
+        rows = rows_of(given.methods, given.group_sizes, given.checkpoint, given.outside)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{given.tokens:,} tokens of {given.corpus}, {torch.get_num_threads()} threads, {date.today()}")
+    results = []
+    for row in rows:
+        command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--row", json.dumps(asdict(row))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{row.kind} {row.name} {row.group_size}: no row, see above", file=sys.stderr)
+            continue
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

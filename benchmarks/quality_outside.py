@@ -1,0 +1,90 @@
+"""Other packages' methods for ``benchmarks.quality``: run by the Python of an environment that has those packages.
+
+    OUTSIDE/bin/python benchmarks/quality_outside.py METHOD FOLDER BLOCKS GROUP_SIZE
+
+FOLDER has a dense model in ``teacher`` and token ids (n, T) in ``tokens.safetensors``; BLOCKS is the path of the
+model's decoder blocks. The dense model with quantized weights is saved to FOLDER/quantized, and one line of JSON tells
+its stored bits per weight, the seconds and the peak memory. METHOD: ``hqq`` (2 bits, scale and zero point float16),
+``auto-round`` (2 bits, scale float16, zero point 2 bits). This file knows nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BITS = 2
+
+
+def hqq(model: torch.nn.Module, blocks: str, group_size: int) -> float:
+    """Half-quadratic quantization (Badri and Shaji 2023), in place; returns stored bits per weight."""
+    from hqq.core.quantize import Quantizer
+
+    bits = weights = 0
+    for layer in model.get_submodule(blocks).modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        size = layer.weight.shape[1] if group_size == -1 else group_size
+        codes, meta = Quantizer.quantize(
+            layer.weight.data, nbits=BITS, group_size=size, axis=1, bitpack=False, device="cpu"
+        )
+        meta["scale"], meta["zero"] = (meta[name].half().float() for name in ("scale", "zero"))
+        meta["compute_dtype"] = torch.float32
+        layer.weight.data = Quantizer.dequantize(codes, meta)
+        bits += codes.numel() * BITS + 2 * 16 * meta["scale"].numel()
+        weights += codes.numel()
+    return bits / weights
+
+
+def auto_round(folder: Path, group_size: int, blocks: str) -> float:
+    """SignRound (Cheng et al. 2024), the package's default recipe on the given tokens; saves the model."""
+    from auto_round import AutoRound
+
+    tokens = load_file(folder / "tokens.safetensors")["input_ids"]
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.split(1)]
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+    rounding = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(folder / "teacher"),
+        scheme={"bits": BITS, "group_size": group_size, "sym": False, "data_type": "int", "act_bits": 16},
+        dataset=samples,
+        nsamples=len(tokens),
+        seqlen=tokens.shape[1],
+        device_map="cpu",
+    )
+    rounded, _ = rounding.quantize()
+    rounded.save_pretrained(folder / "quantized")
+    bits = weights = 0
+    for layer in rounded.get_submodule(blocks).modules():
+        if isinstance(layer, torch.nn.Linear):
+            rows, columns = layer.weight.shape
+            groups = -(-columns // (columns if group_size == -1 else group_size))
+            bits += rows * (columns * BITS + groups * (16 + BITS))
+            weights += rows * columns
+    return bits / weights
+
+
+def main() -> None:
+    method, name, blocks, group_size = sys.argv[1:]
+    folder, size = Path(name), int(group_size)
+    began = time.perf_counter()
+    if method == "auto-round":
+        bpw = auto_round(folder, size, blocks)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+        bpw = hqq(model, blocks, size)
+        model.save_pretrained(folder / "quantized")
+    AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "quantized")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"bpw": bpw, "seconds": time.perf_counter() - began, "memory": peak}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""GPTQ (Frantar et al. 2023): round the columns one after the other, later columns absorb each column's error.
+
+Each group's even levels span its compensated weights. Minimum and step are float16, as in round to nearest; the
+authors' grid has an integer zero point instead, whose level two bits can hardly spare.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lbllm.baselines.layer import Quantized, Settings, spans
+from lbllm.baselines.rtn import even_bits, even_levels
+from lbllm.stages.ptq import assign_columns, factorize, one_thread
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
+    """A weight (out, in) on even levels, so that tr((W - Q) H (W - Q)^T) is small. Columns keep their order."""
+    factor = factorize(hessian, settings.damping)[1]
+    latent = weight.to(hessian.dtype).t().clone(memory_format=torch.contiguous_format)
+    value = torch.empty_like(latent)
+    with one_thread():
+        for span in spans(weight.shape[1], settings.group_size):
+            assign_columns(latent, value, span, factor, even_levels(latent[span].t(), settings.bits))
+    return Quantized(value.t().float().contiguous(), even_bits(weight.shape[0], weight.shape[1], settings))

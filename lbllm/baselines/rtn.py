@@ -1,0 +1,46 @@
+"""Round to nearest: 2^bits even steps from each group's minimum to its maximum. Nothing is calibrated: what any method
+at these bits has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lbllm.baselines.layer import HALF, Quantized, Settings, half, spans
+from lbllm.binarize import assign, take_levels
+from lbllm.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
+
+
+def even_levels(group: Tensor, bits: int) -> Tensor:
+    """The ascending levels (out, 2^bits) of each row of a group (out, g): a minimum and a step, both float16."""
+    low, high = group.aminmax(dim=-1, keepdim=True)
+    low, steps = half(low), 2**bits - 1
+    step = half((high - low) / steps).clamp_min(0)  # a minimum rounded upwards may lie above the maximum
+    return low + step * torch.arange(steps + 1, dtype=group.dtype, device=group.device)
+
+
+def even_bits(rows: int, columns: int, settings: Settings) -> int:
+    """Stored bits of a layer with even levels: codes, and each group's minimum and step."""
+    groups = len(list(spans(columns, settings.group_size)))
+    return rows * (columns * settings.bits + groups * 2 * HALF)
+
+
+def rtn(weight: Tensor, hessian: Tensor | None, settings: Settings) -> Quantized:
+    """Each weight (out, in) rounded to the nearest level of its group; the Hessian makes no difference."""
+    rows = weight.float()
+    value = torch.empty_like(rows)
+    for span in spans(rows.shape[1], settings.group_size):
+        group, levels = rows[:, None, span], even_levels(rows[:, span], settings.bits)[:, None]
+        value[:, span] = take_levels(levels, assign(group, levels))[:, 0]
+    return Quantized(value, even_bits(rows.shape[0], rows.shape[1], settings))
+
+
+@torch.no_grad()
+def round_to_nearest(model: PreTrainedModel, bits: int, group_size: int) -> PreTrainedModel:
+    """A copy of ``model`` with all linear layers of its decoder blocks rounded; it shares the rest."""
+    student: PreTrainedModel = share_copy(model)
+    for block in decoder_blocks(student)[1]:
+        for layer in linear_layers(block).values():
+            set_linear_weight(layer, rtn(linear_weight(layer), None, Settings(group_size, bits)).weight)
+    return student

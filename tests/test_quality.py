@@ -1,0 +1,101 @@
+"""The table of methods, end to end on a tiny model in this process."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.quality import Options, Row, measure, quantize_inputs, rows_of, table
+from lbllm.baselines.methods import METHODS, Settings, quantize_blocks
+from lbllm.corpora import evaluation_tokens, load_corpus
+from lbllm.errors import ConfigError
+from lbllm.evaluate import perplexity
+from lbllm.models import load_teacher
+from tests.tiny_models import SENTENCES, save_tiny, tiny
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    folder = tmp_path_factory.mktemp("quality")
+    choose = random.Random(0)
+    text, other = folder / "text.txt", folder / "other.txt"
+    text.write_text("\n".join(" ".join(choose.choices(SENTENCES, k=4)) for _ in range(400)))
+    other.write_text("\n".join(choose.choices(SENTENCES, k=80)))
+    return Options(
+        teacher=str(save_tiny(folder / "teacher", "llama")),
+        corpus=str(text),
+        tokens=256,
+        seq_len=32,
+        damping=0.01,
+        texts=(str(other),),
+        window=32,
+        limit=4,
+        a4=True,
+        tasks=(),
+        task_limit=None,
+        outside=None,
+    )
+
+
+def row(kind: Any, name: str, options: Options) -> dict[str, Any]:
+    return measure(Row(kind, name, 16), options, lambda text: None)
+
+
+def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> None:
+    found = row("baseline", "gptq", options)
+    teacher = load_teacher(options.teacher)
+    corpus = load_corpus(options.corpus, teacher.tokenizer, seq_len=32, tokens=256)
+    stored = quantize_blocks(teacher.model, corpus.sequences, METHODS["gptq"], Settings(16))
+    windows = evaluation_tokens(options.texts[0], teacher.tokenizer, seq_len=32, limit=4)
+    weights = perplexity(teacher.model, windows).perplexity
+    quantize_inputs(teacher.model, 4)
+    both = perplexity(teacher.model, windows).perplexity
+    assert found["label"] == "GPTQ, group 16"
+    assert found["bpw"] == stored.bpw == pytest.approx(4, abs=0.1)
+    assert found["figures"] == {options.texts[0]: f"{weights:,.2f}", f"{options.texts[0]}, A4": f"{both:,.2f}"}
+    assert weights != both
+    assert found["minutes"] > 0
+    assert found["memory"] > 1e7
+
+
+def test_own_stages_and_the_teacher_stand_beside(options: Options) -> None:
+    first, last, teacher = row("own", "stage1", options), row("own", "stage3", options), row("teacher", "", options)
+    assert 6 < first["bpw"] == last["bpw"] < 7  # four 16-bit numbers for each 16 weights
+    assert list(first["figures"]) == [options.texts[0]]
+    assert list(last["figures"]) == [f"{options.texts[0]}, A4"]
+    assert len(teacher["figures"]) == 2
+    lines = table([teacher, first, last]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[0].startswith(f"| | bits per weight | {options.texts[0]} | {options.texts[0]}, A4 | minutes")
+    assert lines[3].startswith(f"| Stage 1, group 16 | {first['bpw']:.3f} | {first['figures'][options.texts[0]]} |  |")
+
+
+def test_activations_get_sixteen_even_values_a_token() -> None:
+    model, _ = tiny("gpt2")
+    quantize_inputs(model, 4)
+    seen: list[torch.Tensor] = []
+    layer = model.transformer.h[1].mlp.c_fc
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(input_ids=torch.arange(5, 25)[None])
+    for token in seen[0].flatten(0, -2):
+        values = token.unique().double()
+        codes = values / values.diff().min()  # zero is one of the grid's values, seen or not
+        assert len(values) <= 16
+        assert codes[-1] - codes[0] <= 15.01
+        torch.testing.assert_close(codes, codes.round(), atol=1e-2, rtol=0)
+
+
+def test_rows_and_bad_arguments() -> None:
+    rows = rows_of("rtn,stage1,hqq", "64,-1", ["runs/a"], "env")
+    assert rows[0] == Row("teacher", "")
+    assert rows[1:3] == [Row("baseline", "rtn", 64), Row("baseline", "rtn", -1)]
+    assert [one.kind for one in rows[3:]] == ["own", "own", "outside", "outside", "checkpoint"]
+    with pytest.raises(ConfigError, match="--methods awq: choose from rtn"):
+        rows_of("awq", "64", [], None)
+    with pytest.raises(ConfigError, match="--methods hqq needs --outside"):
+        rows_of("hqq", "64", [], None)
+    with pytest.raises(ConfigError, match="--group-sizes 0"):
+        rows_of("rtn", "64,0", [], None)
