@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -35,15 +35,15 @@ _OTHERWISE = "export the dense copy instead, and give that folder to llama.cpp's
 _SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen2", "tekken")}
 
 
-def check_exportable(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError, with a way out, where the model can't be written as GGUF."""
+def check_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError, with a way out, where the model of this transformers config can't be written as GGUF."""
     kind = config.model_type
     if kind not in _ARCHITECTURES:
         raise ModelError(
             f"GGUF of {kind} models is not written here, only of {', '.join(_ARCHITECTURES)}; {_OTHERWISE}"
         )
     rope = config.rope_parameters["rope_type"]
-    faults = {
+    faults: dict[str, Any] = {
         f"hidden_act {config.hidden_act!r} instead of 'silu'": config.hidden_act != "silu",
         f"a sliding window of {getattr(config, 'sliding_window', None)} tokens": getattr(
             config, "sliding_window", None
@@ -62,7 +62,7 @@ def write_gguf(
 ) -> None:
     """Write the model with bfloat16 weights and its tokenizer to ``file``. Raises ModelError where it can't be
     written as GGUF, OSError where the disk doesn't take it."""
-    config = model.config
+    config: Any = model.config
     check_exportable(config, tokenizer)
     arch = _ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
@@ -117,7 +117,7 @@ def _interleaved(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+def _add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_vocab_size(config.vocab_size)
@@ -134,7 +134,7 @@ def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _frequency_factors(config: PretrainedConfig) -> Tensor | None:
+def _frequency_factors(config: Any) -> Tensor | None:
     """By how much each frequency of the rotary embedding is divided (d / 2,), float32; None for none."""
     if config.rope_parameters["rope_type"] == "default":
         return None
@@ -191,5 +191,5 @@ def _pre_tokenizer(document: dict[str, Any]) -> str:
         isolated = kinds == ["Split", "ByteLevel"] and not by_pattern and steps[0]["behavior"] == "Isolated"
         if isolated and not steps[0]["invert"] and pattern in _SPLITS:
             return _SPLITS[pattern]
-    made_of = ", ".join(map(str, [model["type"], normalizer and normalizer["type"], *kinds]))
+    made_of = ", ".join(filter(None, [model["type"], normalizer and normalizer["type"], *kinds]))
     raise ModelError(f"this model's tokenizer ({made_of}) is not written as GGUF here; {_OTHERWISE}")

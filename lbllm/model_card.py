@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from lbllm.commands.options import arguments
 from lbllm.config import STAGE_NAMES, RunConfig
 from lbllm.corpora import CATALOGUE as TEXTS
+from lbllm.corpora import CorpusEntry
 from lbllm.model_catalogue import CATALOGUE as MODELS
 from lbllm.progress import size
 from lbllm.run_record import RunRecord
@@ -90,7 +91,7 @@ def _front_matter(record: RunRecord, kind: Kind) -> str:
     return str(data.to_yaml()).strip() + relation
 
 
-def _texts(settings: RunConfig | None) -> list:
+def _texts(settings: RunConfig | None) -> list[CorpusEntry]:
     names = settings.corpus.split("+") if settings is not None else []
     return [entry for name in names for entry in TEXTS if entry.id == name]
 

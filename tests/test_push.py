@@ -36,7 +36,8 @@ class Hub:
                 pass
 
             def do_GET(self) -> None:
-                self.answer(200, {"siblings": [], "sha": "0" * 40, "id": "me/model"})
+                known = 200 if hub.status == 200 else 404
+                self.answer(known, {"siblings": [], "sha": "0" * 40, "id": "me/model"})
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -93,7 +94,7 @@ def test_every_file_arrives_in_a_private_repository(hub: Hub, folder: Path) -> N
     assert push(folder, "me/model", TOKEN) == f"{hub.endpoint}/me/model"
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
     (created,) = hub.created
-    assert (created["name"], created["organization"], created["private"]) == ("model", "me", True)
+    assert (created["name"], created["organization"], created["visibility"]) == ("model", "me", "private")
     assert hub.tokens == {f"Bearer {TOKEN}"}
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors"]
 
