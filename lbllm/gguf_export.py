@@ -27,7 +27,6 @@ from lbllm.errors import ModelError
 # transformers' model types by llama.cpp's architectures.
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
