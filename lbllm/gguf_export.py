@@ -70,7 +70,7 @@ def write_gguf(
         if licence is not None:
             writer.add_license(licence)
         _add_settings(writer, config)
-        _add_tokenizer(writer, tokenizer, rows=model.get_input_embeddings().num_embeddings)
+        _add_tokenizer(writer, tokenizer, rows=config.vocab_size)
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         for key, tensor in _tensors(model):
             renamed = names.get_name(key, try_suffixes=(".weight", ".bias"))
