@@ -133,7 +133,7 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
     section = page.get_by_test_id("stExpander")
     section.locator("summary").click()
     section.get_by_text("Dense", exact=True).click()
-    expect(section.get_by_label("New folder")).to_have_value("exports/second-dense")
+    expect(section.get_by_role("textbox", name="New folder")).to_have_value("exports/second-dense")
     section.get_by_role("button", name="Export", exact=True).click()
     expect(section.get_by_text("with its model card")).to_be_visible()
     assert (server.home / "exports" / "second-dense" / "model.safetensors").is_file()
