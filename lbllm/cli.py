@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from lbllm.attended import StoppedByUser
-from lbllm.commands import catalogues, chatting, measuring, stored_runs, training, workbench
+from lbllm.commands import catalogues, chatting, exporting, measuring, stored_runs, training, workbench
 from lbllm.commands.output import notices, plain, print_json
 from lbllm.errors import LbllmError
 
@@ -33,6 +33,7 @@ def build() -> typer.Typer:
         training.demo,
         measuring.evaluate,
         measuring.table,
+        exporting.export,
         chatting.chat,
         catalogues.models,
         workbench.ui,

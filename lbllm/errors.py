@@ -30,3 +30,7 @@ class ResourceError(LbllmError):
 
 class RunError(LbllmError):
     """A run is unknown, or is in a state that doesn't allow what was asked."""
+
+
+class HubError(LbllmError):
+    """The Hugging Face hub can't be reached, or refuses what was asked."""

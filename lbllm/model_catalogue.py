@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 EMBEDDED_PRECISION = "dequantized Q4_1 (embedded copy)"
+EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded copy was quantized from
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ CATALOGUE: tuple[ModelEntry, ...] = (
     ModelEntry("smollm2-135m-instruct", None, _APACHE, 134_515_008, f"{EMBEDDED_PRECISION}; no download"),
     ModelEntry(
         "smollm2-135m-instruct-original",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        EMBEDDED_ORIGINAL,
         _APACHE,
         134_515_008,
         "the bfloat16 weights that the embedded copy was quantized from",
@@ -70,3 +71,9 @@ CATALOGUE: tuple[ModelEntry, ...] = (
     ModelEntry("pythia-1.4b", "EleutherAI/pythia-1.4b", _APACHE, 1_414_647_808),
     ModelEntry("olmo-2-1b", "allenai/OLMo-2-0425-1B", _APACHE, 1_484_916_736),
 )
+
+
+def catalogue_hub_id(name: str) -> str | None:
+    """The hub's id of the catalogue model that ``name`` means; of the embedded copy its original's."""
+    entry = next((entry for entry in CATALOGUE if name.lower() == entry.id or name == entry.hub_id), None)
+    return None if entry is None else entry.hub_id or EMBEDDED_ORIGINAL

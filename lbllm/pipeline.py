@@ -61,7 +61,8 @@ from lbllm.events import (
 )
 from lbllm.hf import WEIGHTS, LbllmConfig, LbllmQuantizer, attach_kv_cache, save_packed
 from lbllm.layers import PackedLinear, layer_bits
-from lbllm.models import Teacher, load_teacher
+from lbllm.models import Teacher, hub_id, load_teacher
+from lbllm.run_record import RunRecord, write_record
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.ptq import ptq_block, to_layer
@@ -232,7 +233,17 @@ def run(
         yield RunStopped(request=asked)
         return
     target = folder / "checkpoint"
-    save_checkpoint(config, folder, teacher, target, bpw)
+    record = RunRecord(
+        settings=config,
+        base_model=hub_id(config.model),
+        precision=teacher.precision,
+        licence=teacher.licence,
+        bpw=bpw,
+        corpus_hash=corpus.hash,
+        corpus_tokens=corpus.tokens,
+        evaluations=tuple(_evaluations(state, held_out)),
+    )
+    save_checkpoint(config, folder, teacher, target, record)
     yield RunDone(
         path=str(target),
         bpw=bpw,
@@ -254,7 +265,7 @@ def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
 
 def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None) -> Iterator[Event]:
     """The perplexity of ``model`` on the held-out text, once in the life of a run: what is known lies in its folder."""
-    path = run.store.folder / "evaluated.json"
+    path = _evaluated_path(run)
     known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     if held_out is None or what in known:
         return
@@ -263,9 +274,25 @@ def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_o
         run.check()
         losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
-    text = f"held-out part of {held_out.name}, {len(losses)} windows of {run.config.seq_len} tokens"
-    yield Evaluated(what=what, text=text, perplexity=value, tokens=held_out.sequences[:, 1:].numel())
+    yield _evaluation(what, value, held_out)
     write_atomic(path, json.dumps(known | {what: value}).encode())
+
+
+def _evaluated_path(run: _Run) -> Path:
+    return run.store.folder / "evaluated.json"
+
+
+def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
+    windows, length = held_out.sequences.shape
+    text = f"held-out part of {held_out.name}, {windows} windows of {length} tokens"
+    return Evaluated(what=what, text=text, perplexity=value, tokens=held_out.sequences[:, 1:].numel())
+
+
+def _evaluations(run: _Run, held_out: Corpus | None) -> Iterator[Evaluated]:
+    """All that was evaluated in the life of a run, by whichever of its workers."""
+    if held_out is not None:
+        for what, value in json.loads(_evaluated_path(run).read_text()).items():
+            yield _evaluation(what, value, held_out)
 
 
 def _recorded_precision(folder: Path) -> str | None:
@@ -564,15 +591,15 @@ def _packed_model(
     return student.eval(), quant
 
 
-def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: Path, bpw: float) -> None:
-    """Write the packed checkpoint of a run's last stage: model.safetensors, config.json, tokenizer. Whole or not at
-    all."""
+def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: Path, record: RunRecord) -> None:
+    """Write the packed checkpoint of a run's last stage: model.safetensors, config.json, tokenizer, and the record of
+    the run. Whole or not at all."""
     model, quant = _packed_model(config, folder, config.stages[-1], teacher, torch.bfloat16)
     model.config.dtype = torch.bfloat16
     provenance = {"model": config.model, "precision": teacher.precision, "licence": teacher.licence}
     model.config.quantization_config = LbllmConfig(
         quant=quant.model_dump(mode="json"),
-        bpw=bpw,
+        bpw=record.bpw,
         provenance=provenance | {"run": config.model_dump(mode="json", exclude={"device"})},
     )
     model.hf_quantizer = LbllmQuantizer(model.config.quantization_config)  # type: ignore[assignment]
@@ -581,6 +608,7 @@ def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: P
     try:
         save_packed(model, unfinished)
         teacher.tokenizer.save_pretrained(unfinished)
+        write_record(unfinished, record)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

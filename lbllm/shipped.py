@@ -23,10 +23,11 @@ from lbllm.bundle import ASSETS
 from lbllm.errors import CheckpointError
 from lbllm.hf import WEIGHTS, is_checkpoint, tensors_sha256
 from lbllm.models import Teacher, home, load_teacher
+from lbllm.run_record import RECORD
 
 SHIPPED = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
-_SMALL = ("config.json", "generation_config.json")
+_SMALL = ("config.json", "generation_config.json", RECORD)
 _PACKED_ENDINGS = (".params", ".params_scale", ".quantizer.act")
 
 

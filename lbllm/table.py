@@ -43,23 +43,27 @@ def stages_table(
     Its dense weights are what this needs in memory besides the teacher; the stages' models are packed.
     """
     quant = config.quant
-    bits = CODE_BITS[quant.format]
-    labels = {"rtn": f"Round to nearest, W{bits}A16"}
-    students = {"rtn": round_to_nearest(teacher.model, bits, quant.group_size)}
+    labels = row_labels(config, teacher.precision)
+    students = {"rtn": round_to_nearest(teacher.model, CODE_BITS[quant.format], quant.group_size)}
     for stage in config.stages:
-        labels[stage] = f"{STAGE_NAMES[stage]}, {_precision(config, stage)}"
         students[stage] = stage_model(config, folder, stage, teacher)
     found = divergences(teacher.model, list(students.values()), sequences, on_progress=on_progress)
-    rows = [
-        TableRow("teacher", f"Teacher, {teacher.precision}", found[0].teacher_perplexity, 0.0, 1.0, found[0].tokens)
-    ]
+    rows = [TableRow("teacher", labels["teacher"], found[0].teacher_perplexity, 0.0, 1.0, found[0].tokens)]
     for what, result in zip(students, found, strict=True):
         figures = (result.student_perplexity, result.kl, result.top1_agreement, result.tokens)
         rows.append(TableRow(what, labels[what], *figures))
     return rows
 
 
-def _precision(config: RunConfig, stage: Stage) -> str:
+def row_labels(config: RunConfig, teacher_precision: str) -> dict[str, str]:
+    """The names of a run's models for people: its teacher, round-to-nearest, and what each stage gives."""
+    labels = {"teacher": f"Teacher, {teacher_precision}"}
+    labels["rtn"] = f"Round to nearest, W{CODE_BITS[config.quant.format]}A16"
+    return labels | {stage: f"{STAGE_NAMES[stage]}, {format_name(config, stage)}" for stage in config.stages}
+
+
+def format_name(config: RunConfig, stage: Stage) -> str:
+    """What is quantized after a stage, and to how many bits: W(1+1)A4KV4."""
     quant = config.precision(stage)
     weights = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}"
     return weights if quant.kv_bits == 16 else f"{weights}KV{quant.kv_bits}"

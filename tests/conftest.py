@@ -18,6 +18,7 @@ if not Path("/dev/nvidia0").exists():
 TOGETHER = (
     "tests/browser/",
     "tests/test_architectures.py",
+    "tests/test_export.py",
     "tests/test_pipeline.py",
     "tests/test_preview.py",
     "tests/test_worker.py",

@@ -17,6 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app import run_charts
 from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
+from app.run_export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
 from lbllm.config import PAPER_STAGES, STAGES, Stage
 from lbllm.errors import LbllmError
@@ -290,6 +291,7 @@ def show_run(runs: RunStore, run_id: str) -> None:
         line = header(runs, run, view)
         with st.container():
             outcome(run, view)
+        show_export(runs, run)
         drawn = (run.state, view.news)
         live = POLL_SECONDS if run.state in ACTIVE else None
         if view.started is None:

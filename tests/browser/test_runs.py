@@ -129,6 +129,15 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
         expect(page.get_by_test_id("stMetric").filter(has_text=label)).not_to_contain_text("–")
     expect(page.get_by_role("link", name="Talk to it")).to_have_attribute("href", re.compile(f"right={second.id}"))
 
+    # Its checkpoint is exported from the page.
+    section = page.get_by_test_id("stExpander")
+    section.locator("summary").click()
+    section.get_by_text("Dense", exact=True).click()
+    expect(section.get_by_role("textbox", name="New folder")).to_have_value("exports/second-dense")
+    section.get_by_role("button", name="Export", exact=True).click()
+    expect(section.get_by_text("with its model card")).to_be_visible()
+    assert (server.home / "exports" / "second-dense" / "model.safetensors").is_file()
+
     # The first goes on from its finished blocks, until it is cancelled, which takes a second click.
     kept = len(view_of(store, first).finished)
     page.goto(server.url(f"runs?run={first.id}"))

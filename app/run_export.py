@@ -1,0 +1,68 @@
+"""The export of a finished run: choose a kind and a folder, write it, see where it lies."""
+
+from __future__ import annotations
+
+import re
+
+import streamlit as st
+
+from app.view import guard, path_text, sentence, size_text
+from lbllm.errors import LbllmError
+from lbllm.export import Exported, Kind, export, find
+from lbllm.paths import resolve_under_root, root
+from lbllm.runs import Run, RunStore
+
+KINDS: dict[Kind, tuple[str, str]] = {
+    "packed": ("Packed", "As it is: bits and levels, for transformers with this program installed."),
+    "dense": ("Dense", "bfloat16 weights for any program that loads transformers folders; answers like the A16 model."),
+    "gguf": (
+        "GGUF",
+        "The dense weights as one file for llama.cpp and what is built on it; answers like the A16 model.",
+    ),
+}
+
+
+def show_export(runs: RunStore, run: Run) -> None:
+    """The section, folded; nothing before the run is done."""
+    if run.state == "done":
+        with st.expander("Export", icon=":material/ios_share:"):
+            st.fragment(_section)(runs, run)
+
+
+def _section(runs: RunStore, run: Run) -> None:
+    kind: Kind = st.radio(
+        "What",
+        list(KINDS),
+        format_func=lambda kind: KINDS[kind][0],
+        captions=[caption for _, caption in KINDS.values()],
+        key=f"export kind {run.id}",
+        horizontal=True,
+    )
+    place, press = st.columns([5, 1], vertical_alignment="bottom")
+    name = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-") or "run"
+    folder = place.text_input(
+        "New folder",
+        f"exports/{name}-{kind}",
+        key=f"export folder {run.id} {kind}",
+        help=f"Under {root()}. A model card, README.md, is written into it too.",
+    )
+    outcome = f"export outcome {run.id}"
+    with guard():
+        if press.button("Export", key=f"export {run.id}", type="primary", width="stretch"):
+            with st.spinner("Writing; a model of 135M parameters takes seconds"):
+                st.session_state[outcome] = _try_export(runs, run, kind, folder)
+            st.rerun()
+        result = st.session_state.get(outcome)
+        if isinstance(result, Exported):
+            label = KINDS[result.kind][0]
+            st.success(f"{label}: {size_text(result.disk_bytes)} with its model card, in {path_text(result.path)}")
+        elif result is not None:
+            st.error(result)
+
+
+def _try_export(runs: RunStore, run: Run, kind: Kind, folder: str) -> Exported | str:
+    """What was written, or why nothing was, as a sentence."""
+    try:
+        return export(find(run.id, runs), kind, resolve_under_root(folder))
+    except LbllmError as error:
+        return sentence(error)

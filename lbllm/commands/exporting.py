@@ -1,0 +1,72 @@
+"""export."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lbllm.attended import check_out
+from lbllm.commands.options import JsonOption
+from lbllm.commands.output import notices, plain, print_json, results
+from lbllm.errors import ConfigError
+from lbllm.progress import size
+from lbllm.runs import RunStore
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT|RUN", help="A packed checkpoint's folder, a finished run, or shipped.")
+    ],
+    to: Annotated[
+        Literal["packed", "dense", "gguf"],
+        typer.Option(help="packed: as it is; dense: bfloat16 weights; gguf: the dense ones as one file for llama.cpp."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Then upload it to the hub, a new repository being private."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a finished checkpoint as a folder to give away, with a model card.
+
+    --push takes the token from HF_TOKEN or `hf auth login`, or asks for it.
+    """
+    check_out(out)
+    token = ""
+    if push is not None:
+        from lbllm.push import check_repository
+
+        check_repository(push)
+        token = _token(may_ask=not as_json)
+    from lbllm.export import export, find
+
+    exported = export(find(checkpoint, RunStore()), to, out)
+    document = asdict(exported)
+    if not as_json:
+        plain(results(), f"{exported.path}: {to}, {size(exported.disk_bytes)}, with a model card (README.md)")
+    if push is not None:
+        from lbllm.push import push as upload
+
+        plain(notices(quiet=as_json), f"pushing to {push}", style="dim")
+        document["pushed"] = upload(exported.path, push, token)
+        if not as_json:
+            plain(results(), f"pushed to {document['pushed']}")
+    if as_json:
+        print_json(document)
+
+
+def _token(*, may_ask: bool) -> str:
+    """The user's token for the hub, which is kept nowhere. Raises ConfigError where there is none."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is None and may_ask and sys.stdin.isatty():
+        token = typer.prompt("Token for the hub, with the right to write", hide_input=True, err=True).strip()
+    if not token:
+        raise ConfigError("--push needs a token for the hub: set HF_TOKEN, or log in with `hf auth login`")
+    return token

@@ -1,0 +1,173 @@
+"""A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card.
+
+    source = find("20261122-103041-1d371b", store)       or a packed folder, or "shipped"
+    export(source, "gguf", Path("exports/mine"))
+
+The folder appears under its name only when everything in it is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm.dense import dense_copy
+from lbllm.errors import CheckpointError, ConfigError, ResourceError, RunError
+from lbllm.events import Evaluated
+from lbllm.gguf_export import check_exportable, write_gguf
+from lbllm.hf import is_checkpoint, load
+from lbllm.layers import PackedLinear
+from lbllm.model_card import Contents, model_card
+from lbllm.pool import SHIPPED
+from lbllm.quiet import quiet
+from lbllm.run_record import RECORD, RunRecord, read_record, write_record
+from lbllm.runs import RunStore
+from lbllm.shipped import shipped_checkpoint
+
+Kind = Literal["packed", "dense", "gguf"]
+_SPARE = 32 * 2**20  # tokenizer, config, headers
+
+
+@dataclass(frozen=True)
+class Source:
+    """A packed checkpoint's folder and what is known of the run that made it."""
+
+    folder: Path
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written; ``disk_bytes``: all files of the folder."""
+
+    path: Path
+    kind: Kind
+    disk_bytes: int
+
+
+def find(name: str, store: RunStore) -> Source:
+    """The checkpoint that ``name`` means: its folder, a run's folder or id, or "shipped", the one that comes with the
+    project. Raises RunError, CheckpointError."""
+    folder = Path(name).expanduser()
+    if is_checkpoint(folder):
+        return Source(folder, read_record(folder))
+    if name == SHIPPED:
+        folder = shipped_checkpoint()
+        return Source(folder, read_record(folder))
+    try:
+        # Both names of a run's folder lead to its id; that of another store is no name of ours.
+        run = store.get(folder.name if folder.resolve().parent == store.root else name)
+    except RunError:
+        if folder.is_dir():
+            raise CheckpointError(
+                f"{name} is no packed checkpoint and no run's folder; give the folder that `quantize --out` wrote"
+            ) from None
+        raise RunError(
+            f"{name!r} is neither a packed checkpoint's folder nor a run in {store.root}; `python -m lbllm runs list` "
+            f"shows the runs, {SHIPPED!r} is the checkpoint that comes with the project"
+        ) from None
+    if run.state != "done":
+        raise RunError(f"run {run.id} is {run.state}; only a finished run has a checkpoint to export")
+    checkpoint = run.folder / "checkpoint"
+    if not is_checkpoint(checkpoint):
+        raise CheckpointError(f"run {run.id} is done, but its checkpoint {checkpoint} is gone; export a copy of it")
+    events = (stored.event for stored in store.events(run.id, kinds=("evaluated",)))
+    measured = [event for event in events if isinstance(event, Evaluated)]
+    return Source(checkpoint, read_record(checkpoint).with_evaluations(measured, run.id))
+
+
+def export(source: Source, kind: Kind, out: Path) -> Exported:
+    """Write the checkpoint to the new or empty folder ``out``.
+
+    Raises ConfigError where ``out`` has something in it, CheckpointError for a damaged checkpoint, ModelError where
+    GGUF has no place for the model, ResourceError where the disk doesn't suffice.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
+    # Loaded whichever kind it is: that checks every tensor, and a damaged checkpoint is not passed on.
+    model, tokenizer = load(source.folder, dtype=torch.bfloat16)
+    if kind == "gguf":
+        check_exportable(model.config, tokenizer)
+    contents = _contents(model)
+    needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
+    with _appearing(out, needed + _SPARE) as folder:
+        if kind == "packed":
+            _copy(source, folder)
+        elif kind == "dense":
+            with quiet():
+                dense_copy(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            _write_gguf(source.record, model, tokenizer, folder / f"{out.name}-BF16.gguf")
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        card = model_card(source.record, kind, out.name, files, contents, chat=tokenizer.chat_template is not None)
+        (folder / "README.md").write_text(card)
+        total = sum(path.stat().st_size for path in folder.iterdir())
+    return Exported(out, kind, total)
+
+
+def _contents(model: PreTrainedModel) -> Contents:
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
+    quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
+    kept = [p for p in model.parameters() if id(p) not in packed | quantizers]
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Contents(
+        architecture=type(model).__name__,
+        binarized=sum(layer.in_features * layer.out_features for layer in layers),
+        dense=sum(parameter.numel() for parameter in kept),
+        packed_bytes=size,
+    )
+
+
+def _copy(source: Source, folder: Path) -> None:
+    """The checkpoint's files as they are, but for the record: that of a run says what was measured since."""
+    for path in source.folder.iterdir():
+        if path.is_file() and path.name not in (RECORD, "README.md"):
+            shutil.copyfile(path, folder / path.name)
+    write_record(folder, source.record)
+
+
+def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    base = record.base_model or (record.settings.model if record.settings is not None else "")
+    name = f"{Path(base).name} binarized by LBLLM".strip()
+    write_gguf(dense_copy(model), tokenizer, file, name=name, licence=record.licence)
+
+
+@contextmanager
+def _appearing(out: Path, needed: int) -> Iterator[Path]:
+    """A new folder that gets the name ``out`` at the end, or is gone after an error. ``needed``: bytes it will take."""
+    unfinished: Path | None = None
+    try:
+        out = out.absolute()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed:
+            raise ResourceError(
+                f"the export needs {needed / 1e9:.2f} GB in {out.parent}, {free / 1e9:.2f} GB are free; free some "
+                "space or choose a folder on another disk"
+            )
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's folder is the user's own alone, and so are safetensors' files
+        for path in unfinished.iterdir():
+            path.chmod(0o644)
+        if out.is_dir():
+            out.rmdir()
+        unfinished.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{out} can't be written ({error}); free some space there, or choose a folder that you may write to"
+        ) from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)

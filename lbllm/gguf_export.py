@@ -1,0 +1,194 @@
+"""Write a dense model as one GGUF file, as llama.cpp reads it: matrices in bfloat16, vectors in float32.
+
+    write_gguf(dense_copy(model), tokenizer, Path("model.gguf"), name="My model", licence="Apache-2.0")
+
+llama.cpp has code for each architecture, so only those are written that were compared with transformers' own answers;
+others are refused by name. So are tokenizers: a GGUF file doesn't hold how a text is split before the merges, it
+names one of llama.cpp's own ways.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lbllm.errors import ModelError
+
+# transformers' model types by llama.cpp's architectures.
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_OTHERWISE = "export the dense copy instead, and give that folder to llama.cpp's own convert_hf_to_gguf.py"
+_SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen2", "tekken")}
+
+
+def check_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError, with a way out, where the model of this transformers config can't be written as GGUF."""
+    kind = config.model_type
+    if kind not in _ARCHITECTURES:
+        raise ModelError(
+            f"GGUF of {kind} models is not written here, only of {', '.join(_ARCHITECTURES)}; {_OTHERWISE}"
+        )
+    rope = config.rope_parameters["rope_type"]
+    faults: dict[str, Any] = {
+        f"hidden_act {config.hidden_act!r} instead of 'silu'": config.hidden_act != "silu",
+        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens": getattr(
+            config, "sliding_window", None
+        ),
+        f"rotary embeddings of type {rope!r}": rope not in (("default", "llama3") if kind == "llama" else ("default",)),
+        "biases on its attention": kind == "qwen3" and config.attention_bias,
+    }
+    for what, there in faults.items():
+        if there:
+            raise ModelError(f"this {kind} model has {what}, which is not written as GGUF here; {_OTHERWISE}")
+    _pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, name: str, licence: str | None
+) -> None:
+    """Write the model with bfloat16 weights and its tokenizer to ``file``. Raises ModelError where it can't be
+    written as GGUF, OSError where the disk doesn't take it."""
+    config: Any = model.config
+    check_exportable(config, tokenizer)
+    arch = _ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
+    try:
+        writer.add_name(name)
+        if licence is not None:
+            writer.add_license(licence)
+        _add_settings(writer, config)
+        _add_tokenizer(writer, tokenizer, rows=config.vocab_size)
+        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        for key, tensor in _tensors(model):
+            renamed = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            if renamed is None:
+                raise ModelError(f"llama.cpp's {config.model_type} models have no tensor like {key}; {_OTHERWISE}")
+            if arch == gguf.MODEL_ARCH.LLAMA and ".q_proj." in key:
+                tensor = _interleaved(tensor, config.num_attention_heads)
+            if arch == gguf.MODEL_ARCH.LLAMA and ".k_proj." in key:
+                tensor = _interleaved(tensor, config.num_key_value_heads)
+            _add_tensor(writer, renamed, tensor)
+        factors = _frequency_factors(config)
+        if factors is not None:
+            writer.add_tensor("rope_freqs.weight", factors.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """The model's tensors by name; a tied head is the embeddings once more, which llama.cpp knows."""
+    seen: set[int] = set()
+    found = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found.append((name, parameter.detach()))
+    return found
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+    if tensor.ndim == 1:  # llama.cpp adds and multiplies by vectors in float32 alone
+        writer.add_tensor(name, tensor.float().numpy())
+        return
+    values: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+    writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys (heads * d, ...) in llama.cpp's order: it turns neighbouring values of a head, where
+    transformers turns value i with value i + d / 2."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _frequency_factors(config: Any) -> Tensor | None:
+    """By how much each frequency of the rotary embedding is divided (d / 2,), float32; None for none."""
+    if config.rope_parameters["rope_type"] == "default":
+        return None
+    used, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(len(used)).float() / len(used))
+    return plain / used
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(document))
+    tokens = [f"[PAD{number}]" for number in range(rows)]  # rows that no token uses
+    types = [gguf.TokenType.UNUSED] * rows
+    for token, number in tokenizer.get_vocab().items():
+        if number < rows:
+            tokens[number], types[number] = token, gguf.TokenType.NORMAL
+    for added in document["added_tokens"]:
+        if added["id"] < rows:
+            types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in document["model"]["merges"]])
+    for kind, add in {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }.items():
+        number = getattr(tokenizer, f"{kind}_token_id")
+        if number is not None and number < rows:
+            add(number)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _pre_tokenizer(document: dict[str, Any]) -> str:
+    """llama.cpp's name for how a tokenizer.json splits texts. Raises ModelError where none is known here."""
+    normalizer, model = document["normalizer"], document["model"]
+    steps = document["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    bytes_only = model["type"] == "BPE" and kinds[-1:] == ["ByteLevel"] and not steps[-1]["add_prefix_space"]
+    if bytes_only and (normalizer is None or normalizer["type"] == "NFC"):
+        by_pattern = steps[-1]["use_regex"]
+        if kinds == ["ByteLevel"] and by_pattern:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and by_pattern and steps[0]["individual_digits"]:
+            return "smollm"
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        isolated = kinds == ["Split", "ByteLevel"] and not by_pattern and steps[0]["behavior"] == "Isolated"
+        if isolated and not steps[0]["invert"] and pattern in _SPLITS:
+            return _SPLITS[pattern]
+    made_of = ", ".join(filter(None, [model["type"], normalizer and normalizer["type"], *kinds]))
+    raise ModelError(f"this model's tokenizer ({made_of}) is not written as GGUF here; {_OTHERWISE}")

@@ -1,0 +1,253 @@
+"""The model card of an exported checkpoint: what it was made from, how, what was measured, how to load it.
+
+Everything comes from the run's record and from the files; what neither knows is called not known or not measured.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import ModelCardData
+
+from lbllm.commands.options import arguments
+from lbllm.config import STAGE_NAMES, RunConfig
+from lbllm.corpora import CATALOGUE as TEXTS
+from lbllm.corpora import CorpusEntry
+from lbllm.model_catalogue import CATALOGUE as MODELS
+from lbllm.progress import size
+from lbllm.run_record import RunRecord
+from lbllm.table import format_name, row_labels
+
+Kind = Literal["packed", "dense", "gguf"]
+
+_CITATION = """    @inproceedings{lbllm,
+      title = {LBLLM: Lightweight Binarization of Large Language Models via Three-Stage Distillation},
+      author = {Song and Wang and Lang and Yang and Zhang},
+      booktitle = {ACL},
+      year = {2026},
+      note = {arXiv:2604.19167}
+    }"""
+# The hub's identifiers of licences by the names that models state.
+_LICENCES = {
+    "apache-2.0": "apache-2.0",
+    "mit": "mit",
+    "llama 2 community license": "llama2",
+    "llama 3.1 community license": "llama3.1",
+    "llama 3.2 community license": "llama3.2",
+    "gemma terms of use": "gemma",
+}
+_TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) tokens")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint is made of: binarized and dense weights counted in elements, and its bytes when packed."""
+
+    architecture: str
+    binarized: int
+    dense: int
+    packed_bytes: int
+
+
+def model_card(
+    record: RunRecord, kind: Kind, name: str, files: dict[str, int], contents: Contents, *, chat: bool
+) -> str:
+    """README.md of an exported folder. ``files``: the bytes of its other files; ``chat``: there is a chat template."""
+    settings = record.settings
+    parts = [
+        f"---\n{_front_matter(record, kind)}\n---\n\n# {name}",
+        _introduction(record, kind, chat),
+        "## How to load it\n\n" + _loading(kind, name, files, chat),
+        "## What it is made from\n\n" + _origin(record),
+        "## Size\n\n" + _sizes(record, kind, files, contents),
+        "## Measured\n\n" + (_figures(record, settings, kind) if settings else "Not measured: its run is not known."),
+        "## Method and settings\n\n" + _method(settings),
+        "## Limits\n\n" + _limits(kind, settings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(record: RunRecord, kind: Kind) -> str:
+    licence = record.licence
+    identifier = None
+    if licence is not None and not licence.startswith(("not stated", "none", "see ")):
+        identifier = _LICENCES.get(licence.lower(), licence if licence in _LICENCES.values() else "other")
+    data = ModelCardData(
+        base_model=record.base_model,
+        license=identifier,
+        license_name=re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")
+        if licence and identifier == "other"
+        else None,
+        library_name="gguf" if kind == "gguf" else "transformers",
+        pipeline_tag="text-generation",
+        datasets=[entry.hub[0] for entry in _texts(record.settings) if entry.hub] or None,
+        tags=["lbllm", "binarized", *(["dequantized"] if kind != "packed" else ["1-bit"])],
+    )
+    relation = "\nbase_model_relation: quantized" if record.base_model else ""
+    return str(data.to_yaml()).strip() + relation
+
+
+def _texts(settings: RunConfig | None) -> list[CorpusEntry]:
+    names = settings.corpus.split("+") if settings is not None else []
+    return [entry for name in names for entry in TEXTS if entry.id == name]
+
+
+def _introduction(record: RunRecord, kind: Kind, chat: bool) -> str:
+    settings = record.settings
+    deployed = format_name(settings, settings.stages[-1]) if settings is not None else "W(1+1)"
+    made = f"{_model(record)}, binarized to {deployed} with LBLLM Workbench"
+    what = "A chat model" if chat else "A model that goes on with a text"
+    if kind == "packed":
+        return f"{what}: {made}. The weights lie packed, as bits and levels, and are computed from as they lie."
+    form = "a GGUF file" if kind == "gguf" else "an ordinary folder of transformers"
+    return (
+        f"{what}: the dense copy, as {form}, of {made}. Its weights are what the bits and levels stand for, rounded to "
+        "bfloat16. Activations and KV cache are not quantized in it, so it answers like the A16 model, not like the "
+        "packed checkpoint, and it has none of its savings: it is there for programs that don't know the packed format."
+    )
+
+
+def _model(record: RunRecord) -> str:
+    if record.base_model is not None:
+        return f"[{record.base_model}](https://huggingface.co/{record.base_model})"
+    # A folder's path is of no use to others and none of their business.
+    return Path(record.settings.model).name if record.settings is not None else "A model that is not known"
+
+
+def _loading(kind: Kind, name: str, files: dict[str, int], chat: bool) -> str:
+    if kind == "gguf":
+        file = next(file for file in files if file.endswith(".gguf"))
+        return f"    llama-cli -m {shlex.quote(file)}\n\nor with any other program built on llama.cpp."
+    first = "import lbllm  # registers the packed format\n    " if kind == "packed" else ""
+    code = f"""    {first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = "{name}"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)"""
+    if kind == "dense":
+        return f"{code}\n\nNothing but transformers is needed."
+    talk = "chat" if chat else "chat --prompt 'Once upon a time'"
+    return (
+        "In the folder of LBLLM Workbench's source:\n\n    pip install .\n\nThen, where `folder` is this one or its "
+        f"name on the hub:\n\n{code}\n\nor `python -m lbllm {talk} --model {shlex.quote(name)}`. Without "
+        "`import lbllm` transformers refuses it. `lbllm.load(folder)` also checks the weights against the hash in "
+        "config.json."
+    )
+
+
+def _origin(record: RunRecord) -> str:
+    settings = record.settings
+    licence = record.licence or "not known"
+    stored = record.precision or "not known"
+    lines = [f"- Base model: {_model(record)}. Its weights as they were binarized: {stored}. Licence: {licence}."]
+    if settings is None:
+        return "\n".join([*lines, "- Text: not known."])
+    entries = _texts(settings)
+    lines += [f"- Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
+    if not entries:
+        lines.append(f"- Text: {_public(settings).corpus}, its maker's own; its licence is not known here.")
+    if record.corpus_hash is not None:
+        lines.append(f"- Of it {record.corpus_tokens:,} tokens, whose ids have the SHA-256 `{record.corpus_hash}`.")
+    return "\n".join(lines)
+
+
+def _sizes(record: RunRecord, kind: Kind, files: dict[str, int], contents: Contents) -> str:
+    bpw = f"{record.bpw:.3f}" if record.bpw is not None else "an unknown number of"
+    whole = f"{contents.binarized:,} weights are binarized"
+    lines = [
+        f"{contents.architecture}: {whole}, at {bpw} bits each when packed, group parameters included. "
+        f"{contents.dense:,} (embeddings, norms, output head) stay in bfloat16."
+    ]
+    if kind != "packed":
+        lines.append(
+            f"In this copy all of them take 16 bits; the packed checkpoint's weights are {size(contents.packed_bytes)}."
+        )
+    return "\n\n".join(lines) + "\n\n" + _table(("file", "bytes"), [(f"`{f}`", f"{n:,}") for f, n in files.items()])
+
+
+def _figures(record: RunRecord, settings: RunConfig, kind: Kind) -> str:
+    if not record.evaluations:
+        return "Not measured: the checkpoint came without figures of its run."
+    labels = row_labels(settings, record.precision or "precision not known")
+    last = STAGE_NAMES[settings.stages[-1]].partition(":")[0]
+    head = f"The packed checkpoint is the model after {last[0].lower()}{last[1:]}."
+    if kind != "packed":
+        head += " This dense copy itself was not measured: after stage 3 it has that stage's weights, but not its bits "
+        head += "of activations."
+    parts = [head]
+    for text in dict.fromkeys(one.text for one in record.evaluations):
+        rows = []
+        for one in sorted(
+            (one for one in record.evaluations if one.text == text), key=lambda e: list(labels).index(e.what)
+        ):
+            kl = "not measured" if one.kl is None else f"{one.kl:.3f}"
+            same = "not measured" if one.top1_agreement is None else f"{100 * one.top1_agreement:.1f}%"
+            rows.append((labels[one.what], f"{one.perplexity:,.2f}", kl, same))
+        columns = ("", "perplexity", "KL to teacher, nats a token", "same most likely token")
+        parts.append(f"On {text}:\n\n{_table(columns, rows)}\n\n{_printed_by(record, settings, text)}")
+    return "\n\n".join(parts)
+
+
+def _printed_by(record: RunRecord, settings: RunConfig, text: str) -> str:
+    """How the figures on a text were measured: by the run itself, or by the command `table`."""
+    found = _TABLE.fullmatch(text)
+    if found is None or text.startswith("held-out part of "):
+        return f"Measured by the run while it worked, and printed by `{_command(settings)}`."
+    of = shlex.join(["--text", found["text"], "--seq-len", found["length"], "--limit", found["windows"]])
+    return f"Printed by `python -m lbllm table {record.run or 'RUN'} {of}` after the run."
+
+
+def _public(settings: RunConfig) -> RunConfig:
+    """The settings with the last part of paths alone: the rest says something of a machine and nothing of the model."""
+    known = {entry.id for entry in MODELS} | {entry.hub_id for entry in MODELS}
+    model, corpus = settings.model, settings.corpus
+    shown = {"model": model if model in known else Path(model).name}
+    return settings.model_copy(update=shown | {"corpus": corpus if _texts(settings) else Path(corpus).name})
+
+
+def _command(settings: RunConfig) -> str:
+    return shlex.join(["python", "-m", "lbllm", "quantize", *arguments(_public(settings)), "--out", "FOLDER"])
+
+
+def _method(settings: RunConfig | None) -> str:
+    text = (
+        "LBLLM (Song, Wang, Lang, Yang, Zhang: LBLLM: Lightweight Binarization of Large Language Models via "
+        "Three-Stage Distillation, ACL 2026, [arXiv 2604.19167](https://arxiv.org/abs/2604.19167)), in the independent "
+        "implementation LBLLM Workbench. Each weight is one bit of sign and, in W(1+1), one bit that chooses one of "
+        f"its group's two pairs of levels.\n\n{_CITATION}"
+    )
+    if settings is None:
+        return f"{text}\n\nThe settings of the run are not known."
+    stages = ", ".join(STAGE_NAMES[stage] for stage in settings.stages)
+    shown = _public(settings)
+    sections = ("quant", *settings.stages)
+    document = shown.model_dump_json(indent=2, include={"seq_len", "seed", "stages", *sections})
+    indented = "\n".join(f"    {line}" for line in document.splitlines())
+    return f"{text}\n\n{stages}.\n\n    {_command(settings)}\n\nAll settings of these stages:\n\n{indented}"
+
+
+def _limits(kind: Kind, settings: RunConfig | None) -> str:
+    lines = [
+        "Binarization costs quality; a small model feels it more than a large one. Look at the measured figures, and "
+        "measure on your own task, before it is used for anything.",
+        "It has every limit of its base model. Nothing was done to make it safe, and whether binarization changed what "
+        "it says about people, facts or dangers was not measured.",
+    ]
+    if settings is not None and "aar" not in settings.stages:
+        lines.append("Weights alone are binarized: the run ended before stage 3, which quantizes activations.")
+    if kind == "packed":
+        lines.append(
+            "On the CPU it computes from its bits in C++, compiled at first use by the system's compiler; without one "
+            "it is slow. Its weights can't be trained further."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

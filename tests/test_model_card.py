@@ -1,0 +1,149 @@
+"""The model card: what is known is in it, what is not is called so, and nothing tells of the machine it was made on."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from lbllm.commands.options import run_config
+from lbllm.config import RunConfig, make_config
+from lbllm.events import Evaluated
+from lbllm.model_card import Contents, Kind, model_card
+from lbllm.run_record import RunRecord
+from lbllm.table import row_labels
+
+CONTENTS = Contents("LlamaForCausalLM", 1000, 200, 775)
+FILES = {"model.safetensors": 1234}
+HELD_OUT = "held-out part of embedded, 4 windows of 512 tokens"
+TABLE = "notes, v2.txt, 10 windows of 2048 tokens"
+
+
+def record(**changes: Any) -> RunRecord:
+    settings = changes.pop("settings", make_config("quick", {"corpus": "embedded+wikitext2"}, ("wat.epochs=3",)))
+    known: dict[str, Any] = {
+        "settings": settings,
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "precision": "bfloat16",
+        "licence": "Apache-2.0",
+        "bpw": 3.0,
+        "corpus_hash": "c0ffee",
+        "corpus_tokens": 24_576,
+        "evaluations": (
+            Evaluated(what="aar", text=HELD_OUT, perplexity=48.94, tokens=2044),
+            Evaluated(what="teacher", text=HELD_OUT, perplexity=11.96, tokens=2044),
+            Evaluated(what="rtn", text=TABLE, perplexity=1234.5, tokens=9, kl=10.186, top1_agreement=0.002),
+        ),
+        "run": "20261122-103041-1d371b",
+    }
+    return RunRecord(**(known | changes))
+
+
+def card(kind: Kind = "packed", *, chat: bool = True, **changes: Any) -> ModelCard:
+    files = {"m.gguf": 99} if kind == "gguf" else FILES
+    return ModelCard(model_card(record(**changes), kind, "mine", files, CONTENTS, chat=chat))
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_front_matter() -> None:
+    data = card().data.to_dict()
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] == "quantized"
+    assert (data["license"], data["library_name"], data["pipeline_tag"]) == (
+        "apache-2.0",
+        "transformers",
+        "text-generation",
+    )
+    assert data["datasets"] == ["Salesforce/wikitext"]
+    assert "lbllm" in data["tags"]
+    assert card("gguf").data.library_name == "gguf"
+
+
+@pytest.mark.parametrize(
+    ("licence", "identifier", "name"),
+    [
+        ("MIT", "mit", None),
+        ("Llama 3.2 Community License", "llama3.2", None),
+        ("llama3.1", "llama3.1", None),
+        ("OPT-175B License (research only)", "other", "opt-175b-license-research-only"),
+        ("not stated in the folder", None, None),
+        ("see https://huggingface.co/a/b", None, None),
+        (None, None, None),
+    ],
+)
+def test_licences(licence: str | None, identifier: str | None, name: str | None) -> None:
+    found = card(licence=licence)
+    assert (found.data.license, found.data.to_dict().get("license_name")) == (identifier, name)
+    assert f"Licence: {licence or 'not known'}." in found.text
+
+
+def test_figures_stand_beside_the_commands_that_print_them() -> None:
+    text = card().text
+    labels = row_labels(record().settings, "bfloat16")
+    found = rows(text.split("## Measured")[1].split("## Method")[0])
+    assert [labels["teacher"], "11.96", "not measured", "not measured"] in found
+    assert found.index([labels["teacher"], "11.96", "not measured", "not measured"]) < found.index(
+        [labels["aar"], "48.94", "not measured", "not measured"]
+    )
+    assert [labels["rtn"], "1,234.50", "10.186", "0.2%"] in found
+    table = "python -m lbllm table 20261122-103041-1d371b --text 'notes, v2.txt' --seq-len 2048 --limit 10"
+    assert f"`{table}`" in text
+    assert ["`model.safetensors`", "1,234"] in rows(text)
+    assert "3.000 bits" in text
+    assert "c0ffee" in text
+
+
+def options(text: str) -> dict[str, Any]:
+    """What the command in a card asks for, as the command line's own options would get it."""
+    line = next(line for line in text.splitlines() if line.startswith("    python -m lbllm quantize"))
+    words = shlex.split(line)[4:]
+    found: dict[str, Any] = {"assignments": []}
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        if key == "--set":
+            found["assignments"].append(value)
+        elif key != "--out":
+            found[key.removeprefix("--").replace("-", "_")] = value
+    return found
+
+
+def test_the_command_gives_the_settings() -> None:
+    assert run_config(**options(card().text)) == record().settings
+
+
+def test_paths_of_the_machine_are_not_in_it() -> None:
+    settings = make_config("quick", {"model": "/home/anna/models/mine", "corpus": "/home/anna/diary/2026.txt"})
+    text = card(settings=settings, base_model=None).content
+    assert "anna" not in text
+    assert "diary" not in text
+    assert "2026.txt" in text
+    assert "base_model" not in card(settings=settings, base_model=None).data.to_dict()
+
+
+def test_what_is_not_known_is_called_so() -> None:
+    text = card(settings=None, base_model=None, precision=None, bpw=None, corpus_hash=None, evaluations=()).content
+    for said in ("The settings of the run are not known", "Not measured", "Text: not known", "SHA-256"):
+        assert (said in text) == (said != "SHA-256")
+    assert "None" not in text
+    assert "came without figures" in card(evaluations=()).text
+
+
+@pytest.mark.parametrize("kind", ["dense", "gguf"])
+def test_a_dense_copy_says_that_it_is_none_of_the_packed_one(kind: Kind) -> None:
+    text = card(kind).text
+    assert "Activations and KV cache are not quantized" in text
+    assert "A16" in text
+    assert "This dense copy itself was not measured" in text
+    assert "import lbllm" not in text
+
+
+def test_a_run_of_weights_alone_says_so() -> None:
+    settings: RunConfig = make_config("quick", {"stages": ["ptq", "wat"]})
+    text = card(settings=settings, evaluations=()).text
+    assert "W(1+1)A16" in text
+    assert "ended before stage 3" in text
+    assert '"aar"' not in text
