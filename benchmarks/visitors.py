@@ -1,0 +1,204 @@
+"""Many visitors at once at a real showcase server: ``python -m benchmarks.visitors --visitors 20 --seconds 120``.
+
+A server is started as ``python -m lbllm showcase`` starts it, on loopback. Each visitor is a gradio_client of its own
+that asks, waits for the end of both answers and asks the next question, each with a marker that no other question has.
+When the time is over no new question is asked, and those in the line are answered. Then one visitor alone asks every
+answered question again, with the same seed: both answers must be the same, letter by letter, and everything that was
+streamed under load must be a beginning of them. Printed as a Markdown table, with the order of service against that
+of arrival (pairs that arrived at least a tenth of a second apart) and the server's memory (RSS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import psutil
+from gradio_client import Client
+
+from lbllm.shipped import shipped_checkpoint
+from tests.ports import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+APART = 0.1  # seconds
+SUBJECTS = ("the sea", "a lost key", "bread", "a bridge", "winter", "the Moon", "a small village")
+
+
+@dataclass
+class Asked:
+    """One question: when it was put in the line, was begun and ended, and all that was streamed of both answers."""
+
+    prompt: str
+    seed: int
+    arrived: float
+    began: float | None = None
+    ended: float | None = None
+    streamed: list[tuple[str, str]] = field(default_factory=list)
+    error: str = ""
+
+
+def watch(client: Client, asked: Asked) -> None:
+    """Ask and follow to the end."""
+    try:
+        for seen in client.submit(asked.prompt, False, asked.seed, api_name="/ask"):
+            if asked.began is None and seen["state"] != "waiting":
+                asked.began = time.monotonic()
+            failed = [answer["error"] for answer in seen["answers"] if answer["state"] == "failed"]
+            asked.error = asked.error or "; ".join(failed)
+            left, right = (answer["text"] for answer in seen["answers"])
+            asked.streamed.append((left, right))
+        asked.ended = time.monotonic()
+    except Exception as error:
+        asked.error = f"{type(error).__name__}: {error}"
+
+
+def visit(url: str, number: int, deadline: float, log: list[Asked]) -> None:
+    """Ask question after question until the time is over."""
+    client = Client(url, verbose=False, analytics_enabled=False)
+    turn = 0
+    while time.monotonic() < deadline:
+        subject = SUBJECTS[(number + turn) % len(SUBJECTS)]
+        prompt = f"[visitor {number}, question {turn}] Write a sentence about {subject}."
+        asked = Asked(prompt, 1000 * number + turn, time.monotonic())
+        log.append(asked)
+        watch(client, asked)
+        turn += 1
+    client.close()
+
+
+def start(port: int, tokens: int, home: Path) -> subprocess.Popen[bytes]:
+    """The server; models and kernels come from the usual home, votes go to ``home``."""
+    usual = shipped_checkpoint().parent.parent
+    for name in ("models", "kernels"):
+        (usual / name).mkdir(parents=True, exist_ok=True)
+        (home / name).symlink_to(usual / name)
+    command = [sys.executable, "-m", "lbllm", "showcase", "--port", str(port), "--answer-tokens", str(tokens)]
+    environment = os.environ | {"LBLLM_HOME": str(home)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def until_ready(url: str, server: subprocess.Popen[bytes]) -> Client:
+    """A client of the server, once both models are loaded."""
+    client: Client | None = None
+    while client is None or not client.predict(api_name="/about")["ready"]:
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended with code {server.returncode}")
+        time.sleep(1)
+        if client is None:
+            try:
+                client = Client(url, verbose=False, analytics_enabled=False)
+            except Exception:
+                continue  # it does not listen yet
+    return client
+
+
+def memory(server: subprocess.Popen[bytes]) -> int:
+    return int(psutil.Process(server.pid).memory_info().rss)
+
+
+def disagreements(log: list[Asked], alone: Client) -> tuple[int, int]:
+    """Questions whose answers alone are others, and those that were streamed something that is no beginning of them."""
+    other = foreign = 0
+    for asked in log:
+        if asked.ended is None:
+            continue
+        again = Asked(asked.prompt, asked.seed, time.monotonic())
+        watch(alone, again)
+        if again.ended is None:
+            raise SystemExit(f"asked alone, {asked.prompt!r} was not answered: {again.error}")
+        own = again.streamed[-1]
+        other += asked.streamed[-1] != own
+        foreign += any(not own[side].startswith(texts[side]) for texts in asked.streamed for side in (0, 1))
+    return other, foreign
+
+
+def out_of_order(log: list[Asked]) -> tuple[int, int]:
+    """Pairs that were served in another order than they arrived in, of all pairs that can be told apart."""
+    served = [(asked.arrived, asked.began) for asked in log if asked.began is not None]
+    pairs = [
+        (first, second)
+        for first, second in combinations(sorted(served), 2)
+        if second[0] - first[0] >= APART and abs(second[1] - first[1]) >= APART
+    ]
+    return sum(second[1] < first[1] for first, second in pairs), len(pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--visitors", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--answer-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        server = start(port, arguments.answer_tokens, Path(folder))
+        try:
+            alone = until_ready(url, server)
+            watch(alone, Asked("Hello.", 0, time.monotonic()))
+            held = [memory(server)]
+            log: list[Asked] = []
+            began = time.monotonic()
+            deadline = began + arguments.seconds
+            threads = [
+                threading.Thread(target=visit, args=(url, number, deadline, log))
+                for number in range(arguments.visitors)
+            ]
+            for thread in threads:
+                thread.start()
+            time.sleep(arguments.seconds / 2)
+            held.append(memory(server))
+            for thread in threads:
+                thread.join()
+            took = time.monotonic() - began
+            held.append(memory(server))
+            other, foreign = disagreements(log, alone)
+            held.append(memory(server))
+        finally:
+            server.terminate()
+            server.wait()
+    report(arguments, log, took, held, other, foreign)
+
+
+def report(
+    arguments: argparse.Namespace, log: list[Asked], took: float, held: list[int], other: int, foreign: int
+) -> None:
+    """Print the table."""
+    done = [asked for asked in log if asked.ended is not None and not asked.error]
+    errors = [asked.error for asked in log if asked.error]
+    waits = [asked.began - asked.arrived for asked in log if asked.began is not None] or [0.0]
+    wrong, pairs = out_of_order(log)
+    each = [sum(asked.prompt.startswith(f"[visitor {n},") for asked in done) for n in range(arguments.visitors)]
+    rows: list[tuple[str, Any]] = [
+        (
+            "visitors",
+            f"{arguments.visitors}, for {arguments.seconds:.0f} s, answers of {arguments.answer_tokens} tokens",
+        ),
+        ("questions asked / answered", f"{len(log)} / {len(done)}, in {took:.0f} s"),
+        ("errors", len(errors)),
+        ("answers that are others when asked alone", f"{other} of {len(done)}"),
+        ("streams with foreign text", f"{foreign} of {len(done)}"),
+        ("served out of order", f"{wrong} of {pairs} pairs"),
+        ("answers a visitor got, least / most", f"{min(each)} / {max(each)}"),
+        ("wait in the line, median / longest", f"{statistics.median(waits):.1f} s / {max(waits):.1f} s"),
+        ("server memory at start / middle / end / after", " / ".join(f"{one / 1e6:.0f} MB" for one in held)),
+    ]
+    print("| | |\n| --- | --- |")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+    for error in sorted(set(errors)):
+        print(f"\n{errors.count(error)} x {error}")
+
+
+if __name__ == "__main__":
+    main()
