@@ -58,7 +58,8 @@ def build(showcase: Showcase) -> gr.Blocks:
                 loading = gr.HTML(elem_id="loading")
                 status = gr.HTML(elem_id="status")
         with gr.Column(elem_id="examples") as beginning:
-            gr.HTML(view.notice("Or begin with one of these:"))
+            introduction = gr.HTML(elem_id="introduction")
+            gr.HTML(view.notice("Write your own question above, or begin with one of these:"))
             suggested = view.examples(kinds, 0, completes=showcase.completes)
             with gr.Row(elem_id="suggested"):
                 buttons = [gr.Button(text, elem_classes="example", min_width=280) for text in suggested]
@@ -122,11 +123,11 @@ def build(showcase: Showcase) -> gr.Blocks:
         async def load() -> AsyncIterator[list[Any]]:
             counted = view.tally_line(showcase)
             while line := view.loading_line(showcase):
-                yield [view.notice(line), counted, *(gr.skip() for _ in (prompt, shown, *buttons))]
+                yield [view.notice(line), counted, *(gr.skip() for _ in (introduction, prompt, shown, *buttons))]
                 await asyncio.sleep(0.5)
-            begin = "Begin a text: both models go on with it" if showcase.completes else gr.skip()
-            hint = gr.update(placeholder=begin) if isinstance(begin, str) else begin
-            yield ["", counted, hint, *turn_over(0)]
+            begin = "Begin a text, and both models go on with it"
+            hint = gr.update(placeholder=begin) if showcase.completes else gr.skip()
+            yield ["", counted, view.introduction(showcase), hint, *turn_over(0)]
 
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
@@ -138,7 +139,7 @@ def build(showcase: Showcase) -> gr.Blocks:
         for button in buttons:
             chosen = button.click(None, button, prompt, js="text => text", api_visibility="private")
             chosen.then(answer, [prompt, blind], outputs, **queued)
-        page.load(load, None, [loading, tally, prompt, shown, *buttons], **queued)
+        page.load(load, None, [loading, tally, introduction, prompt, shown, *buttons], **queued)
         page.unload(leave)
         showcase_api.add(showcase)
     return page
@@ -201,7 +202,7 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
             max_threads=showcase.limits.line + 40,
             theme=showcase_view.theme(),
             css=showcase_view.css(),
-            footer_links=["api"],
+            footer_links=[],
             run_history=False,
             enable_monitoring=False,
             ssr_mode=False,

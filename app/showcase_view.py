@@ -24,7 +24,6 @@ EXAMPLES = 6
 LETTERS = ("A", "B")
 VOTES: dict[Choice, str] = dict(zip(CHOICES, ("A is better", "B is better", "Tie", "Both bad"), strict=True))
 _SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
-_ORDINALS = {1: "st", 2: "nd", 3: "rd"}
 
 
 def theme() -> gr.themes.Base:
@@ -74,7 +73,7 @@ def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list
     """At most ``EXAMPLES`` prompts, others at each ``turn``: one of each kind, or for models without a chat template
     those that begin a text."""
     if completes:
-        return list(next(kind.prompts for kind in kinds if kind.kind == "Complete"))[:EXAMPLES]
+        return list(next(kind.prompts for kind in kinds if kind.kind == "Complete")[:EXAMPLES])
     return [kind.prompts[turn % len(kind.prompts)] for kind in kinds][:EXAMPLES]
 
 
@@ -82,6 +81,18 @@ def loading_line(showcase: Showcase) -> str:
     """How long the models have been loading, or nothing."""
     waiting = [slot.elapsed for slot in showcase.slots if not slot.over]
     return f"Loading the models, {max(waiting):.0f} s so far. You can already ask." if waiting else ""
+
+
+def introduction(showcase: Showcase) -> str:
+    """Which two models answer, with the figures that set them apart; nothing before they are loaded."""
+    if not showcase.ready:
+        return ""
+    sides = []
+    for slot, name in zip(showcase.slots, showcase.names, strict=True):
+        memory, bits = (f"{value} {label}" for value, label in _weights(slot))
+        sides.append(f"<li><b>{escape(name)}</b><span>{escape(memory)}, {escape(bits)}</span></li>")
+    answering = "go on with your text" if showcase.completes else "answer your question"
+    return f'<div class="introduction"><p>Two models {answering} at the same time:</p><ul>{"".join(sides)}</ul></div>'
 
 
 def notice(text: str, *, kind: str = "") -> str:
@@ -92,7 +103,8 @@ def notice(text: str, *, kind: str = "") -> str:
 def status(showcase: Showcase, seen: Seen) -> str:
     """What happens with the question now, in a line."""
     if seen.state == "waiting":
-        return notice(f"Your question is {_ordinal(seen.position)} in the line.", kind="strong")
+        place = "next" if seen.position == 1 else f"number {seen.position}"
+        return notice(f"Your question is {place} in the line.", kind="strong")
     if seen.state == "answering":
         if not all(slot.over for slot in showcase.slots):
             return notice("The models are being loaded. Your question is the next.")
@@ -162,6 +174,3 @@ def _verdict(choice: Choice, names: tuple[str, str]) -> str:
         return "You found both answers bad."
     return f"You preferred {names[0 if choice == 'left' else 1]}."
 
-
-def _ordinal(number: int) -> str:
-    return f"{number}{'th' if 10 <= number % 100 <= 20 else _ORDINALS.get(number % 10, 'th')}"
