@@ -89,8 +89,8 @@ def introduction(showcase: Showcase) -> str:
         return ""
     sides = []
     for slot, name in zip(showcase.slots, showcase.names, strict=True):
-        memory, bits = (f"{value} {label}" for value, label in _weights(slot))
-        sides.append(f"<li><b>{escape(name)}</b><span>{escape(memory)}, {escape(bits)}</span></li>")
+        (memory, _), (bits, label) = _weights(slot)
+        sides.append(f"<li><b>{escape(name)}</b><span>{escape(f'{memory} in memory, {bits} {label}')}</span></li>")
     answering = "go on with your text" if showcase.completes else "answer your question"
     return f'<div class="introduction"><p>Two models {answering} at the same time:</p><ul>{"".join(sides)}</ul></div>'
 
@@ -164,7 +164,7 @@ def _weights(slot: Slot) -> list[tuple[str, str]]:
     loaded = slot.loaded
     memory = size(loaded.weight_bytes + loaded.expanded_bytes)
     bits = f"{loaded.bpw:.2f}" if loaded.packed else f"{loaded.bpw:.0f}"
-    return [(memory, "weights in memory"), (bits, "bits a weight" + (", in its blocks" if loaded.packed else ""))]
+    return [(memory, "weights in memory"), (bits, "bits a weight in its blocks" if loaded.packed else "bits a weight")]
 
 
 def _verdict(choice: Choice, names: tuple[str, str]) -> str:
@@ -173,4 +173,3 @@ def _verdict(choice: Choice, names: tuple[str, str]) -> str:
     if choice == "both bad":
         return "You found both answers bad."
     return f"You preferred {names[0 if choice == 'left' else 1]}."
-
