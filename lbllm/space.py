@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from lbllm.corpora import ASSETS
@@ -78,9 +79,10 @@ _README = """---
 
 # {title}
 
-The same question, answered at the same time by {teacher} and by its binarized copy, which has {bits} bits a weight in
-its blocks. In blind mode the names come after your vote. Made with LBLLM Workbench, an independent implementation of
-LBLLM ("LBLLM: Lightweight Binarization of Large Language Models via Three-Stage Distillation", ACL 2026).
+The same question, answered at the same time by {teacher} and by its binarized copy, which has
+{bits} bits a weight in its blocks. In blind mode the names come after your vote. Made with LBLLM Workbench, an
+independent implementation of LBLLM ("LBLLM: Lightweight Binarization of Large Language Models via Three-Stage
+Distillation", ACL 2026).
 
 What the models write can be wrong. A vote keeps the question and both answers in the Space's own storage; without a
 vote nothing is kept.
@@ -111,21 +113,31 @@ def write_space(
     if not teacher:
         raise ModelError(f"{checkpoint} does not say which model it was made from; give it as the teacher")
     requirements = _requirements()
+    unfinished: Path | None = None
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "requirements.txt").write_text("\n".join(requirements) + "\n")
-        named = _put_teacher(teacher, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+        named = _put_teacher(teacher, unfinished)
         if hub_id is None:
-            shutil.copytree(checkpoint, out / "checkpoint")
-        _put_source(out)
+            shutil.copytree(checkpoint, unfinished / "checkpoint")
+        _put_source(unfinished)
         readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
-        (out / "README.md").write_text(readme)
-        (out / "app.py").write_text(_app(hub_id, named))
         # The hub wants large files marked.
         lfs = "filter=lfs diff=lfs merge=lfs -text"
-        (out / ".gitattributes").write_text(f"*.safetensors {lfs}\n*.gguf {lfs}\n")
+        for name, text in {
+            "README.md": readme,
+            "app.py": _app(hub_id, named),
+            "requirements.txt": "\n".join(requirements) + "\n",
+            ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
+        }.items():
+            (unfinished / name).write_text(text)
+        unfinished.chmod(0o755)
+        unfinished.replace(out)
     except OSError as error:
-        raise ResourceError(f"{error.filename or out} can't be written or read: {error.strerror}") from error
+        raise ResourceError(f"{error.filename or out} can't be written or read: {error.strerror or error}") from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _put_teacher(name: str, out: Path) -> str:

@@ -20,6 +20,7 @@ TOGETHER = (
     "tests/test_architectures.py",
     "tests/test_pipeline.py",
     "tests/test_preview.py",
+    "tests/test_showcase.py",
     "tests/test_worker.py",
 )
 
