@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 # Before gradio is imported, which reports its use to its makers otherwise.
@@ -26,7 +26,7 @@ from lbllm.prompts import example_prompts
 from lbllm.showcase import Showcase
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_REFUSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/stream", "/monitoring")
+_REFUSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/stream")
 
 
 def build(showcase: Showcase) -> gr.Blocks:
@@ -92,8 +92,9 @@ def build(showcase: Showcase) -> gr.Blocks:
 
         async def answer(text: str, hidden: bool, request: gr.Request) -> AsyncIterator[list[Any]]:
             try:
-                async for seen in showcase_api.follow(showcase, request, text, blind=hidden):
-                    yield drawn(seen)
+                async with aclosing(showcase_api.follow(showcase, request, text, blind=hidden)) as turn:
+                    async for seen in turn:
+                        yield drawn(seen)
             except LbllmError as error:
                 yield refused(error)
 
@@ -176,7 +177,7 @@ class OnlyQuestions:
             named = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
             name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
             foreign = bool(self.hosts) and name.strip("[]") not in self.hosts
-            if foreign or scope["path"].startswith(_REFUSED):
+            if foreign or any(path in scope["path"] for path in _REFUSED):
                 await send({"type": "http.response.start", "status": 403, "headers": []})
                 await send({"type": "http.response.body", "body": b"The showcase does not serve this."})
                 return
@@ -208,7 +209,6 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            max_file_size=1,
             app_kwargs={"middleware": [Middleware(OnlyQuestions, hosts=own)]},
         )
     except OSError:
@@ -223,7 +223,7 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
 def run(showcase: Showcase, *, host: str, port: int, share: bool, say: Callable[[str], None]) -> None:
     """Serve until the process is ended; ``say`` is told what the host should know. Raises LbllmError where a model
     can't be loaded."""
-    with serve(showcase, host=host, port=port, share=share) as address:
+    with suppress(KeyboardInterrupt), serve(showcase, host=host, port=port, share=share) as address:
         say(f"LBLLM Showcase: {address} (Ctrl-C ends it). The models are being loaded.")
         showcase.wait()
         say(f"{showcase.names[0]} and {showcase.names[1]} are ready.")

@@ -15,7 +15,8 @@ visitor, under the same limits as the page's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -34,7 +35,7 @@ def visitor(request: gr.Request) -> str:
 
 async def follow(
     showcase: Showcase, request: gr.Request, prompt: str, *, blind: bool, seed: int | None = None
-) -> AsyncIterator[Seen]:
+) -> AsyncGenerator[Seen]:
     """Ask, and give the turn whenever it has changed, to its end. Whoever stops reading takes the question back.
 
     Raises VisitorError.
@@ -66,8 +67,9 @@ def add(showcase: Showcase) -> None:
         if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
             raise _error("prompt must be a text, and seed nothing or a whole number from 0 to 2147483647.")
         try:
-            async for seen in follow(showcase, request, prompt, blind=bool(blind), seed=seed):
-                yield _document(seen)
+            async with aclosing(follow(showcase, request, prompt, blind=bool(blind), seed=seed)) as turn:
+                async for seen in turn:
+                    yield _document(seen)
         except LbllmError as error:
             raise _error(str(error)) from None
 

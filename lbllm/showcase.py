@@ -315,4 +315,5 @@ def _hidden(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
 
 def _keeping_pace(answer: Answer, other: Answer) -> Answer:
     length = len(answer.text) if other.over else min(len(answer.text), len(other.text))
-    return Answer(state=answer.state, text=answer.text[:length], error=answer.error)
+    ended = answer.over and length == len(answer.text)
+    return Answer(state=answer.state if ended else "writing", text=answer.text[:length], error=answer.error)

@@ -4,7 +4,7 @@ The Space has lbllm's own source in it: nothing but the public packages in its r
 
     README.md         the Space's settings and what it shows
     app.py            starts the showcase
-    requirements.txt  what of this project's requirements a showcase needs
+    requirements.txt  what of this project's requirements a showcase needs; packages.txt: the compiler for its kernels
     lbllm/, app/, assets/
     checkpoint/       unless it is named by its hub id
     teacher/          where the teacher is a folder or a GGUF file here; one from the hub is downloaded by the Space
@@ -128,6 +128,8 @@ def write_space(
             "README.md": readme,
             "app.py": _app(hub_id, named),
             "requirements.txt": "\n".join(requirements) + "\n",
+            # Of the system: without a compiler the packed layers run expanded.
+            "packages.txt": "g++\n",
             ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
         }.items():
             (unfinished / name).write_text(text)

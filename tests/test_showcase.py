@@ -253,10 +253,22 @@ def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch:
         missing.wait()
 
 
-def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_names_what_is_wrong(
+    folders: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lbllm.showcase.home", lambda: tmp_path)
     assert main(["showcase", str(tmp_path)]) == 1
     assert f"{tmp_path} is no packed checkpoint" in capsys.readouterr().err
     assert main(["showcase", "--port", "70000"]) == 2
+    # What shows only while it loads ends the server.
+    missing = ["showcase", str(folders[1]), "--teacher", str(tmp_path / "none"), "--port", str(free_port())]
+    assert main(missing) == 1
+    shown = capsys.readouterr().err
+    assert "LBLLM Showcase: http://127.0.0.1:" in shown
+    assert str(tmp_path / "none") in shown
 
 
 # ------------------------------------------------------------------------------------------------ the server
@@ -326,9 +338,10 @@ def test_nothing_is_fetched_from_anywhere_and_nothing_is_reported(address: str) 
     config = httpx.get(f"{address}config").json()
     assert config["analytics_enabled"] is False
     assert not config.get("stylesheets")
-    css = httpx.get(f"{address}theme.css").text
-    assert "http://" not in css
-    assert "https://" not in css
+    # The name of SVG in the icons that lie in the text itself is no address.
+    css = httpx.get(f"{address}theme.css").text.replace("http://www.w3.org/2000/svg", "")
+    assert "--body-text-color" in css
+    assert "//" not in css
 
 
 def test_a_port_that_is_taken_is_named(address: str, make: Make) -> None:

@@ -41,7 +41,7 @@ def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: 
     space, home = tmp_path / "space", tmp_path / "home"
     write_space(checkpoint, space)
     assert {path.name for path in space.iterdir()} == {
-        *("README.md", "app.py", "requirements.txt", ".gitattributes"),
+        *("README.md", "app.py", "requirements.txt", "packages.txt", ".gitattributes"),
         *("lbllm", "app", "assets", "checkpoint", "teacher"),
     }
     assert (space / "teacher" / "teacher" / "model.safetensors").read_bytes() == (
