@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from lbllm.errors import LbllmError
 from lbllm.showcase import Seen, Showcase
@@ -103,9 +104,9 @@ def add(showcase: Showcase) -> None:
             "limits": asdict(showcase.limits),
         }
 
-    gr.api(ask, api_name="ask", concurrency_limit=None)
+    api(ask, api_name="ask", concurrency_limit=None)
     for endpoint in (stop, vote, tally, about):
-        gr.api(endpoint, api_name=endpoint.__name__, queue=False)
+        api(endpoint, api_name=endpoint.__name__, queue=False)
 
 
 def _document(seen: Seen) -> dict[str, Any]:
