@@ -63,8 +63,9 @@ def add(showcase: Showcase) -> None:
         prompt: str, request: gr.Request, blind: bool = False, seed: int | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         """Ask both models. Gives, again and again until "state" is "over": "state" (waiting, answering, over),
-        "position" in the line (1 is next), "names" and "answers" of the left and the right side, "votable". In a blind
-        turn names and figures are missing until the vote. The same seed gives the same answers again."""
+        "number" in the order of arrival, "position" in the line (1 is next), "names" and "answers" of the left and the
+        right side, "votable". In a blind turn names and figures are missing until the vote. The same seed gives the
+        same answers again."""
         if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
             raise _error("prompt must be a text, and seed nothing or a whole number from 0 to 2147483647.")
         try:

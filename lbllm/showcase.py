@@ -58,8 +58,10 @@ class Limits:
 
 @dataclass(eq=False)
 class Turn:
-    """One question and what became of it. ``swapped``: the first model is on the right."""
+    """One question and what became of it. ``number``: in the order of arrival. ``swapped``: the first model is on the
+    right."""
 
+    number: int
     prompt: str
     blind: bool
     swapped: bool
@@ -90,6 +92,7 @@ class Seen:
     would give the models away is missing from ``answers``, until a blind turn is revealed."""
 
     state: TurnState
+    number: int
     position: int
     blind: bool
     names: tuple[str, str] | None
@@ -115,6 +118,7 @@ class Showcase:
         self._turns: dict[str, Turn] = {}
         self._mutex = threading.RLock()
         self._serving = False
+        self._count = 0
         self._visitor_rate = RateLimit(self.limits.per_minute, 60)
         self._address_rate = RateLimit(self.limits.address_per_minute, 60)
 
@@ -154,11 +158,12 @@ class Showcase:
                 raise VisitorError("Your last question is not answered yet. Wait for it, or stop it.")
             if len(self._line) >= self.limits.line:
                 raise VisitorError(f"The line is full: {len(self._line)} questions wait. Try again in a minute.")
-            self._count(visitor, address)
+            self._check_rate(visitor, address)
             settings = ChatSettings(
                 seed=secrets.randbelow(2**31) if seed is None else seed, max_new_tokens=self.limits.answer_tokens
             )
-            turn = Turn(prompt, blind, blind and secrets.randbelow(2) == 1, settings)
+            self._count += 1
+            turn = Turn(self._count, prompt, blind, blind and secrets.randbelow(2) == 1, settings)
             self._remember(visitor, turn)
             self._line.append(turn)
             if not self._serving:
@@ -175,6 +180,7 @@ class Showcase:
             hidden = turn.blind and turn.choice is None and (votable or not over)
             return Seen(
                 state="over" if over else "waiting" if turn.duel is None else "answering",
+                number=turn.number,
                 position=position,
                 blind=turn.blind,
                 names=None if hidden else self._names(turn),
@@ -244,7 +250,7 @@ class Showcase:
         first, second = self.names
         return (second, first) if turn.swapped else (first, second)
 
-    def _count(self, visitor: str, address: str) -> None:
+    def _check_rate(self, visitor: str, address: str) -> None:
         wait = max(self._visitor_rate.wait(visitor), self._address_rate.wait(address))
         if wait:
             raise VisitorError(f"That was many questions in a minute. The next one is possible in {math.ceil(wait)} s.")

@@ -129,6 +129,7 @@ def test_first_come_first_served_one_at_a_time(make: Make) -> None:
     turns = [showcase.ask(f"visitor {number}", "here", f"{QUESTION} {number}") for number in range(4)]
     wait_until(lambda: turns[0].duel is not None)
     assert [showcase.seen(turn).position for turn in turns] == [0, 1, 2, 3]
+    assert [showcase.seen(turn).number for turn in turns] == [1, 2, 3, 4]
     assert [showcase.seen(turn).state for turn in turns] == ["answering", *["waiting"] * 3]
     with pytest.raises(VisitorError, match="not answered yet"):
         showcase.ask("visitor 2", "here", "Another one?")
