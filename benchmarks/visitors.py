@@ -92,7 +92,8 @@ def visit(url: str, server: subprocess.Popen[bytes], number: int, deadline: floa
 
 def start(port: int, tokens: int) -> subprocess.Popen[bytes]:
     """The server of the shipped checkpoint, over the usual home."""
-    command = [sys.executable, "-m", "lbllm", "showcase", "--port", str(port), "--answer-tokens", str(tokens)]
+    command = [sys.executable, "-m", "lbllm", "showcase", "--port", str(port)]
+    command += ["--answer-tokens", str(tokens), "--per-minute", "1000"]
     return subprocess.Popen(command, cwd=ROOT)
 
 
@@ -119,9 +120,10 @@ def memory(server: subprocess.Popen[bytes]) -> int:
     return int(psutil.Process(server.pid).memory_info().rss)
 
 
-def disagreements(log: list[Asked], alone: Client) -> tuple[int, int]:
-    """Questions whose answers alone are others, and those that were streamed something that is no beginning of them."""
-    other = foreign = 0
+def disagreements(log: list[Asked], alone: Client) -> tuple[int, int, int]:
+    """Questions whose answers alone are others, those that were streamed something that is no beginning of them, and how
+    many were compared."""
+    other = foreign = compared = 0
     for asked in log:
         if asked.ended is None:
             continue
@@ -130,9 +132,10 @@ def disagreements(log: list[Asked], alone: Client) -> tuple[int, int]:
         if again.ended is None:
             raise SystemExit(f"asked alone, {asked.prompt!r} was not answered: {again.error}")
         own = again.streamed[-1]
+        compared += 1
         other += asked.streamed[-1] != own
         foreign += any(not own[side].startswith(texts[side]) for texts in asked.streamed for side in (0, 1))
-    return other, foreign
+    return other, foreign, compared
 
 
 def out_of_order(log: list[Asked]) -> tuple[int, int]:
@@ -168,44 +171,38 @@ def main() -> None:
         held.append(memory(server))
         for thread in threads:
             thread.join()
-        took = time.monotonic() - began
         held.append(memory(server))
-        other, foreign = disagreements(log, alone)
-        held.append(memory(server))
+        report(arguments, log, time.monotonic() - began, held)
+        other, foreign, compared = disagreements(log, alone)
+        row("answers that are others when asked alone", f"{other} of {compared}")
+        row("streams with text that is not their answer's", f"{foreign} of {compared}")
+        row("server memory after that", f"{memory(server) / 1e6:.0f} MB")
     finally:
         server.terminate()
         server.wait()
-    report(arguments, log, took, held, other, foreign)
 
 
-def report(
-    arguments: argparse.Namespace, log: list[Asked], took: float, held: list[int], other: int, foreign: int
-) -> None:
-    """Print the table."""
+def report(arguments: argparse.Namespace, log: list[Asked], took: float, held: list[int]) -> None:
+    """Print the part of the table that is known when all questions are answered."""
     done = [asked for asked in log if asked.ended is not None and not asked.error]
     errors = [asked.error for asked in log if asked.error]
     waits = [asked.began - asked.arrived for asked in log if asked.began is not None] or [0.0]
     wrong, pairs = out_of_order(log)
     each = [sum(asked.prompt.startswith(f"[visitor {n},") for asked in done) for n in range(arguments.visitors)]
-    rows: list[tuple[str, Any]] = [
-        (
-            "visitors",
-            f"{arguments.visitors}, for {arguments.seconds:.0f} s, answers of {arguments.answer_tokens} tokens",
-        ),
-        ("questions asked / answered", f"{len(log)} / {len(done)}, in {took:.0f} s"),
-        ("errors", len(errors)),
-        ("answers that are others when asked alone", f"{other} of {len(done)}"),
-        ("streams with foreign text", f"{foreign} of {len(done)}"),
-        ("served out of order", f"{wrong} of {pairs} pairs"),
-        ("answers a visitor got, least / most", f"{min(each)} / {max(each)}"),
-        ("wait in the line, median / longest", f"{statistics.median(waits):.1f} s / {max(waits):.1f} s"),
-        ("server memory at start / middle / end / after", " / ".join(f"{one / 1e6:.0f} MB" for one in held)),
-    ]
     print("| | |\n| --- | --- |")
-    for name, value in rows:
-        print(f"| {name} | {value} |")
-    for error in sorted(set(errors)):
-        print(f"\n{errors.count(error)} x {error}")
+    row("visitors", f"{arguments.visitors}, for {arguments.seconds:.0f} s")
+    row("longest answer", f"{arguments.answer_tokens} tokens")
+    row("questions asked / answered", f"{len(log)} / {len(done)}, in {took:.0f} s")
+    row("errors", "; ".join(f"{errors.count(error)} x {error}" for error in sorted(set(errors))) or "0")
+    row("served out of order", f"{wrong} of {pairs} pairs")
+    row("answers a visitor got, least / most", f"{min(each)} / {max(each)}")
+    row("wait in the line, median / longest", f"{statistics.median(waits):.1f} s / {max(waits):.1f} s")
+    row("server memory at start / middle / end", " / ".join(f"{one / 1e6:.0f} MB" for one in held))
+
+
+def row(name: str, value: str) -> None:
+    """Print one row of the table."""
+    print(f"| {name} | {value} |", flush=True)
 
 
 if __name__ == "__main__":

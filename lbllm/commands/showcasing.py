@@ -31,7 +31,9 @@ def showcase(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Also a public address, through Gradio's servers.")] = False,
     answer_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 128,
-    per_minute: Annotated[int, typer.Option(min=1, help="Questions that a visitor may ask in a minute.")] = 6,
+    per_minute: Annotated[
+        int, typer.Option(min=1, help="Questions a visitor may ask in a minute; an address: ten times that.")
+    ] = 6,
 ) -> None:
     """Let an audience ask a binarized model and its teacher the same things, side by side. Ctrl-C ends it."""
     root = Path(__file__).resolve().parents[2]
@@ -46,5 +48,6 @@ def showcase(
         raise ResourceError("the showcase needs gradio: pip install -r requirements.txt") from None
     from lbllm.showcase import Limits, open_showcase
 
-    opened = open_showcase(checkpoint, teacher, limits=Limits(answer_tokens=answer_tokens, per_minute=per_minute))
+    limits = Limits(answer_tokens=answer_tokens, per_minute=per_minute, address_per_minute=10 * per_minute)
+    opened = open_showcase(checkpoint, teacher, limits=limits)
     run(opened, host=host, port=port, share=share, say=partial(plain, notices()))
