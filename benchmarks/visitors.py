@@ -121,8 +121,7 @@ def memory(server: subprocess.Popen[bytes]) -> int:
 
 
 def disagreements(log: list[Asked], alone: Client) -> tuple[int, int, int]:
-    """Questions whose answers alone are others, those that were streamed something that is no beginning of them, and how
-    many were compared."""
+    """Questions whose answers alone are others, those that were streamed what is no beginning of them, all compared."""
     other = foreign = compared = 0
     for asked in log:
         if asked.ended is None:
