@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from lbllm.attended import StoppedByUser
-from lbllm.commands import catalogues, chatting, exporting, measuring, stored_runs, training, workbench
+from lbllm.commands import catalogues, chatting, exporting, measuring, showcasing, stored_runs, training, workbench
 from lbllm.commands.output import notices, plain, print_json
 from lbllm.errors import LbllmError
 
@@ -37,6 +37,7 @@ def build() -> typer.Typer:
         chatting.chat,
         catalogues.models,
         workbench.ui,
+        showcasing.showcase,
     ):
         app.command()(command)
 

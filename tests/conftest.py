@@ -21,6 +21,7 @@ TOGETHER = (
     "tests/test_export.py",
     "tests/test_pipeline.py",
     "tests/test_preview.py",
+    "tests/test_showcase.py",
     "tests/test_worker.py",
 )
 

@@ -1,0 +1,119 @@
+"""The showcase's named endpoints, for gradio_client:
+
+    from gradio_client import Client
+
+    client = Client("http://127.0.0.1:7860")
+    job = client.submit("Why is the sky blue?", blind=True, api_name="/ask")
+    for seen in job: ...                                    # every change: position in the line, both answers so far
+    client.predict("left", api_name="/vote")                # left, right, tie, both bad; reveals which model was which
+    client.predict(api_name="/stop"); client.predict(api_name="/tally"); client.predict(api_name="/about")
+
+A refusal (too long, too often, the line is full) is raised there with the message that the page shows. A client is one
+visitor, under the same limits as the page's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+from gradio.events import api
+
+from lbllm.errors import LbllmError
+from lbllm.showcase import Seen, Showcase
+
+POLL_SECONDS = 0.1
+
+
+def visitor(request: gr.Request) -> str:
+    """Who asks: the session, which Gradio gives to every page that is loaded and to every client."""
+    return str(request.session_hash)
+
+
+async def follow(
+    showcase: Showcase, request: gr.Request, prompt: str, *, blind: bool, seed: int | None = None
+) -> AsyncGenerator[Seen]:
+    """Ask, and give the turn whenever it has changed, to its end. Whoever stops reading takes the question back.
+
+    Raises VisitorError.
+    """
+    address = request.client.host if request.client else ""
+    turn = showcase.ask(visitor(request), address, prompt, blind=blind, seed=seed)
+    try:
+        last = None
+        while last is None or last.state != "over":
+            seen = showcase.seen(turn)
+            if seen != last:
+                last = seen
+                yield seen
+            else:
+                await asyncio.sleep(POLL_SECONDS)
+    finally:
+        showcase.stop(turn)
+
+
+def add(showcase: Showcase) -> None:
+    """Add the endpoints to the page that is being built."""
+
+    async def ask(
+        prompt: str, request: gr.Request, blind: bool = False, seed: int | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Ask both models. Gives, again and again until "state" is "over": "state" (waiting, answering, over),
+        "number" in the order of arrival, "position" in the line (1 is next), "names" and "answers" of the left and the
+        right side, "votable". In a blind turn names and figures are missing until the vote. The same seed gives the
+        same answers again."""
+        if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
+            raise _error("prompt must be a text, and seed nothing or a whole number from 0 to 2147483647.")
+        try:
+            async with aclosing(follow(showcase, request, prompt, blind=bool(blind), seed=seed)) as turn:
+                async for seen in turn:
+                    yield _document(seen)
+        except LbllmError as error:
+            raise _error(str(error)) from None
+
+    def stop(request: gr.Request) -> bool:
+        """End your answers where they are, or leave the line; whether there was something to end."""
+        turn = showcase.current(visitor(request))
+        if turn is None or turn.over:
+            return False
+        showcase.stop(turn)
+        return True
+
+    def vote(choice: str, request: gr.Request) -> dict[str, Any]:
+        """Vote on your last, blind, question: left, right, tie or both bad. Gives the turn, names and figures shown."""
+        try:
+            return _document(showcase.seen(showcase.vote(visitor(request), choice)))
+        except LbllmError as error:
+            raise _error(str(error)) from None
+
+    def tally() -> dict[str, Any]:
+        """All blind votes on this pair of models."""
+        counted = showcase.tally()
+        first, second = showcase.names
+        return {first: counted.left, second: counted.right, "tie": counted.tie, "both bad": counted.both_bad}
+
+    def about() -> dict[str, Any]:
+        """The two models, whether they are loaded, and what one visitor may."""
+        return {
+            "names": list(showcase.names),
+            "ready": showcase.ready,
+            "completes": showcase.completes,
+            "limits": asdict(showcase.limits),
+        }
+
+    api(ask, api_name="ask", concurrency_limit=None)
+    for endpoint in (stop, vote, tally, about):
+        api(endpoint, api_name=endpoint.__name__, queue=False)
+
+
+def _document(seen: Seen) -> dict[str, Any]:
+    document = asdict(seen)
+    return document | {"names": list(seen.names) if seen.names else None, "answers": list(document["answers"])}
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)
