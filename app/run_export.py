@@ -19,6 +19,7 @@ KINDS: dict[Kind, tuple[str, str]] = {
         "GGUF",
         "The dense weights as one file for llama.cpp and what is built on it; answers like the A16 model.",
     ),
+    "space": ("Space", "The showcase, both models in it, as a Gradio app for Hugging Face Spaces or any machine."),
 }
 
 

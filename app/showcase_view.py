@@ -11,7 +11,7 @@ from html import escape
 
 import gradio as gr
 
-from lbllm.corpora import ASSETS
+from lbllm.bundle import ASSETS
 from lbllm.duel import Answer
 from lbllm.pool import Slot
 from lbllm.progress import size

@@ -1,4 +1,5 @@
-"""A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card.
+"""A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card; or as
+a Space that shows it.
 
     source = find("20261122-103041-1d371b", store)       or a packed folder, or "shipped"
     export(source, "gguf", Path("exports/mine"))
@@ -32,8 +33,9 @@ from lbllm.quiet import quiet
 from lbllm.run_record import RECORD, RunRecord, read_record, write_record
 from lbllm.runs import RunStore
 from lbllm.shipped import shipped_checkpoint
+from lbllm.space import write_space
 
-Kind = Literal["packed", "dense", "gguf"]
+Kind = Literal["packed", "dense", "gguf", "space"]
 _SPARE = 32 * 2**20  # tokenizer, config, headers
 
 
@@ -89,10 +91,13 @@ def export(source: Source, kind: Kind, out: Path) -> Exported:
     """Write the checkpoint to the new or empty folder ``out``.
 
     Raises ConfigError where ``out`` has something in it, CheckpointError for a damaged checkpoint, ModelError where
-    GGUF has no place for the model, ResourceError where the disk doesn't suffice.
+    GGUF has no place for the model or a Space's teacher is not found, ResourceError where the disk doesn't suffice.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
+    if kind == "space":
+        write_space(source.folder, out)
+        return Exported(out, kind, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
     # Loaded whichever kind it is: that checks every tensor, and a damaged checkpoint is not passed on.
     model, tokenizer = load(source.folder, dtype=torch.bfloat16)
     if kind == "gguf":

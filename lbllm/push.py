@@ -18,17 +18,20 @@ def check_repository(repository: str) -> None:
         raise ConfigError(f"repository {repository!r} is not of the form OWNER/NAME, e.g. me/my-model-lbllm")
 
 
-def push(folder: Path, repository: str, token: str) -> str:
-    """Upload the files of ``folder`` to ``repository`` and return its address.
+def push(folder: Path, repository: str, token: str, *, space: bool = False) -> str:
+    """Upload the files of ``folder`` to ``repository``, a model's or a Space's, and return its address.
 
     A repository that isn't there yet is made, a private one. The token goes to the hub and nowhere else. Raises
     HubError where the hub can't be reached or refuses; the folder is complete whatever happens.
     """
     api = HfApi(token=token)
-    again = f"{folder} is complete; push it later with `hf upload {repository} {folder}`"
+    kind = "space" if space else "model"
+    again = f"{folder} is complete; push it later with `hf upload --repo-type {kind} {repository} {folder}`"
     try:
-        address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Binarized with LBLLM Workbench")
+        sdk = "gradio" if space else None
+        address = api.create_repo(repository, private=True, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        message = "Binarized with LBLLM Workbench"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, repo_type=kind)
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):

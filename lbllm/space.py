@@ -16,9 +16,10 @@ import json
 import re
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
-from lbllm.corpora import ASSETS
+from lbllm.bundle import APP, ASSETS, BUNDLE
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError
 from lbllm.hf import WEIGHTS, is_checkpoint
 from lbllm.model_catalogue import CATALOGUE
@@ -27,7 +28,6 @@ from lbllm.showcase import provenance
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent
-_PROJECT = _PACKAGE.parent
 # What a showcase imports, of requirements.txt; gradio brings the rest.
 _NEEDED = (
     "accelerate",
@@ -106,8 +106,8 @@ def write_space(
         raise ConfigError(f"{hub_id!r} is no hub id; give owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResourceError(f"{out} exists already; give a new folder")
-    if not (_PROJECT / "app" / "showcase.py").is_file():
-        raise ResourceError(f"the showcase's page is not at {_PROJECT / 'app'}; start it from the project's folder")
+    if not (APP / "showcase.py").is_file():
+        raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
     stated = provenance(checkpoint)
     teacher = teacher or stated.get("model")
     if not teacher:
@@ -165,20 +165,23 @@ def _put_teacher(name: str, out: Path) -> str:
 
 def _put_source(out: Path) -> None:
     """Copy the engine, the showcase's page and what they read of the assets."""
-    shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
     (out / "app").mkdir()
-    for file in (_PROJECT / "app" / "__init__.py", *sorted((_PROJECT / "app").glob("showcase*.py"))):
+    for file in (APP / "__init__.py", *sorted(APP.glob("showcase*.py"))):
         shutil.copyfile(file, out / "app" / file.name)
     shutil.copytree(ASSETS / "theme", out / "assets" / "theme")
     shutil.copyfile(ASSETS / "prompts.json", out / "assets" / "prompts.json")
 
 
 def _requirements() -> list[str]:
-    """The lines of this project's requirements.txt that a showcase needs. Raises ResourceError without that file."""
-    file = _PROJECT / "requirements.txt"
-    if not file.is_file():
-        raise ResourceError(f"{file} is missing; start the export from the project's folder")
-    pinned = {line.partition("==")[0]: line for line in file.read_text().split()}
+    """What of this project's requirements a showcase needs, with their versions. Raises ResourceError where they are
+    not known."""
+    file = BUNDLE / "requirements.txt"
+    try:
+        lines = file.read_text().split() if file.is_file() else metadata.requires("lbllm") or []
+    except metadata.PackageNotFoundError:
+        raise ResourceError(f"{file} is missing; install lbllm again") from None
+    pinned = {line.partition("==")[0]: line for line in lines if "extra ==" not in line}
     return [pinned[name] for name in _NEEDED]
 
 

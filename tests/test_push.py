@@ -99,10 +99,17 @@ def test_every_file_arrives_in_a_private_repository(hub: Hub, folder: Path) -> N
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors"]
 
 
+def test_a_space_is_a_space_on_the_hub_too(hub: Hub, folder: Path) -> None:
+    push(folder, "me/model", TOKEN, space=True)
+    (created,) = hub.created
+    assert (created["type"], created["sdk"], created["visibility"]) == ("space", "gradio", "private")
+    assert set(hub.files) == {"README.md", "model.safetensors"}
+
+
 @pytest.mark.parametrize(("status", "said"), [(401, "refuses the token"), (403, "refuses the token"), (400, "refuses")])
 def test_a_refusal_says_what_to_do(hub: Hub, folder: Path, status: int, said: str) -> None:
     hub.status = status
-    with pytest.raises(HubError, match=f"{said}.*hf upload me/model") as caught:
+    with pytest.raises(HubError, match=f"{said}.*hf upload --repo-type model me/model") as caught:
         push(folder, "me/model", TOKEN)
     assert TOKEN not in str(caught.value)
     assert hub.files == {}

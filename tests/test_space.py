@@ -15,6 +15,7 @@ import pytest
 from gradio_client import Client
 
 from lbllm import models
+from lbllm.cli import main
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.space import write_space
 from tests.ports import free_port
@@ -122,6 +123,18 @@ def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tm
     assert file.stat().st_size == models.embedded_file().stat().st_size
     assert f'HERE / "teacher/{file.name}"' in (tmp_path / "space" / "app.py").read_text()
     assert settings(tmp_path / "space")["models"][0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_the_command_writes_it(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "space"
+    assert main(["export", str(pair[1]), "--to", "space", "--out", str(out), "--json"]) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert out / "app.py" in files
+    assert json.loads(capsys.readouterr().out) == {
+        "path": str(out),
+        "kind": "space",
+        "disk_bytes": sum(path.stat().st_size for path in files),
+    }
 
 
 def test_what_can_not_become_a_space_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

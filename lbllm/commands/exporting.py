@@ -22,8 +22,11 @@ def export(
         str, typer.Argument(metavar="CHECKPOINT|RUN", help="A packed checkpoint's folder, a finished run, or shipped.")
     ],
     to: Annotated[
-        Literal["packed", "dense", "gguf"],
-        typer.Option(help="packed: as it is; dense: bfloat16 weights; gguf: the dense ones as one file for llama.cpp."),
+        Literal["packed", "dense", "gguf", "space"],
+        typer.Option(
+            help="packed: as it is; dense: bfloat16 weights; gguf: the dense ones as one file for llama.cpp; space: "
+            "the showcase as a Gradio Space."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     push: Annotated[
@@ -32,7 +35,7 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a finished checkpoint as a folder to give away, with a model card.
+    """Write a finished checkpoint as a folder to give away, with a model card, or as a Space that shows it.
 
     --push takes the token from HF_TOKEN or `hf auth login`, or asks for it.
     """
@@ -48,12 +51,13 @@ def export(
     exported = export(find(checkpoint, RunStore()), to, out)
     document = asdict(exported)
     if not as_json:
-        plain(results(), f"{exported.path}: {to}, {size(exported.disk_bytes)}, with a model card (README.md)")
+        what = "`python app.py` in it starts the showcase" if to == "space" else "with a model card (README.md)"
+        plain(results(), f"{exported.path}: {to}, {size(exported.disk_bytes)}, {what}")
     if push is not None:
         from lbllm.push import push as upload
 
         plain(notices(quiet=as_json), f"pushing to {push}", style="dim")
-        document["pushed"] = upload(exported.path, push, token)
+        document["pushed"] = upload(exported.path, push, token, space=to == "space")
         if not as_json:
             plain(results(), f"pushed to {document['pushed']}")
     if as_json:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lbllm.bundle import APP, BUNDLE
+from lbllm.commands.options import HostOption
 from lbllm.commands.output import notices, plain
 from lbllm.errors import ResourceError
 
@@ -25,9 +26,7 @@ TeacherOption = Annotated[
 def showcase(
     checkpoint: CheckpointArgument = None,
     teacher: TeacherOption = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0: every address of this machine.")
-    ] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Also a public address, through Gradio's servers.")] = False,
     answer_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 128,
@@ -36,10 +35,9 @@ def showcase(
     ] = 6,
 ) -> None:
     """Let an audience ask a binarized model and its teacher the same things, side by side. Ctrl-C ends it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "app" / "showcase.py").is_file():
-        raise ResourceError(f"the showcase's page is not at {root / 'app'}; start it from the project's folder")
-    sys.path.insert(0, str(root))
+    if not (APP / "showcase.py").is_file():
+        raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
+    sys.path.insert(0, str(BUNDLE))
     try:
         from app.showcase import run
     except ImportError as error:
