@@ -48,7 +48,8 @@ def _section(runs: RunStore, run: Run) -> None:
         help=f"Under {root()}. A model card, README.md, is written into it too.",
     )
     outcome = f"export outcome {run.id}"
-    with guard():
+    below = st.empty()  # one place, so that the last outcome goes when the next export begins
+    with guard(), below:
         if press.button("Export", key=f"export {run.id}", type="primary", width="stretch"):
             with st.spinner("Writing; a model of 135M parameters takes seconds"):
                 st.session_state[outcome] = _try_export(runs, run, kind, folder)
