@@ -58,6 +58,7 @@ def auto_round(folder: Path, group_size: int, blocks: str) -> float:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         device_map="cpu",
+        enable_torch_compile=False,
     )
     rounded, _ = rounding.quantize()
     rounded.save_pretrained(folder / "quantized")
