@@ -2,7 +2,7 @@
 
     python -m benchmarks.animation
 
-A visitor's way in headless Chromium, over a home of its own: settings move the figures, one block is previewed, a run of
+A visitor in headless Chromium, over a home of its own: settings move the figures, one block is previewed, a run of
 the preset `preview` is started and watched to its end, and both models answer a question. What takes longer on this
 machine than anybody wants to watch is shown in fewer pictures: the animation's time is not the machine's.
 """
