@@ -78,7 +78,7 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
   const int64_t features = x.size(-1), tokens = x.numel() / features;
   const float* from = input.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 4), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tokens, std::max<int64_t>(1, EACH / features), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       quantizer.apply(from + token * features, to + token * features, features);
   });
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, con
   const float *from = input.const_data_ptr<float>(), *slope = given.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
   std::vector<double> act(3 * tokens);  // of each token, so that the sum is the same for any number of threads
-  at::parallel_for(0, tokens, std::max<int64_t>(1, WORK / features / 16), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tokens, std::max<int64_t>(1, EACH / features), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       quantizer.backward(from + token * features, slope + token * features, to + token * features,
                          act.data() + 3 * token, static_cast<float>(temperature), features);
@@ -157,7 +157,7 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
     for (int64_t tile = 0; tile < count; tile += together) {
       const int64_t now = std::min(together, count - tile);
       float* expanded = dense.data_ptr<float>();
-      at::parallel_for(0, now, std::max<int64_t>(1, WORK / columns / TILE), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, now, std::max<int64_t>(1, EACH / columns / TILE), [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k)
           (w.bits == 1 ? expand_tile<1> : expand_tile<2>)(w, tile + k, expanded + k * TILE * columns);
       });

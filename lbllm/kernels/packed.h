@@ -204,6 +204,7 @@ class RowParams {
 };
 
 constexpr int64_t WORK = 1 << 21;      // weights times tokens that are worth waking an idle thread for, some 0.1 ms
+constexpr int64_t EACH = 1 << 16;      // weights to expand, or values to quantize, that are worth the same
 constexpr int64_t EXPANDED = 1 << 21;  // weights that are expanded at once for many tokens: they stay in the cache
 constexpr int64_t FEW = 8;           // tokens up to which the packed weights are multiplied as they are
 
@@ -363,7 +364,7 @@ void expand_row(const Weights& w, int64_t row, float* out, float* room) {
 
 template <int BITS>
 void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
-  at::parallel_for(begin, end, std::max<int64_t>(1, WORK / w.shape.columns), [&](int64_t first, int64_t last) {
+  at::parallel_for(begin, end, std::max<int64_t>(1, EACH / w.shape.columns), [&](int64_t first, int64_t last) {
     std::vector<float> room(w.shape.filled() ? 0 : w.shape.padded());
     for (int64_t row = first; row < last; ++row)
       expand_row<BITS>(w, row, out + (row - begin) * w.shape.columns, room.data());
