@@ -49,7 +49,7 @@ PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each d
 STREAMS_TOKEN = 4.0  # stages 2 and 3: teacher and student streams advance
 STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
 # Shares of the matmul rate that the stages reach.
-EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.4, "e2e": 0.35}
+EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.47, "e2e": 0.37}
 
 
 @dataclass(frozen=True)
