@@ -49,7 +49,7 @@ from lbllm.stages.wat import binary_layers, block_error, wat_block
 SEQ_LEN = 256
 CALIBRATION, PROBE = 6, 2  # sequences
 AT_ONCE = 2  # choices solved at the same time: each is many small operations that one core does
-EM_STEPS, TRAIN_STEPS = 4, 8
+EM_STEPS, TRAIN_STEPS = 4, 6
 USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
 
