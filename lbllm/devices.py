@@ -15,7 +15,8 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
     """FLOP a second of a square matrix product, the best of the repetitions that fit in ``seconds`` after one to
     warm up.
 
-    On a CPU that others use at that moment the repetitions wait for it; then their processor time says more.
+    On a CPU that others use at that moment the repetitions wait for it; then the processor time of the calling thread,
+    which does its share from a product's beginning to its end, says more.
     """
     left, right = torch.randn(2, size, size, device=place).to(dtype)
 
@@ -27,13 +28,13 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
         return time.perf_counter() - began
 
     product()
-    count, used, best = 1, time.process_time(), product()
+    count, used, best = 1, time.thread_time(), product()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         best = min(best, product())
         count += 1
     if place == "cpu":
-        worked = (time.process_time() - used) / torch.get_num_threads() / count
+        worked = (time.thread_time() - used) / count
         best = min(best, worked) if worked > 0 else best
     return 2 * size**3 / best
 

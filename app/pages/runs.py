@@ -185,7 +185,7 @@ def outcome(run: Run, view: RunView) -> None:
         done, link = st.columns([5, 2], vertical_alignment="center")
         done.success(
             f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits a weight, in "
-            f"{path_text(view.result.path)}"
+            f"{path_text(run.folder / 'checkpoint')}"
         )
         link.page_link(
             "pages/compare.py",
