@@ -201,22 +201,15 @@ class ActQuantizer(nn.Module):
             latest = self._latest[1]()
             if latest is not None:
                 return latest
-        compiled = x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready()
         quantized: Tensor
-        if not (torch.is_grad_enabled() and (x.requires_grad or self.act.requires_grad)):
-            if compiled:
-                quantized = torch.ops.lbllm.quantize_activations(x, *self.settings())
-                return quantized
-            value = x.float()
-            grid = self.grid(value)
-            return decode(encode(value, grid, self.bits, self.tail), grid).to(x.dtype)
-        if compiled:
+        if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready():
             quantized = _Compiled.apply(x, self.bounded(), self.bits, self.tail, self.temperature)
         else:
             value = x.float()
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
-        self._latest = weakref.ref(x), weakref.ref(quantized)
+        if quantized.requires_grad:
+            self._latest = weakref.ref(x), weakref.ref(quantized)
         return quantized
 
 

@@ -15,7 +15,7 @@ is uint8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ POINTS = 16
 def group_length(group_size: int, in_features: int) -> int:
     """Weights in one full group of a row: ``group_size``, or the row for -1 or a longer group."""
     return in_features if group_size == WHOLE_ROW else min(group_size, in_features)
+
+
+def spans(columns: int, group_size: int) -> Iterator[slice]:
+    """The groups of a row of so many columns, from left to right; the last one may be shorter."""
+    length = group_length(group_size, columns)
+    for start in range(0, columns, length):
+        yield slice(start, min(start + length, columns))
 
 
 def to_groups(rows: Tensor, length: int) -> Tensor:

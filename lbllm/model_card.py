@@ -19,6 +19,7 @@ from lbllm.config import STAGE_NAMES, RunConfig
 from lbllm.corpora import CATALOGUE as TEXTS
 from lbllm.corpora import CorpusEntry
 from lbllm.model_catalogue import CATALOGUE as MODELS
+from lbllm.model_catalogue import HUB_LICENCES
 from lbllm.progress import size
 from lbllm.run_record import RunRecord
 from lbllm.table import format_name, row_labels
@@ -32,15 +33,6 @@ _CITATION = """    @inproceedings{lbllm,
       year = {2026},
       note = {arXiv:2604.19167}
     }"""
-# The hub's identifiers of licences by the names that models state.
-_LICENCES = {
-    "apache-2.0": "apache-2.0",
-    "mit": "mit",
-    "llama 2 community license": "llama2",
-    "llama 3.1 community license": "llama3.1",
-    "llama 3.2 community license": "llama3.2",
-    "gemma terms of use": "gemma",
-}
 _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) tokens")
 
 
@@ -76,7 +68,7 @@ def _front_matter(record: RunRecord, kind: Kind) -> str:
     licence = record.licence
     identifier = None
     if licence is not None and not licence.startswith(("not stated", "none", "see ")):
-        identifier = _LICENCES.get(licence.lower(), licence if licence in _LICENCES.values() else "other")
+        identifier = HUB_LICENCES.get(licence.lower(), licence if licence in HUB_LICENCES.values() else "other")
     data = ModelCardData(
         base_model=record.base_model,
         license=identifier,

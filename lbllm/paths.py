@@ -7,13 +7,10 @@ it names is looked for under the root alone, symbolic links resolved.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from lbllm import corpora, model_catalogue
 from lbllm.errors import ConfigError
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def root() -> Path:
@@ -48,7 +45,7 @@ def model_name(text: str) -> str:
     if any(entry.id == name.lower() for entry in model_catalogue.CATALOGUE):
         return name
     # A folder of the current directory would win over the hub: only one under the root may.
-    if _HUB_ID.fullmatch(name) and not (root() / name).exists() and not Path(name).exists():
+    if model_catalogue.HUB_ID.fullmatch(name) and not (root() / name).exists() and not Path(name).exists():
         return name
     return _existing(name, "model")
 

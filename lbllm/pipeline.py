@@ -265,8 +265,7 @@ def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
 
 def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None) -> Iterator[Event]:
     """The perplexity of ``model`` on the held-out text, once in the life of a run: what is known lies in its folder."""
-    path = _evaluated_path(run)
-    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    known = _known(run)
     if held_out is None or what in known:
         return
     evaluated, losses = model(), []
@@ -275,11 +274,17 @@ def _evaluate(run: _Run, what: str, model: Callable[[], PreTrainedModel], held_o
         losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
     yield _evaluation(what, value, held_out)
-    write_atomic(path, json.dumps(known | {what: value}).encode())
+    write_atomic(_evaluated_path(run), json.dumps(known | {what: value}).encode())
 
 
 def _evaluated_path(run: _Run) -> Path:
     return run.store.folder / "evaluated.json"
+
+
+def _known(run: _Run) -> dict[str, float]:
+    """The perplexities that were measured so far."""
+    path = _evaluated_path(run)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
@@ -291,7 +296,7 @@ def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
 def _evaluations(run: _Run, held_out: Corpus | None) -> Iterator[Evaluated]:
     """All that was evaluated in the life of a run, by whichever of its workers."""
     if held_out is not None:
-        for what, value in json.loads(_evaluated_path(run).read_text()).items():
+        for what, value in _known(run).items():
             yield _evaluation(what, value, held_out)
 
 

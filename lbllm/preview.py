@@ -16,7 +16,6 @@ import contextlib
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -233,11 +232,12 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
         raise ConfigError(f"{sample.path} stays dense: quant.skip {list(config.quant.skip)} leaves out all its layers")
     settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
     tensors: dict[str, Tensor] = {}
+    known: Sequence[tuple[Tensor, Tensor] | None]
     try:
         known = sample.factors(settings.damping)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        known = []  # found again, and said, with the layer's name
-    for (sharing, hessian), factors in zip_longest(sample.hessians, known):
+        known = [None] * len(sample.hessians)  # found again, and said, with the layer's name
+    for (sharing, hessian), factors in zip(sample.hessians, known, strict=True):
         for layer_format, names in by_format(sharing, formats):
             try:
                 solved = binarize_together(sample.block, names, hessian, layer_format, settings, factors=factors)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors
 
 from lbllm.errors import ConfigError, HubError
-
-_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+from lbllm.model_catalogue import HUB_ID
 
 
 def check_repository(repository: str) -> None:
     """Raise ConfigError unless this is a name that a repository on the hub can have."""
-    if not _NAME.fullmatch(repository):
+    if not HUB_ID.fullmatch(repository):
         raise ConfigError(f"repository {repository!r} is not of the form OWNER/NAME, e.g. me/my-model-lbllm")
 
 

@@ -13,7 +13,6 @@ The Space has lbllm's own source in it: nothing but the public packages in its r
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from importlib import metadata
@@ -22,7 +21,7 @@ from pathlib import Path
 from lbllm.bundle import APP, ASSETS, BUNDLE
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError
 from lbllm.hf import WEIGHTS, is_checkpoint
-from lbllm.model_catalogue import CATALOGUE
+from lbllm.model_catalogue import CATALOGUE, HUB_ID, HUB_LICENCES, catalogue_hub_id
 from lbllm.models import embedded_file
 from lbllm.showcase import provenance
 
@@ -44,17 +43,8 @@ _NEEDED = (
     "transformers",
     "typer",
 )
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TEACHER = "teacher"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
-_LICENCES = {
-    "apache-2.0": "apache-2.0",
-    "mit": "mit",
-    "gemma terms of use": "gemma",
-    "llama 3.2 community license": "llama3.2",
-    "llama 3.1 community license": "llama3.1",
-    "llama 2 community license": "llama2",
-}
 _APP = '''"""A binarized language model beside its teacher: the showcase of LBLLM Workbench."""
 
 import os
@@ -102,7 +92,7 @@ def write_space(
     """
     if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
         raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
-    if hub_id is not None and not _HUB_ID.fullmatch(hub_id):
+    if hub_id is not None and not HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"{hub_id!r} is no hub id; give owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResourceError(f"{out} exists already; give a new folder")
@@ -156,7 +146,7 @@ def _put_teacher(name: str, out: Path) -> str:
         target.parent.mkdir()
         shutil.copyfile(source, target)
         return target.relative_to(out).as_posix()
-    if entry is not None or _HUB_ID.fullmatch(name):
+    if entry is not None or HUB_ID.fullmatch(name):
         return name
     raise ModelError(
         f"the teacher {name} is neither a folder or GGUF file here nor a hub id; name the model to compare with"
@@ -204,11 +194,8 @@ def _readme(
     checkpoint: Path, teacher: str, hub_id: str | None, title: str, licence: str, requirements: list[str]
 ) -> str:
     """The text of README.md: the Space's settings in front, then what it shows."""
-    # The embedded model is a copy of one on the hub, which the catalogue has by this name.
-    on_hub = {entry.id: entry.hub_id for entry in CATALOGUE if entry.hub_id}
-    origin = on_hub.get(teacher) or on_hub.get(f"{teacher}-original")
-    models = [name for name in (origin or teacher, hub_id) if name and _HUB_ID.fullmatch(name)]
-    known = _LICENCES.get(licence.lower())
+    models = [name for name in (catalogue_hub_id(teacher) or teacher, hub_id) if name and HUB_ID.fullmatch(name)]
+    known = HUB_LICENCES.get(licence.lower())
     settings: dict[str, object] = {
         "title": title,
         "emoji": "⚖️",

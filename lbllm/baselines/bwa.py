@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbllm.baselines.layer import HALF, Quantized, Settings, half, spans
-from lbllm.binarize import fit_levels, levels_to_params, params_to_levels
+from lbllm.baselines.layer import HALF, Quantized, Settings, half
+from lbllm.binarize import LEVELS, fit_levels, levels_to_params, params_to_levels, spans
 from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
 OUTLIERS = 1 / 32  # share of the channels that stay in 8 bits: 128 of 4,096
 EM_STEPS = 5
-LEVELS = 4
+COUNT = LEVELS["w1+1"]
 
 
 @torch.no_grad()
@@ -35,11 +35,11 @@ def bwa(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
     groups = list(spans(inner, settings.group_size))
     with one_thread():
         for span in groups:
-            levels = fit_levels(latent[span].t().contiguous(), importance[span], LEVELS, EM_STEPS)
+            levels = fit_levels(latent[span].t().contiguous(), importance[span], COUNT, EM_STEPS)
             stored = params_to_levels(half(levels_to_params(levels))).sort(-1).values
             assign_columns(latent, value, span, factor, stored)
     value[inner:] = eight_bits(latent[inner:])
-    bits = rows * (2 * inner + len(groups) * LEVELS * HALF)
+    bits = rows * (2 * inner + len(groups) * COUNT * HALF)
     if inner < columns:
         bits += rows * (8 * (columns - inner) + HALF) + columns  # codes, a scale a row, and which channels they are
     restored = torch.empty_like(value)

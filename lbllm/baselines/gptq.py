@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbllm.baselines.layer import Quantized, Settings, spans
+from lbllm.baselines.layer import Quantized, Settings
 from lbllm.baselines.rtn import even_bits, even_levels
+from lbllm.binarize import spans
 from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
 

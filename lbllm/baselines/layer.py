@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lbllm.binarize import group_length
+from lbllm.binarize import spans
 from lbllm.stages.ptq import factorize, one_thread
 
 HALF = 16  # bits of a stored scale, mean or minimum
@@ -36,13 +36,6 @@ class Quantized:
 def half(values: Tensor) -> Tensor:
     """Values as they come back from float16, in which every method stores its scales."""
     return values.half().to(values.dtype)
-
-
-def spans(columns: int, group_size: int) -> Iterator[slice]:
-    """The groups of a row of so many columns, from left to right; the last one may be shorter."""
-    length = group_length(group_size, columns)
-    for start in range(0, columns, length):
-        yield slice(start, min(start + length, columns))
 
 
 @torch.no_grad()

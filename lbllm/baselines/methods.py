@@ -29,9 +29,8 @@ from lbllm.blocks import (
     shared_inputs,
 )
 from lbllm.errors import ConfigError, LbllmError
+from lbllm.pipeline import FORWARD_TOKENS
 from lbllm.stages.ptq import input_statistics
-
-FORWARD_TOKENS = 2_048
 
 
 @dataclass(frozen=True)

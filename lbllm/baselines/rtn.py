@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lbllm.baselines.layer import HALF, Quantized, Settings, half, spans
-from lbllm.binarize import assign, take_levels
+from lbllm.baselines.layer import HALF, Quantized, Settings, half
+from lbllm.binarize import assign, spans, take_levels
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
 
 

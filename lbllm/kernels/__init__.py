@@ -39,8 +39,14 @@ _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
 }
 # The quantizer has to round where PyTorch does, so a product and a sum stay two operations.
 _ALWAYS = (
-    *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp-simd"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
 )
 
 

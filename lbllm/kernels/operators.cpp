@@ -68,11 +68,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params,
   return y.reshape(sizes).to(x.scalar_type());
 }
 
+Quantizer quantizer_of(int64_t bits, int64_t tail, double knee, double clip_low, double clip_high) {
+  return {static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee), static_cast<float>(clip_low),
+          static_cast<float>(clip_high)};
+}
+
 // x (..., features) on the grid of each token.
 Tensor quantize_activations(const Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
                             int64_t tail) {
-  const Quantizer quantizer{static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee),
-                            static_cast<float>(clip_low), static_cast<float>(clip_high)};
+  const Quantizer quantizer = quantizer_of(bits, tail, knee, clip_low, clip_high);
   const Tensor input = x.to(at::kFloat).contiguous();
   Tensor out = at::empty_like(input);
   const int64_t features = x.size(-1), tokens = x.numel() / features;
@@ -89,8 +93,7 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
 std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, const Tensor& x, double knee,
                                                          double clip_low, double clip_high, int64_t bits,
                                                          int64_t tail, double temperature) {
-  const Quantizer quantizer{static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee),
-                            static_cast<float>(clip_low), static_cast<float>(clip_high)};
+  const Quantizer quantizer = quantizer_of(bits, tail, knee, clip_low, clip_high);
   TORCH_CHECK(grad.sizes() == x.sizes(), "quantize_activations_backward: grad and x must have one shape");
   const Tensor input = x.to(at::kFloat).contiguous(), given = grad.to(at::kFloat).contiguous();
   Tensor out = at::empty_like(input);
@@ -133,8 +136,7 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
   const Tiles w = tiles_of(tiles, params, columns, length);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns, "packed_lookup: the last dimension of x must be ", columns);
   TORCH_CHECK(tail >= 0 && tail <= 7, "packed_lookup: a tail has at most 7 steps");
-  const Quantizer quantizer{4, static_cast<int>(tail), static_cast<float>(knee), static_cast<float>(clip_low),
-                            static_cast<float>(clip_high)};
+  const Quantizer quantizer = quantizer_of(4, tail, knee, clip_low, clip_high);
   const int64_t count = tiles.size(0), rows = count * TILE, tokens = x.numel() / columns;
   const Tensor input = x.reshape({tokens, columns}).to(at::kFloat).contiguous();
   const float* from = input.const_data_ptr<float>();
@@ -445,8 +447,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       layer.length = lengths[at];
       layer.rows = params[at].size(0) * (layer.tiled ? TILE : 1);
       const double* five = quantizers.data() + 5 * at;
-      layer.quantizer = {static_cast<int>(five[0]), static_cast<int>(five[1]), static_cast<float>(five[2]),
-                         static_cast<float>(five[3]), static_cast<float>(five[4])};
+      layer.quantizer = quantizer_of(static_cast<int64_t>(five[0]), static_cast<int64_t>(five[1]), five[2], five[3], five[4]);
       if (layer.tiled) {
         TORCH_CHECK(layer.quantizer.bits == 4, "decode: layers in tiles have 4-bit activations");
         layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);

@@ -401,20 +401,29 @@ struct Quantizer {
     return {body, zero, span, low, high, tails};
   }
 
+  // A value's codes: the body's, and the steps into the tails that lie at its ends.
+  struct Place {
+    float code, below, above;
+  };
+  static INLINE Place place(float value, const Grid& grid) {
+    const float code = std::min(std::max(std::nearbyint(value / grid.body), -grid.zero), grid.span);
+    const float edge = code * grid.body, low_step = std::max(grid.low, 1e-12f), high_step = std::max(grid.high, 1e-12f);
+    const float below = std::min(std::max(std::nearbyint((edge - value) / low_step), 0.0f), grid.tails);
+    const float above = std::min(std::max(std::nearbyint((value - edge) / high_step), 0.0f), grid.tails);
+    return {code, code == -grid.zero ? below : 0.0f, code == grid.span ? above : 0.0f};
+  }
+
   // One token's values on its grid.
   void apply(const float* x, float* out, int64_t features) const {
-    const auto [body, zero, span, low, high, tails] = grid(range(x, features));
+    const Grid on = grid(range(x, features));
     if (!tail) {
       for (int64_t i = 0; i < features; ++i)
-        out[i] = body * std::min(std::max(std::nearbyint(x[i] / body), -zero), span);
+        out[i] = on.body * std::min(std::max(std::nearbyint(x[i] / on.body), -on.zero), on.span);
       return;
     }
-    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
     for (int64_t i = 0; i < features; ++i) {
-      const float code = std::min(std::max(std::nearbyint(x[i] / body), -zero), span), edge = code * body;
-      const float below = std::min(std::max(std::nearbyint((edge - x[i]) / low_step), 0.0f), tails);
-      const float above = std::min(std::max(std::nearbyint((x[i] - edge) / high_step), 0.0f), tails);
-      out[i] = edge - (code == -zero ? low * below : 0.0f) + (code == span ? high * above : 0.0f);
+      const auto [code, below, above] = place(x[i], on);
+      out[i] = code * on.body - on.low * below + on.high * above;
     }
   }
 
@@ -422,20 +431,17 @@ struct Quantizer {
   // not finite. At most 4 bits.
   bool encode(const float* x, int64_t features, int8_t* body_codes, int8_t* below_codes, int8_t* above_codes,
               float* steps) const {
-    const auto [body, zero, span, low, high, tails] = grid(range(x, features));
-    steps[0] = body;
-    steps[1] = low;
-    steps[2] = high;
+    const Grid on = grid(range(x, features));
+    steps[0] = on.body;
+    steps[1] = on.low;
+    steps[2] = on.high;
     int strange = 0;
-    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f);
     for (int64_t i = 0; i < features; ++i) {
       strange |= !(std::abs(x[i]) <= std::numeric_limits<float>::max());
-      const float code = std::min(std::max(std::nearbyint(x[i] / body), -zero), span), edge = code * body;
-      const float below = std::min(std::max(std::nearbyint((edge - x[i]) / low_step), 0.0f), tails);
-      const float above = std::min(std::max(std::nearbyint((x[i] - edge) / high_step), 0.0f), tails);
+      const auto [code, below, above] = place(x[i], on);
       body_codes[i] = static_cast<int8_t>(static_cast<int>(code));
-      below_codes[i] = code == -zero ? static_cast<int8_t>(-static_cast<int>(below)) : 0;
-      above_codes[i] = code == span ? static_cast<int8_t>(static_cast<int>(above)) : 0;
+      below_codes[i] = static_cast<int8_t>(-static_cast<int>(below));
+      above_codes[i] = static_cast<int8_t>(static_cast<int>(above));
     }
     return !strange;
   }
@@ -444,24 +450,21 @@ struct Quantizer {
   // The formulas are lbllm.activations'; `tau` is the soft mask's temperature.
   void backward(const float* x, const float* grad, float* to_x, double* act, float tau, int64_t features) const {
     const auto [least, most] = range(x, features);
-    const auto [body, zero, span, low, high, tails] = grid({least, most});
+    const Grid on = grid({least, most});
+    const auto [body, zero, span, low, high, tails] = on;
     const float lower = -zero * body, upper = span * body;
     const float slack = tail ? 1e-5f * (upper + tails * high - (lower - tails * low)) : body / 2;
     const float first = lower - tails * low - slack, last = upper + tails * high + slack;
     const float dense_first = tail ? lower : first, dense_last = tail ? upper : last;
-    const float low_step = std::max(low, 1e-12f), high_step = std::max(high, 1e-12f), width = tau * body;
-    const float below_reach = body + low, above_reach = body + high;
+    const float width = tau * body, below_reach = body + low, above_reach = body + high;
     float by_body = 0, by_low = 0, by_high = 0;
 #pragma omp simd reduction(+ : by_body, by_low, by_high)
     for (int64_t i = 0; i < features; ++i) {
-      const float value = x[i], code = std::min(std::max(std::nearbyint(value / body), -zero), span);
+      const float value = x[i];
+      const auto [code, below, above] = place(value, on);
       float slope = code - (value >= dense_first && value <= dense_last ? value / body : 0.0f);
       if (tail) {
         const float edge = code * body;
-        float below = std::min(std::max(std::nearbyint((edge - value) / low_step), 0.0f), tails);
-        float above = std::min(std::max(std::nearbyint((value - edge) / high_step), 0.0f), tails);
-        below = code == -zero ? below : 0.0f;
-        above = code == span ? above : 0.0f;
         // Moving an edge hands values near it from the tail's grid to the body's, by the soft mask's slope.
         const float over = value - upper, under = value - lower;
         const float to_upper = (edge - upper - high * above) * bell(over / width) * (span / width);

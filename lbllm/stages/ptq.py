@@ -23,6 +23,7 @@ from lbllm.binarize import (
     from_groups,
     group_length,
     levels_to_params,
+    spans,
     take_levels,
     to_groups,
 )
@@ -90,17 +91,16 @@ def binarize_layer(
     """
     weight = weight.to(hessian.dtype)
     hessian, factor = factors or factorize(hessian, config.damping)
-    count, length = LEVELS[fmt.format], group_length(fmt.group_size, weight.shape[1])
-    spans = [slice(start, min(start + length, weight.shape[1])) for start in range(0, weight.shape[1], length)]
+    count, groups = LEVELS[fmt.format], list(spans(weight.shape[1], fmt.group_size))
     importance = factor.diagonal().square().reciprocal()
 
     # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
     target = weight.t().contiguous()
     latent, value = target.clone(), torch.empty_like(target)
     with one_thread():
-        levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in spans]
+        levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in groups]
         for _ in range(config.sweeps):
-            for number, span in enumerate(spans):
+            for number, span in enumerate(groups):
                 levels[number] = _descend(target, latent, value, levels[number], span, hessian)
 
     residual = target - value
