@@ -142,17 +142,21 @@ class AarConfig(_Section):
 
 
 class E2eConfig(_Section):
-    """Stage 4, which is optional. Learning rates as in stage 3; the loss compares the logits of both models.
+    """Stage 4, which is optional. Learning rates as in stages 2 and 3; the loss compares the logits of both models.
 
-    Memory goes with ``seq_len``: the activations of the whole model are kept for one sequence."""
+    Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them.
+    ``feature_weight`` adds that much of the difference of the blocks' outputs to the loss. Memory goes with
+    ``seq_len``: the activations of the whole model are kept for one sequence."""
 
     tokens: int = Field(65_536, gt=0)
     seq_len: int = Field(256, ge=8, description="longer sequences of the run are cut to this length")
     epochs: int = Field(1, ge=1)
     batch_tokens: int = Field(1_024, gt=0)
+    lr_weight: float = Field(0.0, ge=0)
     lr_levels: float = Field(4e-3, ge=0)
     lr_act: float = Field(2e-3, ge=0)
     loss: LogitLoss = "forward_kl"
+    feature_weight: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
 
 

@@ -41,6 +41,7 @@ WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-qu
 AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
+E2E_LATENT = 16  # and where latent weights train: latent, gradient, two moments
 E2E_LOGITS = 40  # per token of one sequence and vocabulary entry: both models' logits, the loss and its gradient
 
 # Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
@@ -248,7 +249,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
         if stage == "e2e":
             kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
             logits = E2E_LOGITS * config.e2e_seq_len * text.vocab_size
-            training = E2E_WEIGHT * sum(layer.weights for layer in layers)
+            each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
+            training = each * sum(layer.weights for layer in layers)
             moments.append({activations: kept, "logits of one sequence": logits, "weights in training": training})
             continue
         stream = 4 * text.hidden_size * config.seq_len * math.ceil(settings.tokens / config.seq_len)

@@ -81,6 +81,18 @@ class BinaryLinear(nn.Module):
             assert bitmap is not None
             self.bitmap = nn.Parameter(bitmap.to(self.params.dtype) * 0.8 + 0.1)
 
+    @torch.no_grad()
+    def nearest_to(self, latent: Tensor) -> Tensor:
+        """A latent weight (out, in) for a frozen layer, which takes the level indices that the layer has: the given one
+        where it does so, elsewhere the level itself."""
+        levels, groups = (
+            params_to_levels(self.params).sort(-1).values,
+            to_groups(latent.to(self.params.dtype), self.length),
+        )
+        weight = self.weight()
+        nearest = from_groups(take_levels(levels, assign(groups, levels)), self.in_features)
+        return torch.where(nearest == weight, latent.to(weight.dtype), weight)
+
     def freeze(self) -> None:
         """Fix the level indices where training has brought them and drop what only training needs."""
         if self.latent is None:

@@ -8,17 +8,21 @@ scalar, zero where the student gives the teacher's distribution, and differentia
 - ``cakld``: the mixture of both by the teacher's confidence in the text (BitDistiller, Du et al. 2024).
 - ``eakld``: the mixture by the teacher's entropy, which needs no text (EdgeRazor, Zhang et al. 2026).
 - ``concrete_score``: logit differences of all pairs of the vocabulary (Concrete Score Distillation, Kim et al. 2026).
+
+``feature_error`` compares what blocks give instead of logits, on layers chosen anew each time (EdgeRazor's idea).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from lbllm.config import LogitLoss
+from lbllm.stages.wat import token_error
 
 
 def forward_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
@@ -53,6 +57,17 @@ def concrete_score(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
     weight, difference = teacher.detach().softmax(-1), student - teacher
     mean = (weight * difference).sum(-1, keepdim=True)
     return (weight * (difference - mean).square()).sum(-1).mean()
+
+
+def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The mean relative error (``token_error``) of the outputs (..., hidden) of some blocks, given of all in order.
+
+    Chosen is the quarter of the blocks where the error grows most from one to the next: a block that merely hands on
+    what it was given wrong is not pulled at.
+    """
+    errors = torch.stack([token_error(given, meant) for given, meant in zip(student, teacher, strict=True)])
+    growth = errors.detach().diff(prepend=errors.new_zeros(1))
+    return errors[growth.topk(-(-len(errors) // 4)).indices].mean()
 
 
 def _mixture(student: Tensor, teacher: Tensor, tokens: Tensor, gamma: Tensor) -> Tensor:

@@ -470,12 +470,29 @@ def _end_to_end(run: _Run) -> Iterator[Event]:
     student, blocks = _whole_student(run, run.config.stages[-2])
     layers = [layer for block in blocks for layer in binary_layers(block).values()]
     training = EndToEnd(
-        student, run.teacher, layers, sequences, run.config.e2e, seed=run.config.seed, autocast=run.autocast
+        student,
+        run.teacher,
+        layers,
+        sequences,
+        run.config.e2e,
+        latents=list(_latents(run, blocks)) if run.config.e2e.lr_weight > 0 else (),
+        seed=run.config.seed,
+        autocast=run.autocast,
     )
     yield StageStarted(stage=stage, steps=len(training.order))
     if any(run.store.load(stage, number) is None for number in range(len(blocks))):
         yield from _train_whole(run, training, blocks)
     yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
+    """Stage 1's compensated weights of all layers in order."""
+    for number, block in enumerate(blocks):
+        state = run.store.load("ptq", number)
+        if state is None:
+            raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of stage 1")
+        for name in binary_layers(block):
+            yield state.tensors[f"{name}.latent"].to(run.teacher.device)
 
 
 def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iterator[Event]:
@@ -507,8 +524,7 @@ def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iter
         if run.request() == "stop":
             keep()
         raise
-    for layer in training.layers:
-        layer.round_params()
+    training.freeze()
     after = training.loss(probe)
     diverged = not after <= before
     for number, block in enumerate(blocks):

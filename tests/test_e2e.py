@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from benchmarks.kill_resume import hashes
 from lbllm import pipeline
@@ -22,6 +23,8 @@ from lbllm.config import RunConfig, Stage, make_config
 from lbllm.errors import ConfigError
 from lbllm.events import BlockDone, BlockStarted, Event, RunDone, RunStopped, StageStarted, StepMetric
 from lbllm.hf import attach_kv_cache
+from lbllm.layers import BinaryLinear
+from lbllm.losses import feature_error
 from lbllm.models import Teacher
 from lbllm.pipeline import block_formats, stage_model
 from lbllm.stages.e2e import EndToEnd
@@ -66,6 +69,24 @@ def e2e_steps(events: list[Event]) -> list[int]:
 
 def e2e_done(events: list[Event]) -> list[BlockDone]:
     return [event for event in events if isinstance(event, BlockDone) and event.stage == "e2e"]
+
+
+def trained_student(folder: Path, teacher: Teacher) -> tuple[list[BinaryLinear], PreTrainedModel]:
+    """The model after stage 3 of the run in ``folder`` with its layers in training."""
+    settings = config()
+    student: PreTrainedModel = share_copy(teacher.model)
+    attach_kv_cache(student, 4, TrainingKVLayer)
+    _, student_blocks = decoder_blocks(student)
+    _, blocks, formats = block_formats(teacher.model, settings.quant)
+    store = BlockStore(folder, None)
+    layers: list[BinaryLinear] = []
+    for number, block in enumerate(blocks):
+        state = store.load("aar", number)
+        assert state is not None
+        restored = restore(block, formats[number], state.tensors, settings.quant.tail_steps)
+        student_blocks[number] = restored
+        layers += binary_layers(restored).values()
+    return layers, student
 
 
 @torch.no_grad()
@@ -118,6 +139,67 @@ def test_it_brings_the_deployed_model_closer_and_leaves_the_bits(stages: tuple[S
             same = torch.equal(tensor, old[name])
             assert same if name.endswith(".index") else not same
         assert ("aar" in stages) == any(name.endswith(".act") for name in new)
+
+
+@pytest.mark.parametrize("stages", [STAGES, ("ptq", "e2e")])
+def test_with_latent_weights_bits_change_too(stages: tuple[Stage, ...], tmp_path: Path) -> None:
+    settings = config(stages, epochs=8, lr_levels=5e-3, lr_weight=2e-2)
+    events = run_tiny(settings, tmp_path, bfloat_teacher())
+    (done,) = e2e_done(events)
+    after = deployed_loss(settings, tmp_path, "e2e", token_ids()[-3:])
+    assert done.loss_after == pytest.approx(after, rel=2e-2)
+    assert after < 0.9 * done.loss_before
+    changed = [
+        float((tensor != block_state(tmp_path, stages[-2], block)[name]).float().mean())
+        for block in range(2)
+        for name, tensor in block_state(tmp_path, "e2e", block).items()
+        if name.endswith(".index")
+    ]
+    assert min(changed) > 0
+    assert max(changed) < 0.5  # they start from the bits that there are
+
+
+def test_training_of_latent_weights_goes_on_where_it_was_stopped(
+    whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    settings = config(lr_weight=1e-2)
+    seen: list[Event] = []
+    run_tiny(settings, tmp_path / "whole", bfloat_teacher())
+    run_tiny(
+        settings, tmp_path, bfloat_teacher(), request=lambda: "stop" if len(e2e_steps(seen)) >= 3 else None, seen=seen
+    )
+    assert isinstance(seen[-1], RunStopped)
+    second = run_tiny(settings, tmp_path, bfloat_teacher())
+    assert e2e_steps(second) == [4, 5, 6]
+    assert hashes(tmp_path / "checkpoint") == hashes(tmp_path / "whole" / "checkpoint")
+    assert hashes(tmp_path / "checkpoint") != hashes(whole[0] / "checkpoint")
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_features_are_part_of_the_loss(weight: float, whole: tuple[Path, list[Event]], teacher: Teacher) -> None:
+    layers, student = trained_student(whole[0], teacher)
+    rates = config().e2e
+    sequences = token_ids(2)
+    plain, both = (
+        EndToEnd(student, teacher.model, layers, sequences, settings, seed=0, autocast=nullcontext).loss(sequences)
+        for settings in (rates, rates.model_copy(update={"feature_weight": weight}))
+    )
+    outputs: list[list[Tensor]] = []
+    with torch.no_grad():
+        for model in (student, teacher.model):
+            kept: list[Tensor] = []
+            hooks = [
+                module.register_forward_hook(lambda _, __, given, kept=kept: kept.append(given))
+                for module in (*model.model.layers[:-1], model.model.norm)
+            ]
+            for sequence in sequences.split(1):
+                model(input_ids=sequence)
+            for hook in hooks:
+                hook.remove()
+            outputs.append(kept)
+    blocks = len(outputs[0]) // 2
+    errors = [feature_error(outputs[0][at : at + blocks], outputs[1][at : at + blocks]) for at in (0, blocks)]
+    assert both - plain == pytest.approx(weight * float(sum(errors)) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("rate", [1e4, float("inf")])
@@ -185,21 +267,9 @@ def test_killed_between_two_savings_it_repeats_steps_and_ends_the_same(
 def test_the_gradient_is_that_of_the_whole_graph(whole: tuple[Path, list[Event]], teacher: Teacher) -> None:
     """Weights expanded once, sequences one by one: the same gradient as of one pass through everything."""
 
-    settings = config()
-    student = share_copy(teacher.model)
-    attach_kv_cache(student, 4, TrainingKVLayer)
-    _, student_blocks = decoder_blocks(student)
-    _, blocks, formats = block_formats(teacher.model, settings.quant)
-    store = BlockStore(whole[0], None)
-    layers = []
-    for number, block in enumerate(blocks):
-        state = store.load("aar", number)
-        assert state is not None
-        restored = restore(block, formats[number], state.tensors, settings.quant.tail_steps)
-        student_blocks[number] = restored
-        layers += binary_layers(restored).values()
+    layers, student = trained_student(whole[0], teacher)
     sequences = token_ids(2)
-    rates = settings.e2e.model_copy(
+    rates = config().e2e.model_copy(
         update={"batch_tokens": 64, "epochs": 1, "lr_levels": 0.0, "lr_act": 0.0, "grad_clip": 1e9}
     )
     training = EndToEnd(student, teacher.model, layers, sequences, rates, seed=0, autocast=nullcontext)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.config import LogitLoss
-from lbllm.losses import LOSSES
+from lbllm.losses import LOSSES, feature_error
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -74,3 +74,21 @@ def test_the_gradient_is_that_of_finite_differences(kind: LogitLoss) -> None:
     teacher, tokens = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 5, 2])
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda logits: LOSSES[kind](logits, teacher, tokens), student)
+
+
+def relative_error(given: np.ndarray, meant: np.ndarray) -> float:
+    squares = [((a - b) ** 2).sum() / max((a**2).sum(), (b**2).sum()) for a, b in zip(given, meant, strict=True)]
+    return float(np.mean(squares))
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32))
+def test_features_are_compared_where_their_error_grows_most(blocks: int, tokens: int, hidden: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    meant = random.standard_normal((blocks, tokens, hidden)) + 3
+    student = meant + random.uniform(0.1, 2, (blocks, 1, 1)) * random.standard_normal(meant.shape)
+    errors = [relative_error(a, b) for a, b in zip(student, meant, strict=True)]
+    growth = [error - before for error, before in zip(errors, [0.0, *errors], strict=False)]
+    chosen = sorted(range(blocks), key=lambda block: -growth[block])[: (blocks + 3) // 4]
+    wanted = np.mean([errors[block] for block in chosen])
+    found = feature_error(list(torch.from_numpy(student)), list(torch.from_numpy(meant)))
+    assert float(found) == pytest.approx(wanted, rel=1e-5)

@@ -1,10 +1,11 @@
 """Stage 4, end to end (optional; LBLLM has none): the whole student learns to give the teacher's logits.
 
-Bits are fixed; trained are the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and
-KV cache as they will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.)
+Trained are the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and KV cache as they
+will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.) Bits are fixed unless
+latent weights are given: then each weight takes the level nearest to its latent one, as in stage 2.
 
 Sequences go through one at a time and their gradients are summed. Each layer's fake-quantized weight is made once a
-step and collects its gradient, which then goes to the group parameters: their graph never spans the model.
+step and collects its gradient, which then goes to what makes the weight: that graph never spans the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from lbllm.activations import ActQuantizer
 from lbllm.config import E2eConfig
 from lbllm.layers import BinaryLinear
-from lbllm.losses import LOSSES
+from lbllm.losses import LOSSES, feature_error
 from lbllm.stages.wat import Step, batch_order, cosine
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
@@ -29,7 +30,8 @@ WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet 
 
 class EndToEnd:
     """The training of a student's ``layers``, frozen BinaryLinears of which those that read one input share their
-    quantizer. ``state`` and ``load`` carry it over an interruption between two steps, bit for bit."""
+    quantizer. ``latents`` (out, in), one a layer or none, train with ``config.lr_weight``; ``freeze`` then fixes the
+    bits. ``state`` and ``load`` carry the training over an interruption between two steps, bit for bit."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class EndToEnd:
         sequences: Tensor,
         config: E2eConfig,
         *,
+        latents: Sequence[Tensor] = (),
         seed: int,
         autocast: Any,
     ) -> None:
@@ -50,9 +53,12 @@ class EndToEnd:
         self.quantizers: list[ActQuantizer] = list(found.values())
         student.requires_grad_(False)
         groups: list[dict[str, Any]] = []
-        for layer in layers:
+        for number, layer in enumerate(layers):
             scale = float(layer.weight().detach().std())
             groups.append({"params": [layer.params.requires_grad_()], "lr": config.lr_levels * scale})
+            if latents:
+                layer.thaw(layer.nearest_to(latents[number]), "coupled")
+                groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
         if self.quantizers:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})
@@ -99,6 +105,12 @@ class EndToEnd:
             if not math.isfinite(total):
                 return
 
+    def freeze(self) -> None:
+        """Fix bits and round group parameters to what a checkpoint stores: the end of the training."""
+        for layer in self.layers:
+            layer.freeze()
+            layer.round_params()
+
     def state(self) -> dict[str, Tensor]:
         """All that a later process needs to go on from after the last whole step."""
         tensors = {"step": torch.tensor(self.step)}
@@ -120,11 +132,16 @@ class EndToEnd:
 
     def _next_token_loss(self, sequence: Tensor) -> Tensor:
         """The loss of one sequence of token ids (1, T) over the T - 1 next tokens that it has."""
+        features = self.config.feature_weight > 0
         with self.autocast():
             with torch.no_grad():
-                meant = self.teacher(input_ids=sequence, use_cache=False).logits[0, :-1]
-            given = self.student(input_ids=sequence, use_cache=False).logits[0, :-1]
-        return LOSSES[self.config.loss](given.float(), meant.float(), sequence[0, 1:])
+                meant = self.teacher(input_ids=sequence, use_cache=False, output_hidden_states=features)
+            given = self.student(input_ids=sequence, use_cache=False, output_hidden_states=features)
+        logits, target = given.logits[0, :-1].float(), meant.logits[0, :-1].float()
+        loss = LOSSES[self.config.loss](logits, target, sequence[0, 1:])
+        if features:  # the first hidden states are the embeddings
+            loss = loss + self.config.feature_weight * feature_error(given.hidden_states[1:], meant.hidden_states[1:])
+        return loss
 
     def _expand(self) -> None:
         for layer in self.layers:
