@@ -294,6 +294,7 @@ def main() -> None:
             print(f"{row.kind} {row.name} {row.group_size}: no row, see above", file=sys.stderr)
             continue
         results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(table(results[-1:]), file=sys.stderr)  # hours may pass until all rows are there
     print(table(results))
 
 
