@@ -1,4 +1,4 @@
-"""A real workbench server and a real browser: ``server`` (one a module, with a home of its own) and ``page``."""
+"""A real workbench server and a real browser: ``server`` (one for all files, with a home of its own) and ``page``."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Server:
         self.process = None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running workbench without runs."""
+    """A running workbench; each test leaves its runs ended."""
     server = Server(own_home(tmp_path_factory.mktemp("server") / "home", "kernels", "models"))
     server.start()
     yield server
