@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,20 @@ if not Path("/dev/nvidia0").exists():
 TOGETHER = (
     "tests/browser/",
     "tests/test_architectures.py",
+    "tests/test_compare_page.py",
+    "tests/test_decode.py",
+    "tests/test_duel.py",
+    "tests/test_e2e.py",
     "tests/test_export.py",
+    "tests/test_hf.py",
+    "tests/test_packaging.py",
     "tests/test_pipeline.py",
     "tests/test_preview.py",
+    "tests/test_quality.py",
+    "tests/test_quantize_preview.py",
+    "tests/test_shipped.py",
     "tests/test_showcase.py",
+    "tests/test_space.py",
     "tests/test_worker.py",
 )
 
@@ -31,6 +42,17 @@ class Sharing(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays for good. Loading a model collects garbage, and so does each stage of a run: each time
+    the collector would look through a million objects of the libraries again, for longer than a tiny model trains."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At its end Python takes everything apart by the collector, and some libraries complain of what it leaves."""
+    gc.unfreeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Any:

@@ -17,6 +17,7 @@ from lbllm.bundle import ASSETS
 from lbllm.cli import main
 from lbllm.corpora import evaluation_tokens
 from lbllm.evaluate import perplexity
+from tests.homes import own_home
 from tests.tiny_models import SENTENCES, save_tiny, tiny
 
 
@@ -50,7 +51,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Terminal:
-    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
     monkeypatch.delenv("LBLLM_DATA_DIR", raising=False)
     return Terminal(capsys, tmp_path)
 
@@ -313,7 +314,8 @@ def test_demo_and_its_repetition(terminal: Terminal, monkeypatch: pytest.MonkeyP
     wikitext.mkdir(parents=True)
     (wikitext / "wiki.test.raw").write_text(Path(terminal.text).read_text())
     monkeypatch.setenv("LBLLM_DATA_DIR", str(tmp_path / "data"))
-    wider = str(save_tiny(tmp_path / "wider", "llama", hidden_size=64, intermediate_size=96))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    wider = str(save_tiny(tmp_path / "wider", "llama", **sizes))
     options = ["demo", "--model", wider, "--preset", "preview", "--out", str(tmp_path / "out"), "--limit", "1"]
     first = terminal(*options)
     assert first.code == 0, first.err

@@ -15,7 +15,7 @@ from app.quantize_form import ADVANCED, SETTINGS
 from lbllm.cli import build
 from lbllm.commands.options import arguments, run_config
 from lbllm.config import PRESETS, RunConfig, make_config
-from lbllm.models import home
+from tests.homes import own_home
 from tests.tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -24,12 +24,8 @@ PAGE_SECONDS = 60
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
-    """The page over an empty home; the embedded model is converted once, in the usual one."""
-    usual = home() / "models"
-    usual.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "models").symlink_to(usual)
-    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    """The page over a home without runs."""
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     return AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS).run()
 

@@ -9,18 +9,14 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lbllm.hf import is_checkpoint
-from lbllm.models import home
 from lbllm.runs import Run, RunStore
 from tests.finished_run import finished_run
+from tests.homes import own_home
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    kernels = home() / "kernels"  # compiled once, in the usual home
-    kernels.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "kernels").symlink_to(kernels)
-    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path / "root"))
     (tmp_path / "root").mkdir()
     return finished_run(RunStore(tmp_path / "home" / "runs"), tmp_path)

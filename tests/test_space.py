@@ -18,6 +18,7 @@ from lbllm import models
 from lbllm.cli import main
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.space import write_space
+from tests.homes import own_home
 from tests.ports import free_port
 from tests.tiny_showcase import tiny_pair
 
@@ -39,7 +40,7 @@ def settings(space: Path) -> dict[str, Any]:
 
 def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, checkpoint = pair
-    space, home = tmp_path / "space", tmp_path / "home"
+    space = tmp_path / "space"
     write_space(checkpoint, space)
     assert {path.name for path in space.iterdir()} == {
         *("README.md", "app.py", "requirements.txt", "packages.txt", ".gitattributes"),
@@ -58,10 +59,7 @@ def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: 
     # What a folder says of its licence is not one that the hub knows.
     assert (front["license"], front["license_name"], front["models"]) == ("other", "none", [])
 
-    home.mkdir()
-    kernels = models.home() / "kernels"
-    kernels.mkdir(parents=True, exist_ok=True)
-    (home / "kernels").symlink_to(kernels)
+    home = own_home(tmp_path / "home", "kernels")
     port = free_port()
     variables = os.environ | {"LBLLM_HOME": str(home), "GRADIO_SERVER_PORT": str(port)}
     variables.pop("PYTHONPATH", None)

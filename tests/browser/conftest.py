@@ -1,4 +1,4 @@
-"""A real workbench server and a real browser: ``server`` (one a module, with a home of its own) and ``page``."""
+"""A real workbench server and a real browser: ``server`` (one for all files, with a home of its own) and ``page``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from lbllm.models import home
 from lbllm.runs import ACTIVE, RunStore
 from tests import waiting
+from tests.homes import own_home
 from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,14 +70,10 @@ class Server:
         self.process = None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running workbench without runs. The embedded model is converted once, in the usual home."""
-    folder = tmp_path_factory.mktemp("home")
-    models = home() / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    (folder / "models").symlink_to(models)
-    server = Server(folder)
+    """A running workbench; each test leaves its runs ended."""
+    server = Server(own_home(tmp_path_factory.mktemp("server") / "home", "kernels", "models"))
     server.start()
     yield server
     for run in server.store.all():
