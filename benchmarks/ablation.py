@@ -1,45 +1,33 @@
-"""What each choice of the three stages is worth, measured on one block of a real model.
+"""What each stage, and each choice in the stages, is worth, measured on single blocks of a real model.
 
-    python -m benchmarks.ablation --block 2
-    python -m benchmarks.ablation --block 14 --corpus wikipedia --stages wat
+    python -m benchmarks.ablation --blocks 2,14,27
+    python -m benchmarks.ablation --blocks 14 --corpus wikipedia --parts wat
 
-The blocks before ``--block`` stay dense but for the ``--before`` nearest ones, which stage 1 binarizes, so that the
-block in question gets the inputs it would get in a run. Printed: the block's relative output error (mean over tokens
-of ||teacher - student||^2 / ||teacher||^2) on the calibration text and on the corpus' tune part, which nothing is
-trained on.
+Printed is each block's relative output error (mean over tokens of ||teacher - student||^2 over the larger of the two
+squared norms), first on the corpus' tune part, which nothing is trained on, then on the text that was trained on.
+
+Parts: ``stages`` takes away one stage, or one idea of the paper, at a time; ``ptq``, ``wat`` and ``aar`` vary one
+setting of a stage. Training of weights and activations together has as many steps as stages 2 and 3 have.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
-from lbllm.activations import TrainingCache
-from lbllm.blocks import (
-    BlockCall,
-    all_inputs,
-    capture_calls,
-    decoder_blocks,
-    first_inputs,
-    linear_layers,
-    run_batches,
-    share_copy,
-    shared_inputs,
-)
-from lbllm.checkpoint import collect, restore
-from lbllm.config import AarConfig, LayerFormat, PtqConfig, WatConfig
+from benchmarks.one_block import Made, OneBlock
+from lbllm.config import AarConfig, PtqConfig, WatConfig
 from lbllm.corpora import load_corpus
+from lbllm.errors import ConfigError, LbllmError
 from lbllm.models import load_teacher
-from lbllm.stages.aar import aar_block, add_quantizers
-from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import binary_layers, token_error, wat_block
-
-BATCH = 4
 
 PTQ_VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},
@@ -69,130 +57,177 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "knee and clips not trained": {"lr_act": 0.0},
     "KV cache in 16 bits": {"kv_bits": 16},
 }
+SEARCH = AarConfig(epochs=0)
+# Ten times the usual rate: in so few steps no entry of the bitmap could cross over from 0.9 or 0.1 otherwise.
+RELAXED = WatConfig(bitmap="relaxed", lr_bitmap=0.1)
+
+Variant = tuple[str, str, Made]
 
 
-class Bench:
-    """One block with its inputs and targets, on text to train on and on text to judge by."""
+@dataclass(frozen=True)
+class Result:
+    """One variant on one block: its errors on the text that was trained on and on the other, or where it diverged."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        teacher = load_teacher(options.model)
-        _, self.blocks = decoder_blocks(teacher.model)
-        self.tokens = options.tokens
-        wanted: tuple[tuple[int, Literal["train", "tune"]], ...] = (
-            (options.tokens, "train"),
-            (options.judge_tokens, "tune"),
-        )
-        texts = [
-            load_corpus(options.corpus, teacher.tokenizer, seq_len=options.seq_len, tokens=tokens, part=part).sequences
-            for tokens, part in wanted
-        ]
-        self.calls: list[BlockCall] = capture_calls(teacher.model, texts[0][:1])
-        self.meant = [first_inputs(teacher.model, text, BATCH) for text in texts]
-        self.number = options.block
-        self.format = LayerFormat(format="w1+1", group_size=options.group_size, param_bits=16, act_bits=4)
-        for number in range(options.block - options.before):
-            self.meant = [self.advance(self.blocks[number], hidden, number) for hidden in self.meant]
-        self.seen = self.meant
-        for number in range(max(0, options.block - options.before), options.block):
-            tensors, _ = self.initialize(number, PtqConfig())
-            student = self.student(number, tensors)
-            self.seen = [self.advance(student, hidden, number) for hidden in self.seen]
-            self.meant = [self.advance(self.blocks[number], hidden, number) for hidden in self.meant]
-        self.targets = [self.advance(self.blocks[self.number], hidden, self.number) for hidden in self.meant]
-
-    @torch.no_grad()
-    def advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
-        return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
-
-    def student(self, number: int, tensors: dict[str, Tensor], tail: int = 3) -> nn.Module:
-        formats = dict.fromkeys(linear_layers(self.blocks[number]), self.format)
-        return restore(self.blocks[number], formats, tensors, tail)
-
-    def initialize(self, number: int, config: PtqConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Stage 1: the block's tensors and its latent weights."""
-        block, student = self.blocks[number], share_copy(self.blocks[number])
-        formats = dict.fromkeys(linear_layers(block), self.format)
-        tensors: dict[str, Tensor] = {}
-        latents: dict[str, Tensor] = {}
-        meant = all_inputs(block, self.meant[0], self.calls[number], BATCH)
-        results = ptq_block(block, student, self.calls[number], self.seen[0], meant, formats, config, BATCH)
-        for name, result in results:
-            layer = to_layer(block.get_submodule(name), self.format, result)
-            layer.round_params()
-            tensors |= collect({name: layer})
-            latents[name] = result.latent
-        return tensors, latents
-
-    def errors(self, student: nn.Module, cache: Any = None) -> list[float]:
-        outputs = [self.advance(student, hidden, self.number, cache) for hidden in self.seen]
-        return [float(token_error(output, target)) for output, target in zip(outputs, self.targets, strict=True)]
+    part: str
+    variant: str
+    trained: float
+    other: float
+    seconds: float
+    diverged: str
 
 
-def report(stage: str, name: str, errors: list[float], seconds: float) -> None:
-    print(f"| {stage} | {name} | {errors[0]:.5f} | {errors[1]:.5f} | {seconds:.0f} |", flush=True)
+class Ablation:
+    """The variants on one block, each made when it is asked for; what several of them begin with is made once."""
+
+    def __init__(self, block: OneBlock) -> None:
+        self.block = block
+
+    @cached_property
+    def first(self) -> Made:
+        """The block after stage 1."""
+        return self.block.initialize(PtqConfig())
+
+    @cached_property
+    def second(self) -> Made:
+        """The block after stages 1 and 2."""
+        return self.block.train(self.first, WatConfig())
+
+    def stages(self) -> Iterator[Variant]:
+        """One stage, or one idea of the paper, taken away at a time."""
+        block, weights = self.block, "W(1+1)A16"
+        plain = block.cluster()
+        yield weights, "plain clustering", plain
+        first = self.first
+        yield weights, "stage 1", first
+        trained = block.train(plain, WatConfig())
+        yield weights, "stage 2 without PTQ initialization", trained
+        second = self.second
+        yield weights, "stages 1, 2", second
+        relaxed = block.train(first, RELAXED)
+        yield weights, "stages 1, 2, relaxed bitmap", relaxed
+        free = block.train(first, RELAXED.model_copy(update={"reg_weight": 0.0}))
+        yield weights, "stages 1, 2, relaxed bitmap, no polarization", free
+        signs = block.train(block.initialize(PtqConfig(), "w1"), WatConfig())
+        yield "W1A16", "stages 1, 2, no bitmap", signs
+        both = "W(1+1)A4KV4"
+        yield both, "stage 1, knee searched", block.refine(first, SEARCH)
+        yield both, "stages 1, 2, knee searched", block.refine(second, SEARCH)
+        yield both, "stage 3 from plain clustering", block.refine(plain, AarConfig())
+        yield both, "stages 1, 3", block.refine(first, AarConfig())
+        yield both, "stages 2, 3 without PTQ initialization", block.refine(trained, AarConfig())
+        yield both, "all three", block.refine(second, AarConfig())
+        yield both, "all three, relaxed bitmap", block.refine(relaxed, AarConfig())
+        yield both, "all three, relaxed bitmap, no polarization", block.refine(free, AarConfig())
+        yield both, "all three, no knee", block.refine(second, AarConfig(), tail=0)
+        yield "W1A4KV4", "all three, no bitmap", block.refine(signs, AarConfig())
+        # As many steps as stages 2 and 3 have.
+        together = {"epochs": WatConfig().epochs + AarConfig().epochs}
+        for name, start, config in (
+            ("stage 1, then all together", first, WatConfig()),
+            ("stage 1, then all together, relaxed bitmap", first, RELAXED),
+            (
+                "stage 1, then all together, relaxed bitmap, plain MSE",
+                first,
+                RELAXED.model_copy(update={"loss": "mse"}),
+            ),
+            ("plain clustering, then all together", plain, WatConfig()),
+        ):
+            yield both, name, block.join(start, config.model_copy(update=together), AarConfig())
+
+    def ptq(self) -> Iterator[Variant]:
+        """Settings of stage 1."""
+        for name, values in PTQ_VARIANTS.items():
+            yield "1", name, self.block.initialize(PtqConfig(**values)) if values else self.first
+
+    def wat(self) -> Iterator[Variant]:
+        """Settings of stage 2."""
+        for name, values in WAT_VARIANTS.items():
+            yield "2", name, self.block.train(self.first, WatConfig(**values)) if values else self.second
+
+    def aar(self) -> Iterator[Variant]:
+        """Settings of stage 3."""
+        for name, values in AAR_VARIANTS.items():
+            how = {key: value for key, value in values.items() if key in ("tail", "kv_bits")}
+            config = AarConfig(**{key: value for key, value in values.items() if key not in how})
+            yield "3", name, self.block.refine(self.second, config, **how)
+
+
+PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {
+    "stages": Ablation.stages,
+    "ptq": Ablation.ptq,
+    "wat": Ablation.wat,
+    "aar": Ablation.aar,
+}
+
+
+def measure(block: OneBlock, parts: list[str], report: Callable[[str], None]) -> list[Result]:
+    """All variants of the parts on one block; each is reported as soon as it is there."""
+    ablation, results = Ablation(block), []
+    began = time.perf_counter()
+    for name in parts:
+        for part, variant, made in PARTS[name](ablation):
+            trained, other = block.errors(made)
+            seconds = time.perf_counter() - began
+            results.append(Result(part, variant, trained, other, seconds, made.diverged))
+            report(f"block {block.number}, {part}, {variant}: {_cell(results[-1], other)} ({seconds:.0f} s)")
+            began = time.perf_counter()
+    return results
+
+
+def table(results: dict[int, list[Result]], error: Literal["other", "trained"]) -> str:
+    """The errors as a Markdown table with a column for each block."""
+    lines = ["| | variant | " + " | ".join(f"block {number}" for number in results) + " | seconds |"]
+    lines.append("|" + " --- |" * (len(results) + 3))
+    for rows in zip(*results.values(), strict=True):
+        cells = [_cell(row, getattr(row, error)) for row in rows]
+        seconds = sum(row.seconds for row in rows)
+        lines.append("| " + " | ".join([rows[0].part, rows[0].variant, *cells, f"{seconds:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(result: Result, error: float) -> str:
+    return result.diverged or f"{error:.5f}"
+
+
+def chosen(parts: str, blocks: str) -> tuple[list[str], list[int]]:
+    """What the options name. Raises ConfigError."""
+    names = parts.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"--parts {name}: choose from {', '.join(PARTS)}")
+    for number in blocks.split(","):
+        if not number.isdigit():
+            raise ConfigError(f"--blocks {number}: give numbers of blocks, from 0, joined by commas")
+    return names, [int(number) for number in blocks.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--corpus", default="embedded")
-    parser.add_argument("--block", type=int, default=2)
-    parser.add_argument("--before", type=int, default=2, help="binarized blocks before the one measured")
-    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--blocks", default="2", help="numbers joined by commas")
+    parser.add_argument("--before", type=int, default=2, help="binarized blocks before each of them")
+    parser.add_argument("--tokens", type=int, default=8_192, help="to train on")
     parser.add_argument("--judge-tokens", type=int, default=4_096)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--stages", default="ptq,wat,aar")
+    parser.add_argument("--parts", default=",".join(PARTS), help="joined by commas")
     options = parser.parse_args()
-    stages = options.stages.split(",")
-
-    bench = Bench(options)
-    call = bench.calls[bench.number]
-    print("| stage | variant | error, trained text | error, other text | seconds |\n| --- | --- | --- | --- | --- |")
-    tensors, latents = bench.initialize(bench.number, PtqConfig())
-    for name, values in PTQ_VARIANTS.items() if "ptq" in stages else ():
-        began = time.perf_counter()
-        variant, _ = bench.initialize(bench.number, PtqConfig(**values))
-        report("1", name, bench.errors(bench.student(bench.number, variant)), time.perf_counter() - began)
-    trained = tensors
-    for name, values in WAT_VARIANTS.items():
-        if "wat" not in stages and name != "as shipped":
-            continue
-        began = time.perf_counter()
-        student = bench.student(bench.number, tensors)
-        config = WatConfig(**values)
-        steps = wat_block(
-            student, call, bench.seen[0], bench.targets[0], latents, config, seed=0, autocast=contextlib.nullcontext
-        )
-        for _ in steps:
-            pass
-        for layer in binary_layers(student).values():
-            layer.round_params()
-        if name == "as shipped":
-            trained = collect(binary_layers(student))
-        report("2", name, bench.errors(student), time.perf_counter() - began)
-    for name, values in AAR_VARIANTS.items() if "aar" in stages else ():
-        began = time.perf_counter()
-        values = dict(values)
-        tail, kv_bits = values.pop("tail", 3), values.pop("kv_bits", 4)
-        settings = AarConfig(**values)
-        cache = TrainingCache(kv_bits) if kv_bits < 16 else None
-        student = bench.student(bench.number, trained, tail)
-        sharing = shared_inputs(bench.blocks[bench.number], bench.seen[0][:1], call)
-        add_quantizers(student, sharing, call, bench.seen[0], settings, tail=tail, kv_bits=kv_bits, batch=BATCH)
-        steps = aar_block(
-            student,
-            call,
-            bench.seen[0],
-            bench.targets[0],
-            settings,
-            kv_bits=kv_bits,
-            seed=0,
-            autocast=contextlib.nullcontext,
-        )
-        for _ in steps:
-            pass
-        report("3", name, bench.errors(student, cache), time.perf_counter() - began)
+    results: dict[int, list[Result]] = {}
+    try:
+        parts, numbers = chosen(options.parts, options.blocks)
+        teacher = load_teacher(options.model)
+        load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
+        trained = load(tokens=options.tokens).sequences
+        judged = load(tokens=options.judge_tokens, part="tune").sequences
+        for number in numbers:
+            block = OneBlock(teacher, trained, judged, number, before=options.before, group_size=options.group_size)
+            results[number] = measure(block, parts, lambda line: print(line, file=sys.stderr, flush=True))
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{options.corpus}, group size {options.group_size}, {torch.get_num_threads()} threads, {date.today()}")
+    print(f"\nOn {judged.numel():,} tokens of other text:\n\n{table(results, 'other')}")
+    print(f"\nOn the {trained.numel():,} tokens that were trained on:\n\n{table(results, 'trained')}")
 
 
 if __name__ == "__main__":

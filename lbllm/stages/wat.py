@@ -132,6 +132,21 @@ def distill(
             return
 
 
+def thaw_layers(layers: dict[str, BinaryLinear], latents: dict[str, Tensor], config: WatConfig) -> list[dict[str, Any]]:
+    """Begin training a block's frozen layers from latent weights (out, in) by layer name; the optimizer's groups."""
+    groups: list[dict[str, Any]] = []
+    for name, layer in layers.items():
+        latent = latents[name]
+        relaxed = config.bitmap == "relaxed" and layer.fmt.format == "w1+1"
+        layer.thaw(latent, "relaxed" if relaxed else "coupled")
+        scale = float(latent.std())
+        groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
+        groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
+        if layer.bitmap is not None:
+            groups.append({"params": [layer.bitmap], "lr": config.lr_bitmap})
+    return groups
+
+
 def wat_block(
     block: nn.Module,
     call: BlockCall,
@@ -148,16 +163,7 @@ def wat_block(
     The layers are frozen again, with the new bits and levels, when the iterator ends.
     """
     layers = binary_layers(block)
-    groups: list[dict[str, Any]] = []
-    for name, layer in layers.items():
-        latent = latents[name]
-        relaxed = config.bitmap == "relaxed" and layer.fmt.format == "w1+1"
-        layer.thaw(latent, "relaxed" if relaxed else "coupled")
-        scale = float(latent.std())
-        groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
-        groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
-        if layer.bitmap is not None:
-            groups.append({"params": [layer.bitmap], "lr": config.lr_bitmap})
+    groups = thaw_layers(layers, latents, config)
     yield from distill(
         block,
         call,

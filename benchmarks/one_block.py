@@ -1,0 +1,220 @@
+"""One block of a real model with its inputs and targets, on which stages are tried out in any order.
+
+The blocks before it stay dense but for the nearest ones, which stage 1 binarizes, so that the block gets the inputs it
+would get in a run. It is trained on one text and judged by another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.activations import ActQuantizer, TrainingCache
+from lbllm.binarize import (
+    LEVELS,
+    assign,
+    fit_levels,
+    from_groups,
+    group_length,
+    levels_to_params,
+    to_groups,
+)
+from lbllm.blocks import (
+    all_inputs,
+    capture_calls,
+    decoder_blocks,
+    first_inputs,
+    linear_layers,
+    linear_weight,
+    run_batches,
+    share_copy,
+    shared_inputs,
+)
+from lbllm.checkpoint import collect, restore
+from lbllm.config import AarConfig, Format, LayerFormat, PtqConfig, WatConfig
+from lbllm.errors import ConfigError
+from lbllm.layers import BinaryLinear
+from lbllm.models import Teacher
+from lbllm.stages.aar import aar_block, add_quantizers
+from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.wat import Step, binary_layers, distill, thaw_layers, token_error, wat_block
+
+BATCH = 4
+EM_STEPS = 20  # of a clustering that nothing comes after
+
+
+@dataclass(frozen=True)
+class Made:
+    """The block as stages have made it. ``latents``: what stage 2 would train, where a stage before it was the last;
+    ``diverged``: where a training met a loss that is no number, else empty."""
+
+    block: nn.Module
+    latents: dict[str, Tensor]
+    kv_bits: int = 16
+    diverged: str = ""
+
+
+class OneBlock:
+    """Block ``number`` of a teacher, with ``before`` binarized ones ahead of it, trained on token ids (n, T) and judged
+    by others (m, T)."""
+
+    def __init__(
+        self, teacher: Teacher, trained: Tensor, judged: Tensor, number: int, *, before: int, group_size: int
+    ) -> None:
+        _, self.blocks = decoder_blocks(teacher.model)
+        if not 0 <= number < len(self.blocks):
+            raise ConfigError(f"--blocks {number}: {teacher.name} has blocks 0 to {len(self.blocks) - 1}")
+        self.number, self.group_size = number, group_size
+        self.calls = capture_calls(teacher.model, trained[:1])
+        self.meant = [first_inputs(teacher.model, text, BATCH) for text in (trained, judged)]
+        first = max(0, number - before)
+        for earlier in range(first):
+            self.meant = [self._advance(self.blocks[earlier], hidden, earlier) for hidden in self.meant]
+        self.seen = self.meant
+        for earlier in range(first, number):
+            student = self.initialize(PtqConfig(), number=earlier).block
+            self.seen = [self._advance(student, hidden, earlier) for hidden in self.seen]
+            self.meant = [self._advance(self.blocks[earlier], hidden, earlier) for hidden in self.meant]
+        self.targets = [self._advance(self.blocks[number], hidden, number) for hidden in self.meant]
+
+    @torch.no_grad()
+    def _advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
+        return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
+
+    def _format(self, kind: Format) -> LayerFormat:
+        return LayerFormat(format=kind, group_size=self.group_size, param_bits=16, act_bits=4)
+
+    def _copy(self, made: Made, tail: int = 3) -> nn.Module:
+        """A block of its own, to train."""
+        layers = binary_layers(made.block)
+        return restore(
+            self.blocks[self.number], {name: layer.fmt for name, layer in layers.items()}, collect(layers), tail
+        )
+
+    def initialize(self, config: PtqConfig, kind: Format = "w1+1", number: int | None = None) -> Made:
+        """Stage 1, of another block where its ``number`` is given."""
+        number = self.number if number is None else number
+        block, student, call = self.blocks[number], share_copy(self.blocks[number]), self.calls[number]
+        formats = dict.fromkeys(linear_layers(block), self._format(kind))
+        meant = all_inputs(block, self.meant[0], call, BATCH)
+        latents: dict[str, Tensor] = {}
+        for name, result in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):
+            student.set_submodule(name, to_layer(block.get_submodule(name), formats[name], result))
+            latents[name] = result.latent
+        return _rounded(Made(student, latents))
+
+    @torch.no_grad()
+    def cluster(self, kind: Format = "w1+1") -> Made:
+        """What stage 1 is compared with: each group's weights in clusters, all of them equally important, without
+        regard to inputs."""
+        student = share_copy(self.blocks[self.number])
+        fmt, latents = self._format(kind), {}
+        for name, layer in linear_layers(self.blocks[self.number]).items():
+            weight = linear_weight(layer).contiguous()
+            columns = weight.shape[1]
+            groups = to_groups(weight, group_length(self.group_size, columns))
+            counted = to_groups(torch.ones(1, columns), groups.shape[-1])  # the padding of a last group counts nothing
+            levels = fit_levels(groups, counted, LEVELS[kind], EM_STEPS)
+            index = from_groups(assign(groups, levels), columns).contiguous()
+            student.set_submodule(name, BinaryLinear(layer, fmt, levels_to_params(levels), index))
+            latents[name] = weight
+        return _rounded(Made(student, latents))
+
+    def train(self, made: Made, config: WatConfig) -> Made:
+        """Stage 2."""
+        block = self._copy(made)
+        steps = wat_block(
+            block,
+            self.calls[self.number],
+            self.seen[0],
+            self.targets[0],
+            made.latents,
+            config,
+            seed=0,
+            autocast=contextlib.nullcontext,
+        )
+        diverged = _finish(steps)
+        return _rounded(Made(block, {}, diverged=diverged))
+
+    def refine(self, made: Made, config: AarConfig, *, tail: int = 3, kv_bits: int = 4) -> Made:
+        """Stage 3; with no epochs the search of knees alone."""
+        block = self._quantized(made, config, tail, kv_bits)
+        steps = aar_block(
+            block,
+            self.calls[self.number],
+            self.seen[0],
+            self.targets[0],
+            config,
+            kv_bits=kv_bits,
+            seed=0,
+            autocast=contextlib.nullcontext,
+        )
+        diverged = made.diverged or _finish(steps)
+        return _rounded(Made(block, {}, kv_bits, diverged))
+
+    def join(self, made: Made, config: WatConfig, aar: AarConfig, *, kv_bits: int = 4) -> Made:
+        """What the paper found to diverge, stages 2 and 3 in one: latent weights, levels, bitmap, knees and clips learn
+        together on quantized activations and KV cache."""
+        block = self._quantized(made, aar, 3, kv_bits)
+        layers = binary_layers(block)
+        groups = thaw_layers(layers, made.latents, config)
+        quantizers: dict[int, ActQuantizer] = {
+            id(layer.quantizer): layer.quantizer for layer in layers.values() if layer.quantizer is not None
+        }
+        groups.append({"params": [quantizer.act for quantizer in quantizers.values()], "lr": aar.lr_act})
+
+        def steps() -> Iterable[Step]:
+            for step in distill(
+                block,
+                self.calls[self.number],
+                self.seen[0],
+                self.targets[0],
+                groups,
+                config,
+                loss_kind=config.loss,
+                reg_weight=config.reg_weight,
+                seed=0,
+                autocast=contextlib.nullcontext,
+                cache=TrainingCache(kv_bits),
+            ):
+                for quantizer in quantizers.values():
+                    quantizer.bound()
+                yield step
+
+        diverged = _finish(steps())
+        for layer in layers.values():
+            layer.freeze()
+        return _rounded(Made(block, {}, kv_bits, diverged))
+
+    def _quantized(self, made: Made, config: AarConfig, tail: int, kv_bits: int) -> nn.Module:
+        """A copy of the block with searched quantizers of the activations."""
+        block, call = self._copy(made, tail), self.calls[self.number]
+        sharing = shared_inputs(self.blocks[self.number], self.seen[0][:1], call)
+        add_quantizers(block, sharing, call, self.seen[0], config, tail=tail, kv_bits=kv_bits, batch=BATCH)
+        return block
+
+    def errors(self, made: Made) -> tuple[float, float]:
+        """The relative output error, mean over tokens of ||teacher - student||^2 over the larger of both squared norms,
+        on the text that was trained on and on the other."""
+        cache = TrainingCache(made.kv_bits) if made.kv_bits < 16 else None
+        outputs = [self._advance(made.block, hidden, self.number, cache) for hidden in self.seen]
+        trained, other = (float(token_error(*pair)) for pair in zip(outputs, self.targets, strict=True))
+        return trained, other
+
+
+def _finish(steps: Iterable[Step]) -> str:
+    """Take all steps; where a loss was no number, in words."""
+    return next((f"diverged at step {step.step}" for step in steps if not math.isfinite(step.loss)), "")
+
+
+def _rounded(made: Made) -> Made:
+    """With the parameters as a checkpoint would store them."""
+    for layer in binary_layers(made.block).values():
+        layer.round_params()
+    return made

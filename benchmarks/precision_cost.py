@@ -1,0 +1,213 @@
+"""What each reduction of precision costs a finished run: ``python -m benchmarks.precision_cost RUN``.
+
+    python -m benchmarks.precision_cost 20261122-135811-bcaf0e --text notes.txt
+    python -m benchmarks.precision_cost 20261122-135811-bcaf0e --text wikitext2 --limit 10
+
+RUN is a run's id, or the folder with its settings and block states. All models have the bits and levels that the run
+ended with, unless a stage is named, and are computed as they are deployed. Printed are perplexities on the same
+windows: with activations and KV cache in 16, 8 and 4 bits (8: an even grid over each token's range); with group
+parameters in 8 bits instead of float16; and, for 4-bit activations, by kind of input and by depth, with all inputs in 4
+bits but one group's, and with that group's alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lbllm.activations import ActQuantizer
+from lbllm.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
+from lbllm.commands.opening import windows
+from lbllm.config import STAGE_NAMES, RunConfig, Stage, parse_config
+from lbllm.errors import ConfigError, LbllmError, RunError
+from lbllm.evaluate import perplexity
+from lbllm.layers import PackedLinear
+from lbllm.models import Teacher, load_teacher
+from lbllm.pipeline import stage_model
+from lbllm.runs import RunStore
+
+PROBE = 8  # tokens that tell which layers read the same input
+PARTS = 4  # of the depth
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of a table: what it is, its perplexity, and that of the model it is compared with."""
+
+    label: str
+    perplexity: float
+    base: float
+
+    @property
+    def change(self) -> str:
+        """In per cent of the base."""
+        return f"{100 * (self.perplexity / self.base - 1):+.1f}%"
+
+
+class Precision:
+    """Models of the run in ``folder``, measured on windows of token ids (n, T)."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, teacher: Teacher, sequences: Tensor, report: Callable[[str], None]
+    ) -> None:
+        if "aar" not in config.stages or config.quant.act_bits == 16:
+            raise ConfigError(
+                f"{folder}: this run leaves activations in 16 bits; give one with stage aar and act_bits 4"
+            )
+        self.config, self.folder, self.teacher, self.sequences = config, folder, teacher, sequences
+        self.report = report
+        self.act, self.kv = config.quant.act_bits, config.quant.kv_bits
+
+    def model(self, kv_bits: int, param_bits: int, stage: Stage | None = None) -> PreTrainedModel:
+        """The run's model after a stage, the last one by default, with these bits of KV cache and group parameters."""
+        quant = self.config.quant.model_copy(update={"kv_bits": kv_bits, "param_bits": param_bits})
+        config = self.config.model_copy(update={"quant": quant})
+        return stage_model(config, self.folder, stage or config.stages[-1], self.teacher)
+
+    def measured(self, label: str, model: PreTrainedModel) -> float:
+        """The model's perplexity."""
+        value = perplexity(model, self.sequences).perplexity
+        self.report(f"{label}: {value:,.2f}")
+        return value
+
+    def by_bits(self) -> list[Measured]:
+        """Activations and KV cache of the same weights in fewer and fewer bits; the first row is what the others are
+        compared with, the last one the model as it is deployed."""
+        rows: list[Measured] = []
+        bits = [(16, 16), (16, self.kv), (8, self.kv), (self.act, 16), (self.act, self.kv)]
+        for act_bits, kv_bits in dict.fromkeys(bits):
+            model = self.model(kv_bits, self.config.quant.param_bits)
+            if act_bits != self.act:
+                for layer in packed_layers(model).values():
+                    layer.quantizer = ActQuantizer(act_bits, tail=0) if act_bits < 16 else None
+            label = f"A{act_bits}KV{kv_bits}"
+            value = self.measured(label, model)
+            rows.append(Measured(label, value, rows[0].base if rows else value))
+        return rows
+
+    def by_params(self, deployed: float) -> list[Measured]:
+        """Group parameters in 8 bits against float16, after stage 2 and after the last stage, whose model is
+        ``deployed``; none where the run has them in 8 bits already."""
+        if self.config.quant.param_bits == 8:
+            return []
+        rows: list[Measured] = []
+        last = self.config.stages[-1]
+        for stage in ("wat", last):
+            name = STAGE_NAMES[stage]
+            base = deployed if stage == last else self.measured(f"{name}, float16", self.model(self.kv, 16, stage))
+            rows.append(Measured(name, self.measured(f"{name}, 8 bits", self.model(self.kv, 8, stage)), base))
+        return rows
+
+    def by_group(self, groups: dict[str, set[str]], free: float, deployed: float) -> list[tuple[Measured, Measured]]:
+        """For each group of layers: all inputs quantized but theirs, against the ``deployed`` model, and theirs alone,
+        against the one with ``free`` activations. The group that costs most comes first."""
+        model = self.model(self.kv, self.config.quant.param_bits)
+        layers = packed_layers(model)
+        own = {name: layer.quantizer for name, layer in layers.items()}
+        rows = []
+        for label, members in groups.items():
+            found = []
+            for what, kept, base in (
+                ("all but", own.keys() - members, deployed),
+                ("only", own.keys() & members, free),
+            ):
+                for name, layer in layers.items():
+                    layer.quantizer = own[name] if name in kept else None
+                found.append(Measured(label, self.measured(f"A{self.act}, {what} {label}", model), base))
+            rows.append((found[0], found[1]))
+        return sorted(rows, key=lambda row: row[0].perplexity)
+
+
+def packed_layers(model: PreTrainedModel) -> dict[str, PackedLinear]:
+    """The packed layers by their full names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def kinds(teacher: Teacher, sequence: Tensor) -> dict[str, set[str]]:
+    """The full names of the blocks' layers, those together that read the same input in their blocks; found on a
+    sequence (1, T)."""
+    path, blocks = decoder_blocks(teacher.model)
+    calls, hidden = capture_calls(teacher.model, sequence), first_inputs(teacher.model, sequence, 1)
+    found: dict[str, set[str]] = {}
+    for number, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        for names in shared_inputs(block, hidden, call):
+            label = ", ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+            found.setdefault(label, set()).update(f"{path}.{number}.{name}" for name in names)
+    return found
+
+
+def depths(teacher: Teacher, names: Iterable[str]) -> dict[str, set[str]]:
+    """The same layers by the fourths of the depth."""
+    path, blocks = decoder_blocks(teacher.model)
+    found: dict[str, set[str]] = {}
+    parts: dict[int, list[int]] = {}
+    for number in range(len(blocks)):
+        parts.setdefault(number * PARTS // len(blocks), []).append(number)
+    for numbers in parts.values():
+        prefixes = tuple(f"{path}.{number}." for number in numbers)
+        found[f"blocks {numbers[0]} to {numbers[-1]}"] = {name for name in names if name.startswith(prefixes)}
+    return found
+
+
+def opened(name: str) -> tuple[RunConfig, Path]:
+    """The settings and the folder of the run that ``name`` means. Raises RunError."""
+    folder = Path(name).expanduser()
+    if not (folder / "blocks").is_dir():
+        run = RunStore().get(name)
+        return run.config, run.folder
+    try:
+        return parse_config(json.loads((folder / "config.json").read_text())), folder
+    except (OSError, ValueError, ConfigError) as error:
+        raise RunError(f"{folder}: its settings can't be read from config.json ({error})") from None
+
+
+def tables(precision: Precision) -> str:
+    """All of it as Markdown."""
+    bits = precision.by_bits()
+    by_label = {row.label: row.perplexity for row in bits}
+    act, free, deployed = f"A{precision.act}", by_label[f"A16KV{precision.kv}"], bits[-1].perplexity
+    lines = [f"| activations, KV cache | perplexity | over {bits[0].label} |", "| --- | --- | --- |"]
+    lines += [f"| {row.label} | {row.perplexity:,.2f} | {row.change} |" for row in bits]
+    if params := precision.by_params(deployed):
+        lines += ["", "| group parameters | float16 | 8 bits | |", "| --- | --- | --- | --- |"]
+        lines += [f"| {row.label} | {row.base:,.2f} | {row.perplexity:,.2f} | {row.change} |" for row in params]
+    layers = kinds(precision.teacher, precision.sequences[:1, :PROBE])
+    names = set[str]().union(*layers.values())
+    for title, groups in (("inputs of", layers), ("depth", depths(precision.teacher, names))):
+        lines += ["", f"| {title} | all {act} but these | | only these {act} | |", "| --- | --- | --- | --- | --- |"]
+        for without, alone in precision.by_group(groups, free, deployed):
+            left = f"{without.perplexity:,.2f} | {without.change}"
+            lines.append(f"| {without.label} | {left} | {alone.perplexity:,.2f} | {alone.change} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's id or folder")
+    parser.add_argument("--text", default="embedded", help="wikitext2, a file, or a corpus' held-out part")
+    parser.add_argument("--limit", type=int, default=2, help="windows")
+    parser.add_argument("--window", type=int, help="tokens of each; 2,048 by default")
+    options = parser.parse_args()
+    try:
+        config, folder = opened(options.run)
+        teacher = load_teacher(config.model)
+        sequences = windows(options.text, teacher.model, teacher.tokenizer, options.window, options.limit)
+        precision = Precision(config, folder, teacher, sequences, lambda line: print(line, file=sys.stderr, flush=True))
+        found = tables(precision)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    print(f"{options.text}, {len(sequences)} windows of {sequences.shape[1]} tokens, {date.today()}")
+    print(f"{torch.get_num_threads()} threads\n\n{found}")
+
+
+if __name__ == "__main__":
+    main()
