@@ -58,8 +58,7 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "KV cache in 16 bits": {"kv_bits": 16},
 }
 SEARCH = AarConfig(epochs=0)
-# Ten times the usual rate: in so few steps no entry of the bitmap could cross over from 0.9 or 0.1 otherwise.
-RELAXED = WatConfig(bitmap="relaxed", lr_bitmap=0.1)
+RELAXED = WatConfig(bitmap="relaxed")
 
 Variant = tuple[str, str, Made]
 

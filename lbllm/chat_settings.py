@@ -13,8 +13,9 @@ class ChatSettings(BaseModel):
 
     system: str = ""
     template: bool = True
-    temperature: float = Field(0.7, ge=0, le=2)
-    top_p: float = Field(0.95, gt=0, le=1)
+    # As the makers of SmolLM2 advise; at higher ones small models, and binarized ones above all, lose the thread.
+    temperature: float = Field(0.2, ge=0, le=2)
+    top_p: float = Field(0.9, gt=0, le=1)
     seed: int = Field(0, ge=0)
     max_new_tokens: int = Field(160, ge=1, le=4096)
 

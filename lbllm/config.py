@@ -120,7 +120,7 @@ class WatConfig(_Section):
     batch_tokens: int = Field(512, gt=0)
     lr_weight: float = Field(2e-2, ge=0)
     lr_levels: float = Field(5e-3, ge=0)
-    lr_bitmap: float = Field(1e-2, ge=0)
+    lr_bitmap: float = Field(0.1, ge=0)
     bitmap: Literal["coupled", "relaxed"] = "coupled"
     reg_weight: float = Field(30.0, ge=0, description="lambda of the paper's bitmap polarization")
     loss: Literal["relative", "mse"] = "relative"
