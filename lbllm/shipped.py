@@ -27,7 +27,7 @@ from lbllm.run_record import RECORD
 
 SHIPPED = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
-_SMALL = ("config.json", "generation_config.json", RECORD)
+_SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
 _PACKED_ENDINGS = (".params", ".params_scale", ".quantizer.act")
 
 
