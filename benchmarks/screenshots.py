@@ -25,6 +25,7 @@ from tests.browser.test_showcase import ask
 from tests.ports import free_port
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
+QUESTION = "What is the capital of France?"
 PATIENCE = 300_000  # milliseconds for whatever a page computes
 
 
@@ -72,7 +73,7 @@ SHOWCASE = "showcase"
 def showcase(page: Page, address: str) -> None:
     """Both models have answered an audience."""
     page.goto(address)
-    ask(page, PROMPT)
+    ask(page, QUESTION)
     expect(page.get_by_text("tokens/s, both at once")).to_have_count(2, timeout=PATIENCE)
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible(timeout=PATIENCE)
     page.mouse.move(1, 1)
