@@ -1,7 +1,7 @@
 # The workbench, and the command line, in a container:
 #   docker build -t lbllm .
 #   docker run --rm -p 127.0.0.1:8501:8501 -v lbllm:/cache -v "$PWD:/work" lbllm
-#   docker run --rm -v lbllm:/cache -v "$PWD:/work" lbllm quantize --preset quick --out runs/quick
+#   docker run --rm --no-healthcheck -v lbllm:/cache -v "$PWD:/work" lbllm quantize --preset quick --out runs/quick
 # PyTorch is the one for CPUs. For GPUs, which need the NVIDIA container toolkit, the one with CUDA from the usual index:
 #   docker build -t lbllm:cuda --build-arg TORCH_INDEX= .
 #   docker run --rm --gpus all ... lbllm:cuda

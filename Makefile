@@ -1,5 +1,6 @@
 # make run   open the workbench in the browser
 # make demo  binarize the embedded model, print the perplexity table, let teacher and student answer a prompt
+# make showcase  open the showcase: a binarized model beside its teacher, for an audience
 # make test  ruff, mypy, pytest
 # All create .venv and install what is pinned in requirements*.txt, once.
 
@@ -16,7 +17,7 @@ export LBLLM_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: run demo test lint format clean
+.PHONY: run demo showcase test lint format clean
 .DELETE_ON_ERROR:
 
 run: .venv/installed
@@ -24,6 +25,9 @@ run: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m lbllm demo --out $(OUT)
+
+showcase: .venv/installed
+	$(BIN)/python -m lbllm showcase
 
 # Two tests at a time, each on one thread: most models in them are too small to gain from a second.
 test: lint

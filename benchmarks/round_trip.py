@@ -40,11 +40,14 @@ print(f"{digest} logits {tuple(logits.shape)} by {Path(lbllm.__file__).parent}, 
 """
 
 
+# This user's variables, which registry pip asks maybe among them, and nothing that Python would find besides.
+VARIABLES = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def probe(python: str, folder: Path, cwd: Path) -> list[str]:
     """The digest of what a model gives in an environment, and what computed it."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, "-c", PROBE, str(folder)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, env=VARIABLES, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{python} can't load {folder}:\n{result.stderr}")
     return result.stdout.splitlines()[-1].split(" ", 1)
@@ -61,7 +64,8 @@ def main() -> None:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         venv.create(environment, with_pip=True)
         python = str(environment / "bin" / "python")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", str(ROOT)], cwd=scratch, check=True)
+        install = [python, "-m", "pip", "install", "--quiet", str(ROOT)]
+        subprocess.run(install, cwd=scratch, env=VARIABLES, check=True)
         here, about_here = probe(sys.executable, before, ROOT)  # python -c imports from the current folder first
         there, about_there = probe(python, folder, Path(scratch))
     same = here == there

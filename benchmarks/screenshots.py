@@ -1,26 +1,31 @@
-"""Pictures of the workbench's pages in both themes, for docs/screens.
+"""Pictures of the workbench's pages and of the showcase in both themes, for docs/screens.
 
     python -m benchmarks.screenshots                       pages over the usual home: newest finished run, two models
     python -m benchmarks.screenshots --size 1920x1080 --out /tmp/large --pages quantize,runs
 
-It starts a workbench of its own, opens each page in headless Chromium, does what a visitor would (asks both models,
-previews a block, looks at a run), and takes a picture when nothing moves any more.
+It starts a workbench and a showcase of its own, opens each page in headless Chromium, does what a visitor would (asks
+both models, previews a block, looks at a run), and takes a picture when nothing moves any more.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
+from app.showcase import serve
 from lbllm.models import home
 from lbllm.runs import RunStore
+from lbllm.showcase import open_showcase
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server
+from tests.browser.test_showcase import ask
+from tests.ports import free_port
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
+QUESTION = "What is the capital of France?"
 PATIENCE = 300_000  # milliseconds for whatever a page computes
 
 
@@ -62,34 +67,62 @@ def runs(page: Page, server: Server) -> None:
 
 
 PAGES: dict[str, Callable[[Page, Server], None]] = {"compare": compare, "quantize": quantize, "runs": runs}
+SHOWCASE = "showcase"
+
+
+def showcase(page: Page, address: str) -> None:
+    """Both models have answered an audience."""
+    page.goto(address)
+    ask(page, QUESTION)
+    expect(page.get_by_text("tokens/s, both at once")).to_have_count(2, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible(timeout=PATIENCE)
+    page.mouse.move(1, 1)
+    page.wait_for_timeout(1500)
+
+
+def take(browser: Browser, size: ViewportSize, path: Path, show: Callable[[Page], None]) -> None:
+    """A picture in each theme of what ``show`` leaves on a page; ``path`` without the theme."""
+    for theme in ("light", "dark"):
+        context = browser.new_context(viewport=size, color_scheme=theme)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        show(page)
+        written = path.with_name(f"{path.name}-{theme}.png")
+        page.screenshot(path=written)
+        print(written, flush=True)
+        context.close()
+
+
+def visit(show: Callable[[Page, Server], None], server: Server, page: Page) -> None:
+    """A page of the workbench, when nothing moves any more."""
+    show(page, server)
+    settle(page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screens")
     parser.add_argument("--size", default="1280x720", help="width x height in pixels")
-    parser.add_argument("--pages", default=",".join(PAGES))
+    parser.add_argument("--pages", default=",".join([*PAGES, SHOWCASE]))
     arguments = parser.parse_args()
     width, height = map(int, arguments.size.split("x"))
+    size = ViewportSize(width=width, height=height)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    server = Server(home())
-    with ExitStack() as stack:
-        stack.callback(server.stop)
-        server.start()
-        playwright = stack.enter_context(sync_playwright())
+    names = arguments.pages.split(",")
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        for theme in ("light", "dark"):
-            for name in arguments.pages.split(","):
-                size = {"width": width, "height": height}
-                context = browser.new_context(viewport=size, color_scheme=theme)  # type: ignore[arg-type]
-                page = context.new_page()
-                page.set_default_timeout(PATIENCE)
-                PAGES[name](page, server)
-                settle(page)
-                path = arguments.out / f"{name}-{theme}.png"
-                page.screenshot(path=path)
-                print(path)
-                context.close()
+        server = Server(home())
+        try:
+            for name in names:
+                if name == SHOWCASE:
+                    with serve(open_showcase(), host="127.0.0.1", port=free_port()) as address:
+                        take(browser, size, arguments.out / name, partial(showcase, address=address))
+                    continue
+                if server.process is None:
+                    server.start()
+                take(browser, size, arguments.out / name, partial(visit, PAGES[name], server))
+        finally:
+            server.stop()
         browser.close()
 
 

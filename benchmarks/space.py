@@ -51,7 +51,7 @@ def talk(url: str, server: subprocess.Popen[bytes]) -> None:
         time.sleep(1)
         if client is None:
             try:
-                client = Client(url, verbose=False, analytics_enabled=False)
+                client = Client(url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": PATIENCE})
             except Exception:
                 continue  # it does not listen yet
     seen = list(client.submit(QUESTION, True, 0, api_name="/ask"))
@@ -81,8 +81,9 @@ def main() -> None:
         python, variables = str(place / "bin" / "python"), environment(place, home)
         began = time.monotonic()
         install = [python, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
-        # With this user's variables: which registry pip asks may be among them.
-        subprocess.run(install, cwd=space, env=os.environ | {"PYTHONNOUSERSITE": "1"}, check=True)
+        # With this user's variables: which registry pip asks may be among them. Not with what else Python would find.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(install, cwd=space, env=own | {"PYTHONNOUSERSITE": "1"}, check=True)
         listing = subprocess.run(
             [python, "-m", "pip", "list"], env=variables, check=True, capture_output=True, text=True
         )

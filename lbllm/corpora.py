@@ -132,9 +132,14 @@ def location(entry: CorpusEntry) -> str:
     return f"hub: {entry.hub[0]}" if entry.hub else "not here: set LBLLM_DATA_DIR to a folder with it"
 
 
+def parts(name: str) -> list[str]:
+    """The names that a corpus is joined of by "+"; a file may have one in its own."""
+    return [name] if _find(name) else name.split("+")
+
+
 def check_available(name: str) -> None:
     """Raise CorpusError where a catalogue corpus that ``name`` asks for is on this machine and on the hub nowhere."""
-    for one in [name] if _find(name) else name.split("+"):
+    for one in parts(name):
         entry = next((entry for entry in CATALOGUE if entry.id == one), None)
         if entry is not None and entry.hub is None and _local(entry) is None:
             raise CorpusError(f"corpus {one} is {location(entry)}")
@@ -155,10 +160,10 @@ def load_corpus(
     what is asked. Where the tokenizer itself puts a start token first, every sequence begins with it.
     """
     wanted = -(-tokens // seq_len)
-    names = [name] if _find(name) else name.split("+")
+    names = parts(name)
     share = -(-wanted // len(names))
-    parts = [_sequences(one, tokenizer, seq_len=seq_len, wanted=share, part=part, seed=seed) for one in names]
-    rounds = itertools.zip_longest(*(list(one) for one in parts))
+    found = [_sequences(one, tokenizer, seq_len=seq_len, wanted=share, part=part, seed=seed) for one in names]
+    rounds = itertools.zip_longest(*(list(one) for one in found))
     rows = [row for turn in rounds for row in turn if row is not None]
     sequences = torch.stack(rows[:wanted])
     return Corpus(name=name, hash=sequences_hash(sequences), sequences=sequences)

@@ -10,17 +10,14 @@ The folder appears under its name only when everything in it is written.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lbllm.appearing import appearing
 from lbllm.dense import dense_copy
 from lbllm.errors import CheckpointError, ConfigError, ResourceError, RunError
 from lbllm.events import Evaluated
@@ -28,9 +25,10 @@ from lbllm.gguf_export import check_exportable, write_gguf
 from lbllm.hf import is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.model_card import Contents, model_card
+from lbllm.model_catalogue import last_part
 from lbllm.pool import SHIPPED
 from lbllm.quiet import quiet
-from lbllm.run_record import RECORD, RunRecord, read_record, write_record
+from lbllm.run_record import RunRecord, copy_public, read_record
 from lbllm.runs import RunStore
 from lbllm.shipped import shipped_checkpoint
 from lbllm.space import write_space
@@ -104,9 +102,10 @@ def export(source: Source, kind: Kind, out: Path) -> Exported:
         check_exportable(model.config, tokenizer)
     contents = _contents(model)
     needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
-    with _appearing(out, needed + _SPARE) as folder:
+    with appearing(out) as folder:
+        _check_space(folder, needed + _SPARE)
         if kind == "packed":
-            _copy(source, folder)
+            copy_public(source.folder, source.record, folder)
         elif kind == "dense":
             with quiet():
                 dense_copy(model).save_pretrained(folder)
@@ -134,45 +133,17 @@ def _contents(model: PreTrainedModel) -> Contents:
     )
 
 
-def _copy(source: Source, folder: Path) -> None:
-    """The checkpoint's files as they are, but for the record: that of a run says what was measured since."""
-    for path in source.folder.iterdir():
-        if path.is_file() and path.name not in (RECORD, "README.md"):
-            shutil.copyfile(path, folder / path.name)
-    write_record(folder, source.record)
-
-
 def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     base = record.base_model or (record.settings.model if record.settings is not None else "")
-    name = f"{Path(base).name} binarized by LBLLM".strip()
+    name = f"{last_part(base)} binarized by LBLLM".strip()
     write_gguf(dense_copy(model), tokenizer, file, name=name, licence=record.licence)
 
 
-@contextmanager
-def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A new folder that gets the name ``out`` at the end, or is gone after an error. ``needed``: bytes it will take."""
-    unfinished: Path | None = None
-    try:
-        out = out.absolute()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise ResourceError(
-                f"the export needs {needed / 1e9:.2f} GB in {out.parent}, {free / 1e9:.2f} GB are free; free some "
-                "space or choose a folder on another disk"
-            )
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's folder is the user's own alone, and so are safetensors' files
-        for path in unfinished.iterdir():
-            path.chmod(0o644)
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    except (OSError, SafetensorError) as error:
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise ResourceError where fewer than ``needed`` bytes are free on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise ResourceError(
-            f"{out} can't be written ({error}); free some space there, or choose a folder that you may write to"
-        ) from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            f"the export needs {needed / 1e9:.2f} GB in {folder.parent}, {free / 1e9:.2f} GB are free; free some "
+            "space or choose a folder on another disk"
+        )

@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import ModelCardData
@@ -18,7 +17,6 @@ from lbllm.commands.options import arguments
 from lbllm.config import STAGE_NAMES, RunConfig
 from lbllm.corpora import CATALOGUE as TEXTS
 from lbllm.corpora import CorpusEntry
-from lbllm.model_catalogue import CATALOGUE as MODELS
 from lbllm.model_catalogue import HUB_LICENCES
 from lbllm.progress import size
 from lbllm.run_record import RunRecord
@@ -50,6 +48,7 @@ def model_card(
     record: RunRecord, kind: Kind, name: str, files: dict[str, int], contents: Contents, *, chat: bool
 ) -> str:
     """README.md of an exported folder. ``files``: the bytes of its other files; ``chat``: there is a chat template."""
+    record = record.public()
     settings = record.settings
     parts = [
         f"---\n{_front_matter(record, kind)}\n---\n\n# {name}",
@@ -107,8 +106,7 @@ def _introduction(record: RunRecord, kind: Kind, chat: bool) -> str:
 def _model(record: RunRecord) -> str:
     if record.base_model is not None:
         return f"[{record.base_model}](https://huggingface.co/{record.base_model})"
-    # A folder's path is of no use to others and none of their business.
-    return Path(record.settings.model).name if record.settings is not None else "A model that is not known"
+    return record.settings.model if record.settings is not None else "A model that is not known"
 
 
 def _loading(kind: Kind, name: str, files: dict[str, int], chat: bool) -> str:
@@ -142,7 +140,7 @@ def _origin(record: RunRecord) -> str:
     entries = _texts(settings)
     lines += [f"- Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
     if not entries:
-        lines.append(f"- Text: {_public(settings).corpus}, its maker's own; its licence is not known here.")
+        lines.append(f"- Text: {settings.corpus}, its maker's own; its licence is not known here.")
     if record.corpus_hash is not None:
         lines.append(f"- Of it {record.corpus_tokens:,} tokens, whose ids have the SHA-256 `{record.corpus_hash}`.")
     return "\n".join(lines)
@@ -194,16 +192,8 @@ def _printed_by(record: RunRecord, settings: RunConfig, text: str) -> str:
     return f"Printed by `python -m lbllm table {record.run or 'RUN'} {of}` after the run."
 
 
-def _public(settings: RunConfig) -> RunConfig:
-    """The settings with the last part of paths alone: the rest says something of a machine and nothing of the model."""
-    known = {entry.id for entry in MODELS} | {entry.hub_id for entry in MODELS}
-    model, corpus = settings.model, settings.corpus
-    shown = {"model": model if model in known else Path(model).name}
-    return settings.model_copy(update=shown | {"corpus": corpus if _texts(settings) else Path(corpus).name})
-
-
 def _command(settings: RunConfig) -> str:
-    return shlex.join(["python", "-m", "lbllm", "quantize", *arguments(_public(settings)), "--out", "FOLDER"])
+    return shlex.join(["python", "-m", "lbllm", "quantize", *arguments(settings), "--out", "FOLDER"])
 
 
 def _method(settings: RunConfig | None) -> str:
@@ -216,9 +206,8 @@ def _method(settings: RunConfig | None) -> str:
     if settings is None:
         return f"{text}\n\nThe settings of the run are not known."
     stages = ", ".join(STAGE_NAMES[stage] for stage in settings.stages)
-    shown = _public(settings)
     sections = ("quant", *settings.stages)
-    document = shown.model_dump_json(indent=2, include={"seq_len", "seed", "stages", *sections})
+    document = settings.model_dump_json(indent=2, include={"seq_len", "seed", "stages", *sections})
     indented = "\n".join(f"    {line}" for line in document.splitlines())
     return f"{text}\n\n{stages}.\n\n    {_command(settings)}\n\nAll settings of these stages:\n\n{indented}"
 

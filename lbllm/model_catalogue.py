@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PureWindowsPath
 
 EMBEDDED_PRECISION = "dequantized Q4_1 (embedded copy)"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded copy was quantized from
@@ -88,3 +89,8 @@ def catalogue_hub_id(name: str) -> str | None:
     """The hub's id of the catalogue model that ``name`` means; of the embedded copy its original's."""
     entry = next((entry for entry in CATALOGUE if name.lower() == entry.id or name == entry.hub_id), None)
     return None if entry is None else entry.hub_id or EMBEDDED_ORIGINAL
+
+
+def last_part(name: str) -> str:
+    """The last part of a path, of whatever system it is: all that others may see of it."""
+    return PureWindowsPath(name).name or name

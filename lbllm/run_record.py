@@ -2,23 +2,30 @@
 
 Settings, text, licence and the figures that the run measured travel with the weights, so that a model card can be
 written on any machine. A folder without the file still has its settings, in config.json; the rest is then not known.
+
+A folder or file of this machine is named by its last part alone in what others get: the rest of its path says
+something of a machine and nothing of the model.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lbllm import corpora
 from lbllm.checkpoint import write_atomic
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.events import Evaluated
-from lbllm.model_catalogue import catalogue_hub_id
+from lbllm.model_catalogue import catalogue_hub_id, last_part
 
 RECORD = "lbllm_run.json"
+_MEASURED_ON = re.compile(r"(held-out part of )?(.*)(, \d+ windows of \d+ tokens)")
 
 
 class RunRecord(BaseModel):
@@ -42,6 +49,46 @@ class RunRecord(BaseModel):
         """The record of a run in a store, with what was measured since: of one model on one text the newest."""
         newest = {(one.what, one.text): one for one in (*self.evaluations, *more)}
         return self.model_copy(update={"evaluations": tuple(newest.values()), "run": run})
+
+    def public(self) -> RunRecord:
+        """The record as others may have it."""
+        settings = self.settings
+        if settings is not None:
+            model = settings.model if settings.model == self.base_model else _public_model(settings.model)
+            settings = settings.model_copy(update={"model": model, "corpus": _public_corpus(settings.corpus)})
+        evaluations = tuple(one.model_copy(update={"text": _public_text(one.text)}) for one in self.evaluations)
+        return self.model_copy(update={"settings": settings, "evaluations": evaluations})
+
+
+def _public_model(name: str) -> str:
+    return name if catalogue_hub_id(name) else last_part(name)
+
+
+def _public_corpus(name: str) -> str:
+    return "+".join(last_part(one) for one in corpora.parts(name))
+
+
+def _public_text(text: str) -> str:
+    found = _MEASURED_ON.fullmatch(text)
+    return text if found is None else f"{found[1] or ''}{_public_corpus(found[2])}{found[3]}"
+
+
+def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
+    """Copy a packed checkpoint for others: its files as they are, but for what config.json and the record say of the
+    run; a card is written anew."""
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name not in (RECORD, "README.md"):
+            shutil.copyfile(path, folder / path.name)
+    record = record.public()
+    write_record(folder, record)
+    document = json.loads((folder / "config.json").read_text())
+    provenance = document["quantization_config"].get("provenance") or {}
+    if provenance.get("model"):
+        settings = record.settings
+        provenance["model"] = settings.model if settings is not None else _public_model(provenance["model"])
+    if provenance.get("run") and record.settings is not None:
+        provenance["run"] |= {"model": record.settings.model, "corpus": record.settings.corpus}
+    write_atomic(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -27,7 +27,8 @@ from lbllm.chat_settings import ChatSettings
 from lbllm.duel import Answer, Duel, Side
 from lbllm.errors import CheckpointError, LbllmError, ModelError
 from lbllm.hf import is_checkpoint
-from lbllm.models import home
+from lbllm.model_catalogue import catalogue_hub_id, last_part
+from lbllm.models import home, hub_id
 from lbllm.pool import SHIPPED, ModelPool, Slot
 from lbllm.rate_limit import RateLimit
 from lbllm.runs import RunStore
@@ -289,14 +290,16 @@ def open_showcase(
         raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
     folder = shipped.SHIPPED if checkpoint is None else Path(checkpoint)
     made_from = provenance(folder).get("model")
-    teacher = teacher or made_from
-    if not teacher:
-        raise ModelError(f"{folder} does not say which model it was made from; give it with --teacher")
-    # A name for people: of a path the last part alone, whatever machine it is of.
-    student = f"{_title(made_from or str(folder))} binarized"
+    if teacher is None:
+        if made_from is None:
+            raise ModelError(f"{folder} does not say which model it was made from; give it with --teacher")
+        if not (hub_id(made_from) or Path(made_from).exists()):
+            raise ModelError(f"{folder} was made from {made_from}, which is not here; give its place with --teacher")
+        teacher = made_from
+    student = f"{model_title(made_from or str(folder))} binarized"
     pool = ModelPool()
     slots = pool.get(teacher), pool.get(SHIPPED if checkpoint is None else checkpoint)
-    return Showcase(slots, (_title(teacher), student), RunStore(home() / "showcase"), limits)
+    return Showcase(slots, (model_title(teacher), student), RunStore(home() / "showcase"), limits)
 
 
 def provenance(checkpoint: Path) -> dict[str, str]:
@@ -305,8 +308,9 @@ def provenance(checkpoint: Path) -> dict[str, str]:
     return {key: str(stated[key]) for key in ("model", "precision", "licence") if stated.get(key)}
 
 
-def _title(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].removesuffix(".gguf") or name
+def model_title(name: str) -> str:
+    """A model's name for people: the catalogue's as its makers write it, of a path the last part alone."""
+    return last_part(catalogue_hub_id(name) or name).removesuffix(".gguf")
 
 
 def _comparable(answers: tuple[Answer, Answer]) -> bool:

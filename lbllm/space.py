@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from lbllm.appearing import appearing
 from lbllm.bundle import APP, ASSETS, BUNDLE
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError
 from lbllm.hf import WEIGHTS, is_checkpoint
-from lbllm.model_catalogue import CATALOGUE, HUB_ID, HUB_LICENCES, catalogue_hub_id
+from lbllm.model_catalogue import CATALOGUE, HUB_ID, HUB_LICENCES
 from lbllm.models import embedded_file
-from lbllm.showcase import provenance
+from lbllm.models import hub_id as hub_id_of
+from lbllm.run_record import copy_public, read_record
+from lbllm.showcase import model_title, provenance
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent
@@ -103,14 +105,12 @@ def write_space(
     if not teacher:
         raise ModelError(f"{checkpoint} does not say which model it was made from; give it as the teacher")
     requirements = _requirements()
-    unfinished: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-        named = _put_teacher(teacher, unfinished)
+    with appearing(out) as folder:
+        named = _put_teacher(teacher, folder)
         if hub_id is None:
-            shutil.copytree(checkpoint, unfinished / "checkpoint")
-        _put_source(unfinished)
+            (folder / "checkpoint").mkdir()
+            copy_public(checkpoint, read_record(checkpoint), folder / "checkpoint")
+        _put_source(folder)
         readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
         # The hub wants large files marked.
         lfs = "filter=lfs diff=lfs merge=lfs -text"
@@ -122,27 +122,22 @@ def write_space(
             "packages.txt": "g++\n",
             ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
         }.items():
-            (unfinished / name).write_text(text)
-        unfinished.chmod(0o755)
-        unfinished.replace(out)
-    except OSError as error:
-        raise ResourceError(f"{error.filename or out} can't be written or read: {error.strerror or error}") from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            (folder / name).write_text(text)
 
 
 def _put_teacher(name: str, out: Path) -> str:
     """Copy the teacher's files, if they are here; returns its place in the Space, or the name to load it by."""
     entry = next((entry for entry in CATALOGUE if entry.id == name), None)
-    source = embedded_file() if entry is not None and entry.hub_id is None else Path(name).expanduser()
+    embedded = entry is not None and entry.hub_id is None
+    source = embedded_file() if embedded else Path(name).expanduser()
     if source.is_dir():
         target = out / _TEACHER / source.resolve().name
         ignored = {path.name for path in source.iterdir() if not any(path.match(kind) for kind in _MODEL_FILES)}
         shutil.copytree(source, target, ignore=lambda folder, names: ignored & set(names))
         return target.relative_to(out).as_posix()
     if source.suffix.lower() == ".gguf" and source.is_file():
-        target = out / _TEACHER / source.name
+        # The showcase calls it by its file's name.
+        target = out / _TEACHER / (f"{model_title(name)}.gguf" if embedded else source.name)
         target.parent.mkdir()
         shutil.copyfile(source, target)
         return target.relative_to(out).as_posix()
@@ -194,7 +189,7 @@ def _readme(
     checkpoint: Path, teacher: str, hub_id: str | None, title: str, licence: str, requirements: list[str]
 ) -> str:
     """The text of README.md: the Space's settings in front, then what it shows."""
-    models = [name for name in (catalogue_hub_id(teacher) or teacher, hub_id) if name and HUB_ID.fullmatch(name)]
+    models = [name for name in (hub_id_of(teacher), hub_id) if name]
     known = HUB_LICENCES.get(licence.lower())
     settings: dict[str, object] = {
         "title": title,
@@ -214,4 +209,4 @@ def _readme(
     # A JSON value is a YAML value.
     lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
     stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    return _README.format(settings=lines, title=title, teacher=Path(teacher).name, bits=f"{stated['bpw']:.2f}")
+    return _README.format(settings=lines, title=title, teacher=model_title(teacher), bits=f"{stated['bpw']:.2f}")

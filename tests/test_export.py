@@ -95,10 +95,17 @@ def test_packed_is_the_same_checkpoint_with_all_that_was_measured(store: RunStor
     exported = export(find(run.id, store), "packed", tmp_path / "deep" / "out")
     before = run.folder / "checkpoint"
     for path in before.iterdir():
-        if path.name != RECORD:
+        if path.name not in (RECORD, "config.json"):
             assert (exported.path / path.name).read_bytes() == path.read_bytes()
+    stated, given = (json.loads((folder / "config.json").read_text()) for folder in (exported.path, before))
+    del stated["quantization_config"]["provenance"], given["quantization_config"]["provenance"]
+    assert stated == given
     record = read_record(exported.path)
-    assert record.evaluations == (*read_record(before).evaluations, later)
+    measured = (*read_record(before).evaluations, later)
+    assert [one.model_copy(update={"text": ""}) for one in record.evaluations] == [
+        one.model_copy(update={"text": ""}) for one in measured
+    ]
+    assert record.evaluations[-1] == later
     assert record.run == run.id
     assert exported.disk_bytes == sum(path.stat().st_size for path in exported.path.iterdir())
     assert torch.equal(logits(lbllm.load(exported.path)[0]), logits(lbllm.load(before)[0]))
@@ -106,6 +113,29 @@ def test_packed_is_the_same_checkpoint_with_all_that_was_measured(store: RunStor
     again = export(find(str(exported.path), store), "packed", tmp_path / "again")
     assert read_record(again.path) == record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "deep"]
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense", "gguf", "space"])
+def test_files_of_this_machine_are_named_by_their_last_part(
+    store: RunStore, run: Run, kind: Kind, tmp_path: Path
+) -> None:
+    text = Path(run.config.corpus)
+    measured = f"{text}, 2 windows of 32 tokens"
+    store.append(run.id, Evaluated(what="aar", text=measured, perplexity=7.0, tokens=62))
+    out = export(find(run.id, store), kind, tmp_path / "out").path
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert str(text.parent).encode() not in path.read_bytes(), path
+    if kind != "packed":
+        return
+    stated = json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
+    assert (stated["model"], stated["run"]["model"], stated["run"]["corpus"]) == ("teacher", "teacher", text.name)
+    record = read_record(out)
+    assert record.settings is not None
+    assert record.settings.model_copy(update={"model": run.config.model, "corpus": str(text)}) == run.config
+    assert record.settings.corpus == text.name
+    assert record.evaluations[-1].text == f"{text.name}, 2 windows of 32 tokens"
+    assert {one.text.partition(",")[0] for one in record.evaluations[:4]} == {f"held-out part of {text.name}"}
 
 
 def test_dense_holds_what_the_bits_stand_for(run: Run, dense: Path) -> None:

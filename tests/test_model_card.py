@@ -116,12 +116,24 @@ def test_the_command_gives_the_settings() -> None:
 
 
 def test_paths_of_the_machine_are_not_in_it() -> None:
-    settings = make_config("quick", {"model": "/home/anna/models/mine", "corpus": "/home/anna/diary/2026.txt"})
-    text = card(settings=settings, base_model=None).content
+    corpus = "embedded+/home/anna/diary/2026.txt"
+    settings = make_config("quick", {"model": r"C:\anna\models\mine", "corpus": corpus})
+    measured = (
+        Evaluated(what="aar", text=f"held-out part of {corpus}, 4 windows of 512 tokens", perplexity=9.5, tokens=2044),
+        Evaluated(what="aar", text="/home/anna/diary/2027.txt, 4 windows of 512 tokens", perplexity=8.5, tokens=2044),
+    )
+    text = card(settings=settings, base_model=None, evaluations=measured).content
     assert "anna" not in text
     assert "diary" not in text
-    assert "2026.txt" in text
+    assert "embedded+2026.txt" in text
+    assert "--text 2027.txt --seq-len 512" in text
     assert "base_model" not in card(settings=settings, base_model=None).data.to_dict()
+
+
+def test_a_model_of_the_hub_keeps_its_whole_name() -> None:
+    settings = make_config("quick", {"model": "somebody/their-model"})
+    assert "--model somebody/their-model " in card(settings=settings, base_model="somebody/their-model").content
+    assert "--model their-model " in card(settings=settings, base_model=None).content
 
 
 def test_what_is_not_known_is_called_so() -> None:

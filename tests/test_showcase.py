@@ -17,11 +17,12 @@ from gradio_client.exceptions import AppError
 
 from app.showcase import serve
 from lbllm.cli import main
-from lbllm.errors import CheckpointError, LbllmError, ResourceError
+from lbllm.errors import CheckpointError, LbllmError, ModelError, ResourceError
+from lbllm.export import export, find
 from lbllm.pool import Slot
 from lbllm.rate_limit import RateLimit
 from lbllm.runs import RunStore
-from lbllm.showcase import Limits, Showcase, Turn, VisitorError, open_showcase
+from lbllm.showcase import Limits, Showcase, Turn, VisitorError, model_title, open_showcase
 from tests import waiting
 from tests.ports import free_port
 from tests.tiny_models import save_tiny
@@ -252,6 +253,27 @@ def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch:
     missing = open_showcase(str(checkpoint), str(tmp_path / "missing"))
     with pytest.raises(LbllmError, match="missing"):
         missing.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("smollm2-135m-instruct", "SmolLM2-135M-Instruct"),
+        ("qwen3-0.6b", "Qwen3-0.6B"),
+        ("somebody/their-model", "their-model"),
+        ("/home/anna/mine.gguf", "mine"),
+        ("C:\\anna\\mine\\", "mine"),
+        (".", "."),
+    ],
+)
+def test_a_model_is_titled_by_its_name(name: str, shown: str) -> None:
+    assert model_title(name) == shown
+
+
+def test_a_teacher_that_is_not_here_is_asked_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    given = export(find(str(folders[1]), RunStore(tmp_path / "store")), "packed", tmp_path / "given").path
+    with pytest.raises(ModelError, match=r"given was made from teacher.*--teacher"):
+        open_showcase(str(given))
 
 
 def test_the_command_names_what_is_wrong(

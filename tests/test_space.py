@@ -118,6 +118,8 @@ def test_a_checkpoint_and_a_teacher_of_the_hub_are_named_instead_of_copied(
 def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     write_space(pair[1], tmp_path / "space", teacher="smollm2-135m-instruct", hub_id="somebody/smollm2")
     (file,) = (tmp_path / "space" / "teacher").iterdir()
+    assert file.name == "SmolLM2-135M-Instruct.gguf"
+    assert "answered at the same time by SmolLM2-135M-Instruct and" in (tmp_path / "space" / "README.md").read_text()
     assert file.stat().st_size == models.embedded_file().stat().st_size
     assert f'HERE / "teacher/{file.name}"' in (tmp_path / "space" / "app.py").read_text()
     assert settings(tmp_path / "space")["models"][0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
