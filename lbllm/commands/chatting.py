@@ -24,7 +24,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
     seed: int = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
