@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import ActQuantizer, TrainingCache
+from lbllm.activations import TrainingCache
 from lbllm.binarize import (
     LEVELS,
     assign,
@@ -41,9 +41,9 @@ from lbllm.config import AarConfig, Format, LayerFormat, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
 from lbllm.layers import BinaryLinear
 from lbllm.models import Teacher
-from lbllm.stages.aar import aar_block, add_quantizers
+from lbllm.stages.aar import aar_block, add_quantizers, distill_quantized
 from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import Step, binary_layers, distill, thaw_layers, token_error, wat_block
+from lbllm.stages.wat import Step, binary_layers, thaw_layers, token_error, wat_block
 
 BATCH = 4
 EM_STEPS = 20  # of a clustering that nothing comes after
@@ -163,31 +163,21 @@ class OneBlock:
         together on quantized activations and KV cache."""
         block = self._quantized(made, aar, 3, kv_bits)
         layers = binary_layers(block)
-        groups = thaw_layers(layers, made.latents, config)
-        quantizers: dict[int, ActQuantizer] = {
-            id(layer.quantizer): layer.quantizer for layer in layers.values() if layer.quantizer is not None
-        }
-        groups.append({"params": [quantizer.act for quantizer in quantizers.values()], "lr": aar.lr_act})
-
-        def steps() -> Iterable[Step]:
-            for step in distill(
-                block,
-                self.calls[self.number],
-                self.seen[0],
-                self.targets[0],
-                groups,
-                config,
-                loss_kind=config.loss,
-                reg_weight=config.reg_weight,
-                seed=0,
-                autocast=contextlib.nullcontext,
-                cache=TrainingCache(kv_bits),
-            ):
-                for quantizer in quantizers.values():
-                    quantizer.bound()
-                yield step
-
-        diverged = _finish(steps())
+        steps = distill_quantized(
+            block,
+            self.calls[self.number],
+            self.seen[0],
+            self.targets[0],
+            thaw_layers(layers, made.latents, config),
+            config,
+            lr_act=aar.lr_act,
+            loss_kind=config.loss,
+            reg_weight=config.reg_weight,
+            kv_bits=kv_bits,
+            seed=0,
+            autocast=contextlib.nullcontext,
+        )
+        diverged = _finish(steps)
         for layer in layers.values():
             layer.freeze()
         return _rounded(Made(block, {}, kv_bits, diverged))

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lbllm.blocks import context_length
+from lbllm.chat_settings import TEMPERATURE, TOP_P
 from lbllm.errors import ModelError
 
 Messages = list[dict[str, str]]
@@ -81,8 +82,8 @@ def stream(
     messages: Messages,
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.2,
-    top_p: float = 0.9,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
     seed: int = 0,
     template: bool = True,
     stop: threading.Event | None = None,

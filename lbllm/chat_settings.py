@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# As the makers of SmolLM2 advise; at higher ones small models, and binarized ones above all, lose the thread.
+TEMPERATURE, TOP_P = 0.2, 0.9
+
 
 class ChatSettings(BaseModel):
     """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding."""
@@ -13,9 +16,8 @@ class ChatSettings(BaseModel):
 
     system: str = ""
     template: bool = True
-    # As the makers of SmolLM2 advise; at higher ones small models, and binarized ones above all, lose the thread.
-    temperature: float = Field(0.2, ge=0, le=2)
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(TEMPERATURE, ge=0, le=2)
+    top_p: float = Field(TOP_P, gt=0, le=1)
     seed: int = Field(0, ge=0)
     max_new_tokens: int = Field(160, ge=1, le=4096)
 

@@ -120,6 +120,15 @@ class BlockStore:
                 f"{path} is damaged ({error}); delete it and resume: the block is done again"
             ) from error
 
+    def finished(self, stage: Stage, block: int) -> BlockState:
+        """A block's state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""
+        state = self.load(stage, block)
+        if state is None:
+            raise CheckpointError(
+                f"{self.folder.parent}: block {block} has not finished stage {stage}; resume the run first"
+            )
+        return state
+
 
 def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
     """The tensors that a block's frozen layers consist of."""

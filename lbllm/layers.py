@@ -85,13 +85,11 @@ class BinaryLinear(nn.Module):
     def nearest_to(self, latent: Tensor) -> Tensor:
         """A latent weight (out, in) for a frozen layer, which takes the level indices that the layer has: the given one
         where it does so, elsewhere the level itself."""
-        levels, groups = (
-            params_to_levels(self.params).sort(-1).values,
-            to_groups(latent.to(self.params.dtype), self.length),
-        )
         weight = self.weight()
-        nearest = from_groups(take_levels(levels, assign(groups, levels)), self.in_features)
-        return torch.where(nearest == weight, latent.to(weight.dtype), weight)
+        latent = latent.to(weight.dtype)
+        levels = params_to_levels(self.params).sort(-1).values
+        nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
+        return torch.where(nearest == weight, latent, weight)
 
     def freeze(self) -> None:
         """Fix the level indices where training has brought them and drop what only training needs."""

@@ -41,10 +41,10 @@ from lbllm.blocks import (
     uncalled_layers,
 )
 from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, restore, write_atomic
-from lbllm.config import LayerFormat, QuantConfig, RunConfig, Stage
+from lbllm.config import AarConfig, E2eConfig, LayerFormat, QuantConfig, RunConfig, Stage, WatConfig
 from lbllm.corpora import Corpus, load_corpus
 from lbllm.devices import make_accelerator
-from lbllm.errors import CheckpointError, ConfigError, CorpusError, LbllmError, ModelError
+from lbllm.errors import ConfigError, CorpusError, LbllmError, ModelError
 from lbllm.evaluate import perplexity
 from lbllm.events import (
     BlockDone,
@@ -311,11 +311,7 @@ def _run_stage(run: _Run, stage: Stage) -> Iterator[Event]:
     began = time.perf_counter()
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
-    steps = 0
-    if stage != "ptq":
-        batch = max(1, settings.batch_tokens // run.config.seq_len)
-        steps = len(batch_order(len(sequences), batch, settings.epochs, 0))
-    yield StageStarted(stage=stage, steps=steps)
+    yield StageStarted(stage=stage, steps=0 if stage == "ptq" else _steps(settings, sequences))
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     teacher_stream = first_inputs(run.teacher, sequences, run.batch)
@@ -413,9 +409,7 @@ def _train(
 ) -> Generator[Event, None, BlockState]:
     """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
     config, call = run.config, run.calls[number]
-    earlier = run.store.load("ptq" if stage == "wat" else "wat", number)
-    if earlier is None:
-        raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of the stage before {stage}")
+    earlier = run.store.finished("ptq" if stage == "wat" else "wat", number)
     student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
@@ -467,36 +461,39 @@ def _end_to_end(run: _Run) -> Iterator[Event]:
     count, length = math.ceil(run.config.e2e.tokens / run.config.seq_len), run.config.e2e_seq_len
     whole = run.corpus.sequences[-count:, : run.config.seq_len // length * length]
     sequences = whole.reshape(-1, length).to(run.teacher.device)
+    yield StageStarted(stage=stage, steps=_steps(run.config.e2e, sequences))
+    if any(run.store.load(stage, number) is None for number in range(len(run.blocks))):
+        yield from _train_whole(run, sequences)
+    yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+def _steps(settings: WatConfig | AarConfig | E2eConfig, sequences: Tensor) -> int:
+    """How many steps a stage takes on sequences (n, T)."""
+    batch = max(1, settings.batch_tokens // sequences.shape[1])
+    return len(batch_order(len(sequences), batch, settings.epochs, 0))
+
+
+def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
+    """Stage 1's compensated weights of all layers in order."""
+    for number, block in enumerate(blocks):
+        tensors = run.store.finished("ptq", number).tensors
+        for name in binary_layers(block):
+            yield tensors[f"{name}.latent"].to(run.teacher.device)
+
+
+def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
+    stage: Stage = "e2e"
     student, blocks = _whole_student(run, run.config.stages[-2])
-    layers = [layer for block in blocks for layer in binary_layers(block).values()]
     training = EndToEnd(
         student,
         run.teacher,
-        layers,
+        [layer for block in blocks for layer in binary_layers(block).values()],
         sequences,
         run.config.e2e,
         latents=list(_latents(run, blocks)) if run.config.e2e.lr_weight > 0 else (),
         seed=run.config.seed,
         autocast=run.autocast,
     )
-    yield StageStarted(stage=stage, steps=len(training.order))
-    if any(run.store.load(stage, number) is None for number in range(len(blocks))):
-        yield from _train_whole(run, training, blocks)
-    yield StageDone(stage=stage, seconds=time.perf_counter() - began)
-
-
-def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
-    """Stage 1's compensated weights of all layers in order."""
-    for number, block in enumerate(blocks):
-        state = run.store.load("ptq", number)
-        if state is None:
-            raise CheckpointError(f"{run.store.folder}: block {number} lacks the state of stage 1")
-        for name in binary_layers(block):
-            yield state.tensors[f"{name}.latent"].to(run.teacher.device)
-
-
-def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iterator[Event]:
-    stage: Stage = "e2e"
     began = saved = time.perf_counter()
     probe = training.sequences[: max(1, PROBE_TOKENS // run.config.e2e_seq_len)]
     underway = len(blocks)  # the number under which the state of unfinished training lies beside those of the blocks
@@ -530,8 +527,7 @@ def _train_whole(run: _Run, training: EndToEnd, blocks: list[nn.Module]) -> Iter
     for number, block in enumerate(blocks):
         tensors = collect(binary_layers(block))
         if diverged:
-            earlier = run.store.load(run.config.stages[-2], number)
-            assert earlier is not None
+            earlier = run.store.finished(run.config.stages[-2], number)
             tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
         run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
     run.store.path(stage, underway).unlink(missing_ok=True)
@@ -550,12 +546,7 @@ def _restored(model: PreTrainedModel, store: BlockStore, stage: Stage, quant: Qu
     """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
     _, blocks, formats = block_formats(model, quant)
     for number, block in enumerate(blocks):
-        state = store.load(stage, number)
-        if state is None:
-            raise CheckpointError(
-                f"{store.folder.parent}: block {number} has not finished stage {stage}; resume the run first"
-            )
-        yield restore(block, formats[number], state.tensors, quant.tail_steps)
+        yield restore(block, formats[number], store.finished(stage, number).tensors, quant.tail_steps)
 
 
 def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Module]]:

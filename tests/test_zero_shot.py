@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lbllm.cli import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.zero_shot import TASKS, normalized, task_names, zero_shot
-from tests.tiny_models import SENTENCES, save_tiny, tiny
+from lbllm.zero_shot import TASKS, likelihoods, normalized, task_names, zero_shot
+from tests.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
 QUESTIONS = [
     {"goal": SENTENCES[k][:20], "sol1": SENTENCES[k][20:], "sol2": SENTENCES[k - 1][10:], "label": k % 2}
@@ -34,9 +36,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @torch.no_grad()
-def by_hand(name: str, rows: list[dict[str, object]]) -> float:
+def by_hand(name: str, rows: list[dict[str, object]], architecture: str = "llama") -> float:
     """The share of questions whose right choice has the greatest log-likelihood, in piqa's case per byte."""
-    model, tokenizer = tiny("llama")
+    model, tokenizer = tiny(architecture)
     right = 0
     for row in rows:
         if name == "piqa":
@@ -67,6 +69,29 @@ def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str,
     (fewer,) = zero_shot(*tiny("llama"), [name], limit=3)
     assert fewer.examples == 3
     assert fewer.accuracy == pytest.approx(by_hand(name, rows[:3]))
+
+
+@given(seed=st.integers(0, 1_000), text=st.integers(1, 12), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_choices_behind_one_text_have_the_likelihoods_they_have_alone(seed: int, text: int, lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (text, *lengths)]
+    for name in ("llama", "gpt2", "opt"):
+        model, _ = tiny(name)
+        with torch.no_grad():
+            found = likelihoods(model, tokens[0], tokens[1:])
+            for choice, (likelihood, greedy) in zip(tokens[1:], found, strict=True):
+                logits = model(torch.tensor([tokens[0] + choice])).logits[0, text - 1 : -1].double().log_softmax(-1)
+                assert likelihood == pytest.approx(
+                    sum(float(row[k]) for row, k in zip(logits, choice, strict=True)), abs=1e-3
+                )
+                assert greedy == (logits.argmax(-1).tolist() == choice)
+
+
+def test_a_model_whose_attention_has_windows_is_asked_choice_by_choice(data: Path) -> None:
+    # Its windows of 8 tokens count what lies between, which a mask of one's own leaves out.
+    (score,) = zero_shot(*tiny("gemma3"), ["piqa"])
+    assert score.accuracy == pytest.approx(by_hand("piqa", QUESTIONS, "gemma3"))
 
 
 def test_the_command_shows_both_models_and_what_is_kept(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lbllm.attended import interrupts
+from lbllm.chat_settings import TOP_P
 from lbllm.commands.opening import open_model
 from lbllm.commands.options import DeviceOption, JsonOption
 from lbllm.commands.output import print_json
@@ -24,7 +25,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.9,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = TOP_P,
     seed: int = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, make_grid
 from lbllm.blocks import BlockCall, layer_inputs
-from lbllm.config import AarConfig
-from lbllm.stages.wat import Step, binary_layers, distill
+from lbllm.config import AarConfig, WatConfig
+from lbllm.stages.wat import Step, binary_layers, distill, quantizers_of
 
 # Candidates of the first search: the body's share of a token's range, and both clips. A clip below 1 never won it in
 # trials on the embedded model; training moves the clips.
@@ -92,14 +92,43 @@ def aar_block(
     """Stage 3 on a block of frozen ``BinaryLinear`` layers that have their quantizers; knees and clips stay in their
     ranges."""
     groups: list[dict[str, Any]] = []
-    quantizers: dict[int, ActQuantizer] = {}
     for layer in binary_layers(block).values():
         scale = float(layer.weight().detach().std())
         groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
-        if layer.quantizer is not None:
-            quantizers[id(layer.quantizer)] = layer.quantizer
+    yield from distill_quantized(
+        block,
+        call,
+        inputs,
+        targets,
+        groups,
+        config,
+        lr_act=config.lr_act,
+        loss_kind="relative",
+        kv_bits=kv_bits,
+        seed=seed,
+        autocast=autocast,
+    )
+
+
+def distill_quantized(
+    block: nn.Module,
+    call: BlockCall,
+    inputs: Tensor,
+    targets: Tensor,
+    groups: list[dict[str, Any]],
+    config: WatConfig | AarConfig,
+    *,
+    lr_act: float,
+    loss_kind: str,
+    reg_weight: float = 0.0,
+    kv_bits: int,
+    seed: int,
+    autocast: Any,
+) -> Iterator[Step]:
+    """``distill`` with the KV cache in its bits; the quantizers that the block's layers have train with ``groups``."""
+    quantizers = quantizers_of(binary_layers(block).values())
     if quantizers:
-        groups.append({"params": [quantizer.act for quantizer in quantizers.values()], "lr": config.lr_act})
+        groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
     for step in distill(
         block,
         call,
@@ -107,12 +136,12 @@ def aar_block(
         targets,
         groups,
         config,
-        loss_kind="relative",
-        reg_weight=0.0,
+        loss_kind=loss_kind,
+        reg_weight=reg_weight,
         seed=seed,
         autocast=autocast,
         cache=TrainingCache(kv_bits) if kv_bits < 16 else None,
     ):
-        for quantizer in quantizers.values():
+        for quantizer in quantizers:
             quantizer.bound()
         yield step

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lbllm.activations import ActQuantizer
 from lbllm.config import E2eConfig
 from lbllm.layers import BinaryLinear
 from lbllm.losses import LOSSES, feature_error
-from lbllm.stages.wat import Step, batch_order, cosine
+from lbllm.stages.wat import Step, batch_order, cosine, quantizers_of
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
 
@@ -49,8 +48,7 @@ class EndToEnd:
         self.config, self.autocast = config, autocast
         self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
         self.step = 0
-        found = {id(layer.quantizer): layer.quantizer for layer in layers if layer.quantizer is not None}
-        self.quantizers: list[ActQuantizer] = list(found.values())
+        self.quantizers = quantizers_of(layers)
         student.requires_grad_(False)
         groups: list[dict[str, Any]] = []
         for number, layer in enumerate(layers):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lbllm.activations import ActQuantizer
 from lbllm.binarize import polarization
 from lbllm.blocks import BlockCall, run_batches, run_block
 from lbllm.config import AarConfig, WatConfig
@@ -75,6 +76,12 @@ def batch_order(sequences: int, batch: int, epochs: int, seed: int) -> list[Tens
 def binary_layers(block: nn.Module) -> dict[str, BinaryLinear]:
     """The layers in training by their name in the block."""
     return {name: module for name, module in block.named_modules() if isinstance(module, BinaryLinear)}
+
+
+def quantizers_of(layers: Iterable[BinaryLinear]) -> list[ActQuantizer]:
+    """The quantizers of the layers' inputs, each once: layers that read one input share theirs."""
+    found = {id(layer.quantizer): layer.quantizer for layer in layers if layer.quantizer is not None}
+    return list(found.values())
 
 
 def distill(
