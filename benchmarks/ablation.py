@@ -7,7 +7,8 @@ Printed is each block's relative output error (mean over tokens of ||teacher - s
 squared norms), first on the corpus' tune part, which nothing is trained on, then on the text that was trained on.
 
 Parts: ``stages`` takes away one stage, or one idea of the paper, at a time; ``ptq``, ``wat`` and ``aar`` vary one
-setting of a stage. Training of weights and activations together has as many steps as stages 2 and 3 have.
+setting of a stage; ``groups`` gives the layers of a block group sizes of their own (layers named as in LLaMA).
+Training of weights and activations together has as many steps as stages 2 and 3 have.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "levels not trained": {"lr_levels": 0.0},
     "knee and clips not trained": {"lr_act": 0.0},
     "KV cache in 16 bits": {"kv_bits": 16},
+}
+ATTENTION, GATES, DOWN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"), ("down_proj",)
+# In the embedded model all of these have as many group parameters as groups of 64 everywhere.
+GROUP_SIZES: dict[str, dict[str, int]] = {
+    "64 everywhere": {},
+    "attention 32, MLP 96": dict.fromkeys(ATTENTION, 32) | dict.fromkeys(GATES + DOWN, 96),
+    "down 32, others 96": dict.fromkeys(DOWN, 32) | dict.fromkeys(ATTENTION + GATES, 96),
+    "gate and up 48, others 96": dict.fromkeys(GATES, 48) | dict.fromkeys(ATTENTION + DOWN, 96),
+    "gate and up 96, others 48": dict.fromkeys(GATES, 96) | dict.fromkeys(ATTENTION + DOWN, 48),
 }
 SEARCH = AarConfig(epochs=0)
 RELAXED = WatConfig(bitmap="relaxed")
@@ -142,6 +152,9 @@ class Ablation:
         """Settings of stage 2."""
         for name, values in WAT_VARIANTS.items():
             yield "2", name, self.block.train(self.first, WatConfig(**values)) if values else self.second
+        twice = WatConfig(epochs=2 * WatConfig().epochs)
+        yield "2", "twice the passes", self.block.train(self.first, twice)
+        yield "2", "teacher's inputs too", self.block.train(self.first, WatConfig(), both_streams=True)
 
     def aar(self) -> Iterator[Variant]:
         """Settings of stage 3."""
@@ -150,12 +163,18 @@ class Ablation:
             config = AarConfig(**{key: value for key, value in values.items() if key not in how})
             yield "3", name, self.block.refine(self.second, config, **how)
 
+    def groups(self) -> Iterator[Variant]:
+        """Group sizes by layer, after stages 1 and 2."""
+        for name, sizes in GROUP_SIZES.items():
+            yield "1, 2", name, self.block.train(self.block.initialize(PtqConfig(), group_sizes=sizes), WatConfig())
+
 
 PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {
     "stages": Ablation.stages,
     "ptq": Ablation.ptq,
     "wat": Ablation.wat,
     "aar": Ablation.aar,
+    "groups": Ablation.groups,
 }
 
 

@@ -87,8 +87,8 @@ class OneBlock:
     def _advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
         return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
 
-    def _format(self, kind: Format) -> LayerFormat:
-        return LayerFormat(format=kind, group_size=self.group_size, param_bits=16, act_bits=4)
+    def _format(self, kind: Format, group_size: int | None = None) -> LayerFormat:
+        return LayerFormat(format=kind, group_size=group_size or self.group_size, param_bits=16, act_bits=4)
 
     def _copy(self, made: Made, tail: int = 3) -> nn.Module:
         """A block of its own, to train."""
@@ -97,11 +97,20 @@ class OneBlock:
             self.blocks[self.number], {name: layer.fmt for name, layer in layers.items()}, collect(layers), tail
         )
 
-    def initialize(self, config: PtqConfig, kind: Format = "w1+1", number: int | None = None) -> Made:
-        """Stage 1, of another block where its ``number`` is given."""
+    def initialize(
+        self,
+        config: PtqConfig,
+        kind: Format = "w1+1",
+        *,
+        number: int | None = None,
+        group_sizes: dict[str, int] | None = None,
+    ) -> Made:
+        """Stage 1, of another block where its ``number`` is given. ``group_sizes``: of layers whose name ends so."""
         number = self.number if number is None else number
         block, student, call = self.blocks[number], share_copy(self.blocks[number]), self.calls[number]
         formats = dict.fromkeys(linear_layers(block), self._format(kind))
+        for end, size in (group_sizes or {}).items():
+            formats |= {name: self._format(kind, size) for name in formats if name.endswith(end)}
         meant = all_inputs(block, self.meant[0], call, BATCH)
         latents: dict[str, Tensor] = {}
         for name, result in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):
@@ -126,14 +135,18 @@ class OneBlock:
             latents[name] = weight
         return _rounded(Made(student, latents))
 
-    def train(self, made: Made, config: WatConfig) -> Made:
-        """Stage 2."""
+    def train(self, made: Made, config: WatConfig, *, both_streams: bool = False) -> Made:
+        """Stage 2; with ``both_streams`` on each sequence twice, as what came through the blocks before as they are
+        binarized, and as what comes through the teacher's (Lillama, Sy et al. 2024)."""
         block = self._copy(made)
+        inputs, targets = self.seen[0], self.targets[0]
+        if both_streams:
+            inputs, targets = torch.cat([inputs, self.meant[0]]), torch.cat([targets, targets])
         steps = wat_block(
             block,
             self.calls[self.number],
-            self.seen[0],
-            self.targets[0],
+            inputs,
+            targets,
             made.latents,
             config,
             seed=0,

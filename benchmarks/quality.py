@@ -17,6 +17,9 @@ Other packages run in an environment of their own, which never sees this program
     OUTSIDE/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 termcolor einops \
 py-cpuinfo requests pydantic
     OUTSIDE/bin/pip install --no-deps hqq==0.2.8.post1 auto-round==0.16.1
+    OUTSIDE/bin/pip install --no-deps defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 ninja==1.13.2 pillow==13.0.0 \
+pypcre==0.6.4 threadpoolctl==3.8.0 tokenicer==0.0.14 torchao==0.18.0
+    OUTSIDE/bin/pip install --no-deps --no-build-isolation gptqmodel==7.7.0
 
 ``--no-deps`` keeps them from replacing PyTorch.
 """
@@ -55,7 +58,7 @@ from lbllm.pipeline import peak_memory, run, stage_model
 from lbllm.zero_shot import task_names, zero_shot
 
 OWN = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
-OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound"}
+OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound", "gptqmodel": "GPTQModel"}
 ALL_WINDOWS = 128  # of a text without an end of its own
 
 
@@ -268,7 +271,7 @@ def main() -> None:
     parser.add_argument("--a4", action="store_true", help="with 4-bit activations, too")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
-    parser.add_argument("--outside", metavar="ENV", help="environment of hqq and auto-round")
+    parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.ablation import Ablation, Result, chosen, measure, table
+from benchmarks.ablation import GROUP_SIZES, Ablation, Result, chosen, measure, table
 from benchmarks.one_block import OneBlock
 from lbllm.binarize import to_groups
 from lbllm.blocks import linear_layers, linear_weight
@@ -93,10 +93,23 @@ def test_a_training_that_meets_no_number_is_said_to_diverge(block: OneBlock) -> 
 
 def test_every_setting_is_a_variant_of_its_stage(block: OneBlock) -> None:
     parts = {name: list(getattr(Ablation(block), name)()) for name in ("ptq", "wat", "aar")}
-    assert [len(part) for part in parts.values()] == [5, 8, 9]
+    assert [len(part) for part in parts.values()] == [5, 10, 9]
     for part in parts.values():
         errors = [block.errors(made)[1] for _, _, made in part]
         assert len(set(errors)) == len(part)
+
+
+def test_group_sizes_by_layer_cost_as_many_parameters_as_one_for_all(block: OneBlock) -> None:
+    # (out, in) of a block of the embedded model.
+    shapes = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}
+    shapes |= {"gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
+    for sizes in GROUP_SIZES.values():
+        assert sizes.keys() <= shapes.keys()
+        assert sum(rows * columns / sizes.get(name, 64) for name, (rows, columns) in shapes.items()) == 55_296
+    layers = binary_layers(block.initialize(PtqConfig(), group_sizes={"q_proj": 8, "mlp.up_proj": 24}).block)
+    assert {name: layer.fmt.group_size for name, layer in layers.items()} == {
+        name: {"self_attn.q_proj": 8, "mlp.up_proj": 24}.get(name, 16) for name in layers
+    }
 
 
 def test_bad_arguments() -> None:
