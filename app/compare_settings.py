@@ -63,6 +63,16 @@ def _controls(side: str) -> ChatSettings:
         persist_state="session",
         help="Draw from the most likely tokens that together have this probability.",
     )
+    repetition_penalty = st.slider(
+        "Repetition penalty",
+        1.0,
+        1.5,
+        _FIRST.repetition_penalty,
+        0.05,
+        key=key("repetition_penalty"),
+        persist_state="session",
+        help="Makes words that the answer has already less likely, so that it doesn't go in circles. 1: none.",
+    )
     columns = st.columns(2)
     seed = columns[0].number_input(
         "Seed",
@@ -104,6 +114,7 @@ def _controls(side: str) -> ChatSettings:
         template=template,
         temperature=temperature,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         max_new_tokens=length,
     )

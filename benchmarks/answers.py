@@ -3,7 +3,8 @@
     python -m benchmarks.answers smollm2-135m-instruct runs/mine
     python -m benchmarks.answers smollm2-135m-instruct exports/dense     a dense copy: activations are left alone
 
-Greedy decoding, one turn each, no system message but the template's own. Printed as Markdown.
+Greedy decoding with the usual repetition penalty, one turn each, no system message but the template's own. Printed as
+Markdown.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 from datetime import date
 
 from lbllm.chat import stream
+from lbllm.chat_settings import REPETITION_PENALTY
 from lbllm.commands.opening import open_model
+from lbllm.errors import LbllmError
 
 PROMPTS = (
     "What is the capital of France?",
@@ -33,8 +36,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="catalogue ids, folders, packed checkpoints")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     given = parser.parse_args()
-    opened = [(name, *open_model(name, "cpu")) for name in given.models]
-    print(f"Greedy, at most {given.tokens} tokens, {date.today()}")
+    try:
+        opened = [(name, *open_model(name, "cpu")) for name in given.models]
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    print(f"Greedy, repetition penalty {REPETITION_PENALTY}, at most {given.tokens} tokens, {date.today()}")
     for number, prompt in enumerate(PROMPTS, 1):
         print(f"\n**{number}. {prompt}**")
         for name, model, tokenizer in opened:

@@ -49,7 +49,7 @@ from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
 from lbllm.blocks import check_length, decoder_blocks, linear_layers
 from lbllm.config import PAPER_STAGES, make_config
-from lbllm.corpora import Corpus, evaluation_tokens, load_corpus
+from lbllm.corpora import Corpus, evaluation_tokens, load_corpus, parts
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.evaluate import perplexity
 from lbllm.events import RunStarted
@@ -218,7 +218,7 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> 
     if text == "wikitext2" or Path(text).is_file():
         return evaluation_tokens(text, tokenizer, seq_len=options.window, limit=options.limit)
     tokens = (options.limit or ALL_WINDOWS) * options.window
-    part: Literal["heldout", "train"] = "heldout" if text in options.corpus.split("+") else "train"
+    part: Literal["heldout", "train"] = "heldout" if text in parts(options.corpus) else "train"
     return load_corpus(text, tokenizer, seq_len=options.window, tokens=tokens, part=part).sequences
 
 

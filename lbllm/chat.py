@@ -22,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lbllm.blocks import context_length
-from lbllm.chat_settings import TEMPERATURE, TOP_P
+from lbllm.chat_settings import REPETITION_PENALTY, TEMPERATURE, TOP_P
 from lbllm.errors import ModelError
 
 Messages = list[dict[str, str]]
@@ -84,13 +85,15 @@ def stream(
     max_new_tokens: int = 256,
     temperature: float = TEMPERATURE,
     top_p: float = TOP_P,
+    repetition_penalty: float = REPETITION_PENALTY,
     seed: int = 0,
     template: bool = True,
     stop: threading.Event | None = None,
 ) -> Iterator[ChatPiece]:
     """The model's answer to ``messages``, piece by piece; the last piece, perhaps without text, ends the measurements.
 
-    ``temperature`` 0 is greedy decoding; ``template`` off lets a chat model go on with plain text. Setting ``stop``, or
+    ``temperature`` 0 is greedy decoding; ``repetition_penalty`` above 1 makes tokens that the answer has already less
+    likely, those of the prompt not; ``template`` off lets a chat model go on with plain text. Setting ``stop``, or
     closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
     Raises ModelError where the prompt leaves no room.
     """
@@ -105,6 +108,8 @@ def stream(
     closed = threading.Event()
     pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
     processors = LogitsProcessorList()
+    if repetition_penalty > 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=ids.shape[1]))
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_p < 1:
@@ -129,6 +134,7 @@ def stream(
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=None,
             )
             pieces.put(None)
         except BaseException as error:

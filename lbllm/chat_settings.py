@@ -6,10 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # As the makers of SmolLM2 advise; at higher ones small models, and binarized ones above all, lose the thread.
 TEMPERATURE, TOP_P = 0.2, 0.9
+# Small models, binarized ones above all, else fall into loops.
+REPETITION_PENALTY = 1.1
 
 
 class ChatSettings(BaseModel):
-    """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding."""
+    """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding.
+    ``repetition_penalty`` makes tokens that the answer has already less likely (CTRL, Keskar et al. 2019); 1: none."""
 
     # What earlier versions could set besides is in the votes that they stored.
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -18,6 +21,7 @@ class ChatSettings(BaseModel):
     template: bool = True
     temperature: float = Field(TEMPERATURE, ge=0, le=2)
     top_p: float = Field(TOP_P, gt=0, le=1)
+    repetition_penalty: float = Field(REPETITION_PENALTY, ge=1, le=2)
     seed: int = Field(0, ge=0)
     max_new_tokens: int = Field(160, ge=1, le=4096)
 
@@ -32,6 +36,7 @@ _WORDS = {
     "template": "chat template",
     "temperature": "temperature",
     "top_p": "top-p",
+    "repetition_penalty": "repetition penalty",
     "seed": "seed",
     "max_new_tokens": "longest answer",
 }

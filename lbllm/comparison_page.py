@@ -98,7 +98,10 @@ def _exchange(exchange: Exchange, choice: Choice | None) -> str:
 
 def _answer(exchange: Exchange, side: int, at: int | None) -> str:
     answer, settings = exchange.answers[side], exchange.settings[side]
-    stated = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, seed {settings.seed}"
+    stated = (
+        f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, "
+        f"repetition penalty {settings.repetition_penalty:g}, seed {settings.seed}"
+    )
     if settings.system and not answer.completes:
         stated += f", system prompt: {settings.system}"
     if answer.completes:

@@ -131,6 +131,7 @@ class Duel:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
             seed=settings.seed,
             template=settings.template,
             stop=self._stop,

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from lbllm.commands.options import arguments
 from lbllm.config import STAGE_NAMES, RunConfig
 from lbllm.corpora import CATALOGUE as TEXTS
-from lbllm.corpora import CorpusEntry
+from lbllm.corpora import CorpusEntry, parts
 from lbllm.model_catalogue import HUB_LICENCES
 from lbllm.progress import size
 from lbllm.run_record import RunRecord
@@ -84,7 +84,7 @@ def _front_matter(record: RunRecord, kind: Kind) -> str:
 
 
 def _texts(settings: RunConfig | None) -> list[CorpusEntry]:
-    names = settings.corpus.split("+") if settings is not None else []
+    names = parts(settings.corpus) if settings is not None else []
     return [entry for name in names for entry in TEXTS if entry.id == name]
 
 

@@ -17,7 +17,7 @@ QUESTION: Messages = [{"role": "user", "content": "What is the capital of France
 
 def answer(architecture: str = "llama", **changes: object) -> str:
     model, tokenizer = tiny(architecture)
-    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "seed": 0} | changes
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0} | changes
     return "".join(piece.text for piece in stream(model, tokenizer, QUESTION, **options))  # type: ignore[arg-type]
 
 
@@ -28,6 +28,21 @@ def test_greedy_answer_is_that_of_generate(architecture: str) -> None:
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
     expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer(architecture, temperature=0.0) == expected
+
+
+@torch.no_grad()
+def test_what_the_answer_has_already_becomes_less_likely() -> None:
+    model, tokenizer = tiny("llama")
+    prompt = prompt_ids(tokenizer, QUESTION)[0].tolist()
+    written: list[int] = []
+    while len(written) < 20 and tokenizer.eos_token_id not in written:
+        logits = model(input_ids=torch.tensor([prompt + written])).logits[0, -1].double()
+        for token in set(written):  # of the answer, not of the prompt
+            logits[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+        written.append(int(logits.argmax()))
+    found = answer(temperature=0.0, repetition_penalty=1.5)
+    assert found == tokenizer.decode(written, skip_special_tokens=True)
+    assert found != answer(temperature=0.0)
 
 
 def test_pieces_carry_measurements() -> None:

@@ -70,7 +70,15 @@ def test_everything_of_a_comparison_is_on_the_page() -> None:
     page = Reader(comparison_page([one, two], votes={one.id: "right"}, lens=lens))
     for text in ("Why?", "The sky is ", "blue", "grey", "20.5", "9.0", "0.14 s", "538.1 MB", "96.6 MB", "3.00"):
         assert text in page.text
-    for text in ("The right answer is better", "temperature 0.2", "Be kind <b>", "␣blue", "60.0 %", "KL 2.500 nats"):
+    for text in (
+        "The right answer is better",
+        "temperature 0.2",
+        "repetition penalty 1.1",
+        "Be kind <b>",
+        "␣blue",
+        "60.0 %",
+        "KL 2.500 nats",
+    ):
         assert text in page.text
     assert "mark" in page.tags
     assert page.inside == []

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lbllm.attended import interrupts
-from lbllm.chat_settings import TOP_P
+from lbllm.chat_settings import REPETITION_PENALTY, TOP_P
 from lbllm.commands.opening import open_model
 from lbllm.commands.options import DeviceOption, JsonOption
 from lbllm.commands.output import print_json
@@ -26,6 +26,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = TOP_P,
+    repetition_penalty: Annotated[float, typer.Option(min=1, help="1 lets an answer go in circles.")] = (
+        REPETITION_PENALTY
+    ),
     seed: int = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -37,7 +40,13 @@ def chat(
         raise typer.BadParameter("--prompt is empty; give it a question, or leave it out to talk")
     if len(model) > 2:
         raise typer.BadParameter(f"--model was given {len(model)} times; one or two models can answer")
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
     opened = [(name, *open_model(name, device)) for name in model]
     begin = [{"role": "system", "content": system}] if system else []
     talks = [list(begin) for _ in opened]
