@@ -93,7 +93,8 @@ def gptq(folder: Path, blocks: str, group_size: int) -> float:
         if not name.startswith(f"{blocks}.") or not isinstance(layer, torch.nn.Linear):
             continue
         packed = found.model.get_submodule(name)
-        layer.weight.data = packed.dequantize_weight().T.float().contiguous()
+        dense = packed.dequantize_weight().T.float().clone()  # a tensor that autograd knows
+        layer.weight = torch.nn.Parameter(dense, requires_grad=False)
         assert layer.weight.shape == (layer.out_features, layer.in_features)
         bits += layer.weight.numel() * BITS + packed.scales.numel() * (16 + BITS)
         weights += layer.weight.numel()
