@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -116,9 +117,11 @@ def zero_shot(
     ``on_progress(task, done, total)`` counts choices. Raises CorpusError where questions can't be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import lm_eval.api.task as tasks
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    vars(tasks)["tqdm"] = partial(tasks.tqdm, disable=True)  # its bars would lie over the caller's
     judge = _judge(model, tokenizer)
     for name in names:
         judge.report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
