@@ -84,7 +84,9 @@ def gptq(folder: Path, blocks: str, group_size: int) -> float:
 
     tokens = load_file(folder / "tokens.safetensors")["input_ids"]
     samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.split(1)]
-    config = QuantizeConfig(bits=BITS, group_size=group_size, sym=False, desc_act=False, offload_to_disk=False)
+    # In its first format zero points lie one lower than they mean, and what is in memory is read as it lies.
+    how = {"format": "gptq_v2", "offload_to_disk": False}
+    config = QuantizeConfig(bits=BITS, group_size=group_size, sym=False, desc_act=False, **how)
     found = GPTQModel.load(str(folder / "teacher"), config, device="cpu", dtype=torch.float32)
     found.quantize(samples, batch_size=1, backend=BACKEND.TORCH)
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
