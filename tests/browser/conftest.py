@@ -45,13 +45,13 @@ class Server:
     def url(self, path: str = "") -> str:
         return f"http://localhost:{self.port}/{path}"
 
-    def start(self) -> None:
-        """Start it; returns when it answers."""
+    def start(self, seconds: float = 120.0) -> None:
+        """Start it; returns when it answers, which must be within ``seconds``."""
         command = [sys.executable, "-m", "lbllm", "ui", "--port", str(self.port), "--no-browser"]
         environment = os.environ | {"LBLLM_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
         with (self.home / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
-        wait_until(self._answers)
+        wait_until(self._answers, seconds=seconds)
 
     def _answers(self) -> bool:
         assert self.process is not None
