@@ -31,7 +31,7 @@ def show() -> None:
     if st.session_state.get(SEEN):
         return
     with place.container(border=True, key="tour"):
-        *columns, last = st.columns([10, 10, 10, 3], gap="medium", vertical_alignment="center")
+        *columns, last = st.columns([10, 10, 10, 3], gap="medium")
         for column, (title, text) in zip(columns, STEPS, strict=True):
             column.markdown(f"**{title}**  \n{text}")
         last.button("Got it", key="tour dismissed", on_click=_dismiss)
