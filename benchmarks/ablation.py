@@ -166,7 +166,8 @@ class Ablation:
     def groups(self) -> Iterator[Variant]:
         """Group sizes by layer, after stages 1 and 2."""
         for name, sizes in GROUP_SIZES.items():
-            yield "1, 2", name, self.block.train(self.block.initialize(PtqConfig(), group_sizes=sizes), WatConfig())
+            start = self.block.initialize(PtqConfig(), group_sizes=sizes) if sizes else None
+            yield "1, 2", name, self.block.train(start, WatConfig()) if start else self.second
 
 
 PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {
