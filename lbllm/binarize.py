@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm import kernels
 from lbllm.config import WHOLE_ROW, Format
 
 LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
@@ -184,21 +185,33 @@ class _NearestLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, groups: Tensor, levels: Tensor) -> Tensor:
-        middles = (levels[..., 1:] + levels[..., :-1]) / 2
-        gaps = levels[..., 1:] - levels[..., :-1]
-        above = [float_mask(torch.gt, groups, middles[..., k : k + 1]) for k in range(middles.shape[-1])]
-        value = torch.addcmul(levels[..., :1], above[0], gaps[..., :1])
-        for k in range(1, len(above)):
-            value.addcmul_(above[k], gaps[..., k : k + 1])
-        ctx.save_for_backward(*above)
+        ctx.save_for_backward(groups, levels)
+        if _compiled(groups):
+            return torch.ops.lbllm.nearest_level(groups.contiguous(), levels.contiguous())
+        value = levels[..., :1].expand_as(groups)
+        for k in range(1, levels.shape[-1]):
+            value = torch.where(_above(groups, levels, k), levels[..., k : k + 1], value)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        sums = [grad.sum(-1)] + [torch.linalg.vecdot(grad, mask) for mask in ctx.saved_tensors]
+        (grad,), (groups, levels) = grads, ctx.saved_tensors
+        if _compiled(groups):
+            return grad, torch.ops.lbllm.nearest_level_backward(grad, groups.contiguous(), levels.contiguous())
+        above = (_above(groups, levels, k).to(grad.dtype) for k in range(1, levels.shape[-1]))
+        sums = [grad.sum(-1)] + [torch.linalg.vecdot(grad, mask) for mask in above]
         sums.append(torch.zeros_like(sums[0]))
         return grad, torch.stack([sums[k] - sums[k + 1] for k in range(len(sums) - 1)], -1)
+
+
+def _above(groups: Tensor, levels: Tensor, k: int) -> Tensor:
+    """Which weights are nearer to level ``k`` than to the one below it."""
+    return groups > (levels[..., k - 1 : k] + levels[..., k : k + 1]) / 2
+
+
+def _compiled(groups: Tensor) -> bool:
+    """Whether ``lbllm.kernels`` can take these groups."""
+    return groups.device.type == "cpu" and groups.dtype == torch.float32 and kernels.ready()
 
 
 def nearest_level(groups: Tensor, levels: Tensor) -> Tensor:

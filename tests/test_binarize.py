@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lbllm import kernels
 from lbllm.binarize import (
     POINTS,
     assign,
@@ -230,6 +232,30 @@ def test_gradients_of_the_nearest_level(count: int) -> None:
 
     torch.testing.assert_close(nearest_level(groups, levels), dense(groups, levels))
     torch.testing.assert_close(gradients(nearest_level, groups, levels), gradients(dense, groups, levels))
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([2, 4]),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.sampled_from([1e-6, 1.0, 1e4]),
+    st.integers(0, 2**32),
+)
+def test_the_nearest_level_is_one_of_the_levels_with_and_without_a_compiler(
+    count: int, rows: int, number: int, length: int, scale: float, seed: int
+) -> None:
+    """Exactly, in float32 too: a sum of gaps would miss a level by its rounding."""
+    groups = torch.randn(rows, number, length, generator=random(seed)) * scale
+    levels = (torch.randn(rows, number, count, generator=random(seed + 1)) * scale).sort(-1).values
+    found = []
+    for compiled in (True, False):
+        with mock.patch.object(kernels, "ready", lambda compiled=compiled: compiled):
+            assert torch.equal(nearest_level(groups, levels), take_levels(levels, assign(groups, levels)))
+            found.append(gradients(nearest_level, groups, levels))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
 
 
 def test_relaxed_level_is_the_equation_with_a_fractional_bitmap() -> None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lbllm.activations import ActQuantizer
-from lbllm.binarize import LEVELS, assign, fit_levels, from_groups, group_length, levels_to_params, to_groups
+from lbllm.binarize import (
+    LEVELS,
+    assign,
+    fit_levels,
+    from_groups,
+    group_length,
+    levels_to_params,
+    params_to_levels,
+    to_groups,
+)
 from lbllm.blocks import linear_weight
 from lbllm.config import Format, LayerFormat
 from lbllm.layers import BinaryLinear, PackedLinear, layer_bits
@@ -178,6 +187,20 @@ def trained(layer: BinaryLinear) -> Iterator[nn.Parameter]:
     for parameter in (layer.latent, layer.params, layer.bitmap):
         if parameter is not None:
             yield parameter
+
+
+@pytest.mark.parametrize("format_", ["w1+1", "w1"])
+def test_latent_weights_that_fit_the_bits_are_kept_and_others_become_their_level(format_: Format) -> None:
+    source = dense(nn.Linear, 12, 50)
+    layer, latent = binarized(source, layer_format(format_)), linear_weight(source)
+    levels = params_to_levels(layer.params).sort(-1).values
+    layer.index = from_groups(assign(to_groups(latent, layer.length), levels), 50).contiguous()
+    assert torch.equal(layer.nearest_to(latent), latent)
+    changed = latent.clone()
+    changed[3, 7] = float(levels[3, 0, 0]) if layer.index[3, 7] else float(levels[3, 0, -1])
+    expected = latent.clone()
+    expected[3, 7] = layer.weight()[3, 7]
+    assert torch.equal(layer.nearest_to(changed), expected)
 
 
 @pytest.mark.parametrize("mode", ["coupled", "relaxed"])

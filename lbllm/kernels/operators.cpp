@@ -11,6 +11,8 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include <limits>
+
 namespace {
 
 using at::Tensor;
@@ -113,6 +115,88 @@ std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, con
     by_act.data_ptr<float>()[k] = static_cast<float>(sum);
   }
   return {out.to(x.scalar_type()), by_act};
+}
+
+// `groups` (rows, n, length) of weights and their `levels` (rows, n, 2 or 4), ascending.
+void check_groups(const Tensor& groups, const Tensor& levels) {
+  TORCH_CHECK(groups.dim() == 3 && levels.dim() == 3 && groups.size(0) == levels.size(0) &&
+                  groups.size(1) == levels.size(1) && (levels.size(2) == 2 || levels.size(2) == 4) &&
+                  groups.is_contiguous() && levels.is_contiguous() && groups.scalar_type() == at::kFloat &&
+                  levels.scalar_type() == at::kFloat,
+              "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2 or 4) are needed");
+}
+
+// work(group) for every group of weights.
+template <class Work>
+void each_group(const Tensor& groups, const Work& work) {
+  const int64_t count = groups.size(0) * groups.size(1);
+  at::parallel_for(0, count, std::max<int64_t>(1, EACH / std::max<int64_t>(1, groups.size(2))),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t group = begin; group < end; ++group) work(group);
+                   });
+}
+
+// The level nearest to each weight; of two at one distance the lower.
+Tensor nearest_level(const Tensor& groups, const Tensor& levels) {
+  check_groups(groups, levels);
+  Tensor out = at::empty_like(groups);
+  const int64_t length = groups.size(2), count = levels.size(2);
+  const float *from = groups.const_data_ptr<float>(), *of = levels.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  each_group(groups, [&](int64_t group) {
+    const float *x = from + group * length, *level = of + group * count;
+    float* y = to + group * length;
+    const float first = level[0], second = level[1], low = (first + second) / 2;
+    if (count == 2) {
+#pragma omp simd
+      for (int64_t k = 0; k < length; ++k) y[k] = x[k] > low ? second : first;
+      return;
+    }
+    const float third = level[2], fourth = level[3], middle = (second + third) / 2, high = (third + fourth) / 2;
+#pragma omp simd
+    for (int64_t k = 0; k < length; ++k) {
+      const float inner = x[k] > middle ? third : second;
+      const float above = x[k] > high ? fourth : inner;
+      y[k] = x[k] > low ? above : first;
+    }
+  });
+  return out;
+}
+
+// What the gradient of nearest_level's result is to the levels: each one's sum over its members.
+Tensor nearest_level_backward(const Tensor& grad, const Tensor& groups, const Tensor& levels) {
+  check_groups(groups, levels);
+  TORCH_CHECK(grad.sizes() == groups.sizes(), "nearest_level_backward: grad and groups must have one shape");
+  const Tensor given = grad.to(at::kFloat).contiguous();
+  Tensor out = at::empty_like(levels);
+  const int64_t length = groups.size(2), count = levels.size(2);
+  const float *from = groups.const_data_ptr<float>(), *of = levels.const_data_ptr<float>();
+  const float* slope = given.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  each_group(groups, [&](int64_t group) {
+    const float *x = from + group * length, *g = slope + group * length, *level = of + group * count;
+    float* sums = to + group * count;
+    // Without four levels the upper two have no members.
+    const float low = (level[0] + level[1]) / 2;
+    const float middle = count == 4 ? (level[1] + level[2]) / 2 : std::numeric_limits<float>::infinity();
+    const float high = count == 4 ? (level[2] + level[3]) / 2 : middle;
+    float first = 0, second = 0, third = 0, fourth = 0;
+#pragma omp simd reduction(+ : first, second, third, fourth)
+    for (int64_t k = 0; k < length; ++k) {
+      const bool one = x[k] > low, two = x[k] > middle, three = x[k] > high;
+      first += one ? 0.0f : g[k];
+      second += one && !two ? g[k] : 0.0f;
+      third += two && !three ? g[k] : 0.0f;
+      fourth += three ? g[k] : 0.0f;
+    }
+    sums[0] = first;
+    sums[1] = second;
+    if (count == 4) {
+      sums[2] = third;
+      sums[3] = fourth;
+    }
+  });
+  return out;
 }
 
 Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
@@ -512,6 +596,8 @@ TORCH_LIBRARY(lbllm, m) {
   m.def(
       "quantize_activations_backward(Tensor grad, Tensor x, float knee, float clip_low, float clip_high, int bits, "
       "int tail, float temperature) -> (Tensor, Tensor)");
+  m.def("nearest_level(Tensor groups, Tensor levels) -> Tensor");
+  m.def("nearest_level_backward(Tensor grad, Tensor groups, Tensor levels) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
@@ -523,4 +609,6 @@ TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("decode", decode);
   m.impl("quantize_activations", quantize_activations);
   m.impl("quantize_activations_backward", quantize_activations_backward);
+  m.impl("nearest_level", nearest_level);
+  m.impl("nearest_level_backward", nearest_level_backward);
 }

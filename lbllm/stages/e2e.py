@@ -5,7 +5,8 @@ will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step si
 latent weights are given: then each weight takes the level nearest to its latent one, as in stage 2.
 
 Sequences go through one at a time and their gradients are summed. Each layer's fake-quantized weight is made once a
-step and collects its gradient, which then goes to what makes the weight: that graph never spans the model.
+step, in the precision that matrices are multiplied in, and collects its gradient, which then goes to what makes the
+weight: that graph never spans the model.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lbllm.blocks import share_copy
 from lbllm.config import E2eConfig
 from lbllm.layers import BinaryLinear
 from lbllm.losses import LOSSES, feature_error
@@ -44,8 +46,12 @@ class EndToEnd:
         seed: int,
         autocast: Any,
     ) -> None:
-        self.student, self.teacher, self.layers, self.sequences = student, teacher, layers, sequences
-        self.config, self.autocast = config, autocast
+        self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
+        self.student, self.teacher, place = student, share_copy(teacher), sequences.device.type
+        with autocast():
+            self.dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else None
+        if self.dtype is not None:
+            _cast_linear((self.student, self.teacher), self.dtype)
         self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
         self.step = 0
         self.quantizers = quantizers_of(layers)
@@ -91,7 +97,8 @@ class EndToEnd:
             if math.isfinite(total):
                 for layer in self.layers:
                     assert layer.dense is not None
-                    layer.weight().backward(layer.dense.grad)
+                    assert layer.dense.grad is not None
+                    layer.weight().backward(layer.dense.grad.to(layer.params.dtype))
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
                 self.optimizer.step()
                 for quantizer in self.quantizers:
@@ -130,12 +137,12 @@ class EndToEnd:
 
     def _next_token_loss(self, sequence: Tensor) -> Tensor:
         """The loss of one sequence of token ids (1, T) over the T - 1 next tokens that it has."""
-        features = self.config.feature_weight > 0
+        features, read = self.config.feature_weight > 0, sequence[:, :-1]
         with self.autocast():
             with torch.no_grad():
-                meant = self.teacher(input_ids=sequence, use_cache=False, output_hidden_states=features)
-            given = self.student(input_ids=sequence, use_cache=False, output_hidden_states=features)
-        logits, target = given.logits[0, :-1].float(), meant.logits[0, :-1].float()
+                meant = self.teacher(input_ids=read, use_cache=False, output_hidden_states=features)
+            given = self.student(input_ids=read, use_cache=False, output_hidden_states=features)
+        logits, target = given.logits[0].float(), meant.logits[0].float()
         loss = LOSSES[self.config.loss](logits, target, sequence[0, 1:])
         if features:  # the first hidden states are the embeddings
             loss = loss + self.config.feature_weight * feature_error(given.hidden_states[1:], meant.hidden_states[1:])
@@ -143,8 +150,19 @@ class EndToEnd:
 
     def _expand(self) -> None:
         for layer in self.layers:
-            layer.dense = layer.weight().detach().requires_grad_()
+            layer.dense = layer.weight().detach().to(self.dtype or layer.params.dtype).requires_grad_()
 
     def _drop(self) -> None:
         for layer in self.layers:
             layer.dense = None
+
+
+def _cast_linear(models: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Hold the weights of all ordinary linear layers in ``dtype``, so that autocast doesn't convert them for every
+    sequence; a weight that several models share stays one."""
+    cast: dict[Tensor, nn.Parameter] = {}
+    for model in models:
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.dtype != dtype:
+                weight = module.weight
+                module.weight = cast.setdefault(weight, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
