@@ -56,6 +56,10 @@ def attend(store: RunStore, run: Run, progress: RunProgress, console: Console, o
     The checkpoint is copied to ``out`` if given. Raises RunError where the run doesn't get to its end, StoppedByUser
     where Ctrl-C asked for that, ResourceError where ``out`` can't take the checkpoint.
     """
+    working = [other.id for other in store.all() if other.state == "running"]
+    if working:
+        line = f"waiting until run {working[0]} ends: one works at a time"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     earlier = store.events(run.id)
     after_seq = earlier[-1].seq if earlier else 0
     if run.state == "queued":

@@ -347,6 +347,26 @@ def test_a_run_whose_text_is_too_short_fails_with_a_reason(terminal: Terminal, t
     assert run["state"] == "failed"
 
 
+def test_a_run_says_that_it_waits_for_another_and_then_ends(terminal: Terminal, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text, *TINY]
+    first, second = (
+        [*command, "--set", f"wat.epochs={epochs}", "--out", str(tmp_path / name)]
+        for name, epochs in (("one", 200), ("two", 1))
+    )
+    with subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as working:
+        assert working.stderr is not None
+        assert any(line.startswith("Stage 2") for line in working.stderr)
+        (run,) = terminal("runs", "list", "--json").document["runs"]
+        with subprocess.Popen(second, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            assert any(f"waiting until run {run['id']} ends" in line for line in waiting.stderr)
+            working.send_signal(signal.SIGINT)
+            working.communicate(timeout=180)
+            waiting.communicate(timeout=180)
+            assert waiting.returncode == 0
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+
+
 def test_ctrl_c_stops_and_resume_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text]
