@@ -61,7 +61,7 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
 ATTENTION, GATES, DOWN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"), ("down_proj",)
 # In the embedded model all of these have as many group parameters as groups of 64 everywhere.
 GROUP_SIZES: dict[str, dict[str, int]] = {
-    "64 everywhere": {},
+    "one size everywhere": {},
     "attention 32, MLP 96": dict.fromkeys(ATTENTION, 32) | dict.fromkeys(GATES + DOWN, 96),
     "down 32, others 96": dict.fromkeys(DOWN, 32) | dict.fromkeys(ATTENTION + GATES, 96),
     "gate and up 48, others 96": dict.fromkeys(GATES, 48) | dict.fromkeys(ATTENTION + DOWN, 96),

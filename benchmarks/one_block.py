@@ -41,9 +41,9 @@ from lbllm.config import AarConfig, Format, LayerFormat, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
 from lbllm.layers import BinaryLinear
 from lbllm.models import Teacher
-from lbllm.stages.aar import aar_block, add_quantizers, distill_quantized
+from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import Step, binary_layers, thaw_layers, token_error, wat_block
+from lbllm.stages.wat import Step, binary_layers, distill, thaw_layers, token_error, wat_block
 
 BATCH = 4
 EM_STEPS = 20  # of a clustering that nothing comes after
@@ -176,7 +176,7 @@ class OneBlock:
         together on quantized activations and KV cache."""
         block = self._quantized(made, aar, 3, kv_bits)
         layers = binary_layers(block)
-        steps = distill_quantized(
+        steps = distill(
             block,
             self.calls[self.number],
             self.seen[0],

@@ -193,7 +193,7 @@ def test_features_are_part_of_the_loss(weight: float, whole: tuple[Path, list[Ev
                 for module in (*model.model.layers[:-1], model.model.norm)
             ]
             for sequence in sequences.split(1):
-                model(input_ids=sequence)
+                model(input_ids=sequence[:, :-1])  # the last token tells nothing of a next one
             for hook in hooks:
                 hook.remove()
             outputs.append(kept)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, make_grid
 from lbllm.blocks import BlockCall, layer_inputs
-from lbllm.config import AarConfig, WatConfig
-from lbllm.stages.wat import Step, binary_layers, distill, quantizers_of
+from lbllm.config import AarConfig
+from lbllm.stages.wat import Step, binary_layers, distill
 
 # Candidates of the first search: the body's share of a token's range, and both clips. A clip below 1 never won it in
 # trials on the embedded model; training moves the clips.
@@ -95,7 +95,7 @@ def aar_block(
     for layer in binary_layers(block).values():
         scale = float(layer.weight().detach().std())
         groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
-    yield from distill_quantized(
+    yield from distill(
         block,
         call,
         inputs,
@@ -108,40 +108,3 @@ def aar_block(
         seed=seed,
         autocast=autocast,
     )
-
-
-def distill_quantized(
-    block: nn.Module,
-    call: BlockCall,
-    inputs: Tensor,
-    targets: Tensor,
-    groups: list[dict[str, Any]],
-    config: WatConfig | AarConfig,
-    *,
-    lr_act: float,
-    loss_kind: str,
-    reg_weight: float = 0.0,
-    kv_bits: int,
-    seed: int,
-    autocast: Any,
-) -> Iterator[Step]:
-    """``distill`` with the KV cache in its bits; the quantizers that the block's layers have train with ``groups``."""
-    quantizers = quantizers_of(binary_layers(block).values())
-    if quantizers:
-        groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
-    for step in distill(
-        block,
-        call,
-        inputs,
-        targets,
-        groups,
-        config,
-        loss_kind=loss_kind,
-        reg_weight=reg_weight,
-        seed=seed,
-        autocast=autocast,
-        cache=TrainingCache(kv_bits) if kv_bits < 16 else None,
-    ):
-        for quantizer in quantizers:
-            quantizer.bound()
-        yield step

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import ActQuantizer
+from lbllm.activations import ActQuantizer, TrainingCache
 from lbllm.binarize import polarization
 from lbllm.blocks import BlockCall, run_batches, run_block
 from lbllm.config import AarConfig, WatConfig
@@ -93,18 +93,23 @@ def distill(
     config: WatConfig | AarConfig,
     *,
     loss_kind: str,
-    reg_weight: float,
     seed: int,
     autocast: Any,
-    cache: Any = None,
+    reg_weight: float = 0.0,
+    lr_act: float = 0.0,
+    kv_bits: int = 16,
 ) -> Iterator[Step]:
     """Train a block's parameter ``groups`` (AdamW's, with base rates) on inputs and targets (n, T, hidden), yielding
-    each step.
+    each step. With them train the quantizers that the block's layers have; the KV cache has its bits.
 
     Ends early after yielding a step whose loss is not finite; that step is not applied.
     """
     if not groups:
         return  # a block that stays dense has nothing to train
+    quantizers = quantizers_of(binary_layers(block).values())
+    if quantizers:
+        groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
+    cache = TrainingCache(kv_bits) if kv_bits < 16 else None
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -133,6 +138,8 @@ def distill(
             optimizer.step()
             for bitmap in bitmaps:
                 bitmap.data.clamp_(0, 1)
+            for quantizer in quantizers:
+                quantizer.bound()
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed)
         if not finite:
