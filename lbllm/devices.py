@@ -48,15 +48,17 @@ def check_device(device: str) -> None:
 
 
 def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
-    """The accelerator for ``auto``, ``cpu`` or ``cuda``; ``precision``: ``no`` or ``bf16``, measured when it is None.
+    """The accelerator for ``auto``, ``cpu`` or ``cuda``; ``precision``: ``no`` or ``bf16``, by the device when it is
+    None.
 
-    bf16 is taken on a GPU, and on a CPU whose bf16 products run at least 1.5 times as fast as its float32 ones (AMX).
-    Raises ConfigError where there is no such device.
+    bf16 is taken on a GPU, and on a CPU that has instructions for its products (AVX-512 BF16 or AMX). Measuring would
+    depend on what else the machine does: two runs of the same settings could then differ. Raises ConfigError where
+    there is no such device.
     """
     check_device(device)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision is None:
-        fast = not cpu or matmul_rate(torch.bfloat16) > 1.5 * matmul_rate(torch.float32)
+        fast = not cpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if fast else "no"
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision)

@@ -1,4 +1,4 @@
-"""The accelerator: known devices, the precision that was asked for or measured, several runs in one process."""
+"""The accelerator: known devices, the precision that was asked for or chosen, several runs in one process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,23 @@ def test_each_run_of_a_process_gets_the_precision_it_asks_for() -> None:
     assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_a_measured_precision_can_be_asked_for_again() -> None:
-    measured = make_accelerator("auto").mixed_precision
-    assert measured in ("no", "bf16")
-    assert make_accelerator("auto", measured).mixed_precision == measured
+def test_a_chosen_precision_can_be_asked_for_again() -> None:
+    chosen = make_accelerator("auto").mixed_precision
+    assert chosen in ("no", "bf16")
+    assert make_accelerator("auto", chosen).mixed_precision == chosen
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"), [((), "no"), (("avx512_bf16",), "bf16"), (("amx_tile",), "bf16")]
+)
+def test_the_processor_chooses_the_precision_and_not_the_moment(
+    instructions: tuple[str, ...], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) ** 2)  # everything takes longer than what was before
+    assert make_accelerator("cpu").mixed_precision == precision
 
 
 def test_cpu_is_the_cpu() -> None:
