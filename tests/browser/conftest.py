@@ -49,6 +49,7 @@ class Server:
         """Start it; returns when it answers, which must be within ``seconds``."""
         command = [sys.executable, "-m", "lbllm", "ui", "--port", str(self.port), "--no-browser"]
         environment = os.environ | {"LBLLM_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
+        self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
         wait_until(self._answers, seconds=seconds)
