@@ -8,9 +8,10 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.view import checkpoints, plain, size_text, store
+from lbllm.config import SHIPPED
 from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION
 from lbllm.paths import model_name
-from lbllm.pool import SHIPPED, ModelPool, Slot
+from lbllm.pool import ModelPool, Slot
 
 SIDES = ("left", "right")
 TEACHER = "smollm2-135m-instruct"

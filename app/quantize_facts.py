@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from app.view import COLOURS, count_text, plain, sentence, size_text, time_text
 from lbllm.blocks import decoder_blocks, linear_layers
-from lbllm.config import RunConfig
+from lbllm.config import STAGES, RunConfig
 from lbllm.errors import LbllmError
 from lbllm.estimate import Estimate, estimate, free_memory, matmul_rate
 from lbllm.model_catalogue import CATALOGUE
@@ -76,7 +76,8 @@ def show_unknown(name: str, message: str) -> None:
 
 def show_figures(config: RunConfig, result: Estimate) -> None:
     """Bits, disk, memory and time as large numbers, against 16 bits a weight."""
-    stages = list(result.stage_seconds.values())
+    stages = {STAGES.index(stage) + 1: seconds for stage, seconds in result.stage_seconds.items()}
+    longest = max(stages, key=stages.__getitem__)
     shown = (
         (
             "Bits a weight",
@@ -98,9 +99,9 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
         (
             "Time here",
             time_text(result.seconds),
-            f"mostly stage {1 + stages.index(max(stages))}" if len(stages) > 1 else "stage 1 alone",
+            f"mostly stage {longest}" if len(stages) > 1 else f"stage {longest} alone",
             "From the speed of matrix products on this machine now. "
-            + ", ".join(f"stage {number}: {time_text(seconds)}" for number, seconds in enumerate(stages, 1)),
+            + ", ".join(f"stage {number}: {time_text(seconds)}" for number, seconds in stages.items()),
         ),
     )
     for column, (label, value, small, explained) in zip(st.columns(4), shown, strict=True):

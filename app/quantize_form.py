@@ -15,9 +15,11 @@ from typing import Any, get_args
 import pandas
 import streamlit as st
 
+from app.view import store
 from lbllm import corpora
 from lbllm.config import (
     FORMAT_NAMES,
+    FROM_CHECKPOINT,
     PRESETS,
     STAGES,
     WHOLE_ROW,
@@ -29,16 +31,18 @@ from lbllm.config import (
 )
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.paths import corpus_name, model_name
+from lbllm.start import settings_to_go_on
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 PRESET = "quantize preset"
-STAGE_LABELS = {
+CHOICES = {
     STAGES[:1]: "1",
     STAGES[:2]: "1–2",
     STAGES[:3]: "1–3",
     (*STAGES[:2], STAGES[3]): "1–2, 4",
     STAGES: "1–4",
 }
+STAGE_LABELS = {**CHOICES, FROM_CHECKPOINT: "4"}
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
 
@@ -99,7 +103,7 @@ STAGE_SETTING = Setting(
     "Stages",
     "1: initialization, closed form. 2: each block learns to give the teacher's output, by gradient descent. "
     "3: the same with quantized activations and KV cache. 4: the whole model at once learns the teacher's next words.",
-    tuple(STAGE_LABELS),
+    tuple(CHOICES),
     lambda stages: STAGE_LABELS[stages],
     menu=True,
 )
@@ -160,8 +164,16 @@ CORPUS_KEY, SKIP_KEY, EDITOR_KEY, MODEL_KEY = (f"quantize {name}" for name in ("
 
 
 def start() -> None:
-    """Before any widget is drawn: fill them from the document, at the first visit and when the page is opened again."""
-    if DOCUMENT not in st.session_state:
+    """Before any widget is drawn: fill them from the document, at the first visit and when the page is opened again.
+    ``?from=`` a finished run makes a document that trains its checkpoint further. Raises LbllmError."""
+    run = st.query_params.get("from")
+    if run is not None:
+        del st.query_params["from"]
+        first = store().get(run)
+        document = first.config.model_dump(mode="json") | settings_to_go_on(str(first.folder / "checkpoint"))
+        # Another seed: another order of the text, and other parts of it.
+        load(parse_config(document | {"seed": first.config.seed + 1}))
+    elif DOCUMENT not in st.session_state:
         load(make_config())
     elif FORMAT.key not in st.session_state:
         load(parse_config(st.session_state[DOCUMENT]))
@@ -182,6 +194,17 @@ def load(config: RunConfig) -> None:
     st.session_state[TABLE] = pandas.DataFrame(rows, columns=list(COLUMNS), dtype=object)
     # The editor keeps what was typed under its key; a new table begins with nothing typed.
     st.session_state.pop(EDITOR_KEY, None)
+
+
+def goes_on() -> bool:
+    """Whether the document is of a run that trains a checkpoint further: that has its model, format and stages 1 to 3
+    behind it."""
+    return st.session_state[DOCUMENT].get("start") is not None
+
+
+def begin_anew() -> None:
+    """From a checkpoint back to a run from the teacher."""
+    load(make_config())
 
 
 def read(overrides: pandas.DataFrame) -> RunConfig:
@@ -244,6 +267,7 @@ def take_upload(key: str) -> None:
 
 def control(setting: Setting, *, disabled: bool = False) -> None:
     """Draw a setting's widget; its value is in the session."""
+    disabled = disabled or (goes_on() and setting.path.partition(".")[0] in ("stages", "quant", "ptq", "wat", "aar"))
     if setting.number:
         st.number_input(setting.label, key=setting.key, help=setting.help or None, disabled=disabled, **setting.number)
         return

@@ -56,17 +56,17 @@ def attend(store: RunStore, run: Run, progress: RunProgress, console: Console, o
     The checkpoint is copied to ``out`` if given. Raises RunError where the run doesn't get to its end, StoppedByUser
     where Ctrl-C asked for that, ResourceError where ``out`` can't take the checkpoint.
     """
-    working = [other.id for other in store.all() if other.state == "running"]
-    if working:
-        line = f"waiting until run {working[0]} ends: one works at a time"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    display = RunDisplay(console, progress)
+    working = next((other.id for other in store.all() if other.state == "running"), None)
+    if working is not None:
+        display.say(f"waiting until run {working} ends: one works at a time")
     earlier = store.events(run.id)
     after_seq = earlier[-1].seq if earlier else 0
     if run.state == "queued":
         store.start(run.id)
     else:
         store.resume(run.id)
-    asked = _follow(store, run.id, RunDisplay(console, progress), after_seq)
+    asked = _follow(store, run.id, display, after_seq)
     outcome = _outcome(store.get(run.id), [stored.event for stored in store.events(run.id, after_seq)], asked, out)
     if out is None:
         return outcome

@@ -188,25 +188,16 @@ class _NearestLevel(torch.autograd.Function):
         ctx.save_for_backward(groups, levels)
         if _compiled(groups):
             return torch.ops.lbllm.nearest_level(groups.contiguous(), levels.contiguous())
-        value = levels[..., :1].expand_as(groups)
-        for k in range(1, levels.shape[-1]):
-            value = torch.where(_above(groups, levels, k), levels[..., k : k + 1], value)
-        return value
+        return take_levels(levels, assign(groups, levels))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (groups, levels) = grads, ctx.saved_tensors
         if _compiled(groups):
             return grad, torch.ops.lbllm.nearest_level_backward(grad, groups.contiguous(), levels.contiguous())
-        above = (_above(groups, levels, k).to(grad.dtype) for k in range(1, levels.shape[-1]))
-        sums = [grad.sum(-1)] + [torch.linalg.vecdot(grad, mask) for mask in above]
-        sums.append(torch.zeros_like(sums[0]))
-        return grad, torch.stack([sums[k] - sums[k + 1] for k in range(len(sums) - 1)], -1)
-
-
-def _above(groups: Tensor, levels: Tensor, k: int) -> Tensor:
-    """Which weights are nearer to level ``k`` than to the one below it."""
-    return groups > (levels[..., k - 1 : k] + levels[..., k : k + 1]) / 2
+        index = assign(groups, levels)
+        members = ((index == k).to(grad.dtype) for k in range(levels.shape[-1]))
+        return grad, torch.stack([torch.linalg.vecdot(grad, member) for member in members], -1)
 
 
 def _compiled(groups: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1 also ``<layer>.latent``
-(out, in) float16, and after stage 3 ``<layer>.act`` (3,). Its metadata carry the run's fingerprint: a file of other
-settings is never taken over.
+(out, in) float16, and after stage 3 ``<layer>.act`` (3,). Stage "start" is the checkpoint that a run goes on from.
+Its metadata carry the run's fingerprint: a file of other settings is never taken over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lbllm.activations import ActQuantizer
 from lbllm.blocks import share_copy
-from lbllm.config import LayerFormat, RunConfig, Stage
+from lbllm.config import LayerFormat, Origin, RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.layers import BinaryLinear
 
@@ -40,6 +40,8 @@ def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precisi
     """What a block's state depends on: all settings, the teacher's weights, the text, the matmul precision. Hex
     SHA-256."""
     document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
+    if config.start is None:
+        del document["start"]  # runs of the time before there was such a setting are resumed, too
     weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -75,11 +77,11 @@ class BlockStore:
         self.folder, self.mark = folder / "blocks", mark
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, stage: Stage, block: int) -> Path:
+    def path(self, stage: Origin, block: int) -> Path:
         """Where the state of a block after a stage lies."""
         return self.folder / f"{stage}-{block:04d}.safetensors"
 
-    def save(self, stage: Stage, block: int, state: BlockState) -> None:
+    def save(self, stage: Origin, block: int, state: BlockState) -> None:
         """Write a block's state; OSError where the disk doesn't take it."""
         assert self.mark is not None
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
@@ -92,7 +94,7 @@ class BlockStore:
         }
         write_atomic(self.path(stage, block), save(tensors, metadata))
 
-    def load(self, stage: Stage, block: int) -> BlockState | None:
+    def load(self, stage: Origin, block: int) -> BlockState | None:
         """A block's state, or None where the block is not finished. Raises CheckpointError for a foreign or damaged
         file."""
         path = self.path(stage, block)
@@ -120,7 +122,7 @@ class BlockStore:
                 f"{path} is damaged ({error}); delete it and resume: the block is done again"
             ) from error
 
-    def finished(self, stage: Stage, block: int) -> BlockState:
+    def finished(self, stage: Origin, block: int) -> BlockState:
         """A block's state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""
         state = self.load(stage, block)
         if state is None:

@@ -11,7 +11,15 @@ import fnmatch
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from lbllm.errors import ConfigError
 
@@ -21,15 +29,19 @@ WHOLE_ROW = -1
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
+Origin = Stage | Literal["start"]  # what a stage goes on from: one before it, or the checkpoint that a run starts from
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 PAPER_STAGES = STAGES[:3]
-STAGE_NAMES: dict[Stage, str] = {
+STAGE_NAMES: dict[Origin, str] = {
+    "start": "The checkpoint gone on from",
     "ptq": "Stage 1: PTQ initialization",
     "wat": "Stage 2: weight-aware training",
     "aar": "Stage 3: activation-aware refinement",
     "e2e": "Stage 4: end to end",
 }
+SHIPPED = "shipped"  # names the checkpoint that comes with the project
+FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)  # the stages of a run that starts from a packed checkpoint
 
 
 def _no_empty_group(value: int) -> int:
@@ -162,13 +174,15 @@ class E2eConfig(_Section):
 
 class RunConfig(_Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
-    a path."""
+    a path. With ``start``, the folder of a packed checkpoint of this model and format or "shipped", stage 4 alone goes
+    on from there."""
 
     schema_version: Literal[1] = 1
     model: str = Field("smollm2-135m-instruct", min_length=1)
     corpus: str = Field("embedded", min_length=1)
     preset: str = "custom"
     stages: tuple[Stage, ...] = PAPER_STAGES
+    start: str | None = Field(None, min_length=1, validate_default=True)
     seq_len: int = Field(512, ge=8)
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
@@ -182,16 +196,36 @@ class RunConfig(_Section):
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         blockwise = value[:-1] if value[-1:] == ("e2e",) else value
+        if value == FROM_CHECKPOINT:
+            return value
         if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
             raise ValueError(
                 f"stages run in the order {', '.join(PAPER_STAGES)}, each needs the one before it; e2e may follow any"
             )
         return value
 
-    def precision(self, stage: Stage) -> QuantConfig:
-        """The format of the model after a stage: activations and KV cache are quantized from stage 3 on."""
+    @field_validator("start")
+    @classmethod
+    def _with_stage_4_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if "stages" not in info.data or (value is not None) == (info.data["stages"] == FROM_CHECKPOINT):
+            return value
+        if value is None:
+            raise ValueError("stage e2e needs a stage before it, or a packed checkpoint here to go on from")
+        raise ValueError("a run goes on from a checkpoint with stages e2e alone")
+
+    def precision(self, stage: Origin) -> QuantConfig:
+        """The format of the model after a stage: activations and KV cache are quantized from stage 3 on, or as they
+        were in the checkpoint that the run starts from."""
+        if stage == "start" or self.start is not None:
+            return self.quant
         after = self.stages[: self.stages.index(stage) + 1]
         return self.quant if "aar" in after else self.quant.weights_only()
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The binarized models that the run has in the end: after each stage, and where it started from a
+        checkpoint."""
+        return self.stages if self.start is None else ("start", *self.stages)
 
     @property
     def e2e_seq_len(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.appearing import appearing
+from lbllm.config import SHIPPED
 from lbllm.dense import dense_copy
 from lbllm.errors import CheckpointError, ConfigError, ResourceError, RunError
 from lbllm.events import Evaluated
@@ -26,7 +27,6 @@ from lbllm.hf import is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.model_card import Contents, model_card
 from lbllm.model_catalogue import last_part
-from lbllm.pool import SHIPPED
 from lbllm.quiet import quiet
 from lbllm.run_record import RunRecord, copy_public, read_record
 from lbllm.runs import RunStore

@@ -201,11 +201,16 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (out, in), float32, exactly as the stored parameters give it."""
+        index, params = self.unpack()
+        levels = params_to_levels(params)
+        return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """Level indices uint8 (out, in) and group parameters float32 (out, n, K): what ``pack`` made this from."""
         self._put_back()
         planes = unpack_plane(self.weight, self.in_features)
         index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
-        levels = params_to_levels(decode_params(self.params, self.params_scale))
-        return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
+        return index, decode_params(self.params, self.params_scale)
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all later passes: the same output sooner, for 16 to 32 bits a weight of

@@ -57,7 +57,7 @@ def model_card(
         "## What it is made from\n\n" + _origin(record),
         "## Size\n\n" + _sizes(record, kind, files, contents),
         "## Measured\n\n" + (_figures(record, settings, kind) if settings else "Not measured: its run is not known."),
-        "## Method and settings\n\n" + _method(settings),
+        "## Method and settings\n\n" + _method(record),
         "## Limits\n\n" + _limits(kind, settings),
     ]
     return "\n\n".join(parts) + "\n"
@@ -76,11 +76,16 @@ def _front_matter(record: RunRecord, kind: Kind) -> str:
         else None,
         library_name="gguf" if kind == "gguf" else "transformers",
         pipeline_tag="text-generation",
-        datasets=[entry.hub[0] for entry in _texts(record.settings) if entry.hub] or None,
+        datasets=list(dict.fromkeys(e.hub[0] for run in _runs(record) for e in _texts(run.settings) if e.hub)) or None,
         tags=["lbllm", "binarized", *(["dequantized"] if kind != "packed" else ["1-bit"])],
     )
     relation = "\nbase_model_relation: quantized" if record.base_model else ""
     return str(data.to_yaml()).strip() + relation
+
+
+def _runs(record: RunRecord) -> list[RunRecord]:
+    """The records of all runs that a checkpoint is the work of, the first one first."""
+    return [*(_runs(record.start) if record.start is not None else []), record]
 
 
 def _texts(settings: RunConfig | None) -> list[CorpusEntry]:
@@ -131,19 +136,29 @@ def _loading(kind: Kind, name: str, files: dict[str, int], chat: bool) -> str:
 
 
 def _origin(record: RunRecord) -> str:
-    settings = record.settings
     licence = record.licence or "not known"
     stored = record.precision or "not known"
     lines = [f"- Base model: {_model(record)}. Its weights as they were binarized: {stored}. Licence: {licence}."]
-    if settings is None:
-        return "\n".join([*lines, "- Text: not known."])
-    entries = _texts(settings)
-    lines += [f"- Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
-    if not entries:
-        lines.append(f"- Text: {settings.corpus}, its maker's own; its licence is not known here.")
-    if record.corpus_hash is not None:
-        lines.append(f"- Of it {record.corpus_tokens:,} tokens, whose ids have the SHA-256 `{record.corpus_hash}`.")
+    runs = _runs(record)
+    for number, run in enumerate(runs, 1):
+        if len(runs) > 1:
+            lines.append(f"- Run {number} of {len(runs)}, which goes on where the one before it ended:")
+        indent = "  " if len(runs) > 1 else ""
+        lines += [f"{indent}- {line}" for line in _text(run)]
     return "\n".join(lines)
+
+
+def _text(run: RunRecord) -> list[str]:
+    """What a run was trained on."""
+    if run.settings is None:
+        return ["Text: not known."]
+    entries = _texts(run.settings)
+    lines = [f"Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
+    if not entries:
+        lines.append(f"Text: {run.settings.corpus}, its maker's own; its licence is not known here.")
+    if run.corpus_hash is not None:
+        lines.append(f"Of it {run.corpus_tokens:,} tokens, whose ids have the SHA-256 `{run.corpus_hash}`.")
+    return lines
 
 
 def _sizes(record: RunRecord, kind: Kind, files: dict[str, int], contents: Contents) -> str:
@@ -196,20 +211,25 @@ def _command(settings: RunConfig) -> str:
     return shlex.join(["python", "-m", "lbllm", "quantize", *arguments(settings), "--out", "FOLDER"])
 
 
-def _method(settings: RunConfig | None) -> str:
+def _method(record: RunRecord) -> str:
     text = (
         "LBLLM (Song, Wang, Lang, Yang, Zhang: LBLLM: Lightweight Binarization of Large Language Models via "
         "Three-Stage Distillation, ACL 2026, [arXiv 2604.19167](https://arxiv.org/abs/2604.19167)), in the independent "
         "implementation LBLLM Workbench. Each weight is one bit of sign and, in W(1+1), one bit that chooses one of "
         f"its group's two pairs of levels.\n\n{_CITATION}"
     )
+    return "\n\n".join([text, *(_settings(run.settings) for run in _runs(record))])
+
+
+def _settings(settings: RunConfig | None) -> str:
+    """The command and the settings of one run."""
     if settings is None:
-        return f"{text}\n\nThe settings of the run are not known."
+        return "The settings of the run are not known."
     stages = ", ".join(STAGE_NAMES[stage] for stage in settings.stages)
     sections = ("quant", *settings.stages)
     document = settings.model_dump_json(indent=2, include={"seq_len", "seed", "stages", *sections})
     indented = "\n".join(f"    {line}" for line in document.splitlines())
-    return f"{text}\n\n{stages}.\n\n    {_command(settings)}\n\nAll settings of these stages:\n\n{indented}"
+    return f"{stages}.\n\n    {_command(settings)}\n\nAll settings of these stages:\n\n{indented}"
 
 
 def _limits(kind: Kind, settings: RunConfig | None) -> str:
@@ -219,7 +239,7 @@ def _limits(kind: Kind, settings: RunConfig | None) -> str:
         "It has every limit of its base model. Nothing was done to make it safe, and whether binarization changed what "
         "it says about people, facts or dangers was not measured.",
     ]
-    if settings is not None and "aar" not in settings.stages:
+    if settings is not None and settings.precision(settings.stages[-1]).act_bits == 16:
         lines.append("Weights alone are binarized: the run ended before stage 3, which quantizes activations.")
     if kind == "packed":
         lines.append(

@@ -41,7 +41,7 @@ from lbllm.blocks import (
     uncalled_layers,
 )
 from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, restore, write_atomic
-from lbllm.config import AarConfig, E2eConfig, LayerFormat, QuantConfig, RunConfig, Stage, WatConfig
+from lbllm.config import AarConfig, E2eConfig, LayerFormat, Origin, QuantConfig, RunConfig, Stage, WatConfig
 from lbllm.corpora import Corpus, load_corpus
 from lbllm.devices import make_accelerator
 from lbllm.errors import ConfigError, CorpusError, LbllmError, ModelError
@@ -67,6 +67,7 @@ from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.ptq import ptq_block, to_layer
 from lbllm.stages.wat import Step, batch_order, binary_layers, block_error, wat_block
+from lbllm.start import checkpoint_blocks, checkpoint_record
 
 Request = Literal["stop", "cancel"]
 
@@ -202,6 +203,9 @@ def run(
     with torch.no_grad():
         calls = capture_calls(model, first)
     store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
+    if config.start is not None and any(store.load("start", number) is None for number in range(len(blocks))):
+        for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
+            store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
     state = _Run(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
     bpw = bits_per_weight(blocks, formats)
     finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
@@ -222,6 +226,8 @@ def run(
     )
     try:
         yield from _evaluate(state, "teacher", lambda: model, held_out)
+        if config.start is not None:
+            yield from _evaluate(state, "start", partial(stage_model, config, folder, "start", teacher), held_out)
         for stage in config.stages:
             memory.trim()  # what is kept free of the stage before is of other sizes than this one asks for
             yield from _end_to_end(state) if stage == "e2e" else _run_stage(state, stage)
@@ -242,6 +248,7 @@ def run(
         corpus_hash=corpus.hash,
         corpus_tokens=corpus.tokens,
         evaluations=tuple(_evaluations(state, held_out)),
+        start=checkpoint_record(config.start) if config.start is not None else None,
     )
     save_checkpoint(config, folder, teacher, target, record)
     yield RunDone(
@@ -474,16 +481,20 @@ def _steps(settings: WatConfig | AarConfig | E2eConfig, sequences: Tensor) -> in
 
 
 def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
-    """Stage 1's compensated weights of all layers in order."""
+    """The latent weights of all layers in order: as stage 1's compensation left them, which a packed checkpoint doesn't
+    have, so then the teacher's."""
     for number, block in enumerate(blocks):
-        tensors = run.store.finished("ptq", number).tensors
         for name in binary_layers(block):
-            yield tensors[f"{name}.latent"].to(run.teacher.device)
+            if run.config.start is not None:
+                yield linear_weight(run.blocks[number].get_submodule(name)).detach()
+            else:
+                yield run.store.finished("ptq", number).tensors[f"{name}.latent"].to(run.teacher.device)
 
 
 def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
     stage: Stage = "e2e"
-    student, blocks = _whole_student(run, run.config.stages[-2])
+    origin = run.config.origins[-2]
+    student, blocks = _whole_student(run, origin)
     training = EndToEnd(
         student,
         run.teacher,
@@ -527,7 +538,7 @@ def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
     for number, block in enumerate(blocks):
         tensors = collect(binary_layers(block))
         if diverged:
-            earlier = run.store.finished(run.config.stages[-2], number)
+            earlier = run.store.finished(origin, number)
             tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
         run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
     run.store.path(stage, underway).unlink(missing_ok=True)
@@ -542,14 +553,14 @@ def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
     )
 
 
-def _restored(model: PreTrainedModel, store: BlockStore, stage: Stage, quant: QuantConfig) -> Iterator[nn.Module]:
+def _restored(model: PreTrainedModel, store: BlockStore, stage: Origin, quant: QuantConfig) -> Iterator[nn.Module]:
     """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
     _, blocks, formats = block_formats(model, quant)
     for number, block in enumerate(blocks):
         yield restore(block, formats[number], store.finished(stage, number).tensors, quant.tail_steps)
 
 
-def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Module]]:
+def _whole_student(run: _Run, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
     """The model after a stage with BinaryLinear layers to train, and its blocks; layers that read one input share
     their quantizer."""
     quant = run.config.precision(stage)
@@ -570,7 +581,7 @@ def _whole_student(run: _Run, stage: Stage) -> tuple[PreTrainedModel, list[nn.Mo
     return student, blocks
 
 
-def stage_model(config: RunConfig, folder: Path, stage: Stage, teacher: Teacher | None = None) -> PreTrainedModel:
+def stage_model(config: RunConfig, folder: Path, stage: Origin, teacher: Teacher | None = None) -> PreTrainedModel:
     """The model as it was after a stage of the run in ``folder``, packed as it would be deployed, computing in float32.
 
     Weights alone are binarized after stages 1 and 2; from stage 3 on activations and KV cache have their bits too.
@@ -581,7 +592,7 @@ def stage_model(config: RunConfig, folder: Path, stage: Stage, teacher: Teacher 
 
 
 def _packed_model(
-    config: RunConfig, folder: Path, stage: Stage, teacher: Teacher, dtype: torch.dtype
+    config: RunConfig, folder: Path, stage: Origin, teacher: Teacher, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, QuantConfig]:
     """The packed model after a stage and its format; what stays dense is rounded to bfloat16 and then held in
     ``dtype``."""

@@ -23,16 +23,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import kernels
-from lbllm.config import FORMAT_NAMES, WHOLE_ROW
+from lbllm.config import FORMAT_NAMES, SHIPPED, WHOLE_ROW
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.estimate import free_memory
 from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import load_teacher, skeleton
 from lbllm.shipped import shipped_checkpoint
-
-# The name of the checkpoint that comes with the project: it is put together, once, by whoever loads it first.
-SHIPPED = "shipped"
 
 State = Literal["waiting", "loading", "ready", "failed"]
 

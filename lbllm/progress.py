@@ -232,7 +232,11 @@ class RunDisplay:
         self.progress.update(stored)
         line = self.progress.line(stored.event) if self.live is None else None
         if line is not None:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line as it is, without markup and line breaks of rich's."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def draw(self, now: float) -> None:
         """Renew a terminal's display; ``now``: seconds since the epoch."""

@@ -30,7 +30,8 @@ _MEASURED_ON = re.compile(r"(held-out part of )?(.*)(, \d+ windows of \d+ tokens
 
 class RunRecord(BaseModel):
     """A run's settings and results; None is what is not known. ``base_model``: the teacher's id on the hub, if it has
-    one; ``precision``: what the teacher's weights were stored as; ``run``: the id in the store that made it."""
+    one; ``precision``: what the teacher's weights were stored as; ``run``: the id in the store that made it; ``start``:
+    the record of the checkpoint that the run went on from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +45,7 @@ class RunRecord(BaseModel):
     corpus_tokens: int | None = None
     evaluations: tuple[Evaluated, ...] = ()
     run: str | None = None
+    start: RunRecord | None = None
 
     def with_evaluations(self, more: list[Evaluated], run: str) -> RunRecord:
         """The record of a run in a store, with what was measured since: of one model on one text the newest."""
@@ -56,12 +58,21 @@ class RunRecord(BaseModel):
         if settings is not None:
             model = settings.model if settings.model == self.base_model else _public_model(settings.model)
             settings = settings.model_copy(update={"model": model, "corpus": _public_corpus(settings.corpus)})
+            if settings.start is not None:
+                settings = settings.model_copy(update={"start": checkpoint_name(settings.start)})
         evaluations = tuple(one.model_copy(update={"text": _public_text(one.text)}) for one in self.evaluations)
-        return self.model_copy(update={"settings": settings, "evaluations": evaluations})
+        start = self.start.public() if self.start is not None else None
+        return self.model_copy(update={"settings": settings, "evaluations": evaluations, "start": start})
 
 
 def _public_model(name: str) -> str:
     return name if catalogue_hub_id(name) else last_part(name)
+
+
+def checkpoint_name(name: str) -> str:
+    """What a checkpoint's folder is called: by its last part, that of a run by the run's id."""
+    last = last_part(name)
+    return last_part(name[: -len(last)].rstrip("/\\")) or last if last == "checkpoint" else last
 
 
 def _public_corpus(name: str) -> str:
@@ -87,7 +98,8 @@ def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
         settings = record.settings
         provenance["model"] = settings.model if settings is not None else _public_model(provenance["model"])
     if provenance.get("run") and record.settings is not None:
-        provenance["run"] |= {"model": record.settings.model, "corpus": record.settings.corpus}
+        named = record.settings.model_dump(include={"model", "corpus", "start"}, exclude_none=True)
+        provenance["run"] |= named
     write_atomic(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
 
 

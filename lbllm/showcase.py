@@ -24,12 +24,13 @@ from typing import Literal
 
 from lbllm import shipped
 from lbllm.chat_settings import ChatSettings
+from lbllm.config import SHIPPED
 from lbllm.duel import Answer, Duel, Side
 from lbllm.errors import CheckpointError, LbllmError, ModelError
 from lbllm.hf import is_checkpoint
 from lbllm.model_catalogue import catalogue_hub_id, last_part
 from lbllm.models import home, hub_id
-from lbllm.pool import SHIPPED, ModelPool, Slot
+from lbllm.pool import ModelPool, Slot
 from lbllm.rate_limit import RateLimit
 from lbllm.runs import RunStore
 from lbllm.votes import CHOICES, Choice, Tally, Vote, tally

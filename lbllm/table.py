@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lbllm.baselines.rtn import round_to_nearest
-from lbllm.config import FORMAT_NAMES, STAGE_NAMES, RunConfig, Stage
+from lbllm.config import FORMAT_NAMES, STAGE_NAMES, Origin, RunConfig
 from lbllm.evaluate import divergences
 from lbllm.models import Teacher
 from lbllm.pipeline import stage_model
@@ -19,7 +19,8 @@ CODE_BITS = {"w1+1": 2, "w1": 1}
 
 @dataclass(frozen=True)
 class TableRow:
-    """One model's figures; KL (nats a token) and agreement: to the teacher. ``what``: teacher, rtn, ptq, wat, aar."""
+    """One model's figures; KL (nats a token) and agreement: to the teacher. ``what``: teacher, rtn, start, or
+    a stage."""
 
     what: str
     label: str
@@ -45,7 +46,7 @@ def stages_table(
     quant = config.quant
     labels = row_labels(config, teacher.precision)
     students = {"rtn": round_to_nearest(teacher.model, CODE_BITS[quant.format], quant.group_size)}
-    for stage in config.stages:
+    for stage in config.origins:
         students[stage] = stage_model(config, folder, stage, teacher)
     found = divergences(teacher.model, list(students.values()), sequences, on_progress=on_progress)
     rows = [TableRow("teacher", labels["teacher"], found[0].teacher_perplexity, 0.0, 1.0, found[0].tokens)]
@@ -59,10 +60,10 @@ def row_labels(config: RunConfig, teacher_precision: str) -> dict[str, str]:
     """The names of a run's models for people: its teacher, round-to-nearest, and what each stage gives."""
     labels = {"teacher": f"Teacher, {teacher_precision}"}
     labels["rtn"] = f"Round to nearest, W{CODE_BITS[config.quant.format]}A16"
-    return labels | {stage: f"{STAGE_NAMES[stage]}, {format_name(config, stage)}" for stage in config.stages}
+    return labels | {stage: f"{STAGE_NAMES[stage]}, {format_name(config, stage)}" for stage in config.origins}
 
 
-def format_name(config: RunConfig, stage: Stage) -> str:
+def format_name(config: RunConfig, stage: Origin) -> str:
     """What is quantized after a stage, and to how many bits: W(1+1)A4KV4."""
     quant = config.precision(stage)
     weights = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}"

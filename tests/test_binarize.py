@@ -250,6 +250,7 @@ def test_the_nearest_level_is_one_of_the_levels_with_and_without_a_compiler(
     groups = torch.randn(rows, number, length, generator=random(seed)) * scale
     levels = (torch.randn(rows, number, count, generator=random(seed + 1)) * scale).sort(-1).values
     found = []
+    assert kernels.ready()
     for compiled in (True, False):
         with mock.patch.object(kernels, "ready", lambda compiled=compiled: compiled):
             assert torch.equal(nearest_level(groups, levels), take_levels(levels, assign(groups, levels)))

@@ -15,6 +15,8 @@ from app.quantize_form import ADVANCED, SETTINGS
 from lbllm.cli import build
 from lbllm.commands.options import arguments, run_config
 from lbllm.config import PRESETS, RunConfig, make_config
+from lbllm.runs import RunStore
+from tests.finished_run import finished_run
 from tests.homes import own_home
 from tests.tiny_models import save_tiny
 
@@ -230,3 +232,48 @@ def test_every_widget_is_a_setting() -> None:
             value = value[part]
     assert len({setting.path for setting in SETTINGS}) == len(SETTINGS)
     assert set(ADVANCED) == {"All stages", "Stage 1", "Stage 2", "Stage 3", "Stage 4"}
+
+
+def test_time_is_told_by_the_numbers_of_the_stages(app: AppTest) -> None:
+    widget(app, "stages").set_value(("ptq", "wat", "e2e")).run()
+    time = next(metric for metric in app.metric if metric.label == "Time here")
+    assert re.findall(r"stage (\d):", time.help) == ["1", "2", "4"]
+
+
+def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
+    monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
+    first = finished_run(RunStore(), tmp_path)
+    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app.query_params["from"] = first.id
+    app.run()
+    assert not app.exception
+    assert not app.error
+    assert first.id in said(app.info)
+    assert settings(app).start == str(first.folder / "checkpoint")
+    assert settings(app).quant == first.config.quant
+    assert (settings(app).corpus, settings(app).seed) == (first.config.corpus, first.config.seed + 1)
+    assert widget(app, "quant.group_size").disabled
+    assert widget(app, "wat.tokens").disabled
+    assert not widget(app, "e2e.tokens").disabled
+    widget(app, "e2e.tokens").set_value(64).run()
+    assert not start_is_disabled(app)
+    assert any("stage 4 alone" in metric.delta for metric in app.metric)
+    app.button(key="quantize start").click().run()
+    (run,) = [run for run in RunStore().all() if run.id != first.id]
+    assert (run.config.start, run.config.stages, run.config.e2e.tokens) == (settings(app).start, ("e2e",), 64)
+    RunStore().request(run.id, "cancel")
+
+    app.button(key="quantize anew").click().run()
+    assert settings(app).start is None
+    assert not widget(app, "quant.group_size").disabled
+    assert not start_is_disabled(app)
+
+
+def test_an_unknown_run_to_train_further_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
+    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app.query_params["from"] = "../../elsewhere"
+    app.run()
+    assert not app.exception
+    assert "../../elsewhere" in said(app.error)

@@ -19,7 +19,7 @@ from app.quantize_facts import (
     show_unknown,
 )
 from app.quantize_preview import show_preview
-from app.view import guard, sentence, store
+from app.view import guard, plain, sentence, store
 from lbllm.commands.options import arguments
 from lbllm.config import PRESETS, RunConfig
 from lbllm.corpora import check_available
@@ -27,6 +27,7 @@ from lbllm.errors import LbllmError
 from lbllm.estimate import Estimate, check_memory
 from lbllm.model_catalogue import CATALOGUE
 from lbllm.paths import model_name, root
+from lbllm.run_record import checkpoint_name
 from lbllm.runs import ACTIVE
 
 
@@ -35,6 +36,8 @@ def page() -> None:
     form.start()
     left, right = st.columns([11, 14], gap="large")
     with left:
+        if form.goes_on():
+            _checkpoint()
         name = _picker()
     with right:
         model = _described(name)
@@ -46,6 +49,14 @@ def page() -> None:
         _exchange(config)
 
 
+def _checkpoint() -> None:
+    """What is trained further, and the way back."""
+    said, button = st.columns([3, 1], vertical_alignment="center")
+    name = plain(checkpoint_name(st.session_state[form.DOCUMENT]["start"]))
+    said.info(f"Trains {name} further: stage 4 alone, in that checkpoint's format.")
+    button.button("Begin anew", on_click=form.begin_anew, width="stretch", key="quantize anew")
+
+
 def _picker() -> str:
     """The model's name as it was chosen or typed."""
     known = [entry.id for entry in CATALOGUE]
@@ -55,6 +66,7 @@ def _picker() -> str:
         known if value is None or value in known else [value, *known],
         key=form.MODEL_KEY,
         accept_new_options=True,
+        disabled=form.goes_on(),
         help=f"From the list, or type a hub id (owner/name), or a folder or .gguf file under {root()}.",
     )
     return chosen or ""
@@ -83,6 +95,7 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         format_func=str.capitalize,
         key=form.PRESET,
         on_change=form.take_preset,
+        disabled=form.goes_on(),
         help="A starting point: it sets everything below. Preview: minutes, to see whether it works. Quick: the "
         "embedded model on two cores. Standard: a real attempt. Paper: the paper's amount of text, wants a GPU.",
     )
@@ -96,8 +109,9 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         form.corpus_picker()
     with tokens:
         form.control(form.TOKENS)
-    with st.expander("Advanced"):
-        for title, settings in form.ADVANCED.items():
+    with st.expander("Advanced", expanded=form.goes_on()):
+        # What can be set comes first.
+        for title, settings in sorted(form.ADVANCED.items(), key=lambda item: form.goes_on() and item[0] != "Stage 4"):
             st.markdown(f"**{title}**")
             for first in range(0, len(settings), 2):
                 for column, setting in zip(st.columns(2), settings[first : first + 2], strict=False):
@@ -124,7 +138,10 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
     st.html(bar(result))
     _start(config, _objections(config, result))
     st.divider()
-    show_preview(config, result.blocks)
+    if config.start is None:
+        show_preview(config, result.blocks)
+    else:
+        st.caption("A preview tries stages 1 to 3 on one block; this run has them behind it.")
     return config
 
 

@@ -19,7 +19,7 @@ from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.run_export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
-from lbllm.config import PAPER_STAGES, STAGES, Stage
+from lbllm.config import FROM_CHECKPOINT, PAPER_STAGES, STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
 from lbllm.run_view import SUMMARY_KINDS, RunView
@@ -167,9 +167,15 @@ def state_text(runs: RunStore, run: Run, view: RunView) -> str:
         return f"{took}, ends after the step in work" + (", finished blocks are kept" if view.asked == "stop" else "")
     if view.started is None:
         return f"{took}, loads model and text"
-    left = view.seconds_left(time.time(), stage_shares(runs.root, run.id)) if view.finished else None
+    known = view.finished or one_loss(view)
+    left = view.seconds_left(time.time(), stage_shares(runs.root, run.id)) if known else None
     rest = f"about {time_text(left)} left" if left is not None else "time left known after the first block"
     return f"{took}, {rest}"
+
+
+def one_loss(view: RunView) -> bool:
+    """Whether stage 4 is all there is, which trains all blocks at once: nothing can be said of single ones."""
+    return view.started is not None and view.started.stages == FROM_CHECKPOINT
 
 
 def outcome(run: Run, view: RunView) -> None:
@@ -182,16 +188,23 @@ def outcome(run: Run, view: RunView) -> None:
             f"finished blocks; its log is {path_text(run.folder / 'worker.log')}."
         )
     elif run.state == "done" and view.result is not None:
-        done, link = st.columns([5, 2], vertical_alignment="center")
+        done, links = st.columns([5, 2], vertical_alignment="center")
         done.success(
             f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits a weight, in "
             f"{path_text(run.folder / 'checkpoint')}"
         )
-        link.page_link(
+        links.page_link(
             "pages/compare.py",
             label="Talk to it beside its teacher",
             icon=":material/forum:",
             query_params={"right": run.id},
+            width="stretch",
+        )
+        links.page_link(
+            "pages/quantize.py",
+            label="Train it further",
+            icon=":material/model_training:",
+            query_params={"from": run.id},
             width="stretch",
         )
     diverged = view.diverged
@@ -210,10 +223,12 @@ def outcome(run: Run, view: RunView) -> None:
 def figures(view: RunView) -> None:
     """The numbers that become known while the run goes on."""
     known = view.perplexities
-    measured = ("teacher", *dict.fromkeys((*PAPER_STAGES, *(view.started.stages if view.started is not None else ()))))
+    stages = view.started.stages if view.started is not None else ()
+    before = ("start",) if one_loss(view) else PAPER_STAGES
+    measured = ("teacher", *dict.fromkeys((*before, *stages)))
     columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
     for column, what in zip(columns, measured, strict=False):
-        label = "Teacher" if what == "teacher" else f"After stage {STAGES.index(what) + 1}"
+        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {STAGES.index(what) + 1}"
         column.metric(label, number_text(known[what].perplexity) if what in known else "–")
     rate = view.tokens_per_second
     columns[-3].metric("Tokens a second", f"{rate:,.0f}" if rate is not None else "–")
@@ -311,27 +326,30 @@ def show_run(runs: RunStore, run_id: str) -> None:
                 lambda: run_charts.timeline(view, chosen),
             ),
         )
-        left, right = st.columns(2, gap="medium")
+        left, right = st.columns([4, 1] if one_loss(view) else 2, gap="medium")
         with left:
             block_heading(run, chosen)
             st.fragment(follow, run_every=live)(runs, run_id, chosen, drawn, line)
         with right:
-            st.markdown("**All finished blocks: loss after each stage**, dotted before it")
-            log = bool(st.session_state.get("loss_log"))
-            show_chart(
-                run.id,
-                "blocks",
-                (count, log),
-                "Loss of all blocks",
-                view.seq,
-                lambda: run_charts.before_after(view, log=log),
-            )
-            lines, scale = st.columns([2, 1], vertical_alignment="center")
+            if not one_loss(view):
+                st.markdown("**All finished blocks: loss after each stage**, dotted before it")
+                log = bool(st.session_state.get("loss_log"))
+                show_chart(
+                    run.id,
+                    "blocks",
+                    (count, log),
+                    "Loss of all blocks",
+                    view.seq,
+                    lambda: run_charts.before_after(view, log=log),
+                )
+            lines, scale = (right, right) if one_loss(view) else st.columns([2, 1], vertical_alignment="center")
             lines.segmented_control(
                 "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
             )
             scale.toggle("Log axis", key="loss_log")
         figures(view)
+        if one_loss(view):
+            return
         st.markdown("**Every block, every step: how far the loss is from the block's first step**")
         choose(
             run,

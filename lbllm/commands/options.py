@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbllm.config import PRESETS, RunConfig, make_config, read_settings
+from lbllm.config import PRESETS, SHIPPED, RunConfig, make_config, read_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -37,6 +37,15 @@ HostOption = Annotated[
     str, typer.Option(envvar="LBLLM_HOST", help="Address to listen on; 0.0.0.0: every address, so the network, too.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `runs list` shows it.")]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="CHECKPOINT",
+        help="Train a packed checkpoint further, by stage 4 alone: its folder, a finished run's id, or 'shipped'. It "
+        "brings model and format along.",
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the packed checkpoint.")]
 TextOption = Annotated[str, typer.Option("--text", help="wikitext2, a text file, or a catalogue text (held-out part).")]
 SeqLenOption = Annotated[
@@ -57,9 +66,17 @@ def run_config(
     device: str | None = None,
     assignments: list[str] | None = None,
     file: Path | None = None,
+    start: str | None = None,
 ) -> RunConfig:
-    """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError."""
+    """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError, and RunError or
+    CheckpointError where ``start`` is no checkpoint."""
     named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
+    if start is not None:
+        from lbllm.export import find
+        from lbllm.runs import RunStore
+        from lbllm.start import settings_to_go_on
+
+        document |= settings_to_go_on(start if start == SHIPPED else str(find(start, RunStore()).folder))
     base = preset or named or "quick"
     options = {
         "model": model,
@@ -86,11 +103,14 @@ def arguments(config: RunConfig) -> list[str]:
         "quant.kv_bits": "--kv-bits",
         "corpus": "--corpus",
         "device": "--device",
+        "start": "--from",
     }
     words = ["--model", config.model, "--preset", preset]
     for key, value in given.items():
         if key == "model" or plain[key] == value:
             continue
+        if config.start is not None and (key == "stages" or key.startswith("quant.")):
+            continue  # the checkpoint brings them along
         if key in options:
             words += [options[key], str(value)]
         else:

@@ -18,6 +18,7 @@ from lbllm.commands.options import (
     ConfigOption,
     CorpusOption,
     FormatOption,
+    FromOption,
     GroupSizeOption,
     IgnoreMemoryOption,
     JsonOption,
@@ -52,6 +53,7 @@ def quantize(
     device: RunDeviceOption = None,
     assignments: SetOption = None,
     config: ConfigOption = None,
+    start: FromOption = None,
     ignore_memory: IgnoreMemoryOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,7 +62,7 @@ def quantize(
     Ctrl-C stops the run and keeps its finished blocks; `runs resume` goes on from them.
     """
     settings = run_config(
-        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config
+        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
     )
     outcome = _quantize(RunStore(), settings, out, notices(quiet=as_json), ignore_memory=ignore_memory)
     print_outcome(outcome, as_json=as_json)
@@ -105,13 +107,14 @@ def estimate(
     device: RunDeviceOption = None,
     assignments: SetOption = None,
     config: ConfigOption = None,
+    start: FromOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say beforehand what a run gives and takes: bits per weight, disk, memory, time."""
     from lbllm.estimate import estimate
 
     settings = run_config(
-        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config
+        model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
     )
     result = estimate(settings)
     if as_json:

@@ -32,7 +32,8 @@ WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet 
 class EndToEnd:
     """The training of a student's ``layers``, frozen BinaryLinears of which those that read one input share their
     quantizer. ``latents`` (out, in), one a layer or none, train with ``config.lr_weight``; ``freeze`` then fixes the
-    bits. ``state`` and ``load`` carry the training over an interruption between two steps, bit for bit."""
+    bits. The student's other linear layers are then held in autocast's precision. ``state`` and ``load`` carry the
+    training over an interruption between two steps, bit for bit."""
 
     def __init__(
         self,
@@ -165,4 +166,6 @@ def _cast_linear(models: Sequence[nn.Module], dtype: torch.dtype) -> None:
         for module in model.modules():
             if type(module) is nn.Linear and module.weight.dtype != dtype:
                 weight = module.weight
-                module.weight = cast.setdefault(weight, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+                if weight not in cast:
+                    cast[weight] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                module.weight = cast[weight]

@@ -106,7 +106,8 @@ def distill(
     """
     if not groups:
         return  # a block that stays dense has nothing to train
-    quantizers = quantizers_of(binary_layers(block).values())
+    layers = binary_layers(block).values()
+    quantizers = quantizers_of(layers)
     if quantizers:
         groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
@@ -115,7 +116,7 @@ def distill(
     parameters = [parameter for group in groups for parameter in group["params"]]
     batch = max(1, config.batch_tokens // inputs.shape[1])
     order = batch_order(len(inputs), batch, config.epochs, seed)
-    bitmaps = [layer.bitmap for layer in binary_layers(block).values() if layer.bitmap is not None]
+    bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     for step, rows in enumerate(order):
         began = time.perf_counter()
         factor = cosine(step, len(order))

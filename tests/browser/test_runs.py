@@ -138,6 +138,13 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
     expect(section.get_by_text("with its model card")).to_be_visible()
     assert (server.home / "exports" / "second-dense" / "model.safetensors").is_file()
 
+    # Its checkpoint is what a further run goes on from.
+    page.get_by_role("link", name="Train it further").click()
+    expect(page.get_by_text(f"Trains {second.id} further")).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("button", name="Start", exact=True)).to_be_enabled(timeout=60_000)
+    page.goto(server.url(f"runs?run={second.id}"))
+    expect(page.get_by_text("Finished:")).to_be_visible(timeout=60_000)
+
     # The first goes on from its finished blocks, until it is cancelled, which takes a second click.
     kept = len(view_of(store, first).finished)
     page.goto(server.url(f"runs?run={first.id}"))
