@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -255,6 +256,18 @@ def rows_of(methods: str, sizes: str, checkpoints: list[str], outside: str | Non
     return rows + [Row("checkpoint", folder) for folder in checkpoints]
 
 
+def own_process(row: Row) -> dict[str, Any] | None:
+    """What ``measure`` gives of a row, by this program called again with the same arguments; None where that failed."""
+    command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--row", json.dumps(asdict(row))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{row.kind} {row.name} {row.group_size}: no row, see above", file=sys.stderr)
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(table([found]), file=sys.stderr)  # hours may pass until all rows are there
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
@@ -272,6 +285,7 @@ def main() -> None:
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that are made at once, each in a process of its own")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
@@ -288,17 +302,10 @@ def main() -> None:
         rows = rows_of(given.methods, given.group_sizes, given.checkpoint, given.outside)
     except LbllmError as error:
         raise SystemExit(str(error)) from None
-    print(f"{given.tokens:,} tokens of {given.corpus}, {torch.get_num_threads()} threads, {date.today()}")
-    results = []
-    for row in rows:
-        command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--row", json.dumps(asdict(row))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{row.kind} {row.name} {row.group_size}: no row, see above", file=sys.stderr)
-            continue
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(table(results[-1:]), file=sys.stderr)  # hours may pass until all rows are there
-    print(table(results))
+    threads = f"{torch.get_num_threads()} threads" + (f" a row, {given.jobs} rows at once" if given.jobs > 1 else "")
+    print(f"{given.tokens:,} tokens of {given.corpus}, {threads}, {date.today()}", flush=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        print(table([found for found in pool.map(own_process, rows) if found is not None]))
 
 
 if __name__ == "__main__":

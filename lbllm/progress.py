@@ -151,7 +151,7 @@ class RunProgress:
                 return STAGE_NAMES[event.stage]
             case BlockDone():
                 left = self.seconds_left(self.now)
-                return self._losses(event) + (f", about {duration(left)} left" if left is not None else "")
+                return self._losses(event) + (f", about {duration(left)} left" if left else "")
             case Evaluated():
                 return f"{event.what}: perplexity {event.perplexity:.2f} on {event.text}"
             case StageDone():

@@ -148,3 +148,13 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_after_the_last_block_no_time_left_is_told() -> None:
+    progress = RunProgress(EXPECTED)
+    begun = [RunLoading(), started(blocks=2), StageStarted(stage="wat", steps=4), BlockStarted(stage="wat", block=0)]
+    feed(progress, *((0.0, event) for event in begun), (10.0, done("wat", 0)))
+    assert "about 10 s left" in str(progress.line(done("wat", 0)))
+    progress.update(Stored(seq=6, time=10.0, event=BlockStarted(stage="wat", block=1)))
+    progress.update(Stored(seq=7, time=20.0, event=done("wat", 1)))
+    assert "left" not in str(progress.line(done("wat", 1)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -99,3 +101,14 @@ def test_rows_and_bad_arguments() -> None:
         rows_of("hqq", "64", [], None)
     with pytest.raises(ConfigError, match="--group-sizes 0"):
         rows_of("rtn", "64,0", [], None)
+
+
+def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Options) -> None:
+    shared = {"--teacher": options.teacher, "--corpus": options.corpus, "--texts": options.texts[0]}
+    numbers = {"--tokens": "256", "--seq-len": "32", "--window": "32", "--limit": "4", "--group-sizes": "16"}
+    words = [word for pair in (shared | numbers).items() for word in pair]
+    command = [sys.executable, "-m", "benchmarks.quality", *words, "--methods", "bwa,rtn", "--jobs", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    head, _, _, *rows = done.stdout.splitlines()
+    assert ", 3 rows at once, " in head
+    assert [row.split("|")[1].split(",")[0].strip() for row in rows] == ["Teacher", "BWA", "Round to nearest"]
