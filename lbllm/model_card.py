@@ -142,7 +142,8 @@ def _origin(record: RunRecord) -> str:
     runs = _runs(record)
     for number, run in enumerate(runs, 1):
         if len(runs) > 1:
-            lines.append(f"- Run {number} of {len(runs)}, which goes on where the one before it ended:")
+            after = ", which went on from the checkpoint of the one before" if number > 1 else ""
+            lines.append(f"- Run {number} of {len(runs)}{after}:")
         indent = "  " if len(runs) > 1 else ""
         lines += [f"{indent}- {line}" for line in _text(run)]
     return "\n".join(lines)
