@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -118,8 +119,10 @@ def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[s
             report(f"perplexity on {text}{suffix}")
             found = perplexity(made.model, windows(text, made.tokenizer, options))
             figures[f"{text}{suffix}"] = f"{found.perplexity:,.2f}"
-        for score in zero_shot(made.model, made.tokenizer, options.tasks, limit=options.task_limit):
-            figures[f"{score.task}{suffix}"] = f"{score.accuracy:.1%} ± {score.stderr:.1%}"
+        scores = list(zero_shot(made.model, made.tokenizer, options.tasks, limit=options.task_limit))
+        figures |= {f"{score.task}{suffix}": f"{score.accuracy:.1%} ± {score.stderr:.1%}" for score in scores}
+        if scores:
+            figures[f"average{suffix}"] = f"{fmean(score.accuracy for score in scores):.1%}"
     named = {"label": made.label, "bpw": made.bpw, "minutes": made.minutes, "memory": made.memory}
     return named | {"figures": figures}
 
