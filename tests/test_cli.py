@@ -351,7 +351,7 @@ def test_a_run_says_that_it_waits_for_another_and_then_ends(terminal: Terminal, 
     command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text, *TINY]
     first, second = (
         [*command, "--set", f"wat.epochs={epochs}", "--out", str(tmp_path / name)]
-        for name, epochs in (("one", 200), ("two", 1))
+        for name, epochs in (("one", 5_000), ("two", 1))
     )
     with subprocess.Popen(first, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as working:
         assert working.stderr is not None
