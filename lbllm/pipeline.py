@@ -203,7 +203,7 @@ def run(
     with torch.no_grad():
         calls = capture_calls(model, first)
     store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
-    if config.start is not None and any(store.load("start", number) is None for number in range(len(blocks))):
+    if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
         for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
     state = _Run(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
@@ -484,11 +484,12 @@ def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
     """The latent weights of all layers in order: as stage 1's compensation left them, which a packed checkpoint doesn't
     have, so then the teacher's."""
     for number, block in enumerate(blocks):
+        tensors = run.store.finished("ptq", number).tensors if run.config.start is None else None
         for name in binary_layers(block):
-            if run.config.start is not None:
+            if tensors is None:
                 yield linear_weight(run.blocks[number].get_submodule(name)).detach()
             else:
-                yield run.store.finished("ptq", number).tensors[f"{name}.latent"].to(run.teacher.device)
+                yield tensors[f"{name}.latent"].to(run.teacher.device)
 
 
 def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:

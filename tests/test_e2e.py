@@ -29,7 +29,7 @@ from lbllm.models import Teacher
 from lbllm.pipeline import block_formats, stage_model
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.wat import binary_layers
-from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
+from tests.tiny_runs import bfloat_teacher, run_config, run_tiny, token_ids
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 STEPS = 6
@@ -38,13 +38,6 @@ STEPS = 6
 def config(stages: tuple[Stage, ...] = STAGES, **changes: object) -> RunConfig:
     """A tiny run with stage 4: three sequences, at most two a step, three times."""
     return run_config(stages=stages, e2e={"tokens": 96, "batch_tokens": 64, "epochs": 3} | changes)
-
-
-def bfloat_teacher() -> Teacher:
-    """A tiny teacher of bfloat16 values: what stays dense is the same in its packed student."""
-    teacher = tiny_teacher("llama")
-    teacher.model.bfloat16().float()
-    return teacher
 
 
 @pytest.fixture

@@ -21,22 +21,14 @@ from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.export import export, find
 from lbllm.hf import WEIGHTS
-from lbllm.models import Teacher
 from lbllm.run_record import read_record
 from lbllm.runs import RunStore
 from lbllm.start import settings_to_go_on
 from tests.finished_run import finished_run
+from tests.tiny_runs import bfloat_teacher, run_tiny, tiny_teacher, token_ids
 from tests.tiny_runs import run_config as tiny_config
-from tests.tiny_runs import run_tiny, tiny_teacher, token_ids
 
 E2E: dict[str, Any] = {"tokens": 96, "batch_tokens": 64, "epochs": 3, "lr_weight": 1e-3}
-
-
-def bfloat_teacher() -> Teacher:
-    """A tiny teacher of bfloat16 values: what stays dense is the same in its packed student."""
-    teacher = tiny_teacher("llama")
-    teacher.model.bfloat16().float()
-    return teacher
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,13 @@ def tiny_teacher(architecture: str, **changes: Any) -> Teacher:
     return Teacher("tiny", model.requires_grad_(False), tokenizer, "float32", "none")
 
 
+def bfloat_teacher() -> Teacher:
+    """A tiny teacher of bfloat16 values: what stays dense is the same in its packed student."""
+    teacher = tiny_teacher("llama")
+    teacher.model.bfloat16().float()
+    return teacher
+
+
 def run_tiny(
     config: RunConfig,
     folder: Path,
