@@ -22,6 +22,7 @@ from lbllm.config import (
     FROM_CHECKPOINT,
     PRESETS,
     STAGES,
+    TO_ACTIVATIONS,
     WHOLE_ROW,
     LogitLoss,
     RunConfig,
@@ -34,6 +35,7 @@ from lbllm.paths import corpus_name, model_name
 from lbllm.start import settings_to_go_on
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
+WEIGHTS_ALONE = "quantize weights alone"
 PRESET = "quantize preset"
 CHOICES = {
     STAGES[:1]: "1",
@@ -42,7 +44,7 @@ CHOICES = {
     (*STAGES[:2], STAGES[3]): "1–2, 4",
     STAGES: "1–4",
 }
-STAGE_LABELS = {**CHOICES, FROM_CHECKPOINT: "4"}
+FURTHER = {FROM_CHECKPOINT: "4", TO_ACTIVATIONS: "3–4"}  # of a run that goes on from a checkpoint
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
 
@@ -104,7 +106,7 @@ STAGE_SETTING = Setting(
     "1: initialization, closed form. 2: each block learns to give the teacher's output, by gradient descent. "
     "3: the same with quantized activations and KV cache. 4: the whole model at once learns the teacher's next words.",
     tuple(CHOICES),
-    lambda stages: STAGE_LABELS[stages],
+    lambda stages: {**CHOICES, **FURTHER}[stages],
     menu=True,
 )
 TOKENS = Setting(
@@ -183,6 +185,8 @@ def load(config: RunConfig) -> None:
     """Set the document and every widget."""
     document = config.model_dump(mode="json")
     st.session_state[DOCUMENT] = document
+    started = config.precision("start") if config.start is not None else config.quant
+    st.session_state[WEIGHTS_ALONE] = started == started.weights_only()
     st.session_state[PRESET] = config.preset if config.preset in PRESETS else None
     st.session_state[MODEL_KEY] = config.model
     st.session_state[CORPUS_KEY] = config.corpus
@@ -200,6 +204,18 @@ def goes_on() -> bool:
     """Whether the document is of a run that trains a checkpoint further: that has its model, format and stages 1 to 3
     behind it."""
     return st.session_state[DOCUMENT].get("start") is not None
+
+
+def free_to_lower() -> bool:
+    """Whether the document's checkpoint has 16-bit activations and KV cache, so that stage 3 can bring them down."""
+    return goes_on() and st.session_state[WEIGHTS_ALONE]
+
+
+def take_stages() -> None:
+    """Stages of a run that goes on from a checkpoint were chosen: bits to bring down to, or the checkpoint's own."""
+    bits = 4 if st.session_state[STAGE_SETTING.key] == TO_ACTIVATIONS else 16
+    for setting in (ACT_BITS, KV_BITS):
+        st.session_state[setting.key] = bits
 
 
 def begin_anew() -> None:
@@ -267,12 +283,13 @@ def take_upload(key: str) -> None:
 
 def control(setting: Setting, *, disabled: bool = False) -> None:
     """Draw a setting's widget; its value is in the session."""
-    disabled = disabled or (goes_on() and setting.path.partition(".")[0] in ("stages", "quant", "ptq", "wat", "aar"))
+    disabled = disabled or brought(setting)
     if setting.number:
         st.number_input(setting.label, key=setting.key, help=setting.help or None, disabled=disabled, **setting.number)
         return
     value = st.session_state[setting.key]
-    choices = _with(setting.choices, value)
+    further = setting is STAGE_SETTING and free_to_lower()
+    choices = _with(tuple(FURTHER) if further else setting.choices, value)
     draw: Callable[..., Any] = st.selectbox if setting.menu else partial(st.segmented_control, required=True)
     draw(
         setting.label,
@@ -280,8 +297,21 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         format_func=setting.show,
         key=setting.key,
         help=setting.help or None,
+        on_change=take_stages if further else None,
         disabled=disabled,
     )
+
+
+def brought(setting: Setting) -> bool:
+    """Whether a setting is decided by the checkpoint that the run goes on from."""
+    if not goes_on():
+        return False
+    if setting is STAGE_SETTING:
+        return not free_to_lower()
+    lowers = st.session_state[STAGE_SETTING.key] == TO_ACTIVATIONS
+    if lowers and (setting in (ACT_BITS, KV_BITS) or setting.path.startswith("aar.")):
+        return False
+    return setting.path.partition(".")[0] in ("quant", "ptq", "wat", "aar")
 
 
 def corpus_picker() -> None:

@@ -1,9 +1,10 @@
 """Crash-safe states of single blocks during a run: one file a stage and block, written whole or not at all.
 
 A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
-float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1 also ``<layer>.latent``
-(out, in) float16, and after stage 3 ``<layer>.act`` (3,). Stage "start" is the checkpoint that a run goes on from.
-Its metadata carry the run's fingerprint: a file of other settings is never taken over.
+float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
+were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,). Stage "start" is the
+checkpoint that a run goes on from. Its metadata carry the run's fingerprint: a file of other settings is never taken
+over.
 """
 
 from __future__ import annotations

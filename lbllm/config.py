@@ -41,7 +41,9 @@ STAGE_NAMES: dict[Origin, str] = {
     "e2e": "Stage 4: end to end",
 }
 SHIPPED = "shipped"  # names the checkpoint that comes with the project
-FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)  # the stages of a run that starts from a packed checkpoint
+# The stages of a run that starts from a packed checkpoint: in its format, or from one with 16-bit activations to fewer.
+FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
+TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
 
 
 def _no_empty_group(value: int) -> int:
@@ -175,7 +177,7 @@ class E2eConfig(_Section):
 class RunConfig(_Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
     a path. With ``start``, the folder of a packed checkpoint of this model and format or "shipped", stage 4 alone goes
-    on from there."""
+    on from there; stages 3 and 4 do where that checkpoint has 16-bit activations and KV cache, and ``quant`` fewer."""
 
     schema_version: Literal[1] = 1
     model: str = Field("smollm2-135m-instruct", min_length=1)
@@ -196,7 +198,7 @@ class RunConfig(_Section):
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         blockwise = value[:-1] if value[-1:] == ("e2e",) else value
-        if value == FROM_CHECKPOINT:
+        if value in (FROM_CHECKPOINT, TO_ACTIVATIONS):
             return value
         if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
             raise ValueError(
@@ -206,19 +208,20 @@ class RunConfig(_Section):
 
     @field_validator("start")
     @classmethod
-    def _with_stage_4_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if "stages" not in info.data or (value is not None) == (info.data["stages"] == FROM_CHECKPOINT):
+    def _with_later_stages(cls, value: str | None, info: ValidationInfo) -> str | None:
+        stages = info.data.get("stages", ())
+        if not stages or (value is not None) == (stages in (FROM_CHECKPOINT, TO_ACTIVATIONS)):
             return value
         if value is None:
-            raise ValueError("stage e2e needs a stage before it, or a packed checkpoint here to go on from")
-        raise ValueError("a run goes on from a checkpoint with stages e2e alone")
+            raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to go on from")
+        raise ValueError("a run goes on from a checkpoint with stage e2e alone, or with aar and e2e")
 
     def precision(self, stage: Origin) -> QuantConfig:
         """The format of the model after a stage: activations and KV cache are quantized from stage 3 on, or as they
         were in the checkpoint that the run starts from."""
-        if stage == "start" or self.start is not None:
+        if self.stages == FROM_CHECKPOINT:
             return self.quant
-        after = self.stages[: self.stages.index(stage) + 1]
+        after = self.origins[: self.origins.index(stage) + 1]
         return self.quant if "aar" in after else self.quant.weights_only()
 
     @property

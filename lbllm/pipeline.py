@@ -416,7 +416,7 @@ def _train(
 ) -> Generator[Event, None, BlockState]:
     """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
     config, call = run.config, run.calls[number]
-    earlier = run.store.finished("ptq" if stage == "wat" else "wat", number)
+    earlier = run.store.finished(config.origins[config.origins.index(stage) - 1], number)
     student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
@@ -481,15 +481,15 @@ def _steps(settings: WatConfig | AarConfig | E2eConfig, sequences: Tensor) -> in
 
 
 def _latents(run: _Run, blocks: list[nn.Module]) -> Iterator[Tensor]:
-    """The latent weights of all layers in order: as stage 1's compensation left them, which a packed checkpoint doesn't
-    have, so then the teacher's."""
+    """The latent weights of all layers in order: as stage 1's compensation left them, or stage 4 of the run whose
+    checkpoint this one goes on from; where those are not at hand, the teacher's."""
     for number, block in enumerate(blocks):
-        tensors = run.store.finished("ptq", number).tensors if run.config.start is None else None
+        tensors = run.store.finished("ptq" if run.config.start is None else "start", number).tensors
         for name in binary_layers(block):
-            if tensors is None:
-                yield linear_weight(run.blocks[number].get_submodule(name)).detach()
-            else:
-                yield tensors[f"{name}.latent"].to(run.teacher.device)
+            latent = tensors.get(f"{name}.latent")
+            if latent is None:
+                latent = linear_weight(run.blocks[number].get_submodule(name)).detach()
+            yield latent.to(run.teacher.device)
 
 
 def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
@@ -533,11 +533,19 @@ def _train_whole(run: _Run, sequences: Tensor) -> Iterator[Event]:
         if run.request() == "stop":
             keep()
         raise
+    latents = [
+        {
+            f"{name}.latent": layer.latent.half()
+            for name, layer in binary_layers(block).items()
+            if layer.latent is not None
+        }
+        for block in blocks
+    ]
     training.freeze()
     after = training.loss(probe)
     diverged = not after <= before
     for number, block in enumerate(blocks):
-        tensors = collect(binary_layers(block))
+        tensors = collect(binary_layers(block)) | latents[number]
         if diverged:
             earlier = run.store.finished(origin, number)
             tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}

@@ -1,4 +1,5 @@
-"""Where a run goes on from a packed checkpoint: that checkpoint's layers, in the form in which stage 4 trains them."""
+"""Where a run goes on from a packed checkpoint: that checkpoint's layers, in the form in which later stages train
+them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lbllm.blocks import decoder_blocks
+from lbllm.checkpoint import BlockStore
 from lbllm.config import FROM_CHECKPOINT, SHIPPED, QuantConfig, RunConfig
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.hf import LbllmConfig, is_checkpoint, load
@@ -32,13 +34,19 @@ def checkpoint_record(start: str) -> RunRecord:
 
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
     """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
-    from. Raises CheckpointError, and ConfigError where it has another format or is not of this teacher."""
+    from, with the latent weights that stage 4 ended with where the checkpoint lies in its run's folder. Raises
+    CheckpointError, and ConfigError where it has another format or is not of this teacher."""
     assert config.start is not None
-    model, _ = load(checkpoint_folder(config.start), dtype=torch.bfloat16)
+    folder = checkpoint_folder(config.start)
+    model, _ = load(folder, dtype=torch.bfloat16)
     stated: LbllmConfig = model.config.quantization_config
-    different = _differences(stated.format, config.quant)
+    different = _differences(stated.format, config.precision("start"))
     if different:
-        raise ConfigError(f"start: {config.start} was made with {different}; a run keeps its checkpoint's format")
+        if "aar" in config.stages:
+            way = "stage aar goes on from weights of this run's format with 16-bit activations and KV cache"
+        else:
+            way = "a run keeps its checkpoint's format"
+        raise ConfigError(f"start: {config.start} was made with {different}; {way}")
     kept = teacher.model.state_dict()
     for name, tensor in model.state_dict().items():
         # What stays dense must be the teacher's own; a packed layer's weight has another shape.
@@ -49,14 +57,22 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
                 "choose that as the model"
             )
     path, _ = decoder_blocks(teacher.model)
-    for block in model.get_submodule(path).children():
-        tensors: dict[str, Tensor] = {}
+    for number, block in enumerate(model.get_submodule(path).children()):
+        tensors = _latents(folder.parent, number) if config.e2e.lr_weight > 0 else {}
         for name, layer in block.named_modules():
             if isinstance(layer, PackedLinear):
                 tensors[f"{name}.index"], tensors[f"{name}.params"] = layer.unpack()
                 if layer.quantizer is not None:
                     tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
         yield tensors
+
+
+def _latents(run: Path, block: int) -> dict[str, Tensor]:
+    """A block's latent weights as stage 4 of the run in a folder left them, if that is a run and trained some."""
+    if not (run / "blocks").is_dir():
+        return {}
+    state = BlockStore(run, None).load("e2e", block)
+    return {} if state is None else {name: t for name, t in state.tensors.items() if name.endswith(".latent")}
 
 
 def _differences(found: QuantConfig, wanted: QuantConfig) -> str:

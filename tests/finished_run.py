@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 
 from lbllm import pipeline
+from lbllm.config import PAPER_STAGES, Stage
 from lbllm.events import RunLoading, RunQueued
 from lbllm.runs import Run, RunStore
 from tests.tiny_models import SENTENCES
 from tests.tiny_runs import stored_run_config
 
 
-def finished_run(store: RunStore, folder: Path) -> Run:
+def finished_run(store: RunStore, folder: Path, stages: tuple[Stage, ...] = PAPER_STAGES) -> Run:
     """The run; its teacher and its text, a hundred documents, are written to ``folder``."""
-    config = stored_run_config(folder)
+    config = stored_run_config(folder).model_copy(update={"stages": stages})
     text = folder / "text.jsonl"
     documents = (" ".join(f"{number} {line}" for line in SENTENCES) for number in range(100))
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))

@@ -270,6 +270,38 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
     assert not start_is_disabled(app)
 
 
+def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
+    monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
+    first = finished_run(RunStore(), tmp_path, ("ptq", "wat"))
+    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app.query_params["from"] = first.id
+    app.run()
+    assert not app.exception
+    assert "stages 3–4" in said(app.info)
+    assert widget(app, "stages").options == ["4", "3–4"]
+    assert (settings(app).stages, settings(app).quant.act_bits, settings(app).quant.kv_bits) == (("e2e",), 16, 16)
+    assert widget(app, "quant.act_bits").disabled
+    assert widget(app, "aar.tokens").disabled
+
+    widget(app, "stages").set_value(("aar", "e2e")).run()
+    assert not app.exception
+    assert (settings(app).stages, settings(app).quant.act_bits, settings(app).quant.kv_bits) == (("aar", "e2e"), 4, 4)
+    assert not widget(app, "aar.tokens").disabled
+    assert widget(app, "quant.group_size").disabled
+    widget(app, "quant.act_bits").set_value(8).run()
+    assert settings(app).quant.act_bits == 8
+    assert not start_is_disabled(app)
+    (command,) = [code.value for code in app.code if "lbllm quantize" in code.value]
+    assert "--act-bits 8 --kv-bits 4" in command
+    assert "stages" not in command
+
+    widget(app, "stages").set_value(("e2e",)).run()
+    assert (settings(app).quant.act_bits, settings(app).quant.kv_bits) == (16, 16)
+
+
 def test_an_unknown_run_to_train_further_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)

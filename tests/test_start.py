@@ -15,15 +15,18 @@ from safetensors.torch import load_file
 
 from benchmarks.kill_resume import hashes
 from lbllm import load, pipeline
+from lbllm.binarize import from_groups, params_to_levels, take_levels, to_groups
+from lbllm.checkpoint import BlockStore
 from lbllm.commands.options import arguments, run_config
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.export import export, find
 from lbllm.hf import WEIGHTS
+from lbllm.layers import PackedLinear
 from lbllm.run_record import read_record
 from lbllm.runs import RunStore
-from lbllm.start import settings_to_go_on
+from lbllm.start import checkpoint_blocks, settings_to_go_on
 from tests.finished_run import finished_run
 from tests.tiny_runs import bfloat_teacher, run_tiny, tiny_teacher, token_ids
 from tests.tiny_runs import run_config as tiny_config
@@ -110,6 +113,58 @@ def test_it_goes_on_to_the_same_bytes_without_the_first_checkpoint(checkpoint: P
     assert hashes(tmp_path / "run" / "checkpoint")[WEIGHTS] == hashes(tmp_path / "whole" / "checkpoint")[WEIGHTS]
 
 
+def weights_first(folder: Path, rate: float) -> RunConfig:
+    """Settings of a run that brings down the activations of what a run of weights alone gave in ``folder``."""
+    first = tiny_config(stages=["ptq", "wat", "e2e"], e2e=E2E | {"lr_weight": rate})
+    run_tiny(first, folder, bfloat_teacher())
+    document = settings_to_go_on(str(folder / "checkpoint")) | {"model": "tiny", "stages": ["aar", "e2e"]}
+    assert (document["quant"]["act_bits"], document["quant"]["kv_bits"]) == (16, 16)
+    document["quant"] |= {"act_bits": 4, "kv_bits": 4}
+    return tiny_config(**document, e2e=E2E)
+
+
+def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_path: Path) -> None:
+    settings = weights_first(tmp_path / "first", 1e-3)
+    events = run_tiny(settings, tmp_path / "second", bfloat_teacher())
+    assert [event.stage for event in events if isinstance(event, BlockDone)] == ["aar", "aar", "e2e"]
+    first, second = (load(tmp_path / name / "checkpoint")[0] for name in ("first", "second"))
+    stated = [model.config.quantization_config.format for model in (first, second)]
+    assert [(quant.act_bits, quant.kv_bits) for quant in stated] == [(16, 16), (4, 4)]
+    # It begins with the first checkpoint's weights; the activations then have their bits.
+    begun = pipeline.stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
+    with torch.no_grad():
+        expected = pipeline.stage_model(
+            tiny_config(stages=["ptq", "wat", "e2e"]), tmp_path / "first", "e2e", bfloat_teacher()
+        )
+        assert torch.equal(begun(token_ids(2, seed=1)).logits, expected(token_ids(2, seed=1)).logits)
+    assert all(layer.quantizer is not None for layer in second.modules() if isinstance(layer, PackedLinear))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3])
+def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: float, tmp_path: Path) -> None:
+    settings = weights_first(tmp_path / "first", rate)
+    taken = list(checkpoint_blocks(settings, bfloat_teacher()))
+    store = BlockStore(tmp_path / "first", None)
+    for number, tensors in enumerate(taken):
+        left = {name: t for name, t in store.finished("e2e", number).tensors.items() if name.endswith(".latent")}
+        assert (len(left) > 0) == (rate > 0)
+        assert left.keys() == {name for name in tensors if name.endswith(".latent")}
+        for name, latent in left.items():
+            layer = name.removesuffix(".latent")
+            assert torch.equal(tensors[name], latent)
+            # The latent weights say the same as the bits: each lies nearest to its weight's level.
+            levels = params_to_levels(tensors[f"{layer}.params"])
+            groups = to_groups(latent.float(), 16)
+            chosen = take_levels(levels, to_groups(tensors[f"{layer}.index"], 16))
+            best = (groups[..., None] - levels[..., None, :]).abs().amin(-1)
+            farther = from_groups((groups - chosen).abs() - best, latent.shape[1])
+            assert farther.max() < 1e-3  # float16's steps
+    # A copy of the checkpoint alone has none, and goes on from the teacher's.
+    copy = Path(shutil.copytree(tmp_path / "first" / "checkpoint", tmp_path / "copy"))
+    for tensors in checkpoint_blocks(settings.model_copy(update={"start": str(copy)}), bfloat_teacher()):
+        assert not any(name.endswith(".latent") for name in tensors)
+
+
 def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     settings = further(checkpoint)
     with pytest.raises(ConfigError, match=r"was not made from tiny \(.* differs\), but from tiny; choose that"):
@@ -117,6 +172,11 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     other = settings.model_copy(update={"quant": settings.quant.model_copy(update={"group_size": 12, "kv_bits": 8})})
     with pytest.raises(ConfigError, match=r"was made with quant\.group_size=16, quant\.kv_bits=4; a run keeps"):
         run_tiny(other, tmp_path / "format", bfloat_teacher())
+    lowered = settings.model_copy(update={"stages": ("aar", "e2e")})
+    with pytest.raises(
+        ConfigError, match=r"made with quant\.act_bits=4, quant\.kv_bits=4; stage aar goes on from .* 16-bit"
+    ):
+        run_tiny(lowered, tmp_path / "activations", bfloat_teacher())
     damaged = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="its hash differs"):
@@ -129,8 +189,9 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     ("document", "complaint"),
     [
         ({"stages": ["e2e"]}, "start: .*stage e2e needs a stage before it, or a packed checkpoint here"),
-        ({"start": "shipped"}, "start: .*goes on from a checkpoint with stages e2e alone"),
-        ({"start": "shipped", "stages": ["ptq", "e2e"]}, "start: .*with stages e2e alone"),
+        ({"start": "shipped"}, "start: .*goes on from a checkpoint with stage e2e alone, or with aar and e2e"),
+        ({"start": "shipped", "stages": ["ptq", "e2e"]}, "start: .*with stage e2e alone, or with aar and e2e"),
+        ({"stages": ["aar", "e2e"]}, "start: .*stage aar needs a stage before it, or a packed checkpoint here"),
         ({"start": "", "stages": ["e2e"]}, "start: .*at least 1 character"),
     ],
 )
@@ -160,6 +221,27 @@ def test_the_settings_survive_their_command(tokens: int, rate: float, seed: int,
         start=values["--from"],
     )
     assert again == settings
+
+
+def test_fewer_bits_of_activations_bring_stage_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    first = finished_run(RunStore(), tmp_path, ("ptq", "wat"))
+    plain = run_config(start=first.id)
+    assert (plain.stages, plain.quant.act_bits, plain.quant.kv_bits) == (("e2e",), 16, 16)
+    same = run_config(start=first.id, act_bits=16, kv_bits=16)
+    assert same == plain
+    for act_bits, kv_bits in ((4, 4), (8, 16), (16, 4)):
+        settings = run_config(start=first.id, act_bits=act_bits, kv_bits=kv_bits)
+        assert settings.stages == ("aar", "e2e")
+        assert (settings.quant.act_bits, settings.quant.kv_bits) == (act_bits, kv_bits)
+        words = arguments(settings)
+        values = dict(zip(words[::2], words[1::2], strict=True))
+        assert (values["--act-bits"], values["--kv-bits"]) == (str(act_bits), str(kv_bits))
+        given_ = [value for word, value in zip(words[::2], words[1::2], strict=True) if word == "--set"]
+        again = run_config(values["--model"], values["--preset"], act_bits=act_bits, kv_bits=kv_bits,
+                           corpus=values.get("--corpus"), device=values.get("--device"), assignments=given_,
+                           start=values["--from"])  # fmt: skip
+        assert again == settings
 
 
 def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,10 @@ def _checkpoint() -> None:
     """What is trained further, and the way back."""
     said, button = st.columns([3, 1], vertical_alignment="center")
     name = plain(checkpoint_name(st.session_state[form.DOCUMENT]["start"]))
-    said.info(f"Trains {name} further: stage 4 alone, in that checkpoint's format.")
+    ways = "stage 4 alone, in that checkpoint's format"
+    if form.free_to_lower():
+        ways += ", or stages 3–4, which bring its activations down to fewer bits"
+    said.info(f"Trains {name} further: {ways}.")
     button.button("Begin anew", on_click=form.begin_anew, width="stretch", key="quantize anew")
 
 
@@ -111,7 +114,7 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         form.control(form.TOKENS)
     with st.expander("Advanced", expanded=form.goes_on()):
         # What can be set comes first.
-        for title, settings in sorted(form.ADVANCED.items(), key=lambda item: form.goes_on() and item[0] != "Stage 4"):
+        for title, settings in sorted(form.ADVANCED.items(), key=lambda item: all(map(form.brought, item[1]))):
             st.markdown(f"**{title}**")
             for first in range(0, len(settings), 2):
                 for column, setting in zip(st.columns(2), settings[first : first + 2], strict=False):
@@ -141,7 +144,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
     if config.start is None:
         show_preview(config, result.blocks)
     else:
-        st.caption("A preview tries stages 1 to 3 on one block; this run has them behind it.")
+        st.caption("A preview binarizes a block of the teacher; this run goes on from a checkpoint.")
     return config
 
 

@@ -224,7 +224,7 @@ def figures(view: RunView) -> None:
     """The numbers that become known while the run goes on."""
     known = view.perplexities
     stages = view.started.stages if view.started is not None else ()
-    before = ("start",) if one_loss(view) else PAPER_STAGES
+    before = PAPER_STAGES if stages[:1] in ((), STAGES[:1]) else ("start",)
     measured = ("teacher", *dict.fromkeys((*before, *stages)))
     columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
     for column, what in zip(columns, measured, strict=False):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbllm.config import PRESETS, SHIPPED, RunConfig, make_config, read_settings
+from lbllm.config import PRESETS, SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -43,7 +43,7 @@ FromOption = Annotated[
         "--from",
         metavar="CHECKPOINT",
         help="Train a packed checkpoint further, by stage 4 alone: its folder, a finished run's id, or 'shipped'. It "
-        "brings model and format along.",
+        "brings model and format along. With --act-bits or --kv-bits, where it has 16, stage 3 comes before.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the packed checkpoint.")]
@@ -77,6 +77,9 @@ def run_config(
         from lbllm.start import settings_to_go_on
 
         document |= settings_to_go_on(start if start == SHIPPED else str(find(start, RunStore()).folder))
+        bits = {"act_bits": act_bits, "kv_bits": kv_bits}
+        if any(wanted not in (None, document["quant"][key]) for key, wanted in bits.items()):
+            document["stages"] = list(TO_ACTIVATIONS)
     base = preset or named or "quick"
     options = {
         "model": model,
@@ -106,11 +109,13 @@ def arguments(config: RunConfig) -> list[str]:
         "start": "--from",
     }
     words = ["--model", config.model, "--preset", preset]
+    brought = config.start is not None  # stages and format come along with the checkpoint
+    lowered = ("quant.act_bits", "quant.kv_bits", "quant.overrides") if config.stages == TO_ACTIVATIONS else ()
     for key, value in given.items():
-        if key == "model" or plain[key] == value:
+        if key == "model" or (plain[key] == value and key not in lowered):
             continue
-        if config.start is not None and (key == "stages" or key.startswith("quant.")):
-            continue  # the checkpoint brings them along
+        if brought and (key == "stages" or key.startswith("quant.")) and (key not in lowered or value == {}):
+            continue
         if key in options:
             words += [options[key], str(value)]
         else:

@@ -47,6 +47,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     expect(chart.get_by_text("you are here")).to_be_visible()
     choose(page, "Group size", "256")
     expect(figure(page, "Bits a weight")).to_have_text("2.31")
+    expect(chart).to_have_count(1)  # the old one leaves the page after the new one has come
     expect(chart.get_by_text("you are here")).to_be_visible()
     expect(page.get_by_text("press Preview again")).to_have_count(0)
 
