@@ -216,6 +216,15 @@ class RunConfig(_Section):
             raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to go on from")
         raise ValueError("a run goes on from a checkpoint with stage e2e alone, or with aar and e2e")
 
+    @field_validator("quant")
+    @classmethod
+    def _with_bits_to_bring_down(cls, value: QuantConfig, info: ValidationInfo) -> QuantConfig:
+        if info.data.get("stages") == TO_ACTIVATIONS and value == value.weights_only():
+            raise ValueError(
+                "stage aar has nothing to bring down: give act_bits or kv_bits below 16, or take e2e alone"
+            )
+        return value
+
     def precision(self, stage: Origin) -> QuantConfig:
         """The format of the model after a stage: activations and KV cache are quantized from stage 3 on, or as they
         were in the checkpoint that the run starts from."""
