@@ -201,8 +201,8 @@ def load(config: RunConfig) -> None:
 
 
 def goes_on() -> bool:
-    """Whether the document is of a run that trains a checkpoint further: that has its model, format and stages 1 to 3
-    behind it."""
+    """Whether the document is of a run that trains a checkpoint further: that has its model, its format and the stages
+    before behind it."""
     return st.session_state[DOCUMENT].get("start") is not None
 
 

@@ -109,12 +109,13 @@ def arguments(config: RunConfig) -> list[str]:
         "start": "--from",
     }
     words = ["--model", config.model, "--preset", preset]
-    brought = config.start is not None  # stages and format come along with the checkpoint
-    lowered = ("quant.act_bits", "quant.kv_bits", "quant.overrides") if config.stages == TO_ACTIVATIONS else ()
+    if config.start is not None:  # stages and format come along with the checkpoint, but for bits that are brought down
+        quant = {key: given.pop(key) for key in list(given) if key == "stages" or key.startswith("quant.")}
+        if config.stages == TO_ACTIVATIONS:
+            words += ["--act-bits", str(quant["quant.act_bits"]), "--kv-bits", str(quant["quant.kv_bits"])]
+            given["quant.overrides"] = quant["quant.overrides"]
     for key, value in given.items():
-        if key == "model" or (plain[key] == value and key not in lowered):
-            continue
-        if brought and (key == "stages" or key.startswith("quant.")) and (key not in lowered or value == {}):
+        if key == "model" or plain[key] == value:
             continue
         if key in options:
             words += [options[key], str(value)]
