@@ -41,7 +41,7 @@ WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-qu
 AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
-E2E_LATENT = 16  # and where latent weights train: latent, gradient, two moments
+E2E_LATENT = 25  # and where latent weights train: latent, gradient, two moments, temporaries
 E2E_LOGITS = 40  # per token of one sequence and vocabulary entry: both models' logits, the loss and its gradient
 
 # Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
