@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lbllm.activations import ActQuantizer
 from lbllm.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
 from lbllm.commands.opening import windows
-from lbllm.config import STAGE_NAMES, RunConfig, Stage, parse_config
+from lbllm.config import STAGE_NAMES, Origin, RunConfig, parse_config
 from lbllm.errors import ConfigError, LbllmError, RunError
 from lbllm.evaluate import perplexity
 from lbllm.layers import PackedLinear
@@ -59,7 +59,7 @@ class Precision:
     def __init__(
         self, config: RunConfig, folder: Path, teacher: Teacher, sequences: Tensor, report: Callable[[str], None]
     ) -> None:
-        if "aar" not in config.stages or config.quant.act_bits == 16:
+        if config.precision(config.stages[-1]).act_bits == 16:
             raise ConfigError(
                 f"{folder}: this run leaves activations in 16 bits; give one with stage aar and act_bits 4"
             )
@@ -67,7 +67,7 @@ class Precision:
         self.report = report
         self.act, self.kv = config.quant.act_bits, config.quant.kv_bits
 
-    def model(self, kv_bits: int, param_bits: int, stage: Stage | None = None) -> PreTrainedModel:
+    def model(self, kv_bits: int, param_bits: int, stage: Origin | None = None) -> PreTrainedModel:
         """The run's model after a stage, the last one by default, with these bits of KV cache and group parameters."""
         quant = self.config.quant.model_copy(update={"kv_bits": kv_bits, "param_bits": param_bits})
         config = self.config.model_copy(update={"quant": quant})
@@ -95,13 +95,14 @@ class Precision:
         return rows
 
     def by_params(self, deployed: float) -> list[Measured]:
-        """Group parameters in 8 bits against float16, after stage 2 and after the last stage, whose model is
-        ``deployed``; none where the run has them in 8 bits already."""
+        """Group parameters in 8 bits against float16, after stage 2 or in the checkpoint that the run goes on from, and
+        after the last stage, whose model is ``deployed``; none where the run has them in 8 bits already."""
         if self.config.quant.param_bits == 8:
             return []
         rows: list[Measured] = []
         last = self.config.stages[-1]
-        for stage in ("wat", last):
+        stages: tuple[Origin, ...] = ("wat" if self.config.start is None else "start", last)
+        for stage in stages:
             name = STAGE_NAMES[stage]
             base = deployed if stage == last else self.measured(f"{name}, float16", self.model(self.kv, 16, stage))
             rows.append(Measured(name, self.measured(f"{name}, 8 bits", self.model(self.kv, 8, stage)), base))

@@ -13,7 +13,8 @@ from lbllm.errors import ConfigError, RunError
 from lbllm.evaluate import perplexity
 from lbllm.packing import decode_params, encode_params
 from lbllm.pipeline import stage_model
-from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
+from lbllm.start import settings_to_go_on
+from tests.tiny_runs import bfloat_teacher, run_config, run_tiny, tiny_teacher, token_ids
 
 WINDOWS = token_ids(6, seed=5)
 
@@ -98,6 +99,19 @@ def test_tables_and_names(precision: Precision) -> None:
     assert sum(line.startswith(("| mlp.", "| self_attn.")) for line in lines) == 4
     config, folder = opened(str(precision.folder))
     assert (config, folder) == (precision.config, precision.folder)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    teacher = bfloat_teacher()
+    run_tiny(run_config(), tmp_path / "first", teacher)
+    start = settings_to_go_on(str(tmp_path / "first" / "checkpoint")) | {"model": "tiny"}
+    settings = run_config(**start, e2e={"tokens": 96, "batch_tokens": 64})
+    run_tiny(settings, tmp_path / "second", teacher)
+    further = Precision(settings, tmp_path / "second", teacher, WINDOWS, lambda line: None)
+    begun, ended = further.by_params(1.0)
+    assert (begun.label, ended.base) == ("The checkpoint gone on from", 1.0)
+    first = perplexity(stage_model(settings, tmp_path / "second", "start", teacher), WINDOWS).perplexity
+    assert begun.base == pytest.approx(first, rel=1e-6)
 
 
 def test_bad_runs(precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
