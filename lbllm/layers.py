@@ -232,6 +232,8 @@ class PackedLinear(nn.Module):
                 self.params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
             else:
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+                # A part of a mapped file would keep its neighbours in memory with it.
+                self.params = self.params.clone()
             self.weight = self.weight.new_empty(0)
         return self.words
 

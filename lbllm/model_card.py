@@ -241,11 +241,11 @@ def _limits(kind: Kind, settings: RunConfig | None) -> str:
         "it says about people, facts or dangers was not measured.",
     ]
     if settings is not None and settings.precision(settings.stages[-1]).act_bits == 16:
-        lines.append("Weights alone are binarized: the run ended before stage 3, which quantizes activations.")
+        lines.append("Weights alone are binarized: stage 3, which quantizes activations, was left out.")
     if kind == "packed":
         lines.append(
             "On the CPU it computes from its bits in C++, compiled at first use by the system's compiler; without one "
-            "it is slow. Its weights can't be trained further."
+            "it is slow. Only `python -m lbllm quantize --from` trains its weights further."
         )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -157,5 +157,5 @@ def test_a_run_of_weights_alone_says_so() -> None:
     settings: RunConfig = make_config("quick", {"stages": ["ptq", "wat"]})
     text = card(settings=settings, evaluations=()).text
     assert "W(1+1)A16" in text
-    assert "ended before stage 3" in text
+    assert "stage 3, which quantizes activations, was left out" in text
     assert '"aar"' not in text
