@@ -340,6 +340,10 @@ def parse_config(document: dict[str, Any]) -> RunConfig:
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"])
             given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
-            known = "is not a setting" if problem["type"] == "extra_forbidden" else problem["msg"]
+            known = (
+                "is not a setting"
+                if problem["type"] == "extra_forbidden"
+                else problem["msg"].removeprefix("Value error, ")
+            )
             lines.append(f"{place}: {known}{given}")
         raise ConfigError("bad settings: " + "; ".join(lines)) from None

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
         ({"start": "shipped", "stages": ["ptq", "e2e"]}, "start: .*with stage e2e alone, or with aar and e2e"),
         (
             {"start": "shipped", "stages": ["aar", "e2e"], "quant": {"act_bits": 16, "kv_bits": 16}},
-            "quant: .*stage aar has nothing to bring down: give act_bits or kv_bits below 16",
+            "quant: stage aar has nothing to bring down: give act_bits or kv_bits below 16",
         ),
         ({"stages": ["aar", "e2e"]}, "start: .*stage aar needs a stage before it, or a packed checkpoint here"),
         ({"start": "", "stages": ["e2e"]}, "start: .*at least 1 character"),
