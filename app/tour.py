@@ -8,8 +8,8 @@ SEEN = "tour seen"
 STEPS = (
     (
         "What it is",
-        "A language model cut from 16 bits a weight to about two. **W(1+1)A4**: a *sign* and a bit of *bitmap* pick "
-        "one of four levels that a small group of weights shares; activations have 4 bits.",
+        "A language model cut from 16 bits a weight to about two. **W(1+1)**: a *sign* and a bit of *bitmap* pick "
+        "one of four levels that a small group of weights shares. **A4** is one step on: activations in 4 bits.",
     ),
     (
         "Begin here",
