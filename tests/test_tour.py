@@ -12,7 +12,7 @@ def _page() -> None:
 
 def test_shown_dismissed_and_called_back() -> None:
     app = AppTest.from_function(_page, default_timeout=30).run()
-    assert any("W(1+1)" in text.value for text in app.markdown)
+    assert any("W(1+1)" in text.value and "A4" in text.value for text in app.markdown)
     app.button(key="tour dismissed").click().run()
     assert not app.markdown
     app.run()
