@@ -35,7 +35,6 @@ from lbllm.paths import corpus_name, model_name
 from lbllm.start import settings_to_go_on
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
-WEIGHTS_ALONE = "quantize weights alone"
 PRESET = "quantize preset"
 CHOICES = {
     STAGES[:1]: "1",
@@ -44,7 +43,7 @@ CHOICES = {
     (*STAGES[:2], STAGES[3]): "1–2, 4",
     STAGES: "1–4",
 }
-FURTHER = {FROM_CHECKPOINT: "4", TO_ACTIVATIONS: "3–4"}  # of a run that goes on from a checkpoint
+FURTHER_CHOICES = {FROM_CHECKPOINT: "4", TO_ACTIVATIONS: "3–4"}  # of a run that goes on from a checkpoint
 COLUMNS = ("pattern", "format", "group_size", "param_bits", "act_bits")
 
 
@@ -106,7 +105,7 @@ STAGE_SETTING = Setting(
     "1: initialization, closed form. 2: each block learns to give the teacher's output, by gradient descent. "
     "3: the same with quantized activations and KV cache. 4: the whole model at once learns the teacher's next words.",
     tuple(CHOICES),
-    lambda stages: {**CHOICES, **FURTHER}[stages],
+    lambda stages: {**CHOICES, **FURTHER_CHOICES}[stages],
     menu=True,
 )
 TOKENS = Setting(
@@ -185,8 +184,6 @@ def load(config: RunConfig) -> None:
     """Set the document and every widget."""
     document = config.model_dump(mode="json")
     st.session_state[DOCUMENT] = document
-    started = config.precision("start") if config.start is not None else config.quant
-    st.session_state[WEIGHTS_ALONE] = started == started.weights_only()
     st.session_state[PRESET] = config.preset if config.preset in PRESETS else None
     st.session_state[MODEL_KEY] = config.model
     st.session_state[CORPUS_KEY] = config.corpus
@@ -208,7 +205,7 @@ def goes_on() -> bool:
 
 def free_to_lower() -> bool:
     """Whether the document's checkpoint has 16-bit activations and KV cache, so that stage 3 can bring them down."""
-    return goes_on() and st.session_state[WEIGHTS_ALONE]
+    return goes_on() and parse_config(st.session_state[DOCUMENT]).precision("start").weights_alone
 
 
 def take_stages() -> None:
@@ -289,7 +286,7 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         return
     value = st.session_state[setting.key]
     further = setting is STAGE_SETTING and free_to_lower()
-    choices = _with(tuple(FURTHER) if further else setting.choices, value)
+    choices = _with(tuple(FURTHER_CHOICES) if further else setting.choices, value)
     draw: Callable[..., Any] = st.selectbox if setting.menu else partial(st.segmented_control, required=True)
     draw(
         setting.label,

@@ -44,6 +44,7 @@ SHIPPED = "shipped"  # names the checkpoint that comes with the project
 # The stages of a run that starts from a packed checkpoint: in its format, or from one with 16-bit activations to fewer.
 FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
 TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
+FURTHER = (FROM_CHECKPOINT, TO_ACTIVATIONS)
 
 
 def _no_empty_group(value: int) -> int:
@@ -99,6 +100,11 @@ class QuantConfig(_Section):
         """The same format of the weights with activations and KV cache left as they are."""
         overrides = {name: o.model_copy(update={"act_bits": None}) for name, o in self.overrides.items()}
         return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides})
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether activations and KV cache are left as they are already."""
+        return self == self.weights_only()
 
     def layer(self, name: str) -> LayerFormat | None:
         """The format of the layer ``name`` (its full module path), or None where it stays dense."""
@@ -198,7 +204,7 @@ class RunConfig(_Section):
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         blockwise = value[:-1] if value[-1:] == ("e2e",) else value
-        if value in (FROM_CHECKPOINT, TO_ACTIVATIONS):
+        if value in FURTHER:
             return value
         if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
             raise ValueError(
@@ -210,7 +216,7 @@ class RunConfig(_Section):
     @classmethod
     def _with_later_stages(cls, value: str | None, info: ValidationInfo) -> str | None:
         stages = info.data.get("stages", ())
-        if not stages or (value is not None) == (stages in (FROM_CHECKPOINT, TO_ACTIVATIONS)):
+        if not stages or (value is not None) == (stages in FURTHER):
             return value
         if value is None:
             raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to go on from")
@@ -219,7 +225,7 @@ class RunConfig(_Section):
     @field_validator("quant")
     @classmethod
     def _with_bits_to_bring_down(cls, value: QuantConfig, info: ValidationInfo) -> QuantConfig:
-        if info.data.get("stages") == TO_ACTIVATIONS and value == value.weights_only():
+        if info.data.get("stages") == TO_ACTIVATIONS and value.weights_alone:
             raise ValueError(
                 "stage aar has nothing to bring down: give act_bits or kv_bits below 16, or take e2e alone"
             )

@@ -19,7 +19,7 @@ from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.run_export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
-from lbllm.config import FROM_CHECKPOINT, PAPER_STAGES, STAGES, Stage
+from lbllm.config import FROM_CHECKPOINT, FURTHER, PAPER_STAGES, STAGES, Stage
 from lbllm.errors import LbllmError
 from lbllm.estimate import estimate
 from lbllm.run_view import SUMMARY_KINDS, RunView
@@ -224,7 +224,7 @@ def figures(view: RunView) -> None:
     """The numbers that become known while the run goes on."""
     known = view.perplexities
     stages = view.started.stages if view.started is not None else ()
-    before = PAPER_STAGES if stages[:1] in ((), STAGES[:1]) else ("start",)
+    before = ("start",) if stages in FURTHER else PAPER_STAGES
     measured = ("teacher", *dict.fromkeys((*before, *stages)))
     columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
     for column, what in zip(columns, measured, strict=False):
