@@ -238,6 +238,8 @@ def test_fewer_bits_of_activations_bring_stage_3(tmp_path: Path, monkeypatch: py
         settings = run_config(start=first.id, act_bits=act_bits, kv_bits=kv_bits)
         assert settings.stages == ("aar", "e2e")
         assert (settings.quant.act_bits, settings.quant.kv_bits) == (act_bits, kv_bits)
+        by_set = [f"quant.act_bits={act_bits}", f"quant.kv_bits={kv_bits}"]
+        assert run_config(start=first.id, assignments=by_set) == settings
         words = arguments(settings)
         values = dict(zip(words[::2], words[1::2], strict=True))
         assert (values["--act-bits"], values["--kv-bits"]) == (str(act_bits), str(kv_bits))

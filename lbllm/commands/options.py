@@ -77,9 +77,6 @@ def run_config(
         from lbllm.start import settings_to_go_on
 
         document |= settings_to_go_on(start if start == SHIPPED else str(find(start, RunStore()).folder))
-        bits = {"act_bits": act_bits, "kv_bits": kv_bits}
-        if any(wanted not in (None, document["quant"][key]) for key, wanted in bits.items()):
-            document["stages"] = list(TO_ACTIVATIONS)
     base = preset or named or "quick"
     options = {
         "model": model,
@@ -91,7 +88,13 @@ def run_config(
         "quant.kv_bits": kv_bits,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    return make_config(base, document, (*given, *(assignments or ())))
+    given += assignments or []
+    config = make_config(base, document, tuple(given))
+    if start is not None and any(
+        getattr(config.quant, key) != document["quant"][key] for key in ("act_bits", "kv_bits")
+    ):
+        return make_config(base, document | {"stages": list(TO_ACTIVATIONS)}, tuple(given))
+    return config
 
 
 def arguments(config: RunConfig) -> list[str]:

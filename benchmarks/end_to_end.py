@@ -1,0 +1,130 @@
+"""What the choices of stage 4 are worth: ``python -m benchmarks.end_to_end CHECKPOINT``.
+
+    python -m lbllm quantize --set 'stages=["ptq","wat"]' --act-bits 16 --kv-bits 16 --out runs/blocks
+    python -m benchmarks.end_to_end runs/blocks --tokens 20480
+    python -m benchmarks.end_to_end runs/blocks --only "latent weights,reverse KL"
+
+CHECKPOINT is a packed one, best one that stage 4 has not trained. Each variant goes on from there by a run of stage 4
+alone, on the same text, and is then judged as it is deployed, on the corpus' tune part, which nothing is trained on:
+perplexity, KL(teacher || student) in nats a token, and the share of tokens with the same most likely next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm.config import RunConfig, parse_config
+from lbllm.corpora import Corpus, load_corpus
+from lbllm.errors import ConfigError, LbllmError
+from lbllm.evaluate import Divergence, divergence
+from lbllm.events import BlockDone
+from lbllm.models import Teacher, load_teacher
+from lbllm.pipeline import run, stage_model
+from lbllm.start import settings_to_go_on
+
+LATENT = {"lr_weight": 2.5e-3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "group parameters alone": {},
+    "latent weights": LATENT,
+    "latent weights at twice the rate": {"lr_weight": 5e-3},
+    "latent weights at half the rate": {"lr_weight": 1.25e-3},
+    "steps of 512 tokens": LATENT | {"batch_tokens": 512},
+    "steps of 2048 tokens": LATENT | {"batch_tokens": 2_048},
+    "sequences of 128": LATENT | {"seq_len": 128},
+    "reverse KL": LATENT | {"loss": "reverse_kl"},
+    "CAKLD": LATENT | {"loss": "cakld"},
+    "EAKLD": LATENT | {"loss": "eakld"},
+    "concrete score": LATENT | {"loss": "concrete_score"},
+    "outputs of blocks in the loss": LATENT | {"feature_weight": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A variant's figures, whether its training was taken back for making its own loss worse, and its seconds."""
+
+    variant: str
+    found: Divergence
+    taken_back: bool
+    seconds: float
+
+
+def measure(config: RunConfig, teacher: Teacher, corpus: Corpus, judged: Tensor, variants: list[str]) -> list[Result]:
+    """The checkpoint that ``config`` starts from as it is, then each variant trained from there on ``corpus``, judged
+    on windows (n, T). Raises LbllmError."""
+    results: list[Result] = []
+    for variant in variants:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            changed = config.model_copy(update={"e2e": config.e2e.model_copy(update=VARIANTS[variant])})
+            events = list(run(changed, folder, request=lambda: None, teacher=teacher, corpus=corpus))
+            seconds = time.perf_counter() - began
+            if not results:
+                begun = divergence(teacher.model, stage_model(changed, folder, "start", teacher), judged)
+                results.append(Result("before", begun, False, 0.0))
+            found = divergence(teacher.model, stage_model(changed, folder, "e2e", teacher), judged)
+        taken_back = any(event.diverged for event in events if isinstance(event, BlockDone))
+        results.append(Result(variant, found, taken_back, seconds))
+        print(f"{variant}: KL {found.kl:.4f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: list[Result]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| | perplexity | KL | same most likely token | seconds |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        found = result.found
+        label = f"{result.variant} (taken back)" if result.taken_back else result.variant
+        figures = f"{found.student_perplexity:.2f} | {found.kl:.4f} | {found.top1_agreement:.1%} | {result.seconds:.0f}"
+        lines.append(f"| {label} | {figures} |")
+    return "\n".join(lines)
+
+
+def chosen(only: str) -> list[str]:
+    """The variants that ``--only`` names. Raises ConfigError."""
+    names = only.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError(f"--only {name}: choose from {', '.join(VARIANTS)}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a packed checkpoint")
+    parser.add_argument("--corpus", default="embedded")
+    parser.add_argument("--tokens", type=int, default=20_480, help="to train on")
+    parser.add_argument("--judge-tokens", type=int, default=8_192)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants joined by commas")
+    options = parser.parse_args()
+    try:
+        variants = chosen(options.only)
+        shared = {"corpus": options.corpus, "seq_len": options.seq_len}
+        e2e = {"tokens": options.tokens, "seq_len": options.seq_len}
+        config = parse_config(settings_to_go_on(options.checkpoint) | shared | {"e2e": e2e})
+        teacher = load_teacher(config.model)
+        load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
+        judged = load(tokens=options.judge_tokens, part="tune").sequences
+        results = measure(config, teacher, load(tokens=options.tokens), judged, variants)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    threads = f"{torch.get_num_threads()} threads, {date.today()}"
+    print(f"{options.tokens:,} tokens of {options.corpus}, judged on {judged.numel():,} others, {threads}\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
