@@ -6,8 +6,8 @@
 RUN is a run's id, or the folder with its settings and block states. All models have the bits and levels that the run
 ended with, unless a stage is named, and are computed as they are deployed. Printed are perplexities on the same
 windows: with activations and KV cache in 16, 8 and 4 bits (8: an even grid over each token's range); with group
-parameters in 8 bits instead of float16; and, for 4-bit activations, by kind of input and by depth, with all inputs in 4
-bits but one group's, and with that group's alone.
+parameters in 8 bits instead of float16; and, where the run quantizes activations, by kind of input and by depth, with
+all inputs in 4 bits but one group's, and with that group's alone.
 """
 
 from __future__ import annotations
@@ -59,13 +59,10 @@ class Precision:
     def __init__(
         self, config: RunConfig, folder: Path, teacher: Teacher, sequences: Tensor, report: Callable[[str], None]
     ) -> None:
-        if config.precision(config.stages[-1]).act_bits == 16:
-            raise ConfigError(
-                f"{folder}: this run leaves activations in 16 bits; give one with stage aar and act_bits 4"
-            )
         self.config, self.folder, self.teacher, self.sequences = config, folder, teacher, sequences
         self.report = report
-        self.act, self.kv = config.quant.act_bits, config.quant.kv_bits
+        ended = config.precision(config.stages[-1])
+        self.act, self.kv = ended.act_bits, ended.kv_bits
 
     def model(self, kv_bits: int, param_bits: int, stage: Origin | None = None) -> PreTrainedModel:
         """The run's model after a stage, the last one by default, with these bits of KV cache and group parameters."""
@@ -83,7 +80,9 @@ class Precision:
         """Activations and KV cache of the same weights in fewer and fewer bits; the first row is what the others are
         compared with, the last one the model as it is deployed."""
         rows: list[Measured] = []
-        bits = [(16, 16), (16, self.kv), (8, self.kv), (self.act, 16), (self.act, self.kv)]
+        bits = [(16, 16), (16, self.kv)]
+        if self.act < 16:
+            bits += [(8, self.kv), (self.act, 16), (self.act, self.kv)]
         for act_bits, kv_bits in dict.fromkeys(bits):
             model = self.model(kv_bits, self.config.quant.param_bits)
             if act_bits != self.act:
@@ -95,14 +94,13 @@ class Precision:
         return rows
 
     def by_params(self, deployed: float) -> list[Measured]:
-        """Group parameters in 8 bits against float16, after stage 2 or in the checkpoint that the run goes on from, and
+        """Group parameters in 8 bits against float16, in the checkpoint that the run goes on from or after stage 2, and
         after the last stage, whose model is ``deployed``; none where the run has them in 8 bits already."""
         if self.config.quant.param_bits == 8:
             return []
         rows: list[Measured] = []
         last = self.config.stages[-1]
-        stages: tuple[Origin, ...] = ("wat" if self.config.start is None else "start", last)
-        for stage in stages:
+        for stage in dict.fromkeys([stage for stage in self.config.origins if stage in ("start", "wat")] + [last]):
             name = STAGE_NAMES[stage]
             base = deployed if stage == last else self.measured(f"{name}, float16", self.model(self.kv, 16, stage))
             rows.append(Measured(name, self.measured(f"{name}, 8 bits", self.model(self.kv, 8, stage)), base))
@@ -181,6 +179,8 @@ def tables(precision: Precision) -> str:
     if params := precision.by_params(deployed):
         lines += ["", "| group parameters | float16 | 8 bits | |", "| --- | --- | --- | --- |"]
         lines += [f"| {row.label} | {row.base:,.2f} | {row.perplexity:,.2f} | {row.change} |" for row in params]
+    if precision.act == 16:
+        return "\n".join(lines)
     layers = kinds(precision.teacher, precision.sequences[:1, :PROBE])
     names = set[str]().union(*layers.values())
     for title, groups in (("inputs of", layers), ("depth", depths(precision.teacher, names))):

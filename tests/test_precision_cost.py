@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.precision_cost import Precision, depths, kinds, opened, packed_layers, tables
-from lbllm.config import RunConfig
-from lbllm.errors import ConfigError, RunError
+from lbllm.config import STAGE_NAMES, QuantConfig, Stage
+from lbllm.errors import RunError
 from lbllm.evaluate import perplexity
 from lbllm.packing import decode_params, encode_params
 from lbllm.pipeline import stage_model
@@ -114,6 +114,27 @@ def test_a_run_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert begun.base == pytest.approx(first, rel=1e-6)
 
 
+@pytest.mark.parametrize("stages", [("ptq",), ("ptq", "wat"), ("ptq", "wat", "e2e")], ids="-".join)
+def test_a_run_that_leaves_activations_alone_has_group_parameters_to_tell_of(
+    stages: tuple[Stage, ...], tmp_path: Path
+) -> None:
+    teacher, e2e = tiny_teacher("llama"), {"tokens": 64, "batch_tokens": 64}
+    settings = run_config(stages=stages, e2e=e2e)
+    run_tiny(settings, tmp_path, teacher)
+    precision = Precision(settings, tmp_path, teacher, WINDOWS, lambda line: None)
+    plain, narrow = (
+        perplexity(stage_model(config, tmp_path, stages[-1], teacher), WINDOWS).perplexity
+        for config in (settings, settings.model_copy(update={"quant": QuantConfig(group_size=16, param_bits=8)}))
+    )
+    (only,) = precision.by_bits()
+    assert (only.label, only.perplexity) == ("A16KV16", pytest.approx(plain, rel=1e-6))
+    rows = precision.by_params(plain)
+    assert [row.label for row in rows] == [STAGE_NAMES[stage] for stage in stages if stage != "ptq" or len(stages) == 1]
+    assert (rows[-1].base, rows[-1].perplexity) == (plain, pytest.approx(narrow, rel=1e-6))
+    lines = tables(precision).splitlines()
+    assert lines[-1].startswith(f"| {STAGE_NAMES[stages[-1]]} | {plain:,.2f} | {narrow:,.2f} |")
+
+
 def test_bad_runs(precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(tmp_path))
     with pytest.raises(RunError, match="no run 'elsewhere'"):
@@ -121,6 +142,3 @@ def test_bad_runs(precision: Precision, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "blocks").mkdir()
     with pytest.raises(RunError, match=r"can't be read from config\.json"):
         opened(str(tmp_path))
-    weights: RunConfig = run_config(stages=("ptq", "wat"))
-    with pytest.raises(ConfigError, match="leaves activations in 16 bits"):
-        Precision(weights, tmp_path, precision.teacher, WINDOWS, print)
