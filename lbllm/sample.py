@@ -1,11 +1,13 @@
 """Sample a training corpus from a teacher: the embedded corpus of this project, made by one command.
 
     python -m lbllm corpora sample --model smollm2-135m-instruct --tokens 1000000 --out assets/corpus.jsonl.gz
+    python -m lbllm corpora sample --questions questions.txt --tokens 100000 --out answers.jsonl.gz
 
 A language model's own samples are the text whose distribution the student has to match, they need no download and no
 foreign licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat
 template: a seed question, the teacher's answer, then the teacher also writes the next user turn (Magpie, Xu et al.
-2024). The other half are documents that continue a short opening. Rows advance in lock step and have the same length,
+2024). The other half are documents that continue a short opening. With questions of one's own all rows are
+conversations on them. Rows advance in lock step and have the same length,
 so that nothing is padded: a row that ends a turn or a document goes on with forced template or seed tokens.
 """
 
@@ -17,7 +19,7 @@ import json
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +103,22 @@ def sample_rows(
     rows: int,
     length: int,
     seed: int,
+    questions: Sequence[str] = (),
     temperature: float = 1.0,
     min_p: float = 0.002,
 ) -> Iterator[dict[str, str]]:
     """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
 
-    Tokens below ``min_p`` times the most likely token's probability are never drawn. Deterministic in ``seed`` on
-    one machine.
+    Where ``questions`` are given, all are conversations that begin with one of them. Tokens below ``min_p`` times the
+    most likely token's probability are never drawn. Deterministic in ``seed`` on one machine. Raises CorpusError
+    for questions to a model without a chat template.
     """
+    if questions and tokenizer.chat_template is None:
+        raise CorpusError("questions need a model with a chat template, which this one lacks; leave --questions out")
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     table = json.loads((ASSETS / "seeds.json").read_text())
+    seeds = lambda: (rng.choice(questions), "") if questions else _seeds(rng, table)  # noqa: E731
     templated = tokenizer.chat_template is not None
     head, middle, after = chat_pieces(tokenizer) if templated else ("", "", "")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
@@ -121,11 +128,11 @@ def sample_rows(
     to_answer = encode(middle.removeprefix(eos))
     to_question = encode(after.removeprefix(eos))
 
-    kinds = ["chat" if templated and row % 2 == 0 else "text" for row in range(rows)]
+    kinds = ["chat" if templated and (questions or row % 2 == 0) else "text" for row in range(rows)]
     forced: list[deque[int]] = []
     answering = [True] * rows
     for kind in kinds:
-        question, opener = _seeds(rng, table)
+        question, opener = seeds()
         text = head + question + middle if kind == "chat" else opener
         forced.append(deque(encode(text) or [tokenizer.eos_token_id]))
 
@@ -145,7 +152,7 @@ def sample_rows(
                     drawn[row] = forced[row].popleft()
                 elif drawn[row] in end_ids:
                     if kinds[row] == "text":
-                        forced[row].extend(encode(_seeds(rng, table)[1]))
+                        forced[row].extend(encode(seeds()[1]))
                     else:
                         drawn[row] = tokenizer.eos_token_id
                         forced[row].extend(to_question if answering[row] else to_answer)
@@ -164,6 +171,7 @@ def sample_corpus(
     length: int = 512,
     batch: int = 256,
     seed: int = 0,
+    questions: Sequence[str] = (),
 ) -> Iterator[int]:
     """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
 
@@ -186,7 +194,9 @@ def sample_corpus(
                 _lock_of(part).unlink()
                 return
             if not part.exists():
-                rows = list(sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index))
+                rows = list(
+                    sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index, questions=questions)
+                )
                 temporary = part.with_suffix(part.suffix + ".tmp")
                 temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 temporary.rename(part)

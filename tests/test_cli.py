@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import signal
@@ -230,6 +231,20 @@ def test_sampling_a_corpus(terminal: Terminal, tmp_path: Path) -> None:
     longer = terminal("corpora", "sample", "--model", terminal.model, "--length", "300", "--out", str(out), "--json")
     assert longer.code == 1
     assert "--length 300 is more than the model's context of 256 tokens" in longer.document["error"]
+
+
+def test_sampling_answers_to_own_questions(terminal: Terminal, tmp_path: Path) -> None:
+    questions, out = tmp_path / "questions.txt", tmp_path / "answers.jsonl.gz"
+    questions.write_text("How do I mend a torn sleeve?\n\n  What grows in the shade?  \n")
+    sampling = ("corpora", "sample", "--model", terminal.model, "--length", "64", "--batch", "4", "--out", str(out))
+    assert terminal(*sampling, "--tokens", "512", "--questions", str(questions)).code == 0
+    rows = [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()]
+    assert [row["kind"] for row in rows] == ["chat"] * 8
+    asked = [next(line for line in questions.read_text().split("\n") if line.strip() in row["text"]) for row in rows]
+    assert len(set(asked)) == 2
+    questions.write_text("\n")
+    none = terminal(*sampling, "--questions", str(questions), "--json")
+    assert (none.code, none.document["error"]) == (1, f"{questions} has no questions; give a text file with one a line")
 
 
 def test_no_runs_yet(terminal: Terminal) -> None:

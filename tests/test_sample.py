@@ -1,13 +1,16 @@
-"""The corpus sampler's draw against the distribution written out."""
+"""The corpus sampler: its draw against the distribution written out, and what it refuses."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbllm.sample import draw
+from lbllm.errors import CorpusError
+from lbllm.sample import draw, sample_rows
+from tests.tiny_models import tiny
 
 
 @settings(max_examples=20)
@@ -27,3 +30,10 @@ def test_tokens_come_as_often_as_their_probability_says(
         assert counts[chances == 0].sum() == 0
         spread = np.sqrt(rows * chances * (1 - chances))
         assert (np.abs(counts - rows * chances) <= 6 * spread + 1).all()
+
+
+def test_questions_need_a_chat_template() -> None:
+    model, tokenizer = tiny("llama")
+    tokenizer.chat_template = None
+    with pytest.raises(CorpusError, match="chat template, which this one lacks"):
+        next(sample_rows(model, tokenizer, rows=1, length=8, seed=0, questions=["Why?"]))

@@ -50,18 +50,33 @@ def corpora_sample(
     length: Annotated[int, typer.Option(min=16, help="Tokens in a row.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows sampled at once.")] = 256,
     seed: int = 0,
+    questions: Annotated[
+        Path | None, typer.Option(help="Text file with one question a line: conversations on these alone.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let a model write a training text: conversations and documents on varied seeds. Goes on where it was ended."""
+    from lbllm.documents import read_lines
     from lbllm.models import load_teacher
     from lbllm.sample import sample_corpus
+
+    asked = [line.strip() for line in read_lines(questions) if line.strip()] if questions is not None else []
+    if questions is not None and not asked:
+        raise CorpusError(f"{questions} has no questions; give a text file with one a line")
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     teacher = load_teacher(model or DEFAULT_MODEL)
     done = 0
     with counter(notices(quiet=as_json)) as show:
         for done in sample_corpus(
-            teacher.model, teacher.tokenizer, out, tokens=tokens, length=length, batch=batch, seed=seed
+            teacher.model,
+            teacher.tokenizer,
+            out,
+            tokens=tokens,
+            length=length,
+            batch=batch,
+            seed=seed,
+            questions=asked,
         ):
             show("tokens", min(done, tokens), tokens)
     if not out.exists():
