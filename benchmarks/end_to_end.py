@@ -118,7 +118,10 @@ def main() -> None:
         teacher = load_teacher(config.model)
         load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
         judged = load(tokens=options.judge_tokens, part="tune").sequences
-        results = measure(config, teacher, load(tokens=options.tokens), judged, variants)
+        # In another order than the stages before read it: a run takes its training back where it made the first of its
+        # text worse, and what those stages have fitted gets worse by learning anything else.
+        text = load(tokens=options.tokens, seed=1)
+        results = measure(config, teacher, text, judged, variants)
     except LbllmError as error:
         raise SystemExit(str(error)) from None
     threads = f"{torch.get_num_threads()} threads, {date.today()}"

@@ -1,7 +1,7 @@
 """Sample a training corpus from a teacher: the embedded corpus of this project, made by one command.
 
     python -m lbllm corpora sample --model smollm2-135m-instruct --tokens 1000000 --out assets/corpus.jsonl.gz
-    python -m lbllm corpora sample --questions questions.txt --tokens 100000 --out answers.jsonl.gz
+    python -m lbllm corpora sample --questions questions.txt --temperature 0.6 --tokens 100000 --out answers.jsonl.gz
 
 A language model's own samples are the text whose distribution the student has to match, they need no download and no
 foreign licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat
@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.blocks import check_length
 from lbllm.bundle import ASSETS
+from lbllm.corpora import document_separator
 from lbllm.errors import CorpusError
 
 
@@ -58,15 +59,17 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """The literal text of the chat template before a user turn, between question and answer, and after an answer."""
+def chat_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
+    """The literal text of the chat template before a conversation's first question, between question and answer,
+    between answer and next question, and after a conversation's last answer."""
     marks = ["QUESTIONONE", "ANSWERONE", "QUESTIONTWO"]
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     head, rest = text.split(marks[0])
     middle, rest = rest.split(marks[1])
-    return head, middle, rest.split(marks[2])[0]
+    end = str(tokenizer.apply_chat_template(messages[:2], tokenize=False)).split(marks[1])[1]
+    return head, middle, rest.split(marks[2])[0], end
 
 
 def _seeds(rng: random.Random, table: dict[str, list[str]]) -> tuple[str, str]:
@@ -109,9 +112,9 @@ def sample_rows(
 ) -> Iterator[dict[str, str]]:
     """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
 
-    Where ``questions`` are given, all are conversations that begin with one of them. Tokens below ``min_p`` times the
-    most likely token's probability are never drawn. Deterministic in ``seed`` on one machine. Raises CorpusError
-    for questions to a model without a chat template.
+    Where ``questions`` are given, a row is one conversation after the other, each of one of them and its answer. Tokens
+    below ``min_p`` times the most likely token's probability are never drawn. Deterministic in ``seed`` on one
+    machine. Raises CorpusError for questions to a model without a chat template.
     """
     if questions and tokenizer.chat_template is None:
         raise CorpusError("questions need a model with a chat template, which this one lacks; leave --questions out")
@@ -120,13 +123,14 @@ def sample_rows(
     table = json.loads((ASSETS / "seeds.json").read_text())
     seeds = lambda: (rng.choice(questions), "") if questions else _seeds(rng, table)  # noqa: E731
     templated = tokenizer.chat_template is not None
-    head, middle, after = chat_pieces(tokenizer) if templated else ("", "", "")
+    head, middle, after, end = chat_pieces(tokenizer) if templated else ("", "", "", "")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    end_ids = {tokenizer.eos_token_id, *encode("<|endoftext|>")[:1]} if templated else {tokenizer.eos_token_id}
+    end_ids = {tokenizer.eos_token_id, document_separator(tokenizer) if templated else None}
     # The template's own end of turn is sampled, not forced: what follows it in the template is.
     eos = tokenizer.eos_token or ""
     to_answer = encode(middle.removeprefix(eos))
     to_question = encode(after.removeprefix(eos))
+    to_conversation = end.removeprefix(eos) + head
 
     kinds = ["chat" if templated and (questions or row % 2 == 0) else "text" for row in range(rows)]
     forced: list[deque[int]] = []
@@ -153,6 +157,9 @@ def sample_rows(
                 elif drawn[row] in end_ids:
                     if kinds[row] == "text":
                         forced[row].extend(encode(seeds()[1]))
+                    elif questions:
+                        drawn[row] = tokenizer.eos_token_id
+                        forced[row].extend(encode(to_conversation + seeds()[0] + middle))
                     else:
                         drawn[row] = tokenizer.eos_token_id
                         forced[row].extend(to_question if answering[row] else to_answer)
@@ -172,6 +179,7 @@ def sample_corpus(
     batch: int = 256,
     seed: int = 0,
     questions: Sequence[str] = (),
+    temperature: float = 1.0,
 ) -> Iterator[int]:
     """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
 
@@ -195,7 +203,15 @@ def sample_corpus(
                 return
             if not part.exists():
                 rows = list(
-                    sample_rows(model, tokenizer, rows=batch, length=length, seed=seed + index, questions=questions)
+                    sample_rows(
+                        model,
+                        tokenizer,
+                        rows=batch,
+                        length=length,
+                        seed=seed + index,
+                        questions=questions,
+                        temperature=temperature,
+                    )
                 )
                 temporary = part.with_suffix(part.suffix + ".tmp")
                 temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

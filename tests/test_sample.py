@@ -32,6 +32,31 @@ def test_tokens_come_as_often_as_their_probability_says(
         assert (np.abs(counts - rows * chances) <= 6 * spread + 1).all()
 
 
+def test_after_an_answer_comes_the_next_question_in_a_conversation_of_its_own() -> None:
+    model, tokenizer = tiny("llama")
+    questions = ["Why is bread salty?", "Who counts <stars>?"]
+    rows = list(sample_rows(model, tokenizer, rows=64, length=200, seed=3, questions=questions))
+    assert {row["kind"] for row in rows} == {"chat"}
+    begun = [piece for row in rows for piece in row["text"].split("<|end|>")[2::2]]
+    openings = tuple(f"\n<|start|>user\n{question}" for question in questions)
+    assert all(piece.startswith(openings) or any(one.startswith(piece) for one in openings) for piece in begun)
+    assert {opening for opening in openings if any(piece.startswith(opening) for piece in begun)} == set(openings)
+
+
+def test_a_lower_temperature_gives_likelier_answers() -> None:
+    model, tokenizer = tiny("llama")
+
+    def surprise(temperature: float) -> float:
+        rows = sample_rows(
+            model, tokenizer, rows=32, length=60, seed=5, questions=["Why?"], temperature=temperature, min_p=1e-6
+        )
+        ids = torch.stack([torch.tensor(tokenizer(row["text"])["input_ids"][:40]) for row in rows])
+        with torch.no_grad():
+            return float(model(input_ids=ids, labels=ids).loss)
+
+    assert surprise(0.3) < surprise(1.0) < surprise(2.0)
+
+
 def test_questions_need_a_chat_template() -> None:
     model, tokenizer = tiny("llama")
     tokenizer.chat_template = None

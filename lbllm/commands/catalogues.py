@@ -51,8 +51,11 @@ def corpora_sample(
     batch: Annotated[int, typer.Option(min=1, help="Rows sampled at once.")] = 256,
     seed: int = 0,
     questions: Annotated[
-        Path | None, typer.Option(help="Text file with one question a line: conversations on these alone.")
+        Path | None, typer.Option(help="Text file with one question a line: these and answers alone.")
     ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.05, max=2, help="Below 1: less varied, nearer to what it says in a chat.")
+    ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Let a model write a training text: conversations and documents on varied seeds. Goes on where it was ended."""
@@ -77,6 +80,7 @@ def corpora_sample(
             batch=batch,
             seed=seed,
             questions=asked,
+            temperature=temperature,
         ):
             show("tokens", min(done, tokens), tokens)
     if not out.exists():

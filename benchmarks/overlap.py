@@ -1,0 +1,62 @@
+"""Whether a text to train on holds passages of one to be judged on: ``python -m benchmarks.overlap CORPUS``.
+
+    python -m benchmarks.overlap embedded+wikipedia
+    python -m benchmarks.overlap notes.jsonl --text wikitext2 --words 8
+
+Counted are the places of the judged text at which a run of words begins that the corpus' train part has, too; case,
+punctuation and WikiText's marks between characters don't count. Thirteen words are what GPT-3's authors looked for
+(Brown et al. 2020).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+
+from lbllm.corpora import evaluation_tokens, load_corpus
+from lbllm.errors import LbllmError
+from lbllm.models import load_tokenizer
+
+EVERYTHING = 1_000_000_000  # tokens
+SEQUENCE = 512
+
+
+def words(text: str) -> list[str]:
+    """The runs of letters and digits of a text, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def shared(trained: str, judged: str, length: int) -> tuple[int, int]:
+    """At how many places of the judged text ``length`` words begin that stand in the trained one, and how many there
+    are."""
+    known = set(_runs(words(trained), length))
+    runs = list(_runs(words(judged), length))
+    return sum(run in known for run in runs), len(runs)
+
+
+def _runs(found: list[str], length: int) -> Iterator[int]:
+    return (hash(tuple(found[start : start + length])) for start in range(len(found) - length + 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", help="as `quantize --corpus` takes it")
+    parser.add_argument("--text", default="wikitext2", help="to be judged on: wikitext2 or a file")
+    parser.add_argument("--words", type=int, default=13)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="whose tokenizer reads both")
+    given = parser.parse_args()
+    try:
+        tokenizer = load_tokenizer(given.model)
+        trained = load_corpus(given.corpus, tokenizer, seq_len=SEQUENCE, tokens=EVERYTHING)
+        judged = evaluation_tokens(given.text, tokenizer, seq_len=SEQUENCE)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
+    text, other = (str(tokenizer.decode(tokens.flatten())) for tokens in (trained.sequences, judged))
+    count, places = shared(text, other, given.words)
+    print(f"{given.corpus}, {trained.tokens:,} tokens to train on")
+    print(f"{count:,} of the {places:,} runs of {given.words} words of {given.text} stand in it")
+
+
+if __name__ == "__main__":
+    main()
