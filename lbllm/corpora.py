@@ -57,13 +57,15 @@ _NO_HUB = (
 
 @dataclass(frozen=True)
 class CorpusEntry:
-    """One catalogue line. Read from ``files`` under LBLLM_DATA_DIR, else from ``hub`` (dataset, configuration)."""
+    """One catalogue line. Read from ``asset``, which comes with the project, or from ``files`` under LBLLM_DATA_DIR,
+    else from ``hub`` (dataset, configuration)."""
 
     id: str
     note: str
     licence: str
     files: tuple[str, ...] = ()
     hub: tuple[str, str | None] | None = None
+    asset: str | None = None
 
 
 CATALOGUE: tuple[CorpusEntry, ...] = (
@@ -72,6 +74,14 @@ CATALOGUE: tuple[CorpusEntry, ...] = (
         "1.2 million tokens sampled from the embedded model itself, half conversations, half documents; comes with "
         "this program",
         "Apache-2.0, as the model",
+        asset="corpus.jsonl.gz",
+    ),
+    CorpusEntry(
+        "everyday",
+        "360 thousand tokens of questions of everyday life and answers, most by the embedded model, the others by its "
+        "binarized copy; comes with this program",
+        "Apache-2.0, as the model",
+        asset="everyday.jsonl.gz",
     ),
     CorpusEntry(
         "wikitext2",
@@ -295,11 +305,11 @@ def _open(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, Iterable
     if found.id == "wikitext2":
         return False, wikitext_articles(_wikitext("train"), found.id)
     local = _local(found)
-    if found.id == "embedded":
+    if found.asset is not None:
         if local is None:
             raise CorpusError(
-                f"the embedded corpus {ASSETS / 'corpus.jsonl.gz'} is missing; "
-                "make it with `python -m lbllm corpora sample`, or choose another corpus"
+                f"{ASSETS / found.asset} is missing; get the project's assets again, make it with "
+                "`python -m lbllm corpora sample`, or choose another corpus"
             )
         return False, _sampled(read_documents(local), tokenizer)
     if local is not None:
@@ -327,8 +337,8 @@ def _file(name: str) -> Path:
 
 
 def _local(entry: CorpusEntry) -> Path | None:
-    if entry.id == "embedded":
-        path = ASSETS / "corpus.jsonl.gz"
+    if entry.asset is not None:
+        path = ASSETS / entry.asset
         return path if path.is_file() else None
     below = data_dir()
     paths = [below / file for file in entry.files] if below else []
@@ -371,7 +381,7 @@ def hub_dataset(dataset: str, configuration: str | None, split: str, *, streamin
 
 
 def _sampled(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    """The embedded corpus for any tokenizer: as it is for its own model's, else without that model's chat markup.
+    """A corpus of the embedded model for any tokenizer: as it is for that model's own, else without its chat markup.
 
     For another model the turns of a conversation go through its own template, and a row of documents is taken apart.
     """
@@ -386,9 +396,10 @@ def _sampled(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
         if own:
             yield replace(row, templated=chat)
         elif chat:
-            turns = re.findall(r"<\|im_start\|>(user|assistant)\n(.*?)(?:<\|im_end\|>|\Z)", row.text, re.DOTALL)
-            if turns:
-                yield Document(messages=tuple(turns), place=row.place)
+            for talk in row.text.split("<|im_start|>system\n"):
+                turns = re.findall(r"<\|im_start\|>(user|assistant)\n(.*?)(?:<\|im_end\|>|\Z)", talk, re.DOTALL)
+                if turns:
+                    yield Document(messages=tuple(turns), place=row.place)
         else:
             for text in re.split(r"(?:<\|im_end\|>|<\|endoftext\|>|<\|im_start\|>(?:\w+\n)?)+", row.text):
                 yield from sections(text, row.place)

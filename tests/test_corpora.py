@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.answers import PROMPTS
+from lbllm.bundle import ASSETS
 from lbllm.config import make_config
 from lbllm.corpora import (
     CATALOGUE,
@@ -229,7 +232,7 @@ def test_bad_files_are_named(
 def test_unknown_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"'wiki' is not known.*close names: wikitext2, wikipedia"):
         load_corpus("wiki", tokenizer, seq_len=8, tokens=8)
-    with pytest.raises(CorpusError, match="known: embedded, wikitext2"):
+    with pytest.raises(CorpusError, match="known: embedded, everyday, wikitext2"):
         load_corpus("zzz", tokenizer, seq_len=8, tokens=8)
     with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that holds text/wikipedia"):
         load_corpus("wikipedia", tokenizer, seq_len=8, tokens=8)
@@ -319,18 +322,30 @@ def test_evaluation_of_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
         evaluation_tokens("c4", tokenizer, seq_len=16)
 
 
-def test_embedded_corpus_for_its_own_and_for_other_models() -> None:
+@pytest.mark.parametrize("name", ["embedded", "everyday"])
+def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str) -> None:
     own = load_tokenizer("smollm2-135m-instruct")
-    corpus = load_corpus("embedded", own, seq_len=512, tokens=16_384)
+    corpus = load_corpus(name, own, seq_len=512, tokens=16_384)
     assert corpus.sequences.shape == (32, 512)
     text = own.decode(corpus.sequences.flatten())
     assert "<|im_start|>user\n" in text
     for chat in (True, False):
         other = tiny_tokenizer(chat=chat)
-        text = other.decode(load_corpus("embedded", other, seq_len=512, tokens=65_536).sequences.flatten())
+        text = other.decode(load_corpus(name, other, seq_len=512, tokens=65_536).sequences.flatten())
         assert "<|im_" not in text
-        assert "SmolLM" not in text
+        assert "assistant named SmolLM" not in text
         assert ("<|start|>assistant\n" in text) == chat
+
+
+def test_the_everyday_corpus_holds_none_of_the_prompts_that_answers_are_shown_for() -> None:
+    own = load_tokenizer("smollm2-135m-instruct")
+    pieces = [load_corpus("everyday", own, seq_len=512, tokens=10**8, part=part).sequences for part in PARTS]
+    text = own.decode(torch.cat([piece.flatten() for piece in pieces]))
+    questions = set((ASSETS / "everyday_questions.txt").read_text().splitlines())
+    asked = set(re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text))
+    assert asked <= questions
+    assert len(asked) > 0.95 * len(questions)
+    assert not questions & set(PROMPTS)
 
 
 def test_embedded_corpus_has_text_for_the_quick_preset_and_to_judge_by() -> None:
