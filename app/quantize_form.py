@@ -152,6 +152,12 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.seq_len", "Tokens a sequence", "Memory goes with it.", number=_TOKENS),
         Setting("e2e.loss", "Loss", "What is compared of both models' next words.", get_args(LogitLoss), menu=True),
         Setting("e2e.feature_weight", "Weight, features", "Share of the blocks' outputs in the loss.", number=_RATE),
+        Setting(
+            "e2e.start_share",
+            "Share of the start",
+            "Of the weights and levels begun with, in the last ones.",
+            number=_RATE,
+        ),
         Setting("e2e.lr_weight", "Learning rate, weights", "0 keeps the bits of the stages before.", number=_RATE),
         Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
         Setting("e2e.lr_act", "Learning rate, clips", "Of the activations' clips and knees.", number=_RATE),

@@ -177,6 +177,7 @@ class E2eConfig(_Section):
     lr_act: float = Field(2e-3, ge=0)
     loss: LogitLoss = "forward_kl"
     feature_weight: float = Field(0.0, ge=0)
+    start_share: float = Field(0.0, ge=0, lt=1, description="of the parameters begun with, in those that it ends with")
     grad_clip: float = Field(1.0, gt=0)
 
 

@@ -155,8 +155,9 @@ def _text(run: RunRecord) -> list[str]:
         return ["Text: not known."]
     entries = _texts(run.settings)
     lines = [f"Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
-    if not entries:
-        lines.append(f"Text: {run.settings.corpus}, its maker's own; its licence is not known here.")
+    for name in parts(run.settings.corpus):
+        if name not in {entry.id for entry in entries}:
+            lines.append(f"Text: {name}, its maker's own; its licence is not known here.")
     if run.corpus_hash is not None:
         lines.append(f"Of it {run.corpus_tokens:,} tokens, whose ids have the SHA-256 `{run.corpus_hash}`.")
     return lines

@@ -195,6 +195,46 @@ def test_features_are_part_of_the_loss(weight: float, whole: tuple[Path, list[Ev
     assert both - plain == pytest.approx(weight * float(sum(errors)) / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_share_of_the_start_is_in_what_it_ends_with(share: float, whole: tuple[Path, list[Event]]) -> None:
+    ends: dict[float, list[Tensor]] = {}
+    for part in (0.0, share):
+        teacher = bfloat_teacher()
+        layers, student = trained_student(whole[0], teacher)
+        rates = config().e2e.model_copy(update={"lr_weight": 1e-2, "lr_act": 1e-2, "start_share": part})
+        latents = [layer.weight().detach() for layer in layers]
+        training = EndToEnd(
+            student, teacher.model, layers, token_ids(), rates, latents=latents, seed=0, autocast=nullcontext
+        )
+        begun = [parameter.detach().clone() for parameter in training.parameters]
+        assert len(list(filter(None, training.steps()))) == len(training.order)
+        ends[part] = [parameter.detach().clone() for parameter in training.parameters]
+    assert len(begun) == 2 * len(layers) + len(training.quantizers)
+    for start, trained, mixed in zip(begun, ends[0.0], ends[share], strict=True):
+        wanted = share * start.double() + (1 - share) * trained.double()
+        assert torch.allclose(mixed.double(), wanted, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(start, trained) for start, trained in zip(begun, ends[0.0], strict=True))
+
+
+@pytest.mark.parametrize("end", [2, STEPS])
+def test_a_share_of_the_start_outlives_an_interruption(
+    end: int, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    settings = config(start_share=0.5)
+    run_tiny(settings, tmp_path / "at once", bfloat_teacher())
+    seen: list[Event] = []
+    run_tiny(
+        settings,
+        tmp_path / "in two",
+        bfloat_teacher(),
+        request=lambda: "stop" if len(e2e_steps(seen)) >= end else None,
+        seen=seen,
+    )
+    run_tiny(settings, tmp_path / "in two", bfloat_teacher())
+    assert hashes(tmp_path / "at once" / "checkpoint") == hashes(tmp_path / "in two" / "checkpoint")
+    assert hashes(tmp_path / "at once" / "checkpoint") != hashes(whole[0] / "checkpoint")
+
+
 @pytest.mark.parametrize("rate", [1e4, float("inf")])
 def test_what_diverges_keeps_the_state_before(rate: float, whole: tuple[Path, list[Event]], tmp_path: Path) -> None:
     if rate == float("inf"):

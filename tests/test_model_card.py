@@ -126,6 +126,8 @@ def test_paths_of_the_machine_are_not_in_it() -> None:
     assert "anna" not in text
     assert "diary" not in text
     assert "embedded+2026.txt" in text
+    assert "Text `embedded`: " in text
+    assert "Text: 2026.txt, its maker's own" in text
     assert "--text 2027.txt --seq-len 512" in text
     assert "base_model" not in card(settings=settings, base_model=None).data.to_dict()
 

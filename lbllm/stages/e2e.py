@@ -7,6 +7,9 @@ latent weights are given: then each weight takes the level nearest to its latent
 Sequences go through one at a time and their gradients are summed. Each layer's fake-quantized weight is made once a
 step, in the precision that matrices are multiplied in, and collects its gradient, which then goes to what makes the
 weight: that graph never spans the model.
+
+In the end parameters can be drawn back towards those it began with (WiSE-FT, Wortsman et al. 2022): what the new text
+taught stays for the most part, and less of what it did not ask for is lost.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class EndToEnd:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.begun = [parameter.detach().clone() for parameter in self.parameters] if config.start_share else []
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
@@ -80,8 +84,8 @@ class EndToEnd:
         return float(torch.stack(losses).mean())
 
     def steps(self) -> Iterator[Step | None]:
-        """The steps that are left; between two sequences None, where the caller may leave off. A step whose loss is not
-        finite is not applied, and the last."""
+        """The steps that are left, and the drawing back; between two sequences None, where the caller may leave off. A
+        step whose loss is not finite is not applied, and the last."""
         while self.step < len(self.order):
             rows, began = self.order[self.step], time.perf_counter()
             factor = cosine(self.step, len(self.order)) * min(1.0, (self.step + 1) / WARM_UP)
@@ -109,7 +113,10 @@ class EndToEnd:
             speed = rows.numel() * self.sequences.shape[1] / (time.perf_counter() - began)
             yield Step(self.step, total, 0.0, factor, speed)
             if not math.isfinite(total):
-                return
+                break
+        with torch.no_grad():
+            for parameter, begun in zip(self.parameters, self.begun, strict=bool(self.begun)):
+                parameter.lerp_(begun, self.config.start_share)
 
     def freeze(self) -> None:
         """Fix bits and round group parameters to what a checkpoint stores: the end of the training."""
