@@ -156,7 +156,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
             "e2e.start_share",
             "Share of the start",
             "Of the weights and levels begun with, in the last ones.",
-            number=_RATE,
+            number=_RATE | {"step": 0.05},
         ),
         Setting("e2e.lr_weight", "Learning rate, weights", "0 keeps the bits of the stages before.", number=_RATE),
         Setting("e2e.lr_levels", "Learning rate, levels", "", number=_RATE),
