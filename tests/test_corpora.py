@@ -322,8 +322,9 @@ def test_evaluation_of_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
         evaluation_tokens("c4", tokenizer, seq_len=16)
 
 
-@pytest.mark.parametrize("name", ["embedded", "everyday"])
-def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str) -> None:
+# An answer of the everyday corpus may name its model; the template's system message may not stay in either.
+@pytest.mark.parametrize(("name", "gone"), [("embedded", "SmolLM"), ("everyday", "assistant named SmolLM")])
+def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str, gone: str) -> None:
     own = load_tokenizer("smollm2-135m-instruct")
     corpus = load_corpus(name, own, seq_len=512, tokens=16_384)
     assert corpus.sequences.shape == (32, 512)
@@ -333,7 +334,7 @@ def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str) -> None:
         other = tiny_tokenizer(chat=chat)
         text = other.decode(load_corpus(name, other, seq_len=512, tokens=65_536).sequences.flatten())
         assert "<|im_" not in text
-        assert "assistant named SmolLM" not in text
+        assert gone not in text
         assert ("<|start|>assistant\n" in text) == chat
 
 
