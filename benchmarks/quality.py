@@ -55,6 +55,7 @@ from lbllm.corpora import Corpus, evaluation_tokens, load_corpus, parts
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.evaluate import perplexity
 from lbllm.events import RunStarted
+from lbllm.layers import PackedLinear
 from lbllm.models import Teacher, load_teacher
 from lbllm.pipeline import peak_memory, run, stage_model
 from lbllm.zero_shot import task_names, zero_shot
@@ -131,6 +132,9 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
     """The row's model, quantized now or read. Raises LbllmError."""
     if row.kind == "checkpoint":
         model, tokenizer = lbllm.load(row.name)
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.keep_dense(torch.float32)
         stored: Any = model.config.quantization_config
         quant = stored.quant
         label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, group {quant['group_size']}"

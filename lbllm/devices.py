@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +41,40 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
         worked = (time.thread_time() - used) / count
         best = min(best, worked) if worked > 0 else best
     return 2 * size**3 / best
+
+
+_onednn: Any = torch.backends.mkldnn  # whose type hints lack ``matmul``
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within it oneDNN computes float32 matrix products on the CPU, where it does so in float32.
+
+    PyTorch leaves them to MKL, which takes AVX2 on other makers' processors. oneDNN takes AVX-512 on all of them, but
+    is asked only where it may round to bfloat16; whether it would on this processor is tried once. Twice as fast for
+    many rows, slower for a single one: to evaluate with, not to write.
+    """
+    before = _onednn.matmul.fp32_precision
+    if _onednn_keeps_float32():
+        _onednn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _onednn.matmul.fp32_precision = before
+
+
+@cache
+def _onednn_keeps_float32() -> bool:
+    """Whether its error is that of float32; that of factors in bfloat16 is a thousand times as large."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    before = _onednn.matmul.fp32_precision
+    _onednn.matmul.fp32_precision = "bf16"
+    try:
+        found = left @ right
+    finally:
+        _onednn.matmul.fp32_precision = before
+    return bool((found.double() - left.double() @ right.double()).abs().max() < 1e-3)
 
 
 def check_device(device: str) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lbllm.devices import float32_products
+
 ROWS = 256
 BATCH_TOKENS = 2048
 
@@ -145,6 +147,7 @@ def _windows(sequences: Tensor) -> int:
 
 
 @torch.no_grad()
+@float32_products()
 def _predictions(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (b (T - 1), vocabulary) of the predicted positions in the model's dtype; their targets (b (T - 1),)."""
     device = next(model.parameters()).device

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.blocks import context_length
 from lbllm.corpora import data_dir, hub_dataset
+from lbllm.devices import float32_products
 from lbllm.errors import ConfigError, CorpusError
 
 BATCH = 8  # questions' choices that go through the model at once
@@ -126,15 +127,16 @@ def zero_shot(
     for name in names:
         judge.report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
         task = TASKS[name]
-        found = simple_evaluate(
-            model=judge,
-            tasks=[_configured(name, task)],
-            num_fewshot=0,
-            limit=limit,
-            bootstrap_iters=2,  # a mean's standard error has a formula, but 0 leaves that out as well
-            log_samples=False,
-            task_manager=TaskManager(include_defaults=False),  # reading its catalogue takes ten seconds
-        )
+        with float32_products():
+            found = simple_evaluate(
+                model=judge,
+                tasks=[_configured(name, task)],
+                num_fewshot=0,
+                limit=limit,
+                bootstrap_iters=2,  # a mean's standard error has a formula, but 0 leaves that out as well
+                log_samples=False,
+                task_manager=TaskManager(include_defaults=False),  # reading its catalogue takes ten seconds
+            )
         metric = "acc_norm" if task.normalized else "acc"
         yield Score(
             task=name,

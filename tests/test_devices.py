@@ -1,4 +1,5 @@
-"""The accelerator: known devices, the precision that was asked for or chosen, several runs in one process."""
+"""The accelerator: known devices, the precision that was asked for or chosen, several runs in one process; float32
+products."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lbllm.devices import make_accelerator, matmul_rate
+from lbllm.devices import float32_products, make_accelerator, matmul_rate
 from lbllm.errors import ConfigError
 
 
@@ -68,3 +71,25 @@ def test_a_machine_that_others_use_has_the_same_matmul_rate(monkeypatch: pytest.
     wall = time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: 10 * wall())  # the same work takes ten times as long
     assert matmul_rate(torch.float32, seconds=2.0) > alone / 4
+
+
+@given(seed=st.integers(0, 1_000), shape=st.tuples(*[st.integers(1, 700)] * 3))
+@settings(max_examples=40, deadline=None)
+def test_products_for_evaluating_are_float32_ones(seed: int, shape: tuple[int, int, int]) -> None:
+    rows, columns, inner = shape
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
+    exact = x.double() @ weight.double().T
+    with float32_products():
+        found = torch.nn.functional.linear(x, weight)
+    # Factors rounded to bfloat16 are wrong by 2e-3 of these norms.
+    norms = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
+    assert ((found.double() - exact).abs() / norms).max() < 1e-5
+
+
+def test_other_products_stay_as_they_were() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), float32_products():
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"
