@@ -185,7 +185,6 @@ class OneBlock:
             config,
             lr_act=aar.lr_act,
             loss_kind=config.loss,
-            reg_weight=config.reg_weight,
             kv_bits=kv_bits,
             seed=0,
             autocast=contextlib.nullcontext,

@@ -143,6 +143,8 @@ class WatConfig(_Section):
     lr_bitmap: float = Field(0.1, ge=0)
     bitmap: Literal["coupled", "relaxed"] = "coupled"
     reg_weight: float = Field(30.0, ge=0, description="lambda of the paper's bitmap polarization")
+    beta_start: float = Field(20.0, gt=0, description="power of the polarization, which goes evenly to beta_end")
+    beta_end: float = Field(2.0, gt=0)
     loss: Literal["relative", "mse"] = "relative"
     grad_clip: float = Field(0.3, gt=0)
 

@@ -76,7 +76,7 @@ def _front_matter(record: RunRecord, kind: Kind) -> str:
         else None,
         library_name="gguf" if kind == "gguf" else "transformers",
         pipeline_tag="text-generation",
-        datasets=list(dict.fromkeys(e.hub[0] for run in _runs(record) for e in _texts(run.settings) if e.hub)) or None,
+        datasets=[entry.hub[0] for entry in _known_texts(record) if entry.hub] or None,
         tags=["lbllm", "binarized", *(["dequantized"] if kind != "packed" else ["1-bit"])],
     )
     relation = "\nbase_model_relation: quantized" if record.base_model else ""
@@ -88,9 +88,10 @@ def _runs(record: RunRecord) -> list[RunRecord]:
     return [*(_runs(record.start) if record.start is not None else []), record]
 
 
-def _texts(settings: RunConfig | None) -> list[CorpusEntry]:
-    names = parts(settings.corpus) if settings is not None else []
-    return [entry for name in names for entry in TEXTS if entry.id == name]
+def _known_texts(record: RunRecord) -> list[CorpusEntry]:
+    """The entries of the catalogue that any of the runs was trained on."""
+    names = {name for run in _runs(record) if run.settings is not None for name in parts(run.settings.corpus)}
+    return [entry for entry in TEXTS if entry.id in names]
 
 
 def _introduction(record: RunRecord, kind: Kind, chat: bool) -> str:
@@ -153,10 +154,11 @@ def _text(run: RunRecord) -> list[str]:
     """What a run was trained on."""
     if run.settings is None:
         return ["Text: not known."]
-    entries = _texts(run.settings)
-    lines = [f"Text `{entry.id}`: {entry.note}. Licence: {entry.licence}." for entry in entries]
+    known, lines = {entry.id: entry for entry in TEXTS}, []
     for name in parts(run.settings.corpus):
-        if name not in {entry.id for entry in entries}:
+        if name in known:
+            lines.append(f"Text `{name}`: {known[name].note}. Licence: {known[name].licence}.")
+        else:
             lines.append(f"Text: {name}, its maker's own; its licence is not known here.")
     if run.corpus_hash is not None:
         lines.append(f"Of it {run.corpus_tokens:,} tokens, whose ids have the SHA-256 `{run.corpus_hash}`.")

@@ -200,6 +200,16 @@ def test_polarization_leaves_little_to_lose_when_the_bitmap_becomes_hard() -> No
     assert block_error(student, inputs, targets, call, 48) < 1.1 * relaxed
 
 
+@pytest.mark.parametrize(("start", "end"), [(20.0, 2.0), (3.0, 3.0), (2.0, 5.0)])
+def test_the_power_of_the_polarization_goes_evenly_from_its_start_to_its_end(start: float, end: float) -> None:
+    student, call, inputs, targets, latents = problem()
+    values = {"bitmap": "relaxed", "lr_bitmap": 0.0, "beta_start": start, "beta_end": end, "reg_weight": 7.0}
+    steps = train(student, call, inputs, targets, latents, CONFIG.model_copy(update=values))
+    # A bitmap begins at 0.1 and 0.9, and stays there without a learning rate.
+    powers = [start + (end - start) * k / (len(steps) - 1) for k in range(len(steps))]
+    assert [step.reg for step in steps] == pytest.approx([7 * (1 - 0.8**power) for power in powers], rel=1e-4)
+
+
 def test_training_is_reproducible_from_its_seed() -> None:
     states = []
     for seed in (3, 3, 4):

@@ -114,9 +114,10 @@ class EndToEnd:
             yield Step(self.step, total, 0.0, factor, speed)
             if not math.isfinite(total):
                 break
-        with torch.no_grad():
-            for parameter, begun in zip(self.parameters, self.begun, strict=bool(self.begun)):
-                parameter.lerp_(begun, self.config.start_share)
+        if self.begun:
+            with torch.no_grad():
+                for parameter, begun in zip(self.parameters, self.begun, strict=True):
+                    parameter.lerp_(begun, self.config.start_share)
 
     def freeze(self) -> None:
         """Fix bits and round group parameters to what a checkpoint stores: the end of the training."""

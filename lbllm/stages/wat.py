@@ -95,7 +95,6 @@ def distill(
     loss_kind: str,
     seed: int,
     autocast: Any,
-    reg_weight: float = 0.0,
     lr_act: float = 0.0,
     kv_bits: int = 16,
 ) -> Iterator[Step]:
@@ -129,8 +128,9 @@ def distill(
         if bitmaps:
             # AdaRound's annealing: a high power first leaves the bitmap free in the middle, a low one then drives it
             # out.
-            beta = 20 - 18 * step / max(1, len(order) - 1)
-            reg = reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
+            assert isinstance(config, WatConfig)
+            beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
+            reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
         optimizer.zero_grad(set_to_none=True)
         (loss + reg).backward()
         finite = math.isfinite(float(loss.detach()))
@@ -187,7 +187,6 @@ def wat_block(
         groups,
         config,
         loss_kind=config.loss,
-        reg_weight=config.reg_weight,
         seed=seed,
         autocast=autocast,
     )
