@@ -204,8 +204,8 @@ def load(config: RunConfig) -> None:
 
 
 def goes_on() -> bool:
-    """Whether the document is of a run that trains a checkpoint further: that has its model, its format and the stages
-    before behind it."""
+    """Whether the document is of a run that trains a checkpoint further: that has its model, its format but for the
+    groups, and the stages before behind it."""
     return st.session_state[DOCUMENT].get("start") is not None
 
 
@@ -292,7 +292,7 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         return
     value = st.session_state[setting.key]
     further = setting is STAGE_SETTING and free_to_lower()
-    choices = _with(tuple(FURTHER_CHOICES) if further else setting.choices, value)
+    choices = _with(_choices(setting), value)
     draw: Callable[..., Any] = st.selectbox if setting.menu else partial(st.segmented_control, required=True)
     draw(
         setting.label,
@@ -305,12 +305,27 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
     )
 
 
+def _choices(setting: Setting) -> tuple[Any, ...]:
+    """A setting's choices, of a run that goes on from a checkpoint those that it leaves."""
+    if setting is STAGE_SETTING and free_to_lower():
+        return tuple(FURTHER_CHOICES)
+    if setting is GROUP_SIZE and goes_on():
+        try:
+            own = settings_to_go_on(st.session_state[DOCUMENT]["start"])["quant"]["group_size"]
+        except LbllmError:
+            return setting.choices  # the run itself says what is wrong with its checkpoint
+        return tuple(size for size in setting.choices if size == own or 0 < size and own % size == 0)
+    return setting.choices
+
+
 def brought(setting: Setting) -> bool:
     """Whether a setting is decided by the checkpoint that the run goes on from."""
     if not goes_on():
         return False
     if setting is STAGE_SETTING:
         return not free_to_lower()
+    if setting in (GROUP_SIZE, PARAM_BITS):
+        return False
     lowers = st.session_state[STAGE_SETTING.key] == TO_ACTIVATIONS
     if lowers and (setting in (ACT_BITS, KV_BITS) or setting.path.startswith("aar.")):
         return False

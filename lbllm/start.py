@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm.binarize import group_length
 from lbllm.blocks import decoder_blocks
 from lbllm.checkpoint import BlockStore
-from lbllm.config import FROM_CHECKPOINT, SHIPPED, QuantConfig, RunConfig
+from lbllm.config import FROM_CHECKPOINT, SHIPPED, LayerFormat, LayerOverride, QuantConfig, RunConfig
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import Teacher
+from lbllm.packing import decode_params, encode_params
 from lbllm.run_record import RunRecord, read_record
 from lbllm.shipped import shipped_checkpoint
 
@@ -34,8 +36,9 @@ def checkpoint_record(start: str) -> RunRecord:
 
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
     """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
-    from, with the latent weights that stage 4 ended with where the checkpoint lies in its run's folder. Raises
-    CheckpointError, and ConfigError where it has another format or is not of this teacher."""
+    from, with the latent weights that stage 4 ended with where the checkpoint lies in its run's folder. Groups are cut
+    into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
+    format is another one otherwise, or the checkpoint not of this teacher."""
     assert config.start is not None
     folder = checkpoint_folder(config.start)
     model, _ = load(folder, dtype=torch.bfloat16)
@@ -45,7 +48,7 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
         if "aar" in config.stages:
             way = "stage aar goes on from weights of this run's format with 16-bit activations and KV cache"
         else:
-            way = "a run keeps its checkpoint's format"
+            way = "a run keeps its checkpoint's format, but for smaller groups and other param_bits"
         raise ConfigError(f"start: {config.start} was made with {different}; {way}")
     kept = teacher.model.state_dict()
     for name, tensor in model.state_dict().items():
@@ -61,7 +64,12 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
         tensors = _latents(folder.parent, number) if config.e2e.lr_weight > 0 else {}
         for name, layer in block.named_modules():
             if isinstance(layer, PackedLinear):
-                tensors[f"{name}.index"], tensors[f"{name}.params"] = layer.unpack()
+                fmt = config.quant.layer(f"{path}.{number}.{name}")
+                assert fmt is not None
+                try:
+                    tensors[f"{name}.index"], tensors[f"{name}.params"] = _in_format(layer, fmt)
+                except ConfigError as error:
+                    raise ConfigError(f"start: {config.start}: {path}.{number}.{name} {error}") from None
                 if layer.quantizer is not None:
                     tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
         yield tensors
@@ -75,10 +83,34 @@ def _latents(run: Path, block: int) -> dict[str, Tensor]:
     return {} if state is None else {name: t for name, t in state.tensors.items() if name.endswith(".latent")}
 
 
+def _in_format(layer: PackedLinear, fmt: LayerFormat) -> tuple[Tensor, Tensor]:
+    """A packed layer's level indices (out, in), and its group parameters (out, n, K) for groups that divide its own and
+    have their levels. Raises ConfigError for others."""
+    index, params = layer.unpack()
+    length = group_length(fmt.group_size, layer.in_features)
+    if layer.length % length:
+        smaller = [size for size in range(1, layer.length) if layer.length % size == 0]
+        raise ConfigError(
+            f"has groups of {layer.length}, which can't be cut into groups of {length}; choose a group_size of "
+            f"{layer.length}, or one that divides it{f', for example {smaller[-1]}' if smaller else ''}"
+        )
+    params = params.repeat_interleave(layer.length // length, 1)[:, : -(-layer.in_features // length)]
+    return index, decode_params(*encode_params(params)) if fmt.param_bits == 8 else params.half().float()
+
+
 def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
-    """The settings of a format that are not the wanted ones, with their values."""
-    values, others = found.model_dump(mode="json"), wanted.model_dump(mode="json")
+    """The settings of a format that are not the wanted ones, with their values; groups may be others."""
+    values, others = _without_groups(found), _without_groups(wanted)
     return ", ".join(f"quant.{key}={value}" for key, value in values.items() if value != others[key])
+
+
+def _without_groups(quant: QuantConfig) -> dict[str, Any]:
+    overrides = {
+        name: o.model_copy(update={"group_size": None, "param_bits": None}) for name, o in quant.overrides.items()
+    }
+    kept = {name: o for name, o in overrides.items() if o != LayerOverride()}
+    document = quant.model_copy(update={"overrides": kept}).model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in document.items() if key not in ("group_size", "param_bits")}
 
 
 def _stored_as(tensor: Tensor, stored: Tensor) -> bool:

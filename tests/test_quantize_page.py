@@ -253,10 +253,13 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
     assert settings(app).start == str(first.folder / "checkpoint")
     assert settings(app).quant == first.config.quant
     assert (settings(app).corpus, settings(app).seed) == (first.config.corpus, first.config.seed + 1)
-    assert widget(app, "quant.group_size").disabled
+    assert widget(app, "quant.format").disabled
     assert widget(app, "wat.tokens").disabled
     assert not widget(app, "e2e.tokens").disabled
     widget(app, "e2e.tokens").set_value(64).run()
+    assert widget(app, "quant.group_size").options == ["16"]  # no size of the list divides the checkpoint's
+    widget(app, "quant.param_bits").set_value(8).run()
+    assert settings(app).quant == first.config.quant.model_copy(update={"param_bits": 8})
     assert not start_is_disabled(app)
     assert any("stage 4 alone" in metric.delta for metric in app.metric)
     app.button(key="quantize start").click().run()
@@ -266,7 +269,7 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
 
     app.button(key="quantize anew").click().run()
     assert settings(app).start is None
-    assert not widget(app, "quant.group_size").disabled
+    assert not widget(app, "quant.format").disabled
     assert not start_is_disabled(app)
 
 
@@ -290,7 +293,7 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
     assert not app.exception
     assert (settings(app).stages, settings(app).quant.act_bits, settings(app).quant.kv_bits) == (("aar", "e2e"), 4, 4)
     assert not widget(app, "aar.tokens").disabled
-    assert widget(app, "quant.group_size").disabled
+    assert widget(app, "quant.format").disabled
     widget(app, "quant.act_bits").set_value(8).run()
     assert settings(app).quant.act_bits == 8
     assert not start_is_disabled(app)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -140,6 +140,36 @@ def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_p
     assert all(layer.quantizer is not None for layer in second.modules() if isinstance(layer, PackedLinear))
 
 
+@pytest.mark.parametrize(
+    ("groups", "same"),
+    [
+        ({"group_size": 8}, True),
+        ({"group_size": 16, "overrides": {"*.down_proj": {"group_size": 4}}}, True),
+        ({"group_size": 1}, True),
+        ({"param_bits": 8}, False),
+        ({"group_size": 8, "param_bits": 8}, False),
+    ],
+    ids=str,
+)
+def test_groups_may_be_cut_and_their_parameters_get_other_bits(
+    groups: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    first = tiny_config(stages=["ptq", "wat"])
+    run_tiny(first, tmp_path / "first", bfloat_teacher())
+    document = settings_to_go_on(str(tmp_path / "first" / "checkpoint")) | {"model": "tiny"}
+    document["quant"] |= groups
+    settings = tiny_config(**document, e2e=E2E)
+    run_tiny(settings, tmp_path / "second", bfloat_teacher())
+    assert load(tmp_path / "second" / "checkpoint")[0].config.quantization_config.format == settings.quant
+    before = pipeline.stage_model(first, tmp_path / "first", "wat", bfloat_teacher())
+    begun = pipeline.stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
+    with torch.no_grad():
+        meant, found = (model(token_ids(2, seed=1)).logits for model in (before, begun))
+    # Parts of a group have its levels; parameters in 8 bits are nearly the same.
+    away = float((found - meant).norm() / meant.norm())
+    assert away == 0 if same else 0 < away < 0.05
+
+
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: float, tmp_path: Path) -> None:
     settings = weights_first(tmp_path / "first", rate)
@@ -169,9 +199,14 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     settings = further(checkpoint)
     with pytest.raises(ConfigError, match=r"was not made from tiny \(.* differs\), but from tiny; choose that"):
         run_tiny(settings, tmp_path / "teacher", tiny_teacher("llama", seed=1))
-    other = settings.model_copy(update={"quant": settings.quant.model_copy(update={"group_size": 12, "kv_bits": 8})})
-    with pytest.raises(ConfigError, match=r"was made with quant\.group_size=16, quant\.kv_bits=4; a run keeps"):
+    other = settings.model_copy(update={"quant": settings.quant.model_copy(update={"group_size": 8, "kv_bits": 8})})
+    with pytest.raises(ConfigError, match=r"was made with quant\.kv_bits=4; a run keeps its .* but for smaller groups"):
         run_tiny(other, tmp_path / "format", bfloat_teacher())
+    for size, length in ((12, 12), (-1, 48)):
+        across = settings.model_copy(update={"quant": settings.quant.model_copy(update={"group_size": size})})
+        complaint = rf"q_proj has groups of 16, which can't be cut into groups of {length}; .* for example 8"
+        with pytest.raises(ConfigError, match=complaint):
+            run_tiny(across, tmp_path / f"groups{size}", bfloat_teacher())
     lowered = settings.model_copy(update={"stages": ("aar", "e2e")})
     with pytest.raises(
         ConfigError, match=r"made with quant\.act_bits=4, quant\.kv_bits=4; stage aar goes on from .* 16-bit"
@@ -209,9 +244,16 @@ def test_stage_4_alone_and_a_checkpoint_need_each_other(document: dict[str, Any]
     rate=st.sampled_from([0.0, 0.001, 0.3]),
     seed=st.integers(0, 9),
     corpus=st.sampled_from(["embedded", "embedded+wikitext2"]),
+    group_size=st.sampled_from([-1, 32, 48, 64]),
+    param_bits=st.sampled_from([8, 16]),
+    overrides=st.sampled_from([{}, {"*.down_proj": {"group_size": 32}}]),
 )
-def test_the_settings_survive_their_command(tokens: int, rate: float, seed: int, corpus: str) -> None:
+@settings(deadline=None)
+def test_the_settings_survive_their_command(
+    tokens: int, rate: float, seed: int, corpus: str, group_size: int, param_bits: int, overrides: dict[str, Any]
+) -> None:
     document = {**settings_to_go_on("shipped"), "corpus": corpus, "seed": seed}
+    document["quant"] |= {"group_size": group_size, "param_bits": param_bits, "overrides": overrides}
     settings = make_config("quick", document | {"e2e": {"tokens": tokens, "lr_weight": rate}})
     words = arguments(settings)
     values = dict(zip(words[::2], words[1::2], strict=True))
@@ -221,6 +263,7 @@ def test_the_settings_survive_their_command(tokens: int, rate: float, seed: int,
         model=values["--model"],
         preset=values["--preset"],
         corpus=values.get("--corpus"),
+        group_size=int(values["--group-size"]),
         assignments=assignments,
         start=values["--from"],
     )

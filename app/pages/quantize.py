@@ -56,7 +56,7 @@ def _checkpoint() -> None:
     ways = "stage 4 alone, in that checkpoint's format"
     if form.free_to_lower():
         ways += ", or stages 3–4, which bring its activations down to fewer bits"
-    said.info(f"Trains {name} further: {ways}.")
+    said.info(f"Trains {name} further: {ways}. Its groups can be cut into smaller ones.")
     button.button("Begin anew", on_click=form.begin_anew, width="stretch", key="quantize anew")
 
 

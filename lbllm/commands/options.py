@@ -112,11 +112,13 @@ def arguments(config: RunConfig) -> list[str]:
         "start": "--from",
     }
     words = ["--model", config.model, "--preset", preset]
-    if config.start is not None:  # stages and format come along with the checkpoint, but for bits that are brought down
+    if config.start is not None:
+        # Stages and format come along with the checkpoint, but for its groups and for bits that are brought down.
         quant = {key: given.pop(key) for key in list(given) if key == "stages" or key.startswith("quant.")}
+        words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
         if config.stages == TO_ACTIVATIONS:
-            words += ["--act-bits", str(quant["quant.act_bits"]), "--kv-bits", str(quant["quant.kv_bits"])]
-            given["quant.overrides"] = quant["quant.overrides"]
+            words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
+        given["quant.overrides"] = quant["quant.overrides"]
     for key, value in given.items():
         if key == "model" or plain[key] == value:
             continue
