@@ -27,6 +27,7 @@ import torch
 from benchmarks.one_block import Made, OneBlock
 from lbllm.config import AarConfig, PtqConfig, WatConfig
 from lbllm.corpora import load_corpus
+from lbllm.devices import float32_products
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.models import load_teacher
 
@@ -70,6 +71,13 @@ GROUP_SIZES: dict[str, dict[str, int]] = {
     "down 32, others 96": dict.fromkeys(DOWN, 32) | dict.fromkeys(ATTENTION + GATES, 96),
     "gate and up 48, others 96": dict.fromkeys(GATES, 48) | dict.fromkeys(ATTENTION + DOWN, 96),
     "gate and up 96, others 48": dict.fromkeys(GATES, 96) | dict.fromkeys(ATTENTION + DOWN, 48),
+}
+# With parameters in 8 bits, smaller groups take no more bits than groups of 64 with float16 ones.
+EIGHT_BITS: dict[str, dict[str, int]] = {
+    "8 bits, one size everywhere": {},
+    "8 bits, attention and down 32": dict.fromkeys(ATTENTION + DOWN, 32),
+    "8 bits, gate and up 32": dict.fromkeys(GATES, 32),
+    "8 bits, 48 everywhere": dict.fromkeys(ATTENTION + GATES + DOWN, 48),
 }
 SEARCH = AarConfig(epochs=0)
 RELAXED = WatConfig(bitmap="relaxed")
@@ -172,6 +180,9 @@ class Ablation:
         for name, sizes in GROUP_SIZES.items():
             start = self.block.initialize(PtqConfig(), group_sizes=sizes) if sizes else None
             yield "1, 2", name, self.block.train(start, WatConfig()) if start else self.second
+        for name, sizes in EIGHT_BITS.items():
+            start = self.block.initialize(PtqConfig(), group_sizes=sizes, param_bits=8)
+            yield "1, 2", name, self.block.train(start, WatConfig())
 
 
 PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {
@@ -245,7 +256,8 @@ def main() -> None:
         judged = load(tokens=options.judge_tokens, part="tune").sequences
         for number in numbers:
             block = OneBlock(teacher, trained, judged, number, before=options.before, group_size=options.group_size)
-            results[number] = measure(block, parts, lambda line: print(line, file=sys.stderr, flush=True))
+            with float32_products():
+                results[number] = measure(block, parts, lambda line: print(line, file=sys.stderr, flush=True))
     except LbllmError as error:
         raise SystemExit(str(error)) from None
     print(f"{options.corpus}, group size {options.group_size}, {torch.get_num_threads()} threads, {date.today()}")

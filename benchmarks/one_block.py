@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,8 @@ class OneBlock:
     def _advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
         return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
 
-    def _format(self, kind: Format, group_size: int | None = None) -> LayerFormat:
-        return LayerFormat(format=kind, group_size=group_size or self.group_size, param_bits=16, act_bits=4)
+    def _format(self, kind: Format, group_size: int | None = None, param_bits: Literal[8, 16] = 16) -> LayerFormat:
+        return LayerFormat(format=kind, group_size=group_size or self.group_size, param_bits=param_bits, act_bits=4)
 
     def _copy(self, made: Made, tail: int = 3) -> nn.Module:
         """A block of its own, to train."""
@@ -104,13 +104,14 @@ class OneBlock:
         *,
         number: int | None = None,
         group_sizes: dict[str, int] | None = None,
+        param_bits: Literal[8, 16] = 16,
     ) -> Made:
         """Stage 1, of another block where its ``number`` is given. ``group_sizes``: of layers whose name ends so."""
         number = self.number if number is None else number
         block, student, call = self.blocks[number], share_copy(self.blocks[number]), self.calls[number]
-        formats = dict.fromkeys(linear_layers(block), self._format(kind))
+        formats = dict.fromkeys(linear_layers(block), self._format(kind, None, param_bits))
         for end, size in (group_sizes or {}).items():
-            formats |= {name: self._format(kind, size) for name in formats if name.endswith(end)}
+            formats |= {name: self._format(kind, size, param_bits) for name in formats if name.endswith(end)}
         meant = all_inputs(block, self.meant[0], call, BATCH)
         latents: dict[str, Tensor] = {}
         for name, result in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):

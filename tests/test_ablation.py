@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from benchmarks.ablation import GROUP_SIZES, Ablation, Result, chosen, measure, table
+from benchmarks.ablation import EIGHT_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, table
 from benchmarks.one_block import OneBlock
 from lbllm.binarize import to_groups
 from lbllm.blocks import linear_layers, linear_weight
 from lbllm.checkpoint import collect
-from lbllm.config import AarConfig, PtqConfig, WatConfig
+from lbllm.config import AarConfig, LayerFormat, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
+from lbllm.layers import layer_bits
 from lbllm.stages.wat import binary_layers, block_error
 from tests.tiny_runs import tiny_teacher, token_ids
 
@@ -106,6 +107,11 @@ def test_group_sizes_by_layer_cost_as_many_parameters_as_one_for_all(block: OneB
     for sizes in GROUP_SIZES.values():
         assert sizes.keys() <= shapes.keys()
         assert sum(rows * columns / sizes.get(name, 64) for name, (rows, columns) in shapes.items()) == 55_296
+    for sizes in EIGHT_BITS.values():
+        formats = {name: LayerFormat(format="w1+1", group_size=sizes.get(name, 64), param_bits=8, act_bits=16)
+                   for name in shapes}  # fmt: skip
+        bits = [layer_bits(formats[name], *shape) for name, shape in shapes.items()]
+        assert sum(bits) / sum(rows * columns for rows, columns in shapes.values()) <= 3.0
     layers = binary_layers(block.initialize(PtqConfig(), group_sizes={"q_proj": 8, "mlp.up_proj": 24}).block)
     assert {name: layer.fmt.group_size for name, layer in layers.items()} == {
         name: {"self_attn.q_proj": 8, "mlp.up_proj": 24}.get(name, 16) for name in layers
