@@ -314,7 +314,7 @@ def _choices(setting: Setting) -> tuple[Any, ...]:
             own = settings_to_go_on(st.session_state[DOCUMENT]["start"])["quant"]["group_size"]
         except LbllmError:
             return setting.choices  # the run itself says what is wrong with its checkpoint
-        return tuple(size for size in setting.choices if size == own or 0 < size and own % size == 0)
+        return tuple(size for size in setting.choices if size == own or (size > 0 and own % size == 0))
     return setting.choices
 
 
