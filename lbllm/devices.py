@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -47,6 +47,17 @@ _onednn: Any = torch.backends.mkldnn  # whose type hints lack ``matmul``
 
 
 @contextmanager
+def _by_onednn() -> Iterator[None]:
+    """Float32 matrix products on the CPU by oneDNN, which may round their factors to bfloat16."""
+    before = _onednn.matmul.fp32_precision
+    _onednn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _onednn.matmul.fp32_precision = before
+
+
+@contextmanager
 def float32_products() -> Iterator[None]:
     """Within it oneDNN computes float32 matrix products on the CPU, where it does so in float32.
 
@@ -54,13 +65,8 @@ def float32_products() -> Iterator[None]:
     is asked only where it may round to bfloat16; whether it would on this processor is tried once. Twice as fast for
     many rows, slower for a single one: to evaluate with, not to write.
     """
-    before = _onednn.matmul.fp32_precision
-    if _onednn_keeps_float32():
-        _onednn.matmul.fp32_precision = "bf16"
-    try:
+    with _by_onednn() if _onednn_keeps_float32() else nullcontext():
         yield
-    finally:
-        _onednn.matmul.fp32_precision = before
 
 
 @cache
@@ -68,12 +74,8 @@ def _onednn_keeps_float32() -> bool:
     """Whether its error is that of float32; that of factors in bfloat16 is a thousand times as large."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    before = _onednn.matmul.fp32_precision
-    _onednn.matmul.fp32_precision = "bf16"
-    try:
+    with _by_onednn():
         found = left @ right
-    finally:
-        _onednn.matmul.fp32_precision = before
     return bool((found.double() - left.double() @ right.double()).abs().max() < 1e-3)
 
 

@@ -29,7 +29,7 @@ from lbllm.binarize import (
 )
 from lbllm.blocks import linear_weight
 from lbllm.config import LayerFormat
-from lbllm.packing import decode_params, encode_params, pack_plane, unpack_plane
+from lbllm.packing import decode_params, encode_params, pack_plane, stored_params, unpack_plane
 
 Mode = Literal["coupled", "relaxed", "frozen"]
 
@@ -114,10 +114,7 @@ class BinaryLinear(nn.Module):
     def round_params(self) -> None:
         """Round the group parameters to what a checkpoint stores: float16, or 8 bits and a scale."""
         with torch.no_grad():
-            if self.fmt.param_bits == 8:
-                self.params.copy_(decode_params(*encode_params(self.params)))
-            else:
-                self.params.copy_(self.params.half())
+            self.params.copy_(stored_params(self.params, self.fmt.param_bits))
 
     def weight(self) -> Tensor:
         """The fake-quantized weight (out, in)."""

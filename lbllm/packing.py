@@ -45,6 +45,12 @@ def encode_params(params: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), torch.stack((low[:, 0], step[:, 0]), -1).half()
 
 
+def stored_params(params: Tensor, bits: int) -> Tensor:
+    """Group parameters (out, n, K) as a checkpoint stores them, in float32: rounded to float16, or to 8 bits and a
+    scale."""
+    return decode_params(*encode_params(params)) if bits == 8 else params.half().float()
+
+
 def decode_params(params: Tensor, scale: Tensor | None) -> Tensor:
     """Group parameters as float32 (out, n, K) from float16 ones or from 8-bit codes and their scale (out, K, 2)."""
     if scale is None:

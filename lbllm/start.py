@@ -14,12 +14,12 @@ from torch import Tensor
 from lbllm.binarize import group_length
 from lbllm.blocks import decoder_blocks
 from lbllm.checkpoint import BlockStore
-from lbllm.config import FROM_CHECKPOINT, SHIPPED, LayerFormat, LayerOverride, QuantConfig, RunConfig
+from lbllm.config import FROM_CHECKPOINT, SHIPPED, LayerFormat, QuantConfig, RunConfig
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import Teacher
-from lbllm.packing import decode_params, encode_params
+from lbllm.packing import stored_params
 from lbllm.run_record import RunRecord, read_record
 from lbllm.shipped import shipped_checkpoint
 
@@ -66,10 +66,8 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
             if isinstance(layer, PackedLinear):
                 fmt = config.quant.layer(f"{path}.{number}.{name}")
                 assert fmt is not None
-                try:
-                    tensors[f"{name}.index"], tensors[f"{name}.params"] = _in_format(layer, fmt)
-                except ConfigError as error:
-                    raise ConfigError(f"start: {config.start}: {path}.{number}.{name} {error}") from None
+                place = f"start: {config.start}: {path}.{number}.{name}"
+                tensors[f"{name}.index"], tensors[f"{name}.params"] = _in_format(layer, fmt, place)
                 if layer.quantizer is not None:
                     tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
         yield tensors
@@ -83,19 +81,19 @@ def _latents(run: Path, block: int) -> dict[str, Tensor]:
     return {} if state is None else {name: t for name, t in state.tensors.items() if name.endswith(".latent")}
 
 
-def _in_format(layer: PackedLinear, fmt: LayerFormat) -> tuple[Tensor, Tensor]:
+def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tensor, Tensor]:
     """A packed layer's level indices (out, in), and its group parameters (out, n, K) for groups that divide its own and
-    have their levels. Raises ConfigError for others."""
+    have their levels. Raises ConfigError for others, naming the ``place``."""
     index, params = layer.unpack()
     length = group_length(fmt.group_size, layer.in_features)
     if layer.length % length:
         smaller = [size for size in range(1, layer.length) if layer.length % size == 0]
         raise ConfigError(
-            f"has groups of {layer.length}, which can't be cut into groups of {length}; choose a group_size of "
+            f"{place} has groups of {layer.length}, which can't be cut into groups of {length}; choose a group_size of "
             f"{layer.length}, or one that divides it{f', for example {smaller[-1]}' if smaller else ''}"
         )
     params = params.repeat_interleave(layer.length // length, 1)[:, : -(-layer.in_features // length)]
-    return index, decode_params(*encode_params(params)) if fmt.param_bits == 8 else params.half().float()
+    return index, stored_params(params, fmt.param_bits)
 
 
 def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
@@ -105,12 +103,10 @@ def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
 
 
 def _without_groups(quant: QuantConfig) -> dict[str, Any]:
-    overrides = {
-        name: o.model_copy(update={"group_size": None, "param_bits": None}) for name, o in quant.overrides.items()
-    }
-    kept = {name: o for name, o in overrides.items() if o != LayerOverride()}
-    document = quant.model_copy(update={"overrides": kept}).model_dump(mode="json", exclude_none=True)
-    return {key: value for key, value in document.items() if key not in ("group_size", "param_bits")}
+    groups = {"group_size", "param_bits"}
+    document = quant.model_dump(mode="json", exclude={*groups, "overrides"})
+    overrides = {name: o.model_dump(exclude=groups, exclude_none=True) for name, o in quant.overrides.items()}
+    return document | {"overrides": {name: kept for name, kept in overrides.items() if kept}}
 
 
 def _stored_as(tensor: Tensor, stored: Tensor) -> bool:
