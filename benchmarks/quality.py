@@ -1,15 +1,16 @@
 """What quantization costs in quality, one method beside the other: ``python -m benchmarks.quality``.
 
-    python -m benchmarks.quality --methods rtn,gptq,billm,arb,bwa,stage1 --group-sizes 64,128 --a4
+    python -m benchmarks.quality --methods rtn,gptq,billm,arb,bwa,stage1 --group-sizes 64,128 --act-bits 16,4
     python -m benchmarks.quality --methods arb --checkpoint runs/mine --tasks piqa,arc_easy --task-limit 200
     python -m benchmarks.quality --methods rtn,hqq,auto-round --outside OUTSIDE
 
 Every method quantizes all decoder blocks of the same teacher, in order, calibrated on the same tokens; each layer's
 inputs have come through what was quantized before. ``stage1``, ``stage2`` and ``stage3`` are this program's own stages
 on as many tokens each. Printed: stored bits per weight of the quantized layers, everything counted; perplexity on the
-texts; with ``--a4`` also with plain 4-bit activations (per token, asymmetric; ``stage3`` and checkpoints have their
-own, and stand in those columns if those are in 4 bits); accuracy in zero-shot tasks; the minutes that quantizing took,
-and the peak memory until it was done. Each row is made in a process of its own.
+texts and accuracy in zero-shot tasks; the minutes that quantizing took, and the peak memory until it was done. With
+``--act-bits 4`` the layers' inputs are in plain 4 bits (per token, asymmetric), with ``16,4`` there are columns of
+both; our stages and checkpoints have their own bits, and stand in the columns of those. Each row is made in a process
+of its own.
 
 Other packages run in an environment of their own, which never sees this program:
 
@@ -67,7 +68,8 @@ ALL_WINDOWS = 128  # of a text without an end of its own
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text."""
+    """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text, ``act_bits``:
+    of the layers' inputs, for each time that a model without bits of its own is evaluated."""
 
     teacher: str
     corpus: str
@@ -77,7 +79,7 @@ class Options:
     texts: tuple[str, ...]
     window: int
     limit: int | None
-    a4: bool
+    act_bits: tuple[int, ...]
     tasks: tuple[str, ...]
     task_limit: int | None
     outside: str | None
@@ -111,8 +113,8 @@ def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[s
     for setting, tokens in (("--window", options.window), ("--seq-len", options.seq_len)):
         check_length(made.model, tokens, setting)
     figures: dict[str, str] = {}
-    dense = row.kind not in ("own", "checkpoint")
-    for act_bits in (16, 4) if dense and options.a4 else (made.act_bits,):
+    own_bits = row.kind in ("own", "checkpoint")
+    for act_bits in (made.act_bits,) if own_bits else options.act_bits:
         suffix = "" if act_bits == 16 else f", A{act_bits}"
         if act_bits < made.act_bits:
             quantize_inputs(made.model, act_bits)
@@ -288,7 +290,7 @@ def main() -> None:
     parser.add_argument("--texts", default="wikitext2,c4", help="for perplexity: wikitext2, corpora, files")
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, help="windows of each text; all by default")
-    parser.add_argument("--a4", action="store_true", help="with 4-bit activations, too")
+    parser.add_argument("--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: left alone")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
@@ -298,7 +300,8 @@ def main() -> None:
     try:
         options = Options(
             **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-            **{name: getattr(given, name) for name in ("window", "limit", "a4", "task_limit", "outside")},
+            **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+            act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
             texts=tuple(given.texts.split(",")),
             tasks=tuple(task_names(given.tasks)) if given.tasks else (),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         texts=(str(other),),
         window=32,
         limit=4,
-        a4=True,
+        act_bits=(16, 4),
         tasks=(),
         task_limit=None,
         outside=None,
@@ -59,6 +60,8 @@ def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> No
     assert found["bpw"] == stored.bpw == pytest.approx(4, abs=0.1)
     assert found["figures"] == {options.texts[0]: f"{weights:,.2f}", f"{options.texts[0]}, A4": f"{both:,.2f}"}
     assert weights != both
+    alone = measure(Row("baseline", "gptq", 16), replace(options, act_bits=(4,)), lambda text: None)["figures"]
+    assert alone == {f"{options.texts[0]}, A4": f"{both:,.2f}"}
     assert found["minutes"] > 0
     assert found["memory"] > 1e7
 
@@ -107,8 +110,10 @@ def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Option
     shared = {"--teacher": options.teacher, "--corpus": options.corpus, "--texts": options.texts[0]}
     numbers = {"--tokens": "256", "--seq-len": "32", "--window": "32", "--limit": "4", "--group-sizes": "16"}
     words = [word for pair in (shared | numbers).items() for word in pair]
-    command = [sys.executable, "-m", "benchmarks.quality", *words, "--methods", "bwa,rtn", "--jobs", "3"]
+    words += ["--methods", "bwa,rtn", "--act-bits", "16,4", "--jobs", "3"]
+    command = [sys.executable, "-m", "benchmarks.quality", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    head, _, _, *rows = done.stdout.splitlines()
+    head, columns, _, *rows = done.stdout.splitlines()
+    assert columns.count(f"{options.texts[0]}, A4") == 1
     assert ", 3 rows at once, " in head
     assert [row.split("|")[1].split(",")[0].strip() for row in rows] == ["Teacher", "BWA", "Round to nearest"]
