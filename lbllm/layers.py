@@ -231,6 +231,7 @@ class PackedLinear(nn.Module):
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
                 # A part of a mapped file would keep its neighbours in memory with it.
                 self.params = self.params.clone()
+                self.params_scale = None if self.params_scale is None else self.params_scale.clone()
             self.weight = self.weight.new_empty(0)
         return self.words
 

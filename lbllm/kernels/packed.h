@@ -171,9 +171,18 @@ class RowParams {
   // The levels of a group by code, B + 2 G; with two levels the second half repeats the first.
   INLINE Levels levels(int64_t group) const {
 #if defined(__AVX2__)
-    if (halves_ && count_ == 4) {
-      const __m128i twice = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(halves_ + group * 4)));
-      const __m256 p = _mm256_cvtph_ps(twice);
+    if (count_ == 4) {
+      __m256 p;
+      if (halves_) {
+        const __m128i twice = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(halves_ + group * 4)));
+        p = _mm256_cvtph_ps(twice);
+      } else {
+        int32_t four;
+        std::memcpy(&four, bytes_ + group * 4, sizeof four);
+        const __m128 codes = _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+        const __m128 once = _mm_add_ps(_mm_mul_ps(codes, _mm_loadu_ps(step_)), _mm_loadu_ps(low_));
+        p = _mm256_set_m128(once, once);
+      }
       const __m256 mu = _mm256_shuffle_ps(p, p, _MM_SHUFFLE(1, 1, 3, 3));
       const __m256 alpha = _mm256_shuffle_ps(p, p, _MM_SHUFFLE(0, 0, 2, 2));
       const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi64x(0x80000000));
