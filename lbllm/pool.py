@@ -165,9 +165,16 @@ def _open(name: str) -> Loaded:
             expanded += layer.dense.nbytes
     weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
     quant = stated.format
-    group = "whole rows" if quant.group_size == WHOLE_ROW else f"groups of {quant.group_size}"
-    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {group}"
+    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {_groups(layers)}"
     return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
+
+
+def _groups(layers: list[PackedLinear]) -> str:
+    """The layers' group sizes in words: some may have others than the rest."""
+    sizes = {layer.fmt.group_size for layer in layers}
+    named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
+    words = [f"groups of {named}"] if named else []
+    return " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
 
 
 def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
