@@ -114,12 +114,12 @@ def arguments(config: RunConfig) -> list[str]:
     words = ["--model", config.model, "--preset", preset]
     if config.start is not None:
         # Stages and format come along with the checkpoint, but for its groups and for bits that are brought down.
-        came = {key: given.pop(key) for key in list(given) if key == "stages" or key.startswith("quant.")}
+        overrides = json.dumps(given["quant.overrides"])
+        given = {key: value for key, value in given.items() if key != "stages" and not key.startswith("quant.")}
         words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
         if config.stages == TO_ACTIVATIONS:
             words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
-        # Left out they would be the checkpoint's own.
-        words += ["--set", f"quant.overrides={json.dumps(came['quant.overrides'])}"]
+        words += ["--set", f"quant.overrides={overrides}"]  # left out they would be the checkpoint's own
     for key, value in given.items():
         if key == "model" or plain[key] == value:
             continue
