@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 
 from lbllm.errors import ConfigError
 
@@ -79,6 +80,37 @@ def _onednn_keeps_float32() -> bool:
     return bool((found.double() - left.double() @ right.double()).abs().max() < 1e-3)
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def bfloat16_products(model: nn.Module) -> Iterator[None]:
+    """Within it the linear layers of a float32 model multiply in bfloat16, where this CPU has instructions for it.
+
+    They still take and give float32, and all else is computed in float32: attention of one token over many costs
+    several times as much in bfloat16. Twice as fast for many rows; a result differs by the rounding of its factors.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.dtype == torch.float32]
+    if not has_bfloat16():
+        layers = []
+    halves: dict[Tensor, Tensor] = {}
+    for layer in layers:
+        half = halves.setdefault(layer.weight, layer.weight.detach().bfloat16())
+        bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+        layer.forward = partial(_half_linear, half, bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _half_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.bfloat16(), weight, bias).float()
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine that has a GPU."""
     if device not in ("auto", "cpu", "cuda"):
@@ -98,8 +130,7 @@ def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     check_device(device)
     cpu = device == "cpu" or not torch.cuda.is_available()
     if precision is None:
-        fast = not cpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "no"
+        precision = "bf16" if not cpu or has_bfloat16() else "no"
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision)
     except ValueError:

@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lbllm.blocks import check_length
 from lbllm.bundle import ASSETS
 from lbllm.corpora import document_separator
+from lbllm.devices import bfloat16_products
 from lbllm.errors import CorpusError
 
 
@@ -113,8 +114,9 @@ def sample_rows(
     """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
 
     Where ``questions`` are given, a row is one conversation after the other, each of one of them and its answer. Tokens
-    below ``min_p`` times the most likely token's probability are never drawn. Deterministic in ``seed`` on one
-    machine. Raises CorpusError for questions to a model without a chat template.
+    below ``min_p`` times the most likely token's probability are never drawn. Products are in bfloat16 where the CPU
+    has it; deterministic in ``seed`` on one machine. Raises CorpusError for questions to a model without a chat
+    template.
     """
     if questions and tokenizer.chat_template is None:
         raise CorpusError("questions need a model with a chat template, which this one lacks; leave --questions out")
@@ -144,7 +146,7 @@ def sample_rows(
     cache = Cache(layer_class_to_replicate=PreallocatedLayer)
     tokens = torch.empty(rows, length, dtype=torch.long)
     current = torch.tensor([[queue.popleft()] for queue in forced])
-    with torch.inference_mode():
+    with torch.inference_mode(), bfloat16_products(model):
         for step in range(length):
             tokens[:, step] = current[:, 0]
             if step + 1 == length:

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbllm.devices import float32_products, make_accelerator, matmul_rate
+from lbllm.devices import bfloat16_products, float32_products, make_accelerator, matmul_rate
 from lbllm.errors import ConfigError
+from tests.tiny_runs import tiny_teacher, token_ids
 
 
 def product_dtype(device: str, precision: str | None) -> torch.dtype:
@@ -93,3 +94,24 @@ def test_other_products_stay_as_they_were() -> None:
         raise KeyError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@torch.no_grad()
+def test_bfloat16_products_round_the_linear_layers_and_leave_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = tiny_teacher("qwen2").model, token_ids(2, seed=1)
+    plain = model(ids).logits
+    monkeypatch.setattr("lbllm.devices.has_bfloat16", lambda: True)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features)
+    with bfloat16_products(model):
+        rounded = model(ids).logits
+        exact = x.bfloat16().double() @ layer.weight.bfloat16().double().t() + layer.bias.bfloat16().double()
+        torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-3)
+        assert layer(x).dtype == rounded.dtype == torch.float32
+    assert 0 < float((rounded - plain).norm()) < 0.05 * float(plain.norm())
+    assert torch.equal(model(ids).logits, plain)
+    monkeypatch.setattr("lbllm.devices.has_bfloat16", lambda: False)
+    with bfloat16_products(model):
+        assert torch.equal(model(ids).logits, plain)
