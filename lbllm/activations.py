@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm import kernels
 from lbllm.binarize import float_mask
@@ -232,7 +232,10 @@ def _kv_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Keys or values (..., head_dim) of each token and head to codes uint8 (..., head_dim) and (minimum, step)
-    float16 (..., 2)."""
+    float16 (..., 2); in 16 bits to values float16 (..., head_dim) and nothing (..., 0)."""
+    if bits == 16:
+        end = torch.finfo(torch.float16).max
+        return x.clamp(-end, end).half(), x.new_empty(*x.shape[:-1], 0, dtype=torch.float16)
     low, step = _kv_grid(x, bits)
     codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), torch.cat((low, step), -1).half()
@@ -240,6 +243,8 @@ def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of ``encode_kv`` up to rounding."""
+    if codes.dtype == torch.float16:
+        return codes.to(dtype)
     scale = scale.float()
     return (codes.float() * scale[..., 1:] + scale[..., :1]).to(dtype)
 
@@ -279,7 +284,7 @@ class TrainingKVLayer(DynamicLayer):
 
 class PackedKVLayer(DynamicLayer):
     """The KV cache of one layer, stored in 4 bits (two codes a byte) or 8, with float16 minimum and step per token
-    and head."""
+    and head, or in 16 as float16."""
 
     bits = 4
     AHEAD = 64  # tokens to make room for when there is none left
@@ -306,11 +311,14 @@ class PackedKVLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append states (batch, heads, new, head_dim); returns all of them, unpacked, in their dtype."""
+        """Append states (batch, heads, new, head_dim); returns all of them, unpacked, in their dtype: in 16 bits the
+        first ones as they were given."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         unpacked = []
         length = self.length + key_states.shape[-2]
+        # In 16 bits a text read at once, whose cache nobody may ask for, is computed from the states as they are.
+        exact = self.bits == 16 and self.length == 0
         for which, states in enumerate((key_states, value_states)):
             codes, scale = encode_kv(states, self.bits)
             if self.bits == 4:
@@ -322,7 +330,7 @@ class PackedKVLayer(DynamicLayer):
             codes, scale = (place[..., :length, :] for place in room)
             if self.bits == 4:
                 codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
-            unpacked.append(decode_kv(codes, scale, self.dtype))
+            unpacked.append(states if exact else decode_kv(codes, scale, self.dtype))
         self.length = length
         return unpacked[0], unpacked[1]
 
@@ -385,3 +393,14 @@ class PackedKVLayer(DynamicLayer):
     def nbytes(self) -> int:
         """Bytes that the stored codes and scales take."""
         return sum(part.nbytes for store in self.stores if store is not None for part in store)
+
+
+class HalfKVLayer(PackedKVLayer):
+    """The same in 16 bits, for models that decode by the operator which reads it."""
+
+    bits = 16
+
+
+def is_packed(cache: Cache) -> bool:
+    """Whether the cache's layers are of the kinds above."""
+    return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)

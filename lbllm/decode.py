@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm import kernels, memory
-from lbllm.activations import PackedKVLayer
+from lbllm.activations import HalfKVLayer, PackedKVLayer, is_packed
 from lbllm.layers import PackedLinear
 
 NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -91,6 +91,8 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = None if args else self._cache_layers(**kwargs)
         if cache is None:
+            if not args:
+                self._let_keep_halves(kwargs)
             return type(self.decoder).forward(self.decoder, *args, **kwargs)
         embeds = kwargs.get("inputs_embeds")
         hidden = self.decoder.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
@@ -118,6 +120,23 @@ class FusedForward:
         return BaseModelOutputWithPast(
             last_hidden_state=result.to(hidden.dtype), past_key_values=kwargs["past_key_values"]
         )
+
+    def _let_keep_halves(self, kwargs: dict[str, Any]) -> None:
+        """Where the KV cache keeps 16 bits: let an empty one of transformers, or the one that it would make, keep them
+        in layers that the operator reads."""
+        cache, config = kwargs.get("past_key_values"), self.decoder.config
+        if cache is None:
+            wanted = kwargs.get("use_cache")
+            if not (config.use_cache if wanted is None else wanted):
+                return
+        elif type(cache) is not DynamicCache or cache.offloading or is_packed(cache) or cache.get_seq_length() > 0:
+            return
+        if getattr(config, "sliding_window", None) is not None or not self._fits_here():
+            return
+        if cache is None:
+            kwargs["past_key_values"] = Cache(layer_class_to_replicate=HalfKVLayer)
+        else:
+            cache.layers, cache.layer_class_to_replicate = [], HalfKVLayer
 
     def _norms(self) -> list[Tensor]:
         norms = []
@@ -168,7 +187,7 @@ class FusedForward:
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None) or given.shape[:2] != (1, 1):
             return None
-        if torch.is_grad_enabled() or given.device.type != "cpu" or self.decoder.dtype == torch.float64:
+        if not self._fits_here():
             return None
         config = self.decoder.config
         # Whoever asks for more than the last state gets it from the class's own code.
@@ -181,7 +200,7 @@ class FusedForward:
         if len(layers) != len(blocks) or any(block._forward_hooks or block._forward_pre_hooks for block in blocks):
             return None
         for layer in layers:
-            if not isinstance(layer, PackedKVLayer) or layer.bits != 4 or layer.length == 0:
+            if not isinstance(layer, PackedKVLayer) or layer.length == 0:
                 return None
         length = layers[0].length
         # A head of odd length leaves half a byte, and a batch has more than one sequence.
@@ -194,4 +213,9 @@ class FusedForward:
         window = getattr(config, "sliding_window", None)
         if window is not None and length + 1 > window:
             return None
-        return layers if kernels.ready() else None
+        return layers
+
+    def _fits_here(self) -> bool:
+        """Whether the operator could compute what the model does now."""
+        usual = self.decoder.device.type == "cpu" and self.decoder.dtype != torch.float64
+        return usual and not torch.is_grad_enabled() and kernels.ready()

@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm import memory
-from lbllm.activations import PackedKVLayer, TrainingKVLayer
+from lbllm.activations import PackedKVLayer, TrainingKVLayer, is_packed
 from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.checkpoint import write_atomic
 from lbllm.config import QuantConfig
@@ -144,7 +144,7 @@ def attach_kv_cache(
         if cache is None:
             # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
             kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
-        elif not _packed(cache):
+        elif not is_packed(cache):
             if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
                 raise ConfigError(
                     f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
@@ -173,10 +173,6 @@ def _cache_holder(model: nn.Module) -> nn.Module:
         if "past_key_values" in inspect.signature(module.forward).parameters:
             return module
     raise ModelError(f"{type(model).__name__} takes no past_key_values; set quant.kv_bits=16")
-
-
-def _packed(cache: Cache) -> bool:
-    return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)
 
 
 def _other_version(place: str, version: object) -> str:

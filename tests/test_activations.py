@@ -364,6 +364,18 @@ def test_the_packed_cache_takes_the_bits_it_says(bits: int, head_dim: int) -> No
     assert layer.keys.numel() == layer.values.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_in_16_bits_the_cache_keeps_float16_and_no_infinity(dtype: torch.dtype) -> None:
+    keys, values = states(2, 3, 11, 7).to(dtype), 1e6 * states(2, 3, 11, 9, seed=3).to(dtype)
+    layer = layer_of(16)
+    for begin, end in ((0, 4), (4, 5), (5, 11)):
+        got = layer.update(keys[:, :, begin:end], values[:, :, begin:end])
+    assert layer.nbytes() == 2 * (keys.numel() + values.numel())
+    assert all(part.dtype == dtype for part in got)
+    torch.testing.assert_close(got[0], keys, rtol=2**-11, atol=1e-7)
+    assert torch.equal(got[1], values.clamp(-65504, 65504).half().to(dtype))
+
+
 OPERATIONS: dict[str, Callable[[DynamicLayer, int], object]] = {
     "crop": lambda layer, k: layer.crop(-k),
     "reorder": lambda layer, k: layer.reorder_cache(torch.tensor([k % 2, (k + 1) % 2])),

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import lbllm
 from lbllm import kernels
+from lbllm.activations import PackedKVLayer
 from lbllm.decode import FusedForward, HalfHead
 from lbllm.hf import WEIGHTS
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
@@ -25,6 +27,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, an untied head": ("llama_bias", {}),
     "ragged groups, 8-bit parameters": ("llama", {"group_size": 20, "param_bits": 8, "act_bits": 8}),
     "one bit, activations as they are": ("llama", {"format": "w1", "act_bits": 16}),
+    "keys and values in 16 bits": ("llama", {"act_bits": 16, "kv_bits": 16}),
+    "keys and values in 16 bits, norms of them": ("qwen3", {"kv_bits": 16}),
+    "keys and values in 8 bits": ("qwen2", {"kv_bits": 8}),
     "whole tiles": ("llama", EVEN),
     "whole tiles, biases, one bit, a shorter last group": ("qwen2", EVEN | {"format": "w1", "group_size": 24}),
     "whole tiles, a layer of other groups": ("llama", EVEN | {"overrides": {"*k_proj": {"group_size": 20}}}),
@@ -106,6 +111,35 @@ def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pyte
     monkeypatch.setattr(FusedForward, "_cache_layers", lambda *_, **__: None)
     for case, result in zip(cases, results, strict=True):
         assert torch.equal(model.generate(**options | copy.deepcopy(case)), result)
+
+
+@torch.no_grad()
+def test_sixteen_bits_are_what_float32_keeps_rounded_to_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.enable_grad():
+        run_tiny(run_config(quant={"act_bits": 16, "kv_bits": 16}), tmp_path, tiny_teacher("llama"))
+    model, _ = lbllm.load(tmp_path / "checkpoint")
+    ids = token_ids(1, seed=3)
+    made, given, whole = DynamicCache(config=model.config), DynamicCache(), model(ids, use_cache=True)
+    for cache in (made, given):
+        assert torch.equal(model(ids, past_key_values=cache).logits, whole.logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedForward, "_fits_here", lambda _: False)
+        exact, want = model(ids, use_cache=True).past_key_values, model(ids).logits
+    assert torch.equal(whole.logits, want)
+    assert type(exact.layers[0]) is DynamicLayer
+    for cache in (made, given, whole.past_key_values):
+        for mine, theirs in zip(cache.layers, exact.layers, strict=True):
+            for (values, _), kept in zip(mine.stores, (theirs.keys, theirs.values), strict=True):
+                assert torch.equal(values, kept.half())
+            assert 2 * mine.nbytes() == theirs.keys.nbytes + theirs.values.nbytes
+    # A cache of one's own that is filled or that keeps other kinds of layers is left as it is.
+    static = StaticCache(model.config, max_cache_len=64)
+    for cache in (exact, static):
+        model(ids[:, -1:] if cache is exact else ids, past_key_values=cache)
+        assert not any(isinstance(layer, PackedKVLayer) for layer in cache.layers)
+    first = model(ids[:, :4], use_cache=True).past_key_values
+    steps = [model(ids[:, k : k + 1], past_key_values=first).logits for k in range(4, ids.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), want[:, 4:], rtol=0, atol=2e-3 * float(want.abs().max()))
 
 
 @torch.no_grad()

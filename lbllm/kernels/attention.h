@@ -1,4 +1,4 @@
-// Attention of one token over keys and values that lie in 4 bits, and the output head's dot product.
+// Attention of one token over keys and values that lie in 4, 8 or 16 bits, and the output head's dot product.
 
 #pragma once
 
@@ -20,36 +20,71 @@ inline void rotate(float* x, int64_t heads, int64_t dim, const float* cosine, co
 
 inline uint16_t float_to_half(float value) { return c10::Half(value).x; }
 
-// Keys or values: codes (kv_heads, room, dim / 2), two a byte, the even column low; scale (kv_heads, room, 2), minimum
-// and step. The same numbers as lbllm.activations.encode_kv.
+inline void half_to_floats(const uint16_t* halves, int64_t count, float* out) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
+#endif
+  for (; i < count; ++i) out[i] = half_to_float(halves[i]);
+}
+
+// Keys or values of (kv_heads, room) tokens in 4, 8 or 16 bits. In 4 and 8: codes, of 4 bits two a byte, the even column
+// low, and scale (kv_heads, room, 2), minimum and step. In 16: float16 values. The same numbers as
+// lbllm.activations.encode_kv.
 struct Cache {
-  uint8_t* codes;
+  int bits;
+  void* kept;
   uint16_t* scale;
   int64_t room, dim;
 
+  uint8_t* codes(int64_t head, int64_t position) const {
+    return static_cast<uint8_t*>(kept) + (head * room + position) * dim * bits / 8;
+  }
+
   void append(int64_t head, int64_t position, const float* x) {
+    uint8_t* bytes = codes(head, position);
+    if (bits == 16) {
+      auto* halves = reinterpret_cast<uint16_t*>(bytes);
+      for (int64_t i = 0; i < dim; ++i) halves[i] = float_to_half(std::clamp(x[i], -65504.0f, 65504.0f));
+      return;
+    }
     const auto [least, most] = std::minmax_element(x, x + dim);
+    const float last = bits == 4 ? 15.0f : 255.0f;
     uint16_t* affine = scale + (head * room + position) * 2;
     affine[0] = float_to_half(*least);
     const float low = half_to_float(affine[0]);
-    const float wide = half_to_float(float_to_half((*most - low) / 15.0f));
+    const float wide = half_to_float(float_to_half((*most - low) / last));
     affine[1] = float_to_half(std::max(wide, 0x1p-22f));
     const float step = half_to_float(affine[1]);
-    uint8_t* bytes = codes + (head * room + position) * (dim / 2);
     const auto code = [&](float value) {
-      return static_cast<uint8_t>(std::min(std::max(std::nearbyint((value - low) / step), 0.0f), 15.0f));
+      return static_cast<uint8_t>(std::min(std::max(std::nearbyint((value - low) / step), 0.0f), last));
     };
-    for (int64_t i = 0; i < dim / 2; ++i) bytes[i] = static_cast<uint8_t>(code(x[2 * i]) | code(x[2 * i + 1]) << 4);
+    if (bits == 8)
+      for (int64_t i = 0; i < dim; ++i) bytes[i] = code(x[i]);
+    else
+      for (int64_t i = 0; i < dim / 2; ++i) bytes[i] = static_cast<uint8_t>(code(x[2 * i]) | code(x[2 * i + 1]) << 4);
   }
 
-  // The even columns of a token into out[0 .. dim / 2), the odd ones behind them.
+  // A token's columns; of 4 bits the even ones into out[0 .. dim / 2), the odd ones behind them.
   void read(int64_t head, int64_t position, float* out) const {
+    const uint8_t* bytes = codes(head, position);
+    if (bits == 16) {
+      half_to_floats(reinterpret_cast<const uint16_t*>(bytes), dim, out);
+      return;
+    }
     const uint16_t* affine = scale + (head * room + position) * 2;
     const float low = half_to_float(affine[0]), step = half_to_float(affine[1]);
-    const uint8_t* bytes = codes + (head * room + position) * (dim / 2);
+    if (bits == 8) {
+      for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(bytes[i]) * step + low;
+      return;
+    }
     for (int64_t i = 0; i < dim / 2; ++i) out[i] = static_cast<float>(bytes[i] & 15) * step + low;
     for (int64_t i = 0; i < dim / 2; ++i) out[dim / 2 + i] = static_cast<float>(bytes[i] >> 4) * step + low;
   }
+
+  // Where read() puts column i.
+  int64_t place(int64_t i) const { return bits == 4 ? i / 2 + i % 2 * (dim / 2) : i; }
 };
 
 // Sums in eight strands, which the compiler keeps in registers.
@@ -70,13 +105,10 @@ inline int64_t attention_room(int64_t tokens, int64_t dim, int64_t group) { retu
 
 inline void attend(const float* q, const Cache& keys, const Cache& values, int64_t kv, int64_t tokens, int64_t group,
                    float scaling, float* room, float* out) {
-  const int64_t dim = keys.dim, half = dim / 2;
+  const int64_t dim = keys.dim;
   float *token = room, *queries = token + dim, *sums = queries + group * dim, *weights = sums + group * dim;
   for (int64_t g = 0; g < group; ++g)
-    for (int64_t i = 0; i < half; ++i) {
-      queries[g * dim + i] = q[(kv * group + g) * dim + 2 * i] * scaling;
-      queries[g * dim + half + i] = q[(kv * group + g) * dim + 2 * i + 1] * scaling;
-    }
+    for (int64_t i = 0; i < dim; ++i) queries[g * dim + keys.place(i)] = q[(kv * group + g) * dim + i] * scaling;
   for (int64_t t = 0; t < tokens; ++t) {
     keys.read(kv, t, token);
     for (int64_t g = 0; g < group; ++g) weights[g * tokens + t] = dot(queries + g * dim, token, dim);
@@ -97,10 +129,7 @@ inline void attend(const float* q, const Cache& keys, const Cache& values, int64
     }
   }
   for (int64_t g = 0; g < group; ++g)
-    for (int64_t i = 0; i < half; ++i) {
-      out[(kv * group + g) * dim + 2 * i] = sums[g * dim + i];
-      out[(kv * group + g) * dim + 2 * i + 1] = sums[g * dim + half + i];
-    }
+    for (int64_t i = 0; i < dim; ++i) out[(kv * group + g) * dim + i] = sums[g * dim + values.place(i)];
 }
 
 // A row of bfloat16 weights times x.

@@ -482,13 +482,13 @@ class Pass {
 };
 
 // One token (1, 1, hidden) through all decoder blocks of a model of LLaMA's kind and the norm after them, the keys and
-// values kept in 4 bits.
+// values kept in 4, 8 or 16 bits.
 //
 // Of every block in turn: `norms`, before attention and before the MLP, and where a model has them those of each head's
 // query and key; then at the end the last norm. `words`, `params`, `scales`, `biases`, `columns` and `lengths` of the
 // layers q, k, v, o, gate, up, down; five numbers of each layer's quantizer, bits (0: none), tail, knee and the two
 // clips. `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
-// `position`.
+// `position`; float16 values and empty scales where they have 16 bits.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
               const c10::List<std::optional<Tensor>>& biases, at::ArrayRef<double> quantizers,
@@ -554,13 +554,16 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
                   "decode: the layers' sizes don't fit each other");
     for (int which = 0; which < 2; ++which) {
       const Tensor &codes = cache[4 * b + 2 * which], &scale = cache[4 * b + 2 * which + 1];
-      TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && codes.scalar_type() == at::kByte &&
+      const bool halves = codes.scalar_type() == at::kHalf;
+      const int bits = halves ? 16 : codes.size(-1) == dim ? 8 : 4;
+      TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && (halves || codes.scalar_type() == at::kByte) &&
                       scale.scalar_type() == at::kHalf && codes.dim() == 4 && codes.size(0) == 1 &&
-                      codes.size(1) == kv_heads && codes.size(2) > position && codes.size(3) == dim / 2 &&
-                      scale.dim() == 4 && scale.size(1) == kv_heads && scale.size(2) == codes.size(2) &&
-                      scale.size(3) == 2,
+                      codes.size(1) == kv_heads && codes.size(2) > position &&
+                      codes.size(3) == (bits == 4 ? dim / 2 : dim) && scale.dim() == 4 &&
+                      scale.size(1) == kv_heads && scale.size(2) == codes.size(2) &&
+                      scale.size(3) == (halves ? 0 : 2),
                   "decode: the cache has no room, or another shape");
-      block.kept[which] = {codes.data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()),
+      block.kept[which] = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()),
                            codes.size(2), dim};
     }
   }
