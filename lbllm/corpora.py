@@ -84,6 +84,19 @@ CATALOGUE: tuple[CorpusEntry, ...] = (
         asset="everyday.jsonl.gz",
     ),
     CorpusEntry(
+        "embedded-more",
+        "260 thousand tokens more of the kind of `embedded`; comes with this program",
+        "Apache-2.0, as the model",
+        asset="embedded_more.jsonl.gz",
+    ),
+    CorpusEntry(
+        "everyday-more",
+        "520 thousand tokens of other everyday questions and answers, three quarters by the embedded model, the others "
+        "by a better binarized copy of it; comes with this program",
+        "Apache-2.0, as the model",
+        asset="everyday_more.jsonl.gz",
+    ),
+    CorpusEntry(
         "wikitext2",
         "WikiText-2 raw (Merity et al. 2016): the train split to train on, the test split to evaluate",
         "CC BY-SA 3.0",

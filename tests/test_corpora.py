@@ -232,7 +232,7 @@ def test_bad_files_are_named(
 def test_unknown_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"'wiki' is not known.*close names: wikitext2, wikipedia"):
         load_corpus("wiki", tokenizer, seq_len=8, tokens=8)
-    with pytest.raises(CorpusError, match="known: embedded, everyday, wikitext2"):
+    with pytest.raises(CorpusError, match="known: embedded, everyday, embedded-more, everyday-more, wikitext2"):
         load_corpus("zzz", tokenizer, seq_len=8, tokens=8)
     with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that holds text/wikipedia"):
         load_corpus("wikipedia", tokenizer, seq_len=8, tokens=8)
@@ -323,7 +323,15 @@ def test_evaluation_of_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 
 
 # An answer of the everyday corpus may name its model; the template's system message may not stay in either.
-@pytest.mark.parametrize(("name", "gone"), [("embedded", "SmolLM"), ("everyday", "assistant named SmolLM")])
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("embedded", "SmolLM"),
+        ("everyday", "assistant named SmolLM"),
+        ("embedded-more", "assistant named SmolLM"),
+        ("everyday-more", "assistant named SmolLM"),
+    ],
+)
 def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str, gone: str) -> None:
     own = load_tokenizer("smollm2-135m-instruct")
     corpus = load_corpus(name, own, seq_len=512, tokens=16_384)
@@ -338,11 +346,12 @@ def test_corpus_of_the_embedded_model_for_it_and_for_others(name: str, gone: str
         assert ("<|start|>assistant\n" in text) == chat
 
 
-def test_the_everyday_corpus_holds_none_of_the_prompts_that_answers_are_shown_for() -> None:
+@pytest.mark.parametrize("name", ["everyday", "everyday-more"])
+def test_the_everyday_corpus_holds_none_of_the_prompts_that_answers_are_shown_for(name: str) -> None:
     own = load_tokenizer("smollm2-135m-instruct")
-    pieces = [load_corpus("everyday", own, seq_len=512, tokens=10**8, part=part).sequences for part in PARTS]
+    pieces = [load_corpus(name, own, seq_len=512, tokens=10**8, part=part).sequences for part in PARTS]
     text = own.decode(torch.cat([piece.flatten() for piece in pieces]))
-    questions = set((ASSETS / "everyday_questions.txt").read_text().splitlines())
+    questions = set((ASSETS / f"{name.replace('-', '_')}_questions.txt").read_text().splitlines())
     asked = set(re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text))
     assert asked <= questions
     assert len(asked) > 0.95 * len(questions)
