@@ -56,7 +56,7 @@ from lbllm.corpora import Corpus, evaluation_tokens, load_corpus, parts
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.evaluate import perplexity
 from lbllm.events import RunStarted
-from lbllm.layers import PackedLinear
+from lbllm.layers import PackedLinear, named_groups
 from lbllm.models import Teacher, load_teacher
 from lbllm.pipeline import peak_memory, run, stage_model
 from lbllm.zero_shot import task_names, zero_shot
@@ -134,12 +134,12 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
     """The row's model, quantized now or read. Raises LbllmError."""
     if row.kind == "checkpoint":
         model, tokenizer = lbllm.load(row.name)
-        for layer in model.modules():
-            if isinstance(layer, PackedLinear):
-                layer.keep_dense(torch.float32)
+        layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+        for layer in layers:
+            layer.keep_dense(torch.float32)
         stored: Any = model.config.quantization_config
         quant = stored.quant
-        label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, group {quant['group_size']}"
+        label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, {named_groups(layers)}"
         return Made(model, tokenizer, label, bpw=stored.bpw, act_bits=quant["act_bits"])
     teacher = load_teacher(options.teacher)
     if row.kind == "teacher":

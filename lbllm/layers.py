@@ -5,6 +5,7 @@ Both give the same output for the same state; a checkpoint holds the packed one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -28,7 +29,7 @@ from lbllm.binarize import (
     to_groups,
 )
 from lbllm.blocks import linear_weight
-from lbllm.config import LayerFormat
+from lbllm.config import WHOLE_ROW, LayerFormat
 from lbllm.packing import decode_params, encode_params, pack_plane, stored_params, unpack_plane
 
 Mode = Literal["coupled", "relaxed", "frozen"]
@@ -310,3 +311,11 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """The shape and the format."""
         return f"{self.in_features}, {self.out_features}, {self.fmt}"
+
+
+def named_groups(layers: Sequence[PackedLinear]) -> str:
+    """The layers' group sizes in words, the largest first: some may have others than the rest."""
+    sizes = {layer.fmt.group_size for layer in layers}
+    named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
+    words = [f"groups of {named}"] if named else []
+    return " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))

@@ -23,11 +23,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import kernels
-from lbllm.config import FORMAT_NAMES, SHIPPED, WHOLE_ROW
+from lbllm.config import FORMAT_NAMES, SHIPPED
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.estimate import free_memory
 from lbllm.hf import LbllmConfig, is_checkpoint, load
-from lbllm.layers import PackedLinear
+from lbllm.layers import PackedLinear, named_groups
 from lbllm.models import load_teacher, skeleton
 from lbllm.shipped import shipped_checkpoint
 
@@ -165,16 +165,8 @@ def _open(name: str) -> Loaded:
             expanded += layer.dense.nbytes
     weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
     quant = stated.format
-    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {_groups(layers)}"
+    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {named_groups(layers)}"
     return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
-
-
-def _groups(layers: list[PackedLinear]) -> str:
-    """The layers' group sizes in words: some may have others than the rest."""
-    sizes = {layer.fmt.group_size for layer in layers}
-    named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
-    words = [f"groups of {named}"] if named else []
-    return " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
 
 
 def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
