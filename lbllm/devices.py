@@ -92,9 +92,9 @@ def bfloat16_products(model: nn.Module) -> Iterator[None]:
     They still take and give float32, and all else is computed in float32: attention of one token over many costs
     several times as much in bfloat16. Twice as fast for many rows; a result differs by the rounding of its factors.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.dtype == torch.float32]
-    if not has_bfloat16():
-        layers = []
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear] if has_bfloat16() else []
+    # One whose forward was replaced already, or that does not compute in float32, stays as it is.
+    layers = [layer for layer in layers if layer.weight.dtype == torch.float32 and "forward" not in vars(layer)]
     halves: dict[Tensor, Tensor] = {}
     for layer in layers:
         half = halves.setdefault(layer.weight, layer.weight.detach().bfloat16())
