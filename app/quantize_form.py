@@ -81,14 +81,15 @@ GROUP_SIZE = Setting(
     "quant.group_size",
     "Group size",
     "So many neighbouring weights of a row share one set of levels. Small groups fit better and cost more parameters.",
-    (32, 64, 128, 256, WHOLE_ROW),
+    (16, 32, 64, 128, 256, WHOLE_ROW),
     size_label,
 )
 PARAM_BITS = Setting(
     "quant.param_bits",
     "Parameters, bits",
-    "Each group's levels are given by parameters (alpha and mu). 8 bit halves what they take.",
-    (16, 8),
+    "Each group's levels are given by parameters (alpha and mu). With 4 bits groups of 16 take what groups of 64 take "
+    "with 16, and fit the weights much better.",
+    (16, 8, 4),
 )
 ACT_BITS = Setting(
     "quant.act_bits",
@@ -368,7 +369,7 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
                 "Group", min_value=-1, step=1, width=65, help="-1: the whole row"
             ),
             "param_bits": st.column_config.SelectboxColumn(
-                "Param.", options=[8, 16], width=70, help="Bits of the group parameters"
+                "Param.", options=[4, 8, 16], width=70, help="Bits of the group parameters"
             ),
             "act_bits": st.column_config.SelectboxColumn(
                 "Act.", options=[4, 8, 16], width=60, help="Bits of the activations"

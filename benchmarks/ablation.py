@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.one_block import Made, OneBlock
-from lbllm.config import AarConfig, PtqConfig, WatConfig
+from lbllm.config import AarConfig, ParamBits, PtqConfig, WatConfig
 from lbllm.corpora import load_corpus
 from lbllm.devices import float32_products
 from lbllm.errors import ConfigError, LbllmError
@@ -72,12 +72,16 @@ GROUP_SIZES: dict[str, dict[str, int]] = {
     "gate and up 48, others 96": dict.fromkeys(GATES, 48) | dict.fromkeys(ATTENTION + DOWN, 96),
     "gate and up 96, others 48": dict.fromkeys(GATES, 96) | dict.fromkeys(ATTENTION + DOWN, 48),
 }
-# With parameters in 8 bits, smaller groups take no more bits than groups of 64 with float16 ones.
+# With parameters in 8 or 4 bits, smaller groups take no more bits than groups of 64 with float16 ones.
 EIGHT_BITS: dict[str, dict[str, int]] = {
     "8 bits, one size everywhere": {},
     "8 bits, attention and down 32": dict.fromkeys(ATTENTION + DOWN, 32),
     "8 bits, gate and up 32": dict.fromkeys(GATES, 32),
     "8 bits, 48 everywhere": dict.fromkeys(ATTENTION + GATES + DOWN, 48),
+}
+FOUR_BITS: dict[str, dict[str, int]] = {
+    "4 bits, 16 everywhere but q_proj, 32": dict.fromkeys(ATTENTION[1:] + GATES + DOWN, 16) | {"q_proj": 32},
+    "4 bits, 32 everywhere": dict.fromkeys(ATTENTION + GATES + DOWN, 32),
 }
 SEARCH = AarConfig(epochs=0)
 RELAXED = WatConfig(bitmap="relaxed")
@@ -180,9 +184,11 @@ class Ablation:
         for name, sizes in GROUP_SIZES.items():
             start = self.block.initialize(PtqConfig(), group_sizes=sizes) if sizes else None
             yield "1, 2", name, self.block.train(start, WatConfig()) if start else self.second
-        for name, sizes in EIGHT_BITS.items():
-            start = self.block.initialize(PtqConfig(), group_sizes=sizes, param_bits=8)
-            yield "1, 2", name, self.block.train(start, WatConfig())
+        fewer: tuple[tuple[ParamBits, dict[str, dict[str, int]]], ...] = ((8, EIGHT_BITS), (4, FOUR_BITS))
+        for bits, variants in fewer:
+            for name, sizes in variants.items():
+                start = self.block.initialize(PtqConfig(), group_sizes=sizes, param_bits=bits)
+                yield "1, 2", name, self.block.train(start, WatConfig())
 
 
 PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {

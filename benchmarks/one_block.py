@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from lbllm.blocks import (
     shared_inputs,
 )
 from lbllm.checkpoint import collect, restore
-from lbllm.config import AarConfig, Format, LayerFormat, PtqConfig, WatConfig
+from lbllm.config import AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
 from lbllm.layers import BinaryLinear
 from lbllm.models import Teacher
@@ -87,7 +87,7 @@ class OneBlock:
     def _advance(self, block: nn.Module, hidden: Tensor, number: int, cache: Any = None) -> Tensor:
         return torch.cat(list(run_batches(block, hidden, self.calls[number], BATCH, cache)))
 
-    def _format(self, kind: Format, group_size: int | None = None, param_bits: Literal[8, 16] = 16) -> LayerFormat:
+    def _format(self, kind: Format, group_size: int | None = None, param_bits: ParamBits = 16) -> LayerFormat:
         return LayerFormat(format=kind, group_size=group_size or self.group_size, param_bits=param_bits, act_bits=4)
 
     def _copy(self, made: Made, tail: int = 3) -> nn.Module:
@@ -104,7 +104,7 @@ class OneBlock:
         *,
         number: int | None = None,
         group_sizes: dict[str, int] | None = None,
-        param_bits: Literal[8, 16] = 16,
+        param_bits: ParamBits = 16,
     ) -> Made:
         """Stage 1, of another block where its ``number`` is given. ``group_sizes``: of layers whose name ends so."""
         number = self.number if number is None else number

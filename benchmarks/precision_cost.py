@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lbllm.activations import ActQuantizer
 from lbllm.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
 from lbllm.commands.opening import windows
-from lbllm.config import STAGE_NAMES, Origin, RunConfig, parse_config
+from lbllm.config import STAGE_NAMES, Origin, ParamBits, RunConfig, parse_config
 from lbllm.errors import ConfigError, LbllmError, RunError
 from lbllm.evaluate import perplexity
 from lbllm.layers import PackedLinear
@@ -64,7 +64,7 @@ class Precision:
         ended = config.precision(config.stages[-1])
         self.act, self.kv = ended.act_bits, ended.kv_bits
 
-    def model(self, kv_bits: int, param_bits: int, stage: Origin | None = None) -> PreTrainedModel:
+    def model(self, kv_bits: int, param_bits: ParamBits, stage: Origin | None = None) -> PreTrainedModel:
         """The run's model after a stage, the last one by default, with these bits of KV cache and group parameters."""
         quant = self.config.quant.model_copy(update={"kv_bits": kv_bits, "param_bits": param_bits})
         config = self.config.model_copy(update={"quant": quant})
@@ -95,8 +95,8 @@ class Precision:
 
     def by_params(self, deployed: float) -> list[Measured]:
         """Group parameters in 8 bits against float16, in the checkpoint that the run goes on from or after stage 2, and
-        after the last stage, whose model is ``deployed``; none where the run has them in 8 bits already."""
-        if self.config.quant.param_bits == 8:
+        after the last stage, whose model is ``deployed``; none where the run has fewer than 16 already."""
+        if self.config.quant.param_bits < 16:
             return []
         rows: list[Measured] = []
         last = self.config.stages[-1]

@@ -174,6 +174,22 @@ def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
     return torch.where(sign, torch.where(bitmap, 3, 2), torch.where(bitmap, 0, 1)).to(torch.uint8)
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounded(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """``rounded(value)`` with the gradient of ``value`` itself."""
+    result: Tensor = _StraightThrough.apply(value, rounded)
+    return result
+
+
 def float_mask(compare: Callable[..., Tensor], left: Tensor, right: Tensor | float) -> Tensor:
     """A comparison as 0 and 1 in the left side's dtype: on a CPU several times faster than a mask that is converted."""
     out: Tensor = compare(left, right, out=torch.empty_like(left))

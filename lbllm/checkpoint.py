@@ -2,7 +2,8 @@
 
 A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
-were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,). Stage "start" is the
+were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,); with 4-bit parameters
+``<layer>.scale`` and ``<layer>.ranges``, their ``packing.Grid``. Stage "start" is the
 checkpoint that a run goes on from. Its metadata carry the run's fingerprint: a file of other settings is never taken
 over.
 """
@@ -25,6 +26,7 @@ from lbllm.blocks import share_copy
 from lbllm.config import LayerFormat, Origin, RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.layers import BinaryLinear
+from lbllm.packing import Grid
 
 
 @dataclass
@@ -133,12 +135,18 @@ class BlockStore:
         return state
 
 
+def grid_tensors(name: str, grid: Grid | None) -> dict[str, Tensor]:
+    """A layer's grid as ``restore`` reads it. Copies: the layers of a block can share their ranges."""
+    return {} if grid is None else {f"{name}.{key}": tensor.clone() for key, tensor in grid._asdict().items()}
+
+
 def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
     """The tensors that a block's frozen layers consist of."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}.params"] = layer.params.detach().float()
         tensors[f"{name}.index"] = layer.index
+        tensors |= grid_tensors(name, layer.grid)
         if layer.quantizer is not None:
             # A copy: layers that read one input share their quantizer, a file shares nothing.
             tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
@@ -152,7 +160,10 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
     for name, fmt in formats.items():
         # A copy, since training changes it in place and a block that diverges goes back to the saved state.
         params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
-        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index)
+        grid = None
+        if fmt.param_bits == 4 and f"{name}.scale" in tensors:
+            grid = Grid(tensors[f"{name}.scale"].to(device), tensors[f"{name}.ranges"].to(device))
+        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index, grid)
         if f"{name}.act" in tensors:
             layer.quantizer = ActQuantizer(fmt.act_bits, tail).to(device)
             layer.quantizer.act.data.copy_(tensors[f"{name}.act"])

@@ -28,6 +28,7 @@ WHOLE_ROW = -1
 
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
+ParamBits = Literal[4, 8, 16]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
 Origin = Stage | Literal["start"]  # what a stage goes on from: one before it, or the checkpoint that a run starts from
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
@@ -66,7 +67,7 @@ class LayerOverride(_Section):
 
     format: Format | None = None
     group_size: GroupSize | None = None
-    param_bits: Literal[8, 16] | None = None
+    param_bits: ParamBits | None = None
     act_bits: Literal[4, 8, 16] | None = None
 
 
@@ -75,7 +76,7 @@ class LayerFormat(_Section):
 
     format: Format
     group_size: int
-    param_bits: Literal[8, 16]
+    param_bits: ParamBits
     act_bits: Literal[4, 8, 16]
 
 
@@ -89,7 +90,7 @@ class QuantConfig(_Section):
 
     format: Format = "w1+1"
     group_size: GroupSize = Field(64, description="weights that share one set of levels; -1: the whole row")
-    param_bits: Literal[8, 16] = 16
+    param_bits: ParamBits = 16
     act_bits: Literal[4, 8, 16] = 4
     kv_bits: Literal[4, 8, 16] = 4
     tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")

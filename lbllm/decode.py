@@ -163,7 +163,7 @@ class FusedForward:
             self._lists = (
                 [layer.arranged() for layer in layers],
                 [layer.params for layer in layers],
-                [layer.params_scale for layer in layers],
+                [layer.affine() for layer in layers],
                 [layer.bias for layer in layers],
                 quantizers,
                 [layer.in_features for layer in layers],

@@ -176,17 +176,20 @@ def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
         parts[part] += table[name][2]
 
     for layer in layers:
-        levels, small = LEVELS[layer.format.format], layer.format.param_bits == 8
+        levels, bits = LEVELS[layer.format.format], layer.format.param_bits
         groups = math.ceil(layer.columns / group_length(layer.format.group_size, layer.columns))
         plane = layer.rows * math.ceil(layer.columns / 8)
         add(f"{layer.name}.weight", "bits", "U8", [layer.rows, levels // 2, plane // layer.rows], 1)
         if levels == 4:
             parts["bits"] -= plane
             parts["bitmap"] += plane
-        shape = [layer.rows, groups, levels]
-        add(f"{layer.name}.params", "parameters", "U8" if small else "F16", shape, 1 if small else 2)
-        if small:
-            add(f"{layer.name}.params_scale", "parameters", "F16", [layer.rows, levels, 2], 2)
+        shape = [layer.rows, groups, levels // 2 if bits == 4 else levels]
+        add(f"{layer.name}.params", "parameters", "F16" if bits == 16 else "U8", shape, 2 if bits == 16 else 1)
+        if bits < 16:
+            scale = [layer.rows] if bits == 4 else [layer.rows, levels, 2]
+            add(f"{layer.name}.params_scale", "parameters", "F16", scale, 2)
+        if bits == 4:
+            add(f"{layer.name}.params_range", "parameters", "F16", [levels, 2], 2)
         if layer.format.act_bits < 16:
             add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
 

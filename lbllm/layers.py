@@ -25,12 +25,23 @@ from lbllm.binarize import (
     params_to_levels,
     planes_to_index,
     relaxed_level,
+    straight_through,
     take_levels,
     to_groups,
 )
 from lbllm.blocks import linear_weight
 from lbllm.config import WHOLE_ROW, LayerFormat
-from lbllm.packing import decode_params, encode_params, pack_plane, stored_params, unpack_plane
+from lbllm.packing import (
+    Grid,
+    decode_params,
+    encode_params,
+    fit_grid,
+    pack_nibbles,
+    pack_plane,
+    stored_params,
+    unpack_nibbles,
+    unpack_plane,
+)
 
 Mode = Literal["coupled", "relaxed", "frozen"]
 
@@ -41,7 +52,7 @@ def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
     count = LEVELS[fmt.format]
     groups = -(-in_features // group_length(fmt.group_size, in_features))
     planes = out_features * -(-in_features // 8) * 8 * (count // 2)
-    scales = out_features * count * 2 * 16 if fmt.param_bits == 8 else 0
+    scales = {4: out_features + count * 2, 8: out_features * count * 2, 16: 0}[fmt.param_bits] * 16
     return planes + out_features * groups * count * fmt.param_bits + scales
 
 
@@ -50,10 +61,13 @@ class BinaryLinear(nn.Module):
 
     ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (B and G follow from ``latent``
     (out, in)), ``relaxed`` (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3
-    and after loading).
+    and after loading). Parameters of 4 bits take the nearest values of ``grid``, straight through, in training already;
+    without one they get the grid that fits them.
     """
 
-    def __init__(self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor) -> None:
+    def __init__(
+        self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor, grid: Grid | None = None
+    ) -> None:
         super().__init__()
         weight = linear_weight(source)
         self.fmt, self.out_features, self.in_features = fmt, weight.shape[0], weight.shape[1]
@@ -61,12 +75,31 @@ class BinaryLinear(nn.Module):
         self.mode: Mode = "frozen"
         self.params = nn.Parameter(params.to(weight.dtype).contiguous())
         self.register_buffer("index", index)
+        if fmt.param_bits == 4 and grid is None:
+            grid = fit_grid(self.params)
+        self.register_buffer("scale", None if grid is None else grid.scale)
+        self.register_buffer("ranges", None if grid is None else grid.ranges)
+        self.scale: Tensor | None
+        self.ranges: Tensor | None
         self.bias: nn.Parameter | None = source.bias  # type: ignore[assignment]
         self.latent: nn.Parameter | None = None
         self.bitmap: nn.Parameter | None = None
         self.quantizer: ActQuantizer | None = None
         self.dense: Tensor | None = None
         self.index: Tensor
+
+    @property
+    def grid(self) -> Grid | None:
+        """The values that parameters of 4 bits can have."""
+        return None if self.scale is None or self.ranges is None else Grid(self.scale, self.ranges)
+
+    def on_grid(self) -> Tensor:
+        """The parameters (out, n, K), those of 4 bits as they are deployed; the gradient is that of ``params``."""
+        return self.params if self.grid is None else straight_through(self.params, self.grid.round)
+
+    def levels(self) -> Tensor:
+        """The levels (out, n, K) that they give, as ``params_to_levels`` orders them."""
+        return params_to_levels(self.on_grid())
 
     def keep_dense(self) -> None:
         """Expand the weight once for all later passes: for a frozen layer that many batches go through."""
@@ -88,7 +121,7 @@ class BinaryLinear(nn.Module):
         where it does so, elsewhere the level itself."""
         weight = self.weight()
         latent = latent.to(weight.dtype)
-        levels = params_to_levels(self.params).sort(-1).values
+        levels = self.levels().sort(-1).values
         nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
         return torch.where(nearest == weight, latent, weight)
 
@@ -101,32 +134,36 @@ class BinaryLinear(nn.Module):
             if self.mode == "relaxed":
                 assert self.bitmap is not None
                 outer = self.bitmap > 0.5
-                middle = torch.where(outer, self.params[..., 1:2], self.params[..., 3:4])
+                params = self.on_grid()
+                middle = torch.where(outer, params[..., 1:2], params[..., 3:4])
                 index = planes_to_index(groups > middle, outer)
-                levels, order = params_to_levels(self.params).sort(-1)
+                levels, order = self.levels().sort(-1)
                 index = order.argsort(-1).gather(-1, index.long()).to(torch.uint8)
             else:
-                levels = params_to_levels(self.params).sort(-1).values
+                levels, order = self.levels().sort(-1)
                 index = assign(groups, levels)
+            if self.grid is None:
+                self.params.copy_(levels_to_params(levels))
+            else:  # in another order they might not be on the grid
+                index = order.gather(-1, index.long()).to(torch.uint8)
             self.index = from_groups(index, self.in_features).contiguous()
-            self.params.copy_(levels_to_params(levels))
         self.mode, self.latent, self.bitmap = "frozen", None, None
 
     def round_params(self) -> None:
-        """Round the group parameters to what a checkpoint stores: float16, or 8 bits and a scale."""
+        """Round the group parameters to what a checkpoint stores: float16, 8 bits and a scale, or 4 on the grid."""
         with torch.no_grad():
-            self.params.copy_(stored_params(self.params, self.fmt.param_bits))
+            self.params.copy_(stored_params(self.params, self.fmt.param_bits, self.grid))
 
     def weight(self) -> Tensor:
         """The fake-quantized weight (out, in)."""
-        levels = params_to_levels(self.params)
+        levels = self.levels()
         if self.mode == "frozen":
             return from_groups(fixed_level(levels, to_groups(self.index, self.length)), self.in_features)
         assert self.latent is not None
         groups = to_groups(self.latent, self.length)
         if self.mode == "relaxed":
             assert self.bitmap is not None
-            return from_groups(relaxed_level(groups, self.bitmap, self.params), self.in_features)
+            return from_groups(relaxed_level(groups, self.bitmap, self.on_grid()), self.in_features)
         return from_groups(nearest_level(groups, levels.sort(-1).values), self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,13 +194,13 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.fmt, self.tail = in_features, out_features, fmt, tail
         self.length = group_length(fmt.group_size, in_features)
         count, groups = LEVELS[fmt.format], -(-in_features // self.length)
-        eight = fmt.param_bits == 8
+        bits, half = fmt.param_bits, torch.float16
         self.register_buffer("weight", torch.zeros(out_features, count // 2, -(-in_features // 8), dtype=torch.uint8))
-        params = torch.zeros(out_features, groups, count, dtype=torch.uint8 if eight else torch.float16)
-        self.register_buffer("params", params)
-        self.register_buffer(
-            "params_scale", torch.zeros(out_features, count, 2, dtype=torch.float16) if eight else None
-        )
+        width, kind = (count // 2 if bits == 4 else count), (half if bits == 16 else torch.uint8)
+        self.register_buffer("params", torch.zeros(out_features, groups, width, dtype=kind))
+        scale = {4: (out_features,), 8: (out_features, count, 2)}.get(bits)
+        self.register_buffer("params_scale", None if scale is None else torch.zeros(scale, dtype=half))
+        self.register_buffer("params_range", torch.zeros(count, 2, dtype=half) if bits == 4 else None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.quantizer: ActQuantizer | None = None
         if fmt.act_bits < 16:
@@ -174,6 +211,7 @@ class PackedLinear(nn.Module):
         self.weight: Tensor
         self.params: Tensor
         self.params_scale: Tensor | None
+        self.params_range: Tensor | None
 
     @classmethod
     def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
@@ -185,7 +223,10 @@ class PackedLinear(nn.Module):
         planes = [sign] if bitmap is None else [sign, bitmap]
         packed.weight = torch.stack([pack_plane(plane) for plane in planes], 1)
         params = layer.params.detach()
-        if layer.fmt.param_bits == 8:
+        if layer.grid is not None:
+            packed.params = pack_nibbles(layer.grid.codes(params))
+            packed.params_scale, packed.params_range = layer.grid
+        elif layer.fmt.param_bits == 8:
             packed.params, packed.params_scale = encode_params(params)
         else:
             packed.params = params.half()
@@ -208,7 +249,19 @@ class PackedLinear(nn.Module):
         self._put_back()
         planes = unpack_plane(self.weight, self.in_features)
         index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
-        return index, decode_params(self.params, self.params_scale)
+        params = self.params if self.grid is None else unpack_nibbles(self.params)
+        return index, decode_params(params, self.affine())
+
+    @property
+    def grid(self) -> Grid | None:
+        """The values that parameters of 4 bits can have."""
+        if self.params_scale is None or self.params_range is None:
+            return None
+        return Grid(self.params_scale, self.params_range)
+
+    def affine(self) -> Tensor | None:
+        """Minimum and step of each row and parameter, float16 (out, K, 2), where parameters are codes."""
+        return self.params_scale if self.grid is None else self.grid.affine()
 
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all later passes: the same output sooner, for 16 to 32 bits a weight of
@@ -232,7 +285,9 @@ class PackedLinear(nn.Module):
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
                 # A part of a mapped file would keep its neighbours in memory with it.
                 self.params = self.params.clone()
-                self.params_scale = None if self.params_scale is None else self.params_scale.clone()
+                for name in ("params_scale", "params_range"):
+                    tensor = getattr(self, name)
+                    setattr(self, name, None if tensor is None else tensor.clone())
             self.weight = self.weight.new_empty(0)
         return self.words
 
@@ -266,7 +321,7 @@ class PackedLinear(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Move the layer. Another dtype is for the bias alone: stored parameters keep theirs, and so their values."""
         self._put_back()
-        stored = {"params": self.params, "params_scale": self.params_scale}
+        stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
         act = None if self.quantizer is None else self.quantizer.act.data
         super()._apply(*args, **kwargs)
         for name, before in stored.items():
@@ -291,7 +346,7 @@ class PackedLinear(nn.Module):
             if self.quantizer is not None:
                 x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
             result = torch.ops.lbllm.packed_linear(
-                x, words, self.params, self.params_scale, self.bias, self.in_features, self.length
+                x, words, self.params, self.affine(), self.bias, self.in_features, self.length
             )
             return result
         gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
@@ -299,7 +354,7 @@ class PackedLinear(nn.Module):
             if self.quantizer is not None:
                 x = gpu.quantize_activations(x, *self.quantizer.settings())
             result = gpu.packed_linear(
-                x, self.weight, self.params, self.params_scale, self.bias, self.in_features, self.length
+                x, self.weight, self.params, self.affine(), self.bias, self.in_features, self.length
             )
             return result
         if self.quantizer is not None:

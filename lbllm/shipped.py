@@ -28,7 +28,7 @@ from lbllm.run_record import RECORD
 SHIPPED = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
 _SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
-_PACKED_ENDINGS = (".params", ".params_scale", ".quantizer.act")
+_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act")
 
 
 def shipped_checkpoint() -> Path:

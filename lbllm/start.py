@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lbllm.binarize import group_length
 from lbllm.blocks import decoder_blocks
-from lbllm.checkpoint import BlockStore
+from lbllm.checkpoint import BlockStore, grid_tensors
 from lbllm.config import FROM_CHECKPOINT, SHIPPED, LayerFormat, QuantConfig, RunConfig
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
 from lbllm.models import Teacher
-from lbllm.packing import stored_params
+from lbllm.packing import Grid, fit_grid, stored_params
 from lbllm.run_record import RunRecord, read_record
 from lbllm.shipped import shipped_checkpoint
 
@@ -36,7 +36,7 @@ def checkpoint_record(start: str) -> RunRecord:
 
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
     """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
-    from, with the latent weights that stage 4 ended with where the checkpoint lies in its run's folder. Groups are cut
+    from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
     into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
     format is another one otherwise, or the checkpoint not of this teacher."""
     assert config.start is not None
@@ -67,23 +67,27 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
                 fmt = config.quant.layer(f"{path}.{number}.{name}")
                 assert fmt is not None
                 place = f"start: {config.start}: {path}.{number}.{name}"
-                tensors[f"{name}.index"], tensors[f"{name}.params"] = _in_format(layer, fmt, place)
+                tensors[f"{name}.index"], tensors[f"{name}.params"], grid = _in_format(layer, fmt, place)
+                tensors |= grid_tensors(name, grid)
                 if layer.quantizer is not None:
                     tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
         yield tensors
 
 
 def _latents(run: Path, block: int) -> dict[str, Tensor]:
-    """A block's latent weights as stage 4 of the run in a folder left them, if that is a run and trained some."""
-    if not (run / "blocks").is_dir():
-        return {}
-    state = BlockStore(run, None).load("e2e", block)
-    return {} if state is None else {name: t for name, t in state.tensors.items() if name.endswith(".latent")}
+    """A block's latent weights as stage 4 of the run in a folder left them, or else stage 1, if that is a run."""
+    if (run / "blocks").is_dir():
+        for stage in ("e2e", "ptq"):
+            state = BlockStore(run, None).load(stage, block)
+            latents = {} if state is None else {n: t for n, t in state.tensors.items() if n.endswith(".latent")}
+            if latents:
+                return latents
+    return {}
 
 
-def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tensor, Tensor]:
-    """A packed layer's level indices (out, in), and its group parameters (out, n, K) for groups that divide its own and
-    have their levels. Raises ConfigError for others, naming the ``place``."""
+def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tensor, Tensor, Grid | None]:
+    """A packed layer's level indices (out, in), its group parameters (out, n, K) for groups that divide its own and
+    have their levels, and with 4-bit parameters their grid. Raises ConfigError for others, naming the ``place``."""
     index, params = layer.unpack()
     length = group_length(fmt.group_size, layer.in_features)
     if layer.length % length:
@@ -93,7 +97,8 @@ def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tenso
             f"{layer.length}, or one that divides it{f', for example {smaller[-1]}' if smaller else ''}"
         )
     params = params.repeat_interleave(layer.length // length, 1)[:, : -(-layer.in_features // length)]
-    return index, stored_params(params, fmt.param_bits)
+    grid = (layer.grid or fit_grid(params)) if fmt.param_bits == 4 else None
+    return index, stored_params(params, fmt.param_bits, grid), grid
 
 
 def _differences(found: QuantConfig, wanted: QuantConfig) -> str:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from benchmarks.ablation import EIGHT_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, table
+from benchmarks.ablation import EIGHT_BITS, FOUR_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, table
 from benchmarks.one_block import OneBlock
 from lbllm.binarize import to_groups
 from lbllm.blocks import linear_layers, linear_weight
 from lbllm.checkpoint import collect
-from lbllm.config import AarConfig, LayerFormat, PtqConfig, WatConfig
+from lbllm.config import AarConfig, LayerFormat, ParamBits, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
 from lbllm.layers import layer_bits
 from lbllm.stages.wat import binary_layers, block_error
@@ -107,8 +107,9 @@ def test_group_sizes_by_layer_cost_as_many_parameters_as_one_for_all(block: OneB
     for sizes in GROUP_SIZES.values():
         assert sizes.keys() <= shapes.keys()
         assert sum(rows * columns / sizes.get(name, 64) for name, (rows, columns) in shapes.items()) == 55_296
-    for sizes in EIGHT_BITS.values():
-        formats = {name: LayerFormat(format="w1+1", group_size=sizes.get(name, 64), param_bits=8, act_bits=16)
+    fewer: list[tuple[ParamBits, dict[str, int]]] = [(8, sizes) for sizes in EIGHT_BITS.values()]
+    for bits_each, sizes in fewer + [(4, sizes) for sizes in FOUR_BITS.values()]:
+        formats = {name: LayerFormat(format="w1+1", group_size=sizes.get(name, 64), param_bits=bits_each, act_bits=16)
                    for name in shapes}  # fmt: skip
         bits = [layer_bits(formats[name], *shape) for name, shape in shapes.items()]
         assert sum(bits) / sum(rows * columns for rows, columns in shapes.values()) <= 3.0

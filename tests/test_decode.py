@@ -26,6 +26,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of queries and keys": ("qwen3", {}),
     "biases, an untied head": ("llama_bias", {}),
     "ragged groups, 8-bit parameters": ("llama", {"group_size": 20, "param_bits": 8, "act_bits": 8}),
+    "ragged groups, 4-bit parameters": ("llama", {"group_size": 20, "param_bits": 4, "act_bits": 16}),
+    "one bit, 4-bit parameters": ("qwen2", {"format": "w1", "group_size": 16, "param_bits": 4}),
     "one bit, activations as they are": ("llama", {"format": "w1", "act_bits": 16}),
     "keys and values in 16 bits": ("llama", {"act_bits": 16, "kv_bits": 16}),
     "keys and values in 16 bits, norms of them": ("qwen3", {"kv_bits": 16}),

@@ -57,6 +57,8 @@ def _embedded(**quant: Any) -> Estimate:
         ({"group_size": 64, "format": "w1"}, 1.5),
         # 8-bit parameters and, for each row and parameter, two 16-bit numbers.
         ({"group_size": 64, "param_bits": 8}, 2.5 + 128 * (3072 + 576 + 960 + 576) / 3_538_944),
+        # 4-bit parameters, a 16-bit scale for each row, eight 16-bit numbers for each of the seven layers.
+        ({"group_size": 16, "param_bits": 4}, 3.0 + 16 * (5184 + 7 * 8) / 3_538_944),
         # 576 = 4 * 128 + 64: the short group has its parameters too.
         ({"group_size": 128}, 2 + 64 * (5 * (3072 + 576 + 960) + 12 * 576) / 3_538_944),
         ({"group_size": -1}, 2 + 64 * (3072 + 576 + 960 + 576) / 3_538_944),
@@ -127,6 +129,8 @@ def test_experts_are_refused(tmp_path: Path) -> None:
         ("llama", ("ptq", "wat", "aar"), {"group_size": 16}),
         ("llama_bias", ("ptq", "wat", "aar"), {"param_bits": 8, "act_bits": 8}),
         ("gemma3", ("ptq",), {"format": "w1", "group_size": -1}),
+        ("llama", ("ptq", "wat"), {"param_bits": 4, "group_size": 10}),
+        ("llama_bias", ("ptq",), {"param_bits": 4, "format": "w1"}),
         ("gpt2", ("ptq",), {"skip": ["*.c_proj"]}),
         ("opt", ("ptq", "wat"), {"overrides": {"*.fc2": {"param_bits": 8, "group_size": 20}}}),
         ("gpt_neox", ("ptq",), {"group_size": 48, "act_bits": 16}),

@@ -34,7 +34,7 @@ def test_any_layer_gives_what_its_weights_say(
     layer = random_layer(rows, columns, fmt, bias=bias, seed=seed)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed + 1))
     wanted, scale = expected(layer, x)
-    parts = (layer.weight, layer.params, layer.params_scale, layer.bias)
+    parts = (layer.weight, layer.params, layer.affine(), layer.bias)
     placed = [None if part is None else part.data.to(DEVICE) for part in parts]
     for dtype, error in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
         got = gpu.packed_linear(x.to(DEVICE, dtype), *placed, columns, layer.length).cpu()  # type: ignore[arg-type]

@@ -32,10 +32,12 @@ def random_layer(
     layer.weight.random_(0, 256, generator=generator)
     if columns % 8:
         layer.weight[..., -1] &= (1 << columns % 8) - 1
-    if fmt.param_bits == 8:
+    if fmt.param_bits < 16:
         layer.params.random_(0, 256, generator=generator)
         assert layer.params_scale is not None
         layer.params_scale.copy_(torch.randn(layer.params_scale.shape, generator=generator) / 64)
+        if layer.params_range is not None:
+            layer.params_range.copy_(torch.randn(layer.params_range.shape, generator=generator) * 16)
     else:
         layer.params.copy_(torch.randn(layer.params.shape, generator=generator))
     if layer.bias is not None:
@@ -58,7 +60,7 @@ def formats(act_bits: tuple[int, ...] = (16,)) -> st.SearchStrategy[LayerFormat]
         ),
         st.sampled_from(["w1+1", "w1"]),
         st.sampled_from([-1, 8, 32, 64, 128]) | st.integers(1, 150),
-        st.sampled_from([8, 16]),
+        st.sampled_from([4, 8, 16]),
         st.sampled_from(act_bits),
     )
 

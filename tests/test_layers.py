@@ -25,7 +25,7 @@ from lbllm.binarize import (
 )
 from lbllm.blocks import linear_weight
 from lbllm.config import Format, LayerFormat
-from lbllm.layers import BinaryLinear, PackedLinear, layer_bits
+from lbllm.layers import BinaryLinear, Mode, PackedLinear, layer_bits
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -83,7 +83,7 @@ def written_out(layer: BinaryLinear) -> Tensor:
 FORMATS = [
     layer_format(format_, group_size, param_bits, act_bits)
     for format_, (group_size, param_bits), act_bits in itertools.product(
-        ("w1+1", "w1"), ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16)), (16, 8, 4)
+        ("w1+1", "w1"), ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
     )
 ]
 
@@ -109,7 +109,7 @@ def test_trained_and_packed_form_give_the_same_output(fmt: LayerFormat, kind: ty
     st.integers(1, 9),
     st.integers(1, 40),
     st.integers(1, 45) | st.just(-1),
-    st.sampled_from([8, 16]),
+    st.sampled_from([4, 8, 16]),
     st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
@@ -138,6 +138,8 @@ def test_bits_of_well_known_formats() -> None:
     assert layer_bits(layer_format("w1", 128), 100, 1024) / (100 * 1024) == 1.25
     # 8 bits a parameter, and for each row and parameter a minimum and a step of 16 bits.
     assert layer_bits(layer_format(group_size=128, param_bits=8), 1, 4096) / 4096 == 2.25 + 4 * 32 / 4096
+    # 4 bits a parameter, 16 for the scale of each row, and for each parameter two of 16 for the whole layer.
+    assert layer_bits(layer_format(group_size=16, param_bits=4), 10, 1024) / 10240 == 3 + 16 / 1024 + 8 * 16 / 10240
 
 
 @torch.no_grad()
@@ -259,8 +261,30 @@ def test_a_kept_dense_weight_is_the_same_weight() -> None:
 
 
 def test_rounding_twice_is_rounding_once() -> None:
-    for param_bits in (8, 16):
+    for param_bits in (4, 8, 16):
         layer = binarized(dense(nn.Linear, 5, 64), layer_format(group_size=16, param_bits=param_bits))
         once = layer.params.detach().clone()
         layer.round_params()
         assert torch.equal(layer.params, once)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "relaxed"])
+@pytest.mark.parametrize("group_size", [4, 16, 7])
+def test_4_bit_parameters_are_trained_as_they_are_deployed(mode: Mode, group_size: int) -> None:
+    source = dense(nn.Linear, 6, 37)
+    layer = binarized(source, layer_format(group_size=group_size, param_bits=4))
+    layer.thaw(linear_weight(source), mode)
+    with torch.no_grad():
+        layer.params += 0.02 * torch.randn(layer.params.shape, generator=random())  # off the grid, as by steps
+        if layer.bitmap is not None:
+            layer.bitmap.round_()
+    weight = layer.weight()
+    weight.sum().backward()
+    assert layer.params.grad is not None
+    assert float((layer.params.grad != 0).float().mean()) > 0.3
+    layer.freeze()
+    layer.round_params()
+    assert layer.grid is not None
+    assert torch.equal(layer.grid.round(layer.params), layer.params)
+    torch.testing.assert_close(layer.weight(), weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(PackedLinear.pack(layer, 2, torch.float32).dequantize(), layer.weight(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Bit planes against Python integers; 8-bit group parameters against their error bound and against encoding twice."""
+"""Bit planes against Python integers; group parameters of 8 and 4 bits against error bounds and encoding twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbllm.packing import decode_params, encode_params, pack_plane, unpack_plane
+from lbllm.packing import (
+    Grid,
+    decode_params,
+    encode_params,
+    fit_grid,
+    pack_nibbles,
+    pack_plane,
+    stored_params,
+    unpack_nibbles,
+    unpack_plane,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -89,3 +99,57 @@ def test_constant_rows_are_exact_to_float16(value: float, groups: int) -> None:
 def test_float16_parameters_are_decoded_as_they_are() -> None:
     params = randn(3, 2, 4).half()
     assert torch.equal(decode_params(params, None), params.float())
+
+
+@given(st.lists(st.integers(0, 15), min_size=2, max_size=40).filter(lambda codes: len(codes) % 2 == 0))
+@settings(deadline=None)
+def test_two_codes_are_the_digits_of_a_byte(codes: list[int]) -> None:
+    packed = pack_nibbles(torch.tensor(codes, dtype=torch.uint8))
+    assert packed.tolist() == [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
+    assert unpack_nibbles(packed).tolist() == codes
+
+
+def layer_params(rows: int, groups: int, count: int, seed: int) -> Tensor:
+    """Parameters as a layer's groups have them: alphas above zero, rows of different scale."""
+    params = 0.3 * randn(rows, groups, count, seed=seed)
+    params[..., 0::2] = params[..., 0::2].abs() + 0.5
+    return params * (1 + randn(rows, 1, 1, seed=seed + 1).abs()) / 16
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.sampled_from([2, 4]), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_4_bit_parameters_take_the_nearest_of_sixteen_values(rows: int, groups: int, count: int, seed: int) -> None:
+    params = layer_params(rows, groups, count, seed)
+    grid = fit_grid(params)
+    assert grid.scale.shape == (rows,)
+    assert grid.ranges.shape == (count, 2)
+    codes = grid.codes(params)
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) <= 15
+    # Every value that a code can stand for, by the layout's own words.
+    affine = (grid.scale.double()[:, None, None] * grid.ranges.double()).half().double()
+    values = affine[:, None, :, :1] + affine[:, None, :, 1:] * torch.arange(16)
+    rounded = decode_params(codes, grid.affine())
+    nearest = (values - params.double()[..., None]).abs().amin(-1)
+    torch.testing.assert_close((rounded.double() - params.double()).abs(), nearest, rtol=1e-4, atol=1e-7)
+    assert torch.equal(stored_params(params, 4, grid), rounded)
+    assert torch.equal(grid.round(rounded), rounded)
+
+
+@given(st.integers(1, 6), st.integers(2, 60), st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_a_grid_fits_better_than_one_from_the_least_to_the_greatest(rows: int, groups: int, seed: int) -> None:
+    params = layer_params(rows, groups, 4, seed)
+    params[0, 0] *= 5  # one group that would spread the grid for all others
+    found = fit_grid(params)
+    units = params / found.scale.float()[:, None, None]
+    least, most = units.amin((0, 1)), units.amax((0, 1))
+    whole = Grid(found.scale, torch.stack((least, (most - least) / 15), -1).half())
+    errors = [float((stored_params(params, 4, grid) - params).square().sum()) for grid in (found, whole)]
+    assert errors[0] <= errors[1] * 1.001
+
+
+def test_rows_of_zeros_and_equal_groups_have_a_grid() -> None:
+    assert torch.equal(stored_params(torch.zeros(3, 5, 4), 4), torch.zeros(3, 5, 4))
+    same = torch.tensor([0.05, 0.0, 0.02, 0.001]).expand(3, 5, 4)
+    torch.testing.assert_close(stored_params(same, 4), same, rtol=2e-3, atol=1e-6)

@@ -337,6 +337,7 @@ def test_layers_of_one_input_may_have_different_formats_and_some_stay_dense() ->
     formats = {
         "self_attn.q_proj": layer_format(group_size=16),
         "self_attn.v_proj": layer_format("w1", -1, param_bits=8),
+        "self_attn.o_proj": layer_format(group_size=8, param_bits=4),
         "mlp.down_proj": layer_format(group_size=7, param_bits=8),
     }
     student: nn.Module = share_copy(block)
@@ -350,6 +351,19 @@ def test_layers_of_one_input_may_have_different_formats_and_some_stay_dense() ->
     )
     distinct = [len(row.unique()) for row in linear_weight(student.get_submodule("self_attn.v_proj"))]
     assert max(distinct) == 2
+
+
+def test_errors_of_4_bit_parameters_are_made_up_for() -> None:
+    """Rounding the parameters first and then choosing bits beats rounding them when all is done."""
+    weight, hessian = problem(24, 64, 300)
+    first, last = (binarize_layer(weight, hessian, layer_format(group_size=8, param_bits=b), CONFIG) for b in (4, 16))
+    source = nn.Linear(64, 24)
+    rounded = to_layer(source, layer_format(group_size=8, param_bits=4), last)
+    chosen = to_layer(source, layer_format(group_size=8, param_bits=4), first)
+    for layer in (chosen, rounded):
+        layer.round_params()
+    errors = [output_error(weight, layer.weight().detach(), hessian) for layer in (chosen, rounded)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_layers_solved_together_get_what_they_would_get_alone() -> None:

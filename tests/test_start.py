@@ -18,7 +18,7 @@ from lbllm import load, pipeline
 from lbllm.binarize import from_groups, params_to_levels, take_levels, to_groups
 from lbllm.checkpoint import BlockStore
 from lbllm.commands.options import arguments, run_config
-from lbllm.config import RunConfig, make_config
+from lbllm.config import RunConfig, Stage, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.export import export, find
@@ -54,7 +54,7 @@ def steps(events: list[Event]) -> list[int]:
 
 @pytest.mark.parametrize(
     "first",
-    [{}, {"quant": {"param_bits": 8}}, {"quant": {"format": "w1"}}, {"stages": ["ptq"]},
+    [{}, {"quant": {"param_bits": 8}}, {"quant": {"param_bits": 4}}, {"quant": {"format": "w1"}}, {"stages": ["ptq"]},
      {"quant": {"overrides": {"*.down_proj": {"act_bits": 8}}, "skip": ["*.1.*"]}}],
     ids=str,
 )  # fmt: skip
@@ -94,9 +94,9 @@ def test_it_begins_with_the_checkpoint_and_learns(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_to_the_same_bytes_without_the_first_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    whole = run_tiny(further(checkpoint), tmp_path / "whole", bfloat_teacher())
     lent = Path(shutil.copytree(checkpoint, tmp_path / "lent"))
     settings = further(checkpoint).model_copy(update={"start": str(lent)})
+    whole = run_tiny(settings, tmp_path / "whole", bfloat_teacher())
     seen: list[Event] = []
 
     events = run_tiny(
@@ -148,6 +148,7 @@ def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_p
         ({"group_size": 1}, True),
         ({"param_bits": 8}, False),
         ({"group_size": 8, "param_bits": 8}, False),
+        ({"group_size": 4, "param_bits": 4}, False),
     ],
     ids=str,
 )
@@ -165,9 +166,9 @@ def test_groups_may_be_cut_and_their_parameters_get_other_bits(
     begun = pipeline.stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
     with torch.no_grad():
         meant, found = (model(token_ids(2, seed=1)).logits for model in (before, begun))
-    # Parts of a group have its levels; parameters in 8 bits are nearly the same.
+    # Parts of a group have its levels; parameters in 8 bits are nearly the same, in 4 bits less so.
     away = float((found - meant).norm() / meant.norm())
-    assert away == 0 if same else 0 < away < 0.05
+    assert away == 0 if same else 0 < away < (0.5 if settings.quant.param_bits == 4 else 0.05)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
@@ -176,12 +177,16 @@ def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: floa
     taken = list(checkpoint_blocks(settings, bfloat_teacher()))
     store = BlockStore(tmp_path / "first", None)
     for number, tensors in enumerate(taken):
-        left = {name: t for name, t in store.finished("e2e", number).tensors.items() if name.endswith(".latent")}
-        assert (len(left) > 0) == (rate > 0)
+        # Stage 4 ends with latent weights where they trained; else stage 1's are the last ones.
+        stage: Stage = "e2e" if rate else "ptq"
+        left = {name: t for name, t in store.finished(stage, number).tensors.items() if name.endswith(".latent")}
+        assert len(left) > 0
         assert left.keys() == {name for name in tensors if name.endswith(".latent")}
         for name, latent in left.items():
             layer = name.removesuffix(".latent")
             assert torch.equal(tensors[name], latent)
+            if not rate:
+                continue
             # The latent weights say the same as the bits: each lies nearest to its weight's level.
             levels = params_to_levels(tensors[f"{layer}.params"])
             groups = to_groups(latent.float(), 16)
@@ -245,7 +250,7 @@ def test_stage_4_alone_and_a_checkpoint_need_each_other(document: dict[str, Any]
     seed=st.integers(0, 9),
     corpus=st.sampled_from(["embedded", "embedded+wikitext2"]),
     group_size=st.sampled_from([-1, 32, 48, 64]),
-    param_bits=st.sampled_from([8, 16]),
+    param_bits=st.sampled_from([4, 8, 16]),
     overrides=st.sampled_from([{}, {"*.down_proj": {"group_size": 32}}]),
 )
 @settings(deadline=None)

@@ -23,6 +23,21 @@ from torch import Tensor
 
 
 @triton.jit
+def _param(params_at, affine_at, at, row_in, group_in, WHICH: tl.constexpr, BITS: tl.constexpr):
+    """One of the group parameters alpha_0, mu_0, alpha_1, mu_1 of the groups whose first one is at ``at``."""
+    if BITS == 16:
+        value = tl.load(params_at + at + WHICH, mask=group_in, other=0).to(tl.float32)
+    else:
+        if BITS == 8:
+            code = tl.load(params_at + at + WHICH, mask=group_in, other=0)
+        else:
+            code = tl.load(params_at + at // 2 + WHICH // 2, mask=group_in, other=0) >> (WHICH % 2 * 4) & 15
+        step = tl.load(affine_at + 2 * WHICH + 1, mask=row_in, other=0).to(tl.float32)
+        value = code.to(tl.float32) * step + tl.load(affine_at + 2 * WHICH, mask=row_in, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _linear(
     x_at,
     weight_at,
@@ -36,7 +51,7 @@ def _linear(
     length,
     groups,
     PLANES: tl.constexpr,
-    EIGHT: tl.constexpr,
+    PARAM_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     DOT: tl.constexpr,
@@ -63,23 +78,13 @@ def _linear(
         byte = weight_at + (wide[:, None] * PLANES) * stride + (column // 8)[None, :]
         shift = (column % 8)[None, :]
         sign = ((tl.load(byte, mask=inside, other=0).to(tl.int32) >> shift) & 1) * 2 - 1
-        alpha = tl.load(params_at + at, mask=group_in, other=0).to(tl.float32)
-        mu = tl.load(params_at + at + 1, mask=group_in, other=0).to(tl.float32)
-        if EIGHT:
-            affine = scale_at + wide[:, None] * COUNT * 2
-            one = row_in[:, None]
-            low = tl.load(affine, mask=one, other=0).to(tl.float32)
-            alpha = alpha * tl.load(affine + 1, mask=one, other=0).to(tl.float32) + low
-            low = tl.load(affine + 2, mask=one, other=0).to(tl.float32)
-            mu = mu * tl.load(affine + 3, mask=one, other=0).to(tl.float32) + low
+        affine = scale_at + wide[:, None] * COUNT * 2
+        one = row_in[:, None]
+        alpha = _param(params_at, affine, at, one, group_in, 0, PARAM_BITS)
+        mu = _param(params_at, affine, at, one, group_in, 1, PARAM_BITS)
         if PLANES == 2:
-            inner = tl.load(params_at + at + 2, mask=group_in, other=0).to(tl.float32)
-            middle = tl.load(params_at + at + 3, mask=group_in, other=0).to(tl.float32)
-            if EIGHT:
-                low = tl.load(affine + 4, mask=one, other=0).to(tl.float32)
-                inner = inner * tl.load(affine + 5, mask=one, other=0).to(tl.float32) + low
-                low = tl.load(affine + 6, mask=one, other=0).to(tl.float32)
-                middle = middle * tl.load(affine + 7, mask=one, other=0).to(tl.float32) + low
+            inner = _param(params_at, affine, at, one, group_in, 2, PARAM_BITS)
+            middle = _param(params_at, affine, at, one, group_in, 3, PARAM_BITS)
             bitmap = (tl.load(byte + stride, mask=inside, other=0).to(tl.int32) >> shift) & 1
             alpha = tl.where(bitmap == 1, alpha, inner)
             mu = tl.where(bitmap == 1, mu, middle)
@@ -162,8 +167,8 @@ def packed_linear(
 ) -> Tensor:
     """y (..., rows) = x W^T + bias in x's dtype.
 
-    ``weight`` uint8 (rows, planes, ceil(columns / 8)), ``params`` float16 (rows, groups, 2 planes) or uint8 with
-    ``scale`` float16 (rows, 2 planes, 2), groups of ``length`` columns, as in ``lbllm.packing``.
+    ``weight`` uint8 (rows, planes, ceil(columns / 8)), ``params`` float16 (rows, groups, 2 planes), or uint8, perhaps
+    two a byte, with ``scale`` float16 (rows, 2 planes, 2), groups of ``length`` columns, as in ``lbllm.packing``.
     """
     rows, planes, _ = weight.shape
     flat = x.reshape(-1, columns).contiguous()
@@ -187,7 +192,7 @@ def packed_linear(
             length,
             params.shape[1],
             PLANES=planes,
-            EIGHT=scale is not None,
+            PARAM_BITS=16 if scale is None else 8 if params.shape[2] == 2 * planes else 4,
             ALIGNED=length % step == 0 or length >= columns,
             BIAS=bias is not None,
             DOT=dot,

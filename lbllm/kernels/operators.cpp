@@ -19,15 +19,19 @@ using at::Tensor;
 
 Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale, int64_t columns,
                    int64_t length) {
-  const int count = static_cast<int>(params.size(2));
+  TORCH_CHECK(params.dim() == 3 && (!scale || scale->dim() == 3),
+              "packed_linear: params must be (rows, groups, codes), a scale (rows, levels, 2)");
+  const int count = static_cast<int>(scale ? scale->size(1) : params.size(2));
+  const int bits = !scale ? 16 : params.size(2) == count ? 8 : 4;
   const Shape shape(columns, length, count / 2);
   TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
                   words.size(1) == shape.words && words.size(2) == LANES,
               "packed_linear: words must be the contiguous int32 tensor that pack_words makes of these sizes");
   TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) && params.size(1) == shape.groups &&
-                  (count == 2 || count == 4) &&
+                  (count == 2 || count == 4) && params.size(2) == (bits == 4 ? count / 2 : count) &&
                   params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4), float16, or uint8 with a scale");
+              "packed_linear: params must be contiguous (rows, groups, 2 or 4) float16, or with a scale uint8, two codes "
+              "of 4 bits a byte");
   const uint16_t* affine = nullptr;
   if (scale) {
     TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
@@ -36,7 +40,7 @@ Weights weights_of(const Tensor& words, const Tensor& params, const std::optiona
     affine = static_cast<const uint16_t*>(scale->const_data_ptr());
   }
   return {shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-          {params.const_data_ptr(), affine, shape.groups, count}};
+          {params.const_data_ptr(), affine, shape.groups, count, bits}};
 }
 
 // y (..., rows) = x (..., columns) W^T + bias, in x's dtype; summed in float32.

@@ -144,12 +144,16 @@ INLINE float total(const Floats& sum) {
 }
 #endif
 
-// The group parameters of a layer: float16, or 8-bit codes with a float16 minimum and step of each row and parameter.
+// The group parameters of a layer: float16, or codes of 8 or 4 bits with a float16 minimum and step of each row and
+// parameter; two codes of 4 bits share a byte, the first has its lower half.
 struct Params {
   const void* values;
   const uint16_t* scale;  // null for float16 parameters
   int64_t groups;
   int count;  // 2 or 4 a group: alpha_0, mu_0[, alpha_1, mu_1]
+  int bits;   // 4, 8 or 16
+
+  int64_t row_bytes() const { return groups * count * bits / 8; }
 };
 
 constexpr int64_t AHEAD = 8;  // groups whose levels are made at once
@@ -159,9 +163,9 @@ class RowParams {
  public:
   RowParams() = default;
   RowParams(const Params& params, int64_t row)
-      : halves_(params.scale ? nullptr : static_cast<const uint16_t*>(params.values) + row * params.groups * params.count),
-        bytes_(params.scale ? static_cast<const uint8_t*>(params.values) + row * params.groups * params.count : nullptr),
-        count_(params.count) {
+      : values_(static_cast<const uint8_t*>(params.values) + row * params.row_bytes()),
+        count_(params.count),
+        bits_(params.bits) {
     for (int k = 0; params.scale && k < count_; ++k) {
       low_[k] = half_to_float(params.scale[(row * count_ + k) * 2]);
       step_[k] = half_to_float(params.scale[(row * count_ + k) * 2 + 1]);
@@ -178,10 +182,17 @@ class RowParams {
         const auto asked = static_cast<__mmask16>((1u << std::min<int64_t>(16, (many - done) * 4)) - 1);
         const int64_t first = (group + done) * 4;
         __m512 p;
-        if (halves_) {
-          p = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(asked, halves_ + first));
+        if (bits_ == 16) {
+          p = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(asked, values_ + first * 2));
         } else {
-          const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(asked, bytes_ + first)));
+          __m128i bytes;
+          if (bits_ == 8) {
+            bytes = _mm_maskz_loadu_epi8(asked, values_ + first);
+          } else {
+            const auto pairs = static_cast<__mmask16>((1u << std::min<int64_t>(8, (many - done) * 2)) - 1);
+            bytes = apart(_mm_maskz_loadu_epi8(pairs, values_ + first / 2));
+          }
+          const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
           p = _mm512_add_ps(_mm512_mul_ps(codes, spread(step_)), spread(low_));
         }
         const __m512 mu = _mm512_shuffle_ps(p, p, _MM_SHUFFLE(1, 1, 3, 3));
@@ -194,12 +205,18 @@ class RowParams {
       for (; done + 2 <= many; done += 2) {
         const int64_t first = (group + done) * 4;
         __m256 p;
-        if (halves_) {
-          p = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves_ + first)));
+        if (bits_ == 16) {
+          p = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values_ + first * 2)));
         } else {
-          int64_t eight;
-          std::memcpy(&eight, bytes_ + first, sizeof eight);
-          const __m256 codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight)));
+          __m128i bytes;
+          if (bits_ == 8) {
+            bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values_ + first));
+          } else {
+            int32_t pairs;
+            std::memcpy(&pairs, values_ + first / 2, sizeof pairs);
+            bytes = apart(_mm_cvtsi32_si128(pairs));
+          }
+          const __m256 codes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
           p = _mm256_add_ps(_mm256_mul_ps(codes, spread(step_)), spread(low_));
         }
         const __m256 mu = _mm256_shuffle_ps(p, p, _MM_SHUFFLE(1, 1, 3, 3));
@@ -214,9 +231,17 @@ class RowParams {
  private:
   INLINE void levels_to(int64_t group, float out[4]) const {
     float p[4];
-    for (int k = 0; k < count_; ++k)
-      p[k] = halves_ ? half_to_float(halves_[group * count_ + k])
-                     : static_cast<float>(bytes_[group * count_ + k]) * step_[k] + low_[k];
+    for (int k = 0; k < count_; ++k) {
+      const int64_t at = group * count_ + k;
+      if (bits_ == 16) {
+        uint16_t half;
+        std::memcpy(&half, values_ + at * 2, sizeof half);
+        p[k] = half_to_float(half);
+      } else {
+        const int code = bits_ == 8 ? values_[at] : values_[at / 2] >> at % 2 * 4 & 15;
+        p[k] = static_cast<float>(code) * step_[k] + low_[k];
+      }
+    }
     const int inner = count_ == 4 ? 2 : 0;  // G = 0 is the second pair
     out[0] = p[inner + 1] - p[inner];
     out[1] = p[inner + 1] + p[inner];
@@ -224,9 +249,16 @@ class RowParams {
     out[3] = p[1] + p[0];
   }
 
-  const uint16_t* halves_ = nullptr;
-  const uint8_t* bytes_ = nullptr;
-  int count_ = 4;
+#if defined(__AVX2__)
+  // The 4-bit codes in the lower 8 bytes, one a byte.
+  static INLINE __m128i apart(__m128i pairs) {
+    const __m128i wide = _mm_cvtepu8_epi16(pairs);
+    return _mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi8(15));
+  }
+#endif
+
+  const uint8_t* values_ = nullptr;
+  int count_ = 4, bits_ = 16;
   float low_[4] = {}, step_[4] = {};
 };
 
@@ -286,7 +318,7 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
     params[r] = RowParams(w.params, row + r);
     each<M>([&](auto m) { sum[r][m] = zero(); });
   });
-  const int64_t bytes = w.params.groups * w.params.count * (w.params.scale ? 1 : 2);
+  const int64_t bytes = w.params.row_bytes();
   fetch(static_cast<const char*>(w.params.values) + (row + 2 * R) * bytes, R * bytes);
   int64_t left = 0;  // steps left in the present words
   for (int64_t group = 0; group < shape.groups; ++group) {

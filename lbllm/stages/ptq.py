@@ -23,6 +23,7 @@ from lbllm.binarize import (
     from_groups,
     group_length,
     levels_to_params,
+    params_to_levels,
     spans,
     take_levels,
     to_groups,
@@ -31,22 +32,29 @@ from lbllm.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weig
 from lbllm.config import LayerFormat, PtqConfig
 from lbllm.errors import LbllmError
 from lbllm.layers import BinaryLinear
+from lbllm.packing import Grid, fit_grid
 
 
 @dataclass
 class Binarized:
     """A layer after stage 1. ``latent`` (out, in): the compensated weights, whose nearest levels are the result;
     ``levels`` (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each
-    row."""
+    row; ``grid``: what 4-bit group parameters can be."""
 
     latent: Tensor
     levels: Tensor
     error: Tensor
     energy: Tensor
+    grid: Grid | None = None
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All fields, each with the rows of the layer first."""
-        return self.latent, self.levels, self.error, self.energy
+    def split(self, rows: list[int]) -> list[Binarized]:
+        """The results of the layers whose rows follow each other in this one."""
+        tensors = (self.latent, self.levels, self.error, self.energy)
+        layers = [Binarized(*parts) for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+        if self.grid is not None:
+            for layer, scale in zip(layers, self.grid.scale.split(rows), strict=True):
+                layer.grid = Grid(scale, self.grid.ranges)
+        return layers
 
     def check(self, name: str) -> None:
         """Raise LbllmError naming the layer where the result is not finite."""
@@ -97,11 +105,14 @@ def binarize_layer(
     # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
     target = weight.t().contiguous()
     latent, value = target.clone(), torch.empty_like(target)
+    grid = _first_grid(weight, fmt, importance, config.em_steps) if fmt.param_bits == 4 else None
     with one_thread():
-        levels = [_compensate(latent, value, span, factor, importance[span], count, config.em_steps) for span in groups]
+        levels = [
+            _compensate(latent, value, span, factor, importance[span], count, config.em_steps, grid) for span in groups
+        ]
         for _ in range(config.sweeps):
             for number, span in enumerate(groups):
-                levels[number] = _descend(target, latent, value, levels[number], span, hessian)
+                levels[number] = _descend(target, latent, value, levels[number], span, hessian, grid)
 
     residual = target - value
     return Binarized(
@@ -109,7 +120,22 @@ def binarize_layer(
         levels=torch.stack(levels, 1),
         error=(hessian @ residual).mul_(residual).sum(0),
         energy=(hessian @ target).mul_(target).sum(0),
+        grid=grid,
     )
+
+
+def _first_grid(weight: Tensor, fmt: LayerFormat, importance: Tensor, em_steps: int) -> Grid:
+    """The grid for the levels that the weight (out, in) has before any compensation."""
+    length = group_length(fmt.group_size, weight.shape[1])
+    counted = to_groups(importance[None], length)
+    return fit_grid(levels_to_params(fit_levels(to_groups(weight, length), counted, LEVELS[fmt.format], em_steps)))
+
+
+def on_grid(levels: Tensor, grid: Grid | None) -> Tensor:
+    """Ascending levels (out, K) of one group as parameters of 4 bits can give them."""
+    if grid is None:
+        return levels
+    return params_to_levels(grid.round(levels_to_params(levels)[:, None]))[:, 0].sort(-1).values
 
 
 @contextmanager
@@ -139,10 +165,17 @@ class _Columns:
 
 
 def _compensate(
-    latent: Tensor, value: Tensor, span: slice, factor: Tensor, importance: Tensor, count: int, em_steps: int
+    latent: Tensor,
+    value: Tensor,
+    span: slice,
+    factor: Tensor,
+    importance: Tensor,
+    count: int,
+    em_steps: int,
+    grid: Grid | None,
 ) -> Tensor:
     """Fit the levels of a group and assign its columns with ``assign_columns``. Returns levels (out, K)."""
-    levels = fit_levels(latent[span].t().contiguous(), importance, count, em_steps)
+    levels = on_grid(fit_levels(latent[span].t().contiguous(), importance, count, em_steps), grid)
     assign_columns(latent, value, span, factor, levels)
     return levels
 
@@ -163,7 +196,9 @@ def assign_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, l
     latent[span.stop :].addmm_(factor[span, span.stop :].t(), errors, alpha=-1)
 
 
-def _descend(target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor) -> Tensor:
+def _descend(
+    target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor, grid: Grid | None
+) -> Tensor:
     """Refit the levels (out, K) of one group by least squares, then move each of its columns to its conditional
     optimum."""
     local, count = hessian[span, span], levels.shape[-1]
@@ -179,7 +214,7 @@ def _descend(target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
     fitted = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels)
     present = take_levels(fitted, index).t()
-    fitted = fitted.sort(-1).values
+    fitted = on_grid(fitted.sort(-1).values, grid)
 
     gradient = pull - local @ present
     columns = _Columns(fitted)
@@ -197,7 +232,7 @@ def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLi
     in_features = result.latent.shape[1]
     groups = to_groups(result.latent, group_length(fmt.group_size, in_features))
     index = from_groups(assign(groups, result.levels), in_features).contiguous()
-    return BinaryLinear(source, fmt, levels_to_params(result.levels), index)
+    return BinaryLinear(source, fmt, levels_to_params(result.levels), index, result.grid)
 
 
 def ptq_block(
@@ -261,8 +296,7 @@ def binarize_together(
         result = binarize_layer(weight, hessian, fmt, config, factors)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise _degenerate(", ".join(names)) from None
-    parts = zip(*(tensor.split([len(w) for w in weights]) for tensor in result.tensors()), strict=True)
-    layers = {name: Binarized(*part) for name, part in zip(names, parts, strict=True)}
+    layers = dict(zip(names, result.split([len(w) for w in weights]), strict=True))
     for name, layer in layers.items():
         layer.check(name)
     return layers
