@@ -69,7 +69,8 @@ ALL_WINDOWS = 128  # of a text without an end of its own
 @dataclass(frozen=True)
 class Options:
     """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text, ``act_bits``:
-    of the layers' inputs, for each time that a model without bits of its own is evaluated."""
+    of the layers' inputs, for each time that a model without bits of its own is evaluated; ``param_bits``: of our own
+    stages' group parameters."""
 
     teacher: str
     corpus: str
@@ -80,6 +81,7 @@ class Options:
     window: int
     limit: int | None
     act_bits: tuple[int, ...]
+    param_bits: int
     tasks: tuple[str, ...]
     task_limit: int | None
     outside: str | None
@@ -161,6 +163,8 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
         model = teacher.model
     elif row.kind == "own":
         label = f"Stages 1 to {row.name[-1]}" if row.name != "stage1" else "Stage 1"
+        if options.param_bits < 16:
+            label += f", {options.param_bits}-bit parameters"
         model, bpw, act_bits = own_stages(row, options, teacher, corpus)
     else:
         label = OUTSIDE[row.name]
@@ -180,7 +184,8 @@ def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> 
     changes["stages"] = stages
     for stage in stages:
         changes[stage] = {"tokens": options.tokens}
-    changes |= {"quant": {"group_size": row.group_size, "act_bits": act_bits, "kv_bits": act_bits}}
+    bits = {"param_bits": options.param_bits, "act_bits": act_bits, "kv_bits": act_bits}
+    changes |= {"quant": {"group_size": row.group_size} | bits}
     config = make_config("quick", changes)
     with tempfile.TemporaryDirectory() as folder:
         events = run(config, Path(folder), request=lambda: None, teacher=teacher, corpus=corpus)
@@ -291,6 +296,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, help="windows of each text; all by default")
     parser.add_argument("--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: left alone")
+    parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
@@ -300,7 +306,7 @@ def main() -> None:
     try:
         options = Options(
             **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-            **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+            **{name: getattr(given, name) for name in ("window", "limit", "param_bits", "task_limit", "outside")},
             act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
             texts=tuple(given.texts.split(",")),
             tasks=tuple(task_names(given.tasks)) if given.tasks else (),

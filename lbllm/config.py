@@ -260,6 +260,8 @@ class RunConfig(_Section):
         return max(getattr(self, stage).tokens for stage in self.stages)
 
 
+# As many bits as groups of 64 with float16 parameters, and about half their error.
+_FINE = {"group_size": 16, "param_bits": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "preview": {
         "seq_len": 256,
@@ -268,9 +270,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aar": {"tokens": 2_048, "search_tokens": 1_024},
     },
     # The last minutes do more in stage 4 than in a second pass of stage 3.
-    "quick": {"stages": STAGES, "aar": {"epochs": 1}, "e2e": {"tokens": 8_192}},
+    "quick": {"stages": STAGES, "quant": _FINE, "aar": {"epochs": 1}, "e2e": {"tokens": 8_192}},
     "standard": {
         "stages": STAGES,
+        "quant": _FINE,
         "seq_len": 1_024,
         "ptq": {"tokens": 65_536},
         "wat": {"tokens": 262_144, "epochs": 2, "batch_tokens": 2_048},

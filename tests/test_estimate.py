@@ -24,7 +24,7 @@ def _config(model: Path | str, stages: tuple[str, ...] = ("ptq", "wat", "aar"), 
     small = {"tokens": 64, "batch_tokens": 32}
     changes: dict[str, Any] = {"model": str(model), "seq_len": 16, "stages": stages, "device": "cpu"}
     changes |= {"ptq": {"tokens": 64}, "wat": small, "aar": small | {"search_tokens": 16}}
-    return make_config("quick", changes | {"quant": {"group_size": 32} | quant})
+    return make_config("quick", changes | {"quant": {"group_size": 32, "param_bits": 16} | quant})
 
 
 def _estimate(architecture: str, folder: Path, **quant: Any) -> Estimate:
@@ -46,7 +46,7 @@ def test_counts_are_those_of_the_model(architecture: str, tmp_path: Path) -> Non
 
 
 def _embedded(**quant: Any) -> Estimate:
-    return estimate(make_config("quick", {"quant": quant, "device": "cpu"}))
+    return estimate(make_config("quick", {"quant": {"param_bits": 16} | quant, "device": "cpu"}))
 
 
 @pytest.mark.parametrize(

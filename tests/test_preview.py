@@ -10,7 +10,7 @@ from lbllm.preview import FORMATS, BlockSample, Point, Trained, choices, initial
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    return make_config("quick")
+    return make_config("quick", {"quant": {"group_size": 64, "param_bits": 16}})
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,8 @@ def test_known_choices_are_left_out(config: RunConfig, sample: BlockSample, poin
 
 
 def test_overrides_hold_and_a_dense_block_is_refused(config: RunConfig, sample: BlockSample) -> None:
-    partly = make_config("quick", {"quant": {"overrides": {"*.down_proj": {"group_size": 32}}}})
+    overrides = {"*.down_proj": {"group_size": 32}}
+    partly = make_config("quick", {"quant": {"group_size": 64, "param_bits": 16, "overrides": overrides}})
     assert 3 < initialize(sample, partly, "w1+1", 64).point.bpw < 4
     dense = make_config("quick", {"quant": {"skip": [f"{sample.path}.*"]}})
     with pytest.raises(ConfigError, match=r"model\.layers\.12 stays dense"):

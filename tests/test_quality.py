@@ -37,6 +37,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         window=32,
         limit=4,
         act_bits=(16, 4),
+        param_bits=16,
         tasks=(),
         task_limit=None,
         outside=None,
@@ -69,6 +70,9 @@ def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> No
 def test_own_stages_and_the_teacher_stand_beside(options: Options) -> None:
     first, last, teacher = row("own", "stage1", options), row("own", "stage3", options), row("teacher", "", options)
     assert 6 < first["bpw"] == last["bpw"] < 7  # four 16-bit numbers for each 16 weights
+    small = measure(Row("own", "stage1", 16), replace(options, param_bits=4), lambda text: None)
+    assert small["label"] == "Stage 1, 4-bit parameters, group 16"
+    assert small["bpw"] < first["bpw"] - 2
     assert list(first["figures"]) == [options.texts[0]]
     assert list(last["figures"]) == [f"{options.texts[0]}, A4"]
     assert len(teacher["figures"]) == 2

@@ -29,7 +29,8 @@ from torch.utils import cpp_extension
 from lbllm.errors import LbllmError
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("operators.cpp", "packed.h", "lookup.h", "attention.h", "team.h")
+    Path(__file__).with_name(name)
+    for name in ("operators.cpp", "packed.h", "lookup.h", "attention.h", "team.h", "divergence.h")
 )
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {

@@ -1,6 +1,7 @@
 // The operators of torch.ops.lbllm on the CPU.
 
 #include "attention.h"
+#include "divergence.h"
 #include "lookup.h"
 #include "packed.h"
 #include "team.h"
@@ -344,6 +345,26 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
   return y.reshape(sizes);
 }
 
+// KL(p_T || p_S), mean over the tokens, of the softmaxes of logits (tokens, vocabulary) in float32 or bfloat16, and its
+// gradient to the student's.
+std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teacher) {
+  TORCH_CHECK(student.dim() == 2 && student.sizes() == teacher.sizes() && student.numel() > 0 &&
+                  student.is_contiguous() && teacher.is_contiguous() &&
+                  student.scalar_type() == teacher.scalar_type() &&
+                  (student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16),
+              "forward_kl: two contiguous tensors (tokens, vocabulary) of float32 or bfloat16 are needed");
+  const int64_t tokens = student.size(0), count = student.size(1);
+  Tensor grad = at::empty_like(student), losses = at::empty({tokens}, student.options().dtype(at::kFloat));
+  float* to = losses.data_ptr<float>();
+  if (student.scalar_type() == at::kFloat)
+    forward_kl_rows(student.const_data_ptr<float>(), teacher.const_data_ptr<float>(), grad.data_ptr<float>(), to,
+                    tokens, count);
+  else
+    forward_kl_rows(student.const_data_ptr<at::BFloat16>(), teacher.const_data_ptr<at::BFloat16>(),
+                    grad.data_ptr<at::BFloat16>(), to, tokens, count);
+  return {losses.mean(), grad};
+}
+
 constexpr int LAYERS = 7;           // q, k, v, o, gate, up, down
 constexpr int64_t PIECE = 1 << 16;  // weights that a thread takes at a time, some 10 microseconds
 
@@ -603,6 +624,7 @@ TORCH_LIBRARY(lbllm, m) {
   m.def(
       "quantize_activations_backward(Tensor grad, Tensor x, float knee, float clip_low, float clip_high, int bits, "
       "int tail, float temperature) -> (Tensor, Tensor)");
+  m.def("forward_kl(Tensor student, Tensor teacher) -> (Tensor, Tensor)");
   m.def("nearest_level(Tensor groups, Tensor levels) -> Tensor");
   m.def("nearest_level_backward(Tensor grad, Tensor groups, Tensor levels) -> Tensor");
 }
@@ -616,6 +638,7 @@ TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("decode", decode);
   m.impl("quantize_activations", quantize_activations);
   m.impl("quantize_activations_backward", quantize_activations_backward);
+  m.impl("forward_kl", forward_kl);
   m.impl("nearest_level", nearest_level);
   m.impl("nearest_level_backward", nearest_level_backward);
 }

@@ -144,6 +144,15 @@ INLINE float total(const Floats& sum) {
 }
 #endif
 
+// e^x for x <= 0, 0 where it is too small to matter. By hand, since a call would keep a loop from being vectorized.
+INLINE float exponential(float x) {
+  const float bounded = std::max(x, -80.0f), n = std::nearbyint(bounded * 1.44269504f);
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float power = ((((1.98756915e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+                       1.6666665459e-1f) * r + 0.5f;
+  return (power * r * r + r + 1) * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+
 // The group parameters of a layer: float16, or codes of 8 or 4 bits with a float16 minimum and step of each row and
 // parameter; two codes of 4 bits share a byte, the first has its lower half.
 struct Params {
@@ -567,13 +576,9 @@ struct Quantizer {
   }
 
  private:
-  // m (1 - m) for m = sigmoid(t). The exponential by hand, since a call would keep the loop from being vectorized.
+  // m (1 - m) for m = sigmoid(t).
   static INLINE float bell(float t) {
-    const float x = std::max(-std::abs(t), -80.0f), n = std::nearbyint(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const float power = ((((1.98756915e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-                         1.6666665459e-1f) * r + 0.5f;
-    const float e = (power * r * r + r + 1) * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+    const float e = exponential(-std::abs(t));
     return e / ((1 + e) * (1 + e));
   }
 };

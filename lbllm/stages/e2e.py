@@ -27,6 +27,7 @@ from lbllm.blocks import share_copy
 from lbllm.config import E2eConfig
 from lbllm.layers import BinaryLinear
 from lbllm.losses import LOSSES, feature_error
+from lbllm.stages.attention import attend_by_products
 from lbllm.stages.wat import Step, batch_order, cosine, quantizers_of
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
@@ -56,6 +57,9 @@ class EndToEnd:
             self.dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else None
         if self.dtype is not None:
             _cast_linear((self.student, self.teacher), self.dtype)
+            if place == "cpu":
+                for model in (self.student, self.teacher):
+                    attend_by_products(model)
         self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
         self.step = 0
         self.quantizers = quantizers_of(layers)
@@ -151,8 +155,7 @@ class EndToEnd:
             with torch.no_grad():
                 meant = self.teacher(input_ids=read, use_cache=False, output_hidden_states=features)
             given = self.student(input_ids=read, use_cache=False, output_hidden_states=features)
-        logits, target = given.logits[0].float(), meant.logits[0].float()
-        loss = LOSSES[self.config.loss](logits, target, sequence[0, 1:])
+        loss = LOSSES[self.config.loss](given.logits[0], meant.logits[0], sequence[0, 1:])
         if features:  # the first hidden states are the embeddings
             loss = loss + self.config.feature_weight * feature_error(given.hidden_states[1:], meant.hidden_states[1:])
         return loss

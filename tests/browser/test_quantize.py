@@ -21,7 +21,7 @@ def figure(page: Page, label: str) -> Locator:
 
 def test_configure_preview_start(server: Server, page: Page) -> None:
     page.goto(server.url("quantize"))
-    expect(figure(page, "Bits a weight")).to_have_text("3.00", timeout=60_000)
+    expect(figure(page, "Bits a weight")).to_have_text("3.02", timeout=60_000)
 
     # Every change shows at once, and the page is as wide as the window.
     choose(page, "Preset", "Preview")
@@ -67,7 +67,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     page.get_by_role("link", name="Runs").click()
     expect(figure(page, "Bits a weight")).to_have_count(0)
     page.get_by_role("link", name="Quantize").click()
-    expect(figure(page, "Bits a weight")).not_to_have_text("3.00")
+    expect(figure(page, "Bits a weight")).not_to_have_text("3.02")
     page.get_by_text("As a command, as a file").click()
     expect(page.get_by_test_id("stCode").first).to_contain_text("down_proj")
 
