@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,6 +74,30 @@ def test_the_gradient_is_that_of_finite_differences(kind: LogitLoss) -> None:
     teacher, tokens = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 5, 2])
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda logits: LOSSES[kind](logits, teacher, tokens), student)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(st.integers(1, 5), st.integers(2, 300), st.sampled_from([0.1, 3.0, 30.0]), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=30)
+def test_logits_of_any_precision_are_taken_as_the_numbers_that_they_are(
+    dtype: torch.dtype, kind: LogitLoss, count: int, size: int, scale: float, seed: int
+) -> None:
+    """On a CPU forward KL has an operator of its own; its gradient is held against float64's, too."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = ((scale * torch.randn(count, size, generator=generator)).to(dtype) for _ in range(2))
+    tokens = torch.randint(0, size, (count,), generator=generator)
+    found, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss, wanted = LOSSES[kind](found, teacher, tokens), LOSSES[kind](exact, teacher.double(), tokens)
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4, abs=1e-5 * scale)
+    loss.backward()
+    wanted.backward()
+    assert found.grad is not None
+    assert exact.grad is not None
+    assert found.grad.dtype == dtype
+    error = (found.grad.double() - exact.grad).norm()
+    assert float(error) <= (0.01 if dtype == torch.bfloat16 else 1e-4) * float(exact.grad.norm()) + 1e-5 * scale
 
 
 def relative_error(given: np.ndarray, meant: np.ndarray) -> float:

@@ -112,6 +112,8 @@ def test_a_local_model_under_the_root(app: AppTest, tmp_path: Path) -> None:
     assert "model's context of 256" in said(app.error)
     assert start_is_disabled(app)
     widget(app, "seq_len").set_value(64).run()
+    assert not app.error
+    widget(app, "quant.group_size").set_value(64).run()
     assert "group_size 64 is longer than a row" in said(app.error)
     assert start_is_disabled(app)
     widget(app, "quant.group_size").set_value(32).run()
