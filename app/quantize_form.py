@@ -81,7 +81,7 @@ GROUP_SIZE = Setting(
     "quant.group_size",
     "Group size",
     "So many neighbouring weights of a row share one set of levels. Small groups fit better and cost more parameters.",
-    (16, 32, 64, 128, 256, WHOLE_ROW),
+    (16, 32, 64, 128, WHOLE_ROW),
     size_label,
 )
 PARAM_BITS = Setting(

@@ -45,19 +45,19 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     chart = page.get_by_test_id("stPlotlyChart")
     expect(chart).to_be_visible(timeout=300_000)
     expect(chart.get_by_text("you are here")).to_be_visible()
-    choose(page, "Group size", "256")
-    expect(figure(page, "Bits a weight")).to_have_text("2.31")
+    choose(page, "Group size", "128")
+    expect(figure(page, "Bits a weight")).to_have_text("2.54")
     expect(chart).to_have_count(1)  # the old one leaves the page after the new one has come
     expect(chart.get_by_text("you are here")).to_be_visible()
     expect(page.get_by_text("press Preview again")).to_have_count(0)
 
     # What is downloaded is what is set, and a settings file is taken in.
     page.get_by_text("As a command, as a file").click()
-    expect(page.get_by_test_id("stCode").first).to_contain_text("--group-size 256")
+    expect(page.get_by_test_id("stCode").first).to_contain_text("--group-size 128")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as file").click()
     document = json.loads(download.value.path().read_text())
-    assert document["quant"]["group_size"] == 256
+    assert document["quant"]["group_size"] == 128
     document["quant"]["overrides"] = {"*.down_proj": {"group_size": 32}}
     changed = {"name": "mine.json", "mimeType": "application/json", "buffer": json.dumps(document).encode()}
     page.get_by_test_id("stFileUploader").locator("input").set_input_files(changed)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     page.wait_for_url("**/runs?run=*")
     (run,) = [run for run in server.store.all() if run.name == "from a browser"]
     assert run.id in page.url
-    assert run.config.quant.group_size == 256
+    assert run.config.quant.group_size == 128
     assert run.config.quant.overrides["*.down_proj"].group_size == 32
     assert run.config.stages == ("ptq",)
     wait_until(lambda: server.store.get(run.id).state == "running")
