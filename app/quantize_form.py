@@ -97,9 +97,18 @@ ACT_BITS = Setting(
     "What flows between the layers. Stage 3 learns where to clip it.",
     (16, 8, 4),
 )
+ACT_GROUP_SIZE = Setting(
+    "quant.act_group_size",
+    "Inputs a range",
+    "So many of a token's inputs to a layer share one range of 4-bit or 8-bit steps. With one for the whole row, as in "
+    "the paper, a single outlier makes the steps of all others coarse.",
+    (32, 64, WHOLE_ROW),
+    size_label,
+)
 KV_BITS = Setting(
     "quant.kv_bits", "KV cache, bits", "The memory of a conversation, keys and values of every token.", (16, 8, 4)
 )
+ACTIVATIONS = (ACT_BITS, ACT_GROUP_SIZE, KV_BITS)
 STAGE_SETTING = Setting(
     "stages",
     "Stages",
@@ -165,7 +174,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
     ),
 }
 SETTINGS = (
-    *(FORMAT, GROUP_SIZE, PARAM_BITS, ACT_BITS, KV_BITS, STAGE_SETTING, TOKENS),
+    *(FORMAT, GROUP_SIZE, PARAM_BITS, *ACTIVATIONS, STAGE_SETTING, TOKENS),
     *(setting for group in ADVANCED.values() for setting in group),
 )
 CORPUS_KEY, SKIP_KEY, EDITOR_KEY, MODEL_KEY = (f"quantize {name}" for name in ("corpus", "skip", "editor", "model"))
@@ -328,7 +337,7 @@ def brought(setting: Setting) -> bool:
     if setting in (GROUP_SIZE, PARAM_BITS):
         return False
     lowers = st.session_state[STAGE_SETTING.key] == TO_ACTIVATIONS
-    if lowers and (setting in (ACT_BITS, KV_BITS) or setting.path.startswith("aar.")):
+    if lowers and (setting in ACTIVATIONS or setting.path.startswith("aar.")):
         return False
     return setting.path.partition(".")[0] in ("quant", "ptq", "wat", "aar")
 

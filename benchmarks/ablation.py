@@ -62,6 +62,10 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "levels not trained": {"lr_levels": 0.0},
     "knee and clips not trained": {"lr_act": 0.0},
     "KV cache in 16 bits": {"kv_bits": 16},
+    "ranges of 64 inputs": {"act_group_size": 64},
+    "ranges of 32 inputs": {"act_group_size": 32},
+    "ranges of 64 inputs, searched knee, not trained": {"act_group_size": 64, "epochs": 0},
+    "ranges of 64 inputs, no tails": {"act_group_size": 64, "tail": 0},
 }
 ATTENTION, GATES, DOWN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"), ("down_proj",)
 # In the embedded model all of these have as many group parameters as groups of 64 everywhere.
@@ -175,7 +179,7 @@ class Ablation:
     def aar(self) -> Iterator[Variant]:
         """Settings of stage 3."""
         for name, values in AAR_VARIANTS.items():
-            how = {key: value for key, value in values.items() if key in ("tail", "kv_bits")}
+            how = {key: value for key, value in values.items() if key in ("tail", "kv_bits", "act_group_size")}
             config = AarConfig(**{key: value for key, value in values.items() if key not in how})
             yield "3", name, self.block.refine(self.second, config, **how)
 

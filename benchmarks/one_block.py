@@ -37,7 +37,7 @@ from lbllm.blocks import (
     shared_inputs,
 )
 from lbllm.checkpoint import collect, restore
-from lbllm.config import AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
+from lbllm.config import WHOLE_ROW, AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
 from lbllm.layers import BinaryLinear
 from lbllm.models import Teacher
@@ -90,12 +90,13 @@ class OneBlock:
     def _format(self, kind: Format, group_size: int | None = None, param_bits: ParamBits = 16) -> LayerFormat:
         return LayerFormat(format=kind, group_size=group_size or self.group_size, param_bits=param_bits, act_bits=4)
 
-    def _copy(self, made: Made, tail: int = 3) -> nn.Module:
+    def _copy(self, made: Made, tail: int = 3, act_group_size: int = WHOLE_ROW) -> nn.Module:
         """A block of its own, to train."""
         layers = binary_layers(made.block)
-        return restore(
-            self.blocks[self.number], {name: layer.fmt for name, layer in layers.items()}, collect(layers), tail
-        )
+        formats = {
+            name: layer.fmt.model_copy(update={"act_group_size": act_group_size}) for name, layer in layers.items()
+        }
+        return restore(self.blocks[self.number], formats, collect(layers), tail)
 
     def initialize(
         self,
@@ -156,9 +157,17 @@ class OneBlock:
         diverged = _finish(steps)
         return _rounded(Made(block, {}, diverged=diverged))
 
-    def refine(self, made: Made, config: AarConfig, *, tail: int = 3, kv_bits: int = 4) -> Made:
+    def refine(
+        self,
+        made: Made,
+        config: AarConfig,
+        *,
+        tail: int = 3,
+        kv_bits: int = 4,
+        act_group_size: int = WHOLE_ROW,
+    ) -> Made:
         """Stage 3; with no epochs the search of knees alone."""
-        block = self._quantized(made, config, tail, kv_bits)
+        block = self._quantized(made, config, tail, kv_bits, act_group_size)
         steps = aar_block(
             block,
             self.calls[self.number],
@@ -195,9 +204,11 @@ class OneBlock:
             layer.freeze()
         return _rounded(Made(block, {}, kv_bits, diverged))
 
-    def _quantized(self, made: Made, config: AarConfig, tail: int, kv_bits: int) -> nn.Module:
+    def _quantized(
+        self, made: Made, config: AarConfig, tail: int, kv_bits: int, act_group_size: int = WHOLE_ROW
+    ) -> nn.Module:
         """A copy of the block with searched quantizers of the activations."""
-        block, call = self._copy(made, tail), self.calls[self.number]
+        block, call = self._copy(made, tail, act_group_size), self.calls[self.number]
         sharing = shared_inputs(self.blocks[self.number], self.seen[0][:1], call)
         add_quantizers(block, sharing, call, self.seen[0], config, tail=tail, kv_bits=kv_bits, batch=BATCH)
         return block

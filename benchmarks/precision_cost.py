@@ -86,8 +86,9 @@ class Precision:
         for act_bits, kv_bits in dict.fromkeys(bits):
             model = self.model(kv_bits, self.config.quant.param_bits)
             if act_bits != self.act:
+                size = self.config.quant.act_group_size
                 for layer in packed_layers(model).values():
-                    layer.quantizer = ActQuantizer(act_bits, tail=0) if act_bits < 16 else None
+                    layer.quantizer = ActQuantizer(act_bits, tail=0, group_size=size) if act_bits < 16 else None
             label = f"A{act_bits}KV{kv_bits}"
             value = self.measured(label, model)
             rows.append(Measured(label, value, rows[0].base if rows else value))

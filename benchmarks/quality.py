@@ -69,8 +69,8 @@ ALL_WINDOWS = 128  # of a text without an end of its own
 @dataclass(frozen=True)
 class Options:
     """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text, ``act_bits``:
-    of the layers' inputs, for each time that a model without bits of its own is evaluated; ``param_bits``: of our own
-    stages' group parameters."""
+    of the layers' inputs, for each time that a model without bits of its own is evaluated; ``act_group_size``: inputs
+    that share a range; ``param_bits``: of our own stages' group parameters."""
 
     teacher: str
     corpus: str
@@ -81,6 +81,7 @@ class Options:
     window: int
     limit: int | None
     act_bits: tuple[int, ...]
+    act_group_size: int
     param_bits: int
     tasks: tuple[str, ...]
     task_limit: int | None
@@ -119,7 +120,7 @@ def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[s
     for act_bits in (made.act_bits,) if own_bits else options.act_bits:
         suffix = "" if act_bits == 16 else f", A{act_bits}"
         if act_bits < made.act_bits:
-            quantize_inputs(made.model, act_bits)
+            quantize_inputs(made.model, act_bits, options.act_group_size)
         for text in options.texts:
             report(f"perplexity on {text}{suffix}")
             found = perplexity(made.model, windows(text, made.tokenizer, options))
@@ -185,6 +186,7 @@ def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> 
     for stage in stages:
         changes[stage] = {"tokens": options.tokens}
     bits = {"param_bits": options.param_bits, "act_bits": act_bits, "kv_bits": act_bits}
+    bits["act_group_size"] = options.act_group_size
     changes |= {"quant": {"group_size": row.group_size} | bits}
     config = make_config("quick", changes)
     with tempfile.TemporaryDirectory() as folder:
@@ -214,9 +216,10 @@ def outside(
     return model, told["bpw"], told["seconds"] / 60, told["memory"]
 
 
-def quantize_inputs(model: PreTrainedModel, bits: int) -> None:
-    """Let the blocks' linear layers see their inputs in so many bits: per token, asymmetric, even steps, no tails."""
-    quantizer = ActQuantizer(bits, tail=0)
+def quantize_inputs(model: PreTrainedModel, bits: int, group_size: int) -> None:
+    """Let the blocks' linear layers see their inputs in so many bits: with a range for each token, or for so many of
+    its features, asymmetric, even steps, no tails."""
+    quantizer = ActQuantizer(bits, tail=0, group_size=group_size)
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -296,6 +299,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, help="windows of each text; all by default")
     parser.add_argument("--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: left alone")
+    parser.add_argument("--act-group-size", type=int, default=-1, help="inputs that share a range; -1: all of a token")
     parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
@@ -306,7 +310,8 @@ def main() -> None:
     try:
         options = Options(
             **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-            **{name: getattr(given, name) for name in ("window", "limit", "param_bits", "task_limit", "outside")},
+            **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+            **{name: getattr(given, name) for name in ("act_group_size", "param_bits")},
             act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
             texts=tuple(given.texts.split(",")),
             tasks=tuple(task_names(given.tasks)) if given.tasks else (),

@@ -1,7 +1,8 @@
 """Activations in few bits: the piecewise 4-bit quantizer of stage 3, plain 8-bit, and the KV cache's quantizer.
 
-Everything is dynamic, with ranges taken from each token. The piecewise grid for one token x with knee rho and clips
-c-, c+:
+Everything is dynamic, with ranges taken from each token, or from each group of so many inputs of a token: outliers then
+cost no step but their neighbours'. (The paper has one range a token; ranges of groups are those of MX formats, Rouhani
+et al. 2023.) The piecewise grid for one token or group x with knee rho and clips c-, c+:
 
     m = c- min(x, 0),  M = c+ max(x, 0)                  the clipped range, zero inside
     n = 2^bits - 1 - 2 t steps in the body, t steps for each tail
@@ -32,6 +33,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm import kernels
 from lbllm.binarize import float_mask
+from lbllm.config import WHOLE_ROW
 
 KNEE_RANGE = (0.02, 1.0)
 CLIP_RANGE = (0.05, 1.0)
@@ -159,16 +161,30 @@ def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return float_mask(torch.ge, x, low).mul_(float_mask(torch.le, x, high))
 
 
+def to_ranges(x: Tensor, size: int) -> Tensor:
+    """x (..., features) as (..., n, size), one row for each group of ``size`` features that share a range, the last one
+    filled with zeros, which change no range; x itself where all features share one."""
+    features = x.shape[-1]
+    if size == WHOLE_ROW or size >= features:
+        return x
+    return nn.functional.pad(x, (0, -features % size)).unflatten(-1, (-1, size))
+
+
+def from_ranges(x: Tensor, features: int) -> Tensor:
+    """The inverse of ``to_ranges``."""
+    return x if x.shape[-1] == features else x.flatten(-2)[..., :features]
+
+
 class ActQuantizer(nn.Module):
-    """Dynamic per-token fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps a tail;
-    8: plain).
+    """Dynamic fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps a tail; 8: plain),
+    with a range for each token or, where ``group_size`` says so, for so many of its features.
 
     Holds ``knee``, ``clip_low``, ``clip_high`` in one parameter ``act`` (3,), float32.
     """
 
-    def __init__(self, bits: int, tail: int, temperature: float = 0.5) -> None:
+    def __init__(self, bits: int, tail: int, temperature: float = 0.5, *, group_size: int = WHOLE_ROW) -> None:
         super().__init__()
-        self.bits, self.temperature = bits, temperature
+        self.bits, self.temperature, self.group_size = bits, temperature, group_size
         self.tail = tail if bits == 4 else 0
         self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0], dtype=torch.float32))
         # Layers that share an input share its quantizer: the last result is theirs, too, as long as the graph holds it.
@@ -190,8 +206,13 @@ class ActQuantizer(nn.Module):
         """Knee, lower and upper clip (3,) within their ranges."""
         return torch.cat((self.act[:1].clamp(*KNEE_RANGE), self.act[1:].clamp(*CLIP_RANGE)))
 
+    def deployed(self, x: Tensor, operator: Callable[..., Tensor]) -> Tensor:
+        """``forward`` by a kernel's ``quantize_activations``, without gradients."""
+        ranges = operator(to_ranges(x, self.group_size), *self.settings())
+        return from_ranges(ranges, x.shape[-1])
+
     def grid(self, x: Tensor) -> Grid:
-        """The grids of the tokens of x (..., features)."""
+        """The grids of x (..., features), where all features share a range."""
         knee, clip_low, clip_high = self.bounded()
         return make_grid(x, knee, clip_low, clip_high, self.bits, self.tail)
 
@@ -201,13 +222,14 @@ class ActQuantizer(nn.Module):
             latest = self._latest[1]()
             if latest is not None:
                 return latest
-        quantized: Tensor
+        ranges, quantized = to_ranges(x, self.group_size), x
         if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready():
-            quantized = _Compiled.apply(x, self.bounded(), self.bits, self.tail, self.temperature)
+            quantized = _Compiled.apply(ranges, self.bounded(), self.bits, self.tail, self.temperature)
         else:
-            value = x.float()
+            value = ranges.float()
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
+        quantized = from_ranges(quantized, x.shape[-1])
         if quantized.requires_grad:
             self._latest = weakref.ref(x), weakref.ref(quantized)
         return quantized

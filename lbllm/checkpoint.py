@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lbllm.activations import ActQuantizer
 from lbllm.blocks import share_copy
-from lbllm.config import LayerFormat, Origin, RunConfig
+from lbllm.config import WHOLE_ROW, LayerFormat, Origin, RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.layers import BinaryLinear
 from lbllm.packing import Grid
@@ -45,6 +45,8 @@ def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precisi
     document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
     if config.start is None:
         del document["start"]  # runs of the time before there was such a setting are resumed, too
+    if config.quant.act_group_size == WHOLE_ROW:
+        del document["quant"]["act_group_size"]
     weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -165,7 +167,7 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
             grid = Grid(tensors[f"{name}.scale"].to(device), tensors[f"{name}.ranges"].to(device))
         layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index, grid)
         if f"{name}.act" in tensors:
-            layer.quantizer = ActQuantizer(fmt.act_bits, tail).to(device)
+            layer.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).to(device)
             layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
         student.set_submodule(name, layer)
     return student

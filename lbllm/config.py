@@ -25,6 +25,9 @@ from lbllm.errors import ConfigError
 
 SCHEMA_VERSION = 1
 WHOLE_ROW = -1
+ACT_GROUP_SIZE = 64  # inputs of a token that share a range, where neither the paper nor a checkpoint says another
+# Settings of QuantConfig that only quantized activations read.
+ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
 
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
@@ -78,13 +81,15 @@ class LayerFormat(_Section):
     group_size: int
     param_bits: ParamBits
     act_bits: Literal[4, 8, 16]
+    act_group_size: int = WHOLE_ROW
 
 
 class QuantConfig(_Section):
     """The deployed format: W(1+1) or W1 weights, group parameters, activations, KV cache.
 
     ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
-    shorter. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
+    shorter. ``act_group_size`` counts the inputs of a token that share a range likewise; -1, one range a token, is the
+    paper's. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
     matching patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
     """
 
@@ -93,6 +98,7 @@ class QuantConfig(_Section):
     param_bits: ParamBits = 16
     act_bits: Literal[4, 8, 16] = 4
     kv_bits: Literal[4, 8, 16] = 4
+    act_group_size: GroupSize = Field(WHOLE_ROW, description="inputs of a token that share a range; -1: all of them")
     tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
     skip: tuple[str, ...] = ()
     overrides: dict[str, LayerOverride] = {}
@@ -100,19 +106,20 @@ class QuantConfig(_Section):
     def weights_only(self) -> QuantConfig:
         """The same format of the weights with activations and KV cache left as they are."""
         overrides = {name: o.model_copy(update={"act_bits": None}) for name, o in self.overrides.items()}
-        return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides})
+        plain = {name: QuantConfig.model_fields[name].default for name in ACTIVATION_SETTINGS}
+        return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides, **plain})
 
     @property
     def weights_alone(self) -> bool:
         """Whether activations and KV cache are left as they are already."""
-        return self == self.weights_only()
+        return {self.act_bits, self.kv_bits, *(o.act_bits or 16 for o in self.overrides.values())} == {16}
 
     def layer(self, name: str) -> LayerFormat | None:
         """The format of the layer ``name`` (its full module path), or None where it stays dense."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
             return None
         values = {"format": self.format, "group_size": self.group_size}
-        values |= {"param_bits": self.param_bits, "act_bits": self.act_bits}
+        values |= {"param_bits": self.param_bits, "act_bits": self.act_bits, "act_group_size": self.act_group_size}
         for pattern, override in self.overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 values |= override.model_dump(exclude_none=True)
@@ -260,8 +267,8 @@ class RunConfig(_Section):
         return max(getattr(self, stage).tokens for stage in self.stages)
 
 
-# As many bits as groups of 64 with float16 parameters, and about half their error.
-_FINE = {"group_size": 16, "param_bits": 4}
+# Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
+_FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
 PRESETS: dict[str, dict[str, Any]] = {
     "preview": {
         "seq_len": 256,

@@ -159,7 +159,7 @@ class FusedForward:
                 knee, low, high, bits, tail = (
                     (0.0, 0.0, 0.0, 0, 0) if layer.quantizer is None else layer.quantizer.settings()
                 )
-                quantizers += [bits, tail, knee, low, high]
+                quantizers += [bits, tail, knee, low, high, layer.fmt.act_group_size]
             self._lists = (
                 [layer.arranged() for layer in layers],
                 [layer.params for layer in layers],

@@ -204,7 +204,7 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.quantizer: ActQuantizer | None = None
         if fmt.act_bits < 16:
-            self.quantizer = ActQuantizer(fmt.act_bits, tail).requires_grad_(False)
+            self.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).requires_grad_(False)
         self.dense: Tensor | None = None
         self.register_buffer("words", None, persistent=False)
         self.words: Tensor | None
@@ -292,8 +292,11 @@ class PackedLinear(nn.Module):
         return self.words
 
     def looks_up(self) -> bool:
-        """Whether the layer is computed by table lookup: 4-bit activations, float16 parameters, whole tiles."""
-        fits = self.in_features % 8 == 0 and self.out_features % TILE == 0 and self.params_scale is None
+        """Whether the layer is computed by table lookup: 4-bit activations with one range a token, float16 parameters,
+        whole tiles."""
+        one_range = self.fmt.act_group_size == WHOLE_ROW or self.fmt.act_group_size >= self.in_features
+        whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
+        fits = one_range and whole and self.params_scale is None
         groups = self.length % 8 == 0 and self.length <= LONGEST
         return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
 
@@ -344,7 +347,7 @@ class PackedLinear(nn.Module):
                 )
                 return result
             if self.quantizer is not None:
-                x = torch.ops.lbllm.quantize_activations(x, *self.quantizer.settings())
+                x = self.quantizer.deployed(x, torch.ops.lbllm.quantize_activations)
             result = torch.ops.lbllm.packed_linear(
                 x, words, self.params, self.affine(), self.bias, self.in_features, self.length
             )
@@ -352,7 +355,7 @@ class PackedLinear(nn.Module):
         gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
         if gpu is not None and x.dtype != torch.float64:
             if self.quantizer is not None:
-                x = gpu.quantize_activations(x, *self.quantizer.settings())
+                x = self.quantizer.deployed(x, gpu.quantize_activations)
             result = gpu.packed_linear(
                 x, self.weight, self.params, self.affine(), self.bias, self.in_features, self.length
             )
@@ -369,8 +372,11 @@ class PackedLinear(nn.Module):
 
 
 def named_groups(layers: Sequence[PackedLinear]) -> str:
-    """The layers' group sizes in words, the largest first: some may have others than the rest."""
+    """The layers' group sizes in words, the largest first: some may have others than the rest. Then, where inputs are
+    quantized by ranges smaller than a token, how many share one."""
     sizes = {layer.fmt.group_size for layer in layers}
     named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
     words = [f"groups of {named}"] if named else []
-    return " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
+    groups = " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
+    ranges = {layer.fmt.act_group_size for layer in layers if layer.fmt.act_bits < 16} - {WHOLE_ROW}
+    return groups + "".join(f", ranges of {size} inputs" for size in ranges)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lbllm.binarize import group_length
 from lbllm.blocks import decoder_blocks
 from lbllm.checkpoint import BlockStore, grid_tensors
-from lbllm.config import FROM_CHECKPOINT, SHIPPED, LayerFormat, QuantConfig, RunConfig
+from lbllm.config import ACT_GROUP_SIZE, FROM_CHECKPOINT, SHIPPED, LayerFormat, QuantConfig, RunConfig
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.hf import LbllmConfig, is_checkpoint, load
 from lbllm.layers import PackedLinear
@@ -108,6 +108,8 @@ def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
 
 
 def _without_groups(quant: QuantConfig) -> dict[str, Any]:
+    if quant.weights_alone:  # then nothing reads the settings of activations
+        quant = quant.weights_only()
     groups = {"group_size", "param_bits"}
     document = quant.model_dump(mode="json", exclude={*groups, "overrides"})
     overrides = {name: o.model_dump(exclude=groups, exclude_none=True) for name, o in quant.overrides.items()}
@@ -125,6 +127,9 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
     if not is_checkpoint(folder):
         raise CheckpointError(f"{folder} is no packed checkpoint; give the folder that `quantize --out` wrote")
     stated = json.loads((folder / "config.json").read_text())["quantization_config"]
-    document = {"start": start, "stages": list(FROM_CHECKPOINT), "quant": stated["quant"]}
+    quant = dict(stated["quant"])
+    if QuantConfig.model_validate(quant).weights_alone:  # how activations are quantized is open still
+        quant["act_group_size"] = ACT_GROUP_SIZE
+    document = {"start": start, "stages": list(FROM_CHECKPOINT), "quant": quant}
     model = stated.get("provenance", {}).get("model")
     return document if model is None else document | {"model": model}

@@ -75,6 +75,18 @@ def test_the_search_takes_the_best_of_all_candidates(tail: int, size: float) -> 
     assert error == pytest.approx(errors[best], rel=1e-4)
 
 
+def test_ranges_of_a_few_inputs_keep_an_outlier_from_the_others() -> None:
+    x, weight = torch.randn(40, 32, generator=random()), torch.randn(12, 32, generator=random(2))
+    x[:, 5] *= 30
+    errors, quantizer = [], None
+    for size in (-1, 16, 8):
+        quantizer = ActQuantizer(4, 2, group_size=size)
+        errors.append(search_grid(quantizer, x, weight))
+        quantizer.requires_grad_(False)
+        assert errors[-1] == pytest.approx(output_error(quantizer, x, weight), rel=1e-4)
+    assert errors[0] > errors[1] > errors[2]
+
+
 def test_heavier_tails_get_a_smaller_body() -> None:
     knees = []
     for size in (0.0, 1.0):

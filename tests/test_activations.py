@@ -180,6 +180,37 @@ def test_computes_in_float32_and_returns_the_inputs_dtype() -> None:
     assert torch.equal(quantizer(x), quantizer(x.float()).bfloat16())
 
 
+@given(
+    st.integers(1, 90),
+    st.integers(1, 100),
+    st.sampled_from([(4, 0), (4, 3), (8, 0)]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_features_that_share_a_range_are_quantized_like_a_token_of_their_own(
+    features: int, size: int, kind: tuple[int, int], dtype: torch.dtype, compiled: bool, seed: int
+) -> None:
+    """Values and gradients, also those of knee and clips, which all ranges have in common."""
+    assert kernels.ready()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ready", lambda: compiled)
+        x, direction = heavy_tailed(2, 3, features, seed=seed).to(dtype), torch.randn(2, 3, features)
+        whole, parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+        quantizer, alone = ActQuantizer(*kind, group_size=size), ActQuantizer(*kind)
+        got = quantizer(whole)
+        expected = torch.cat([alone(part) for part in parts.split(size, -1)], -1)
+        assert got.dtype == dtype
+        assert torch.equal(got, expected)
+        (got * direction).sum().backward()
+        (expected * direction).sum().backward()
+    assert whole.grad is not None
+    assert parts.grad is not None
+    assert torch.equal(whole.grad, parts.grad)
+    torch.testing.assert_close(quantizer.act.grad, alone.act.grad, rtol=1e-4, atol=1e-4)
+
+
 def reference(x: Tensor, act: Tensor, bits: int, tail: int, temperature: float) -> Tensor:
     """The quantizer as a plain differentiable program: LSQ in the body, codes held in the tails, soft mask.
 

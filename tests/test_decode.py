@@ -32,7 +32,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "keys and values in 16 bits": ("llama", {"act_bits": 16, "kv_bits": 16}),
     "keys and values in 16 bits, norms of them": ("qwen3", {"kv_bits": 16}),
     "keys and values in 8 bits": ("qwen2", {"kv_bits": 8}),
+    "ranges of 24 inputs": ("qwen2", {"act_group_size": 24, "param_bits": 4}),
+    "ranges of 32 inputs, 8 bits": ("llama", {"act_group_size": 32, "act_bits": 8}),
     "whole tiles": ("llama", EVEN),
+    "whole tiles, ranges of 32 inputs": ("llama", EVEN | {"act_group_size": 32}),
     "whole tiles, biases, one bit, a shorter last group": ("qwen2", EVEN | {"format": "w1", "group_size": 24}),
     "whole tiles, a layer of other groups": ("llama", EVEN | {"overrides": {"*k_proj": {"group_size": 20}}}),
 }

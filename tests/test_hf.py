@@ -239,7 +239,15 @@ def test_load_fails_closed(copied: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"act_bits": 8}, {"kv_bits": 8}, {"tail_steps": 6}, {"group_size": 17}, {"skip": ["*.q_proj"]}]
+    "change",
+    [
+        {"act_bits": 8},
+        {"kv_bits": 8},
+        {"act_group_size": 16},
+        {"tail_steps": 6},
+        {"group_size": 17},
+        {"skip": ["*.q_proj"]},
+    ],
 )
 def test_another_format_beside_the_same_tensors_is_refused(copied: Path, change: dict[str, Any]) -> None:
     """Most of these would load: the tensors have the same shapes in both formats."""

@@ -24,8 +24,8 @@ from lbllm.binarize import (
     to_groups,
 )
 from lbllm.blocks import linear_weight
-from lbllm.config import Format, LayerFormat
-from lbllm.layers import BinaryLinear, Mode, PackedLinear, layer_bits
+from lbllm.config import WHOLE_ROW, Format, LayerFormat
+from lbllm.layers import BinaryLinear, Mode, PackedLinear, layer_bits, named_groups
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -33,11 +33,14 @@ def random(seed: int = 0) -> torch.Generator:
 
 
 def layer_format(
-    format_: Format = "w1+1", group_size: int = 16, param_bits: int = 16, act_bits: int = 16
+    format_: Format = "w1+1",
+    group_size: int = 16,
+    param_bits: int = 16,
+    act_bits: int = 16,
+    act_group_size: int = WHOLE_ROW,
 ) -> LayerFormat:
-    return LayerFormat.model_validate(
-        {"format": format_, "group_size": group_size, "param_bits": param_bits, "act_bits": act_bits}
-    )
+    bits = {"param_bits": param_bits, "act_bits": act_bits, "act_group_size": act_group_size}
+    return LayerFormat.model_validate({"format": format_, "group_size": group_size} | bits)
 
 
 def dense(kind: type[nn.Module], out_features: int, in_features: int, *, bias: bool = True) -> nn.Module:
@@ -60,7 +63,7 @@ def binarized(source: nn.Module, fmt: LayerFormat) -> BinaryLinear:
     index = from_groups(assign(groups, levels), weight.shape[1]).contiguous()
     layer = BinaryLinear(source, fmt, levels_to_params(levels), index)
     if fmt.act_bits < 16:
-        layer.quantizer = ActQuantizer(fmt.act_bits, 2)
+        layer.quantizer = ActQuantizer(fmt.act_bits, 2, group_size=fmt.act_group_size)
         layer.quantizer.act.data.copy_(torch.tensor([0.35, 0.9, 0.95]))
     layer.round_params()
     return layer
@@ -85,6 +88,9 @@ FORMATS = [
     for format_, (group_size, param_bits), act_bits in itertools.product(
         ("w1+1", "w1"), ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
     )
+] + [
+    layer_format(group_size=8, param_bits=param_bits, act_bits=act_bits, act_group_size=size)
+    for param_bits, act_bits, size in itertools.product((16, 4), (8, 4), (16, 7, 64))
 ]
 
 
@@ -288,3 +294,12 @@ def test_4_bit_parameters_are_trained_as_they_are_deployed(mode: Mode, group_siz
     assert torch.equal(layer.grid.round(layer.params), layer.params)
     torch.testing.assert_close(layer.weight(), weight, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(PackedLinear.pack(layer, 2, torch.float32).dequantize(), layer.weight(), rtol=0, atol=0)
+
+
+def test_groups_and_ranges_are_named() -> None:
+    def packed(group_size: int, act_group_size: int) -> PackedLinear:
+        fmt = layer_format(group_size=group_size, act_bits=4, act_group_size=act_group_size)
+        return PackedLinear.pack(binarized(dense(nn.Linear, 4, 64), fmt), 2, torch.float32)
+
+    assert named_groups([packed(16, -1), packed(32, -1)]) == "groups of 32 and 16"
+    assert named_groups([packed(16, 64), packed(-1, 64)]) == "groups of 16 and whole rows, ranges of 64 inputs"

@@ -37,6 +37,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         window=32,
         limit=4,
         act_bits=(16, 4),
+        act_group_size=-1,
         param_bits=16,
         tasks=(),
         task_limit=None,
@@ -55,7 +56,7 @@ def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> No
     stored = quantize_blocks(teacher.model, corpus.sequences, METHODS["gptq"], Settings(16))
     windows = evaluation_tokens(options.texts[0], teacher.tokenizer, seq_len=32, limit=4)
     weights = perplexity(teacher.model, windows).perplexity
-    quantize_inputs(teacher.model, 4)
+    quantize_inputs(teacher.model, 4, -1)
     both = perplexity(teacher.model, windows).perplexity
     assert found["label"] == "GPTQ, group 16"
     assert found["bpw"] == stored.bpw == pytest.approx(4, abs=0.1)
@@ -82,19 +83,23 @@ def test_own_stages_and_the_teacher_stand_beside(options: Options) -> None:
     assert lines[3].startswith(f"| Stage 1, group 16 | {first['bpw']:.3f} | {first['figures'][options.texts[0]]} |  |")
 
 
-def test_activations_get_sixteen_even_values_a_token() -> None:
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_activations_get_sixteen_even_values_in_each_range(group_size: int) -> None:
     model, _ = tiny("gpt2")
-    quantize_inputs(model, 4)
-    seen: list[torch.Tensor] = []
     layer = model.transformer.h[1].mlp.c_fc
+    given: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    quantize_inputs(model, 4, group_size)
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(input_ids=torch.arange(5, 25)[None])
-    for token in seen[0].flatten(0, -2):
-        values = token.unique().double()
-        codes = values / values.diff().min()  # zero is one of the grid's values, seen or not
-        assert len(values) <= 16
-        assert codes[-1] - codes[0] <= 15.01
-        torch.testing.assert_close(codes, codes.round(), atol=1e-2, rtol=0)
+    size = seen[0].shape[-1] if group_size == -1 else group_size
+    for before, after in zip(given[0].reshape(-1, size).double(), seen[0].reshape(-1, size).double(), strict=True):
+        step = (before.amax().clamp_min(0) - before.amin().clamp_max(0)) / 15
+        codes = after / step
+        assert codes.amax() - codes.amin() <= 15.01
+        torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+        assert (after - before).abs().max() <= step * 1.01
 
 
 def test_rows_and_bad_arguments() -> None:

@@ -300,11 +300,14 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
     assert (settings(app).stages, settings(app).quant.act_bits, settings(app).quant.kv_bits) == (("aar", "e2e"), 4, 4)
     assert not widget(app, "aar.tokens").disabled
     assert widget(app, "quant.format").disabled
+    assert settings(app).quant.act_group_size == 64
     widget(app, "quant.act_bits").set_value(8).run()
-    assert settings(app).quant.act_bits == 8
+    widget(app, "quant.act_group_size").set_value(-1).run()
+    assert (settings(app).quant.act_bits, settings(app).quant.act_group_size) == (8, -1)
     assert not start_is_disabled(app)
     (command,) = [code.value for code in app.code if "lbllm quantize" in code.value]
     assert "--act-bits 8 --kv-bits 4" in command
+    assert "quant.act_group_size=-1" in command
     assert "stages" not in command
 
     widget(app, "stages").set_value(("e2e",)).run()

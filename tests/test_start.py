@@ -18,7 +18,7 @@ from lbllm import load, pipeline
 from lbllm.binarize import from_groups, params_to_levels, take_levels, to_groups
 from lbllm.checkpoint import BlockStore
 from lbllm.commands.options import arguments, run_config
-from lbllm.config import RunConfig, Stage, make_config
+from lbllm.config import ACT_GROUP_SIZE, RunConfig, Stage, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.export import export, find
@@ -63,7 +63,8 @@ def test_a_run_that_changes_nothing_gives_the_same_checkpoint(first: dict[str, A
     run_tiny(settings, tmp_path / "first", bfloat_teacher())
     begun = tmp_path / "first" / "checkpoint"
     still = further(begun, lr_weight=0, lr_levels=0, lr_act=0)
-    assert still.quant == settings.precision(settings.stages[-1])
+    kept = still.quant.weights_only() if still.quant.weights_alone else still.quant
+    assert kept == settings.precision(settings.stages[-1])
     events = run_tiny(still, tmp_path / "second", bfloat_teacher())
     (done,) = [event for event in events if isinstance(event, BlockDone)]
     assert done.loss_after == done.loss_before
@@ -282,8 +283,10 @@ def test_fewer_bits_of_activations_bring_stage_3(tmp_path: Path, monkeypatch: py
     assert (plain.stages, plain.quant.act_bits, plain.quant.kv_bits) == (("e2e",), 16, 16)
     same = run_config(start=first.id, act_bits=16, kv_bits=16)
     assert same == plain
+    assert plain.quant.weights_alone
     for act_bits, kv_bits in ((4, 4), (8, 16), (16, 4)):
         settings = run_config(start=first.id, act_bits=act_bits, kv_bits=kv_bits)
+        assert settings.quant.act_group_size == ACT_GROUP_SIZE  # the checkpoint has none that are quantized
         assert settings.stages == ("aar", "e2e")
         assert (settings.quant.act_bits, settings.quant.kv_bits) == (act_bits, kv_bits)
         by_set = [f"quant.act_bits={act_bits}", f"quant.kv_bits={kv_bits}"]
@@ -296,6 +299,8 @@ def test_fewer_bits_of_activations_bring_stage_3(tmp_path: Path, monkeypatch: py
                            corpus=values.get("--corpus"), device=values.get("--device"), assignments=given_,
                            start=values["--from"])  # fmt: skip
         assert again == settings
+    row = run_config(start=first.id, act_bits=4, assignments=["quant.act_group_size=-1"])
+    assert "quant.act_group_size=-1" in arguments(row)
 
 
 def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

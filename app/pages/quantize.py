@@ -103,10 +103,13 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         "embedded model on two cores. Standard: a real attempt. Paper: the paper's amount of text, wants a GPU.",
     )
     quantized = "aar" in st.session_state[form.STAGE_SETTING.key]
-    for pair in ((form.FORMAT, form.STAGE_SETTING), (form.GROUP_SIZE, form.PARAM_BITS), (form.ACT_BITS, form.KV_BITS)):
+    for pair in ((form.FORMAT, form.STAGE_SETTING), (form.GROUP_SIZE, form.PARAM_BITS)):
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
-                form.control(setting, disabled=setting in (form.ACT_BITS, form.KV_BITS) and not quantized)
+                form.control(setting)
+    for column, setting in zip(st.columns([4, 5, 4]), form.ACTIVATIONS, strict=True):
+        with column:
+            form.control(setting, disabled=not quantized)
     text, tokens = st.columns([8, 5])
     with text:
         form.corpus_picker()

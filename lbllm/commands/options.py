@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbllm.config import PRESETS, SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
+from lbllm.config import ACTIVATION_SETTINGS, PRESETS, SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -119,6 +119,8 @@ def arguments(config: RunConfig) -> list[str]:
         words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
         if config.stages == TO_ACTIVATIONS:
             words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
+            for name in ACTIVATION_SETTINGS:
+                words += ["--set", f"quant.{name}={getattr(config.quant, name)}"]
         words += ["--set", f"quant.overrides={overrides}"]  # left out they would be the checkpoint's own
     for key, value in given.items():
         if key == "model" or plain[key] == value:

@@ -91,7 +91,7 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
   float* to = out.data_ptr<float>();
   at::parallel_for(0, tokens, std::max<int64_t>(1, EACH / features), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
-      quantizer.apply(from + token * features, to + token * features, features);
+      quantizer.apply_one(from + token * features, to + token * features, features);
   });
   return out.to(x.scalar_type());
 }
@@ -511,8 +511,8 @@ class Pass {
 //
 // Of every block in turn: `norms`, before attention and before the MLP, and where a model has them those of each head's
 // query and key; then at the end the last norm. `words`, `params`, `scales`, `biases`, `columns` and `lengths` of the
-// layers q, k, v, o, gate, up, down; five numbers of each layer's quantizer, bits (0: none), tail, knee and the two
-// clips. `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
+// layers q, k, v, o, gate, up, down; six numbers of each layer's quantizer, bits (0: none), tail, knee, the two clips
+// and how many features share a range (-1: all). `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
 // `position`; float16 values and empty scales where they have 16 bits.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
@@ -522,7 +522,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
   const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS;
   TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
-                  biases.size() == layers && quantizers.size() == 5 * layers && columns.size() == layers &&
+                  biases.size() == layers && quantizers.size() == 6 * layers && columns.size() == layers &&
                   lengths.size() == layers && cache.size() == 4 * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
               "decode: seven layers, two or four norms and four tensors of cache a block, and one norm more are "
@@ -555,10 +555,12 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       layer.columns = columns[at];
       layer.length = lengths[at];
       layer.rows = params[at].size(0) * (layer.tiled ? TILE : 1);
-      const double* five = quantizers.data() + 5 * at;
-      layer.quantizer = quantizer_of(static_cast<int64_t>(five[0]), static_cast<int64_t>(five[1]), five[2], five[3], five[4]);
+      const double* six = quantizers.data() + 6 * at;
+      layer.quantizer = quantizer_of(static_cast<int64_t>(six[0]), static_cast<int64_t>(six[1]), six[2], six[3], six[4]);
+      layer.quantizer.size = static_cast<int64_t>(six[5]);
       if (layer.tiled) {
-        TORCH_CHECK(layer.quantizer.bits == 4, "decode: layers in tiles have 4-bit activations");
+        TORCH_CHECK(layer.quantizer.bits == 4 && (layer.quantizer.size < 0 || layer.quantizer.size >= layer.columns),
+                    "decode: layers in tiles have 4-bit activations, one range a token");
         layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);
       } else {
         layer.words = weights_of(words[at], params[at], scales.get(at), layer.columns, layer.length);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, make_grid
+from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, from_ranges, make_grid, to_ranges
 from lbllm.blocks import BlockCall, layer_inputs
 from lbllm.config import AarConfig
 from lbllm.stages.wat import Step, binary_layers, distill
@@ -30,15 +30,16 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
 
     Best: the least output error relative to each token's output energy, averaged. Returns that error.
     """
-    clean = x @ weight.t()
+    ranges, clean = to_ranges(x, quantizer.group_size), x @ weight.t()
     energy = clean.square().sum(-1).clamp_min(1e-12)
     best, choice = float("inf"), (1.0, 1.0)
     knees = KNEES if quantizer.tail else (1.0,)
     for clip in CLIPS if quantizer.tail else (1.0,):
         for knee in knees:
             share, end = x.new_tensor(knee), x.new_tensor(clip)
-            grid = make_grid(x, share, end, end, quantizer.bits, quantizer.tail)
-            noisy = decode(encode(x, grid, quantizer.bits, quantizer.tail), grid) @ weight.t()
+            grid = make_grid(ranges, share, end, end, quantizer.bits, quantizer.tail)
+            rounded = decode(encode(ranges, grid, quantizer.bits, quantizer.tail), grid)
+            noisy = from_ranges(rounded, x.shape[-1]) @ weight.t()
             error = float(((noisy - clean).square().sum(-1) / energy).mean())
             if error < best:
                 best, choice = error, (knee, clip)
@@ -72,7 +73,7 @@ def add_quantizers(
             same = [layers[name] for name in names if name in layers and layers[name].fmt.act_bits == bits]
             first = next(name for name in names if layers.get(name) is same[0])
             x = torch.cat(list(layer_inputs(block, first, inputs[:tokens], call, batch, cache)))[: config.search_tokens]
-            quantizer = ActQuantizer(bits, tail, config.temperature).to(x.device)
+            quantizer = ActQuantizer(bits, tail, config.temperature, group_size=same[0].fmt.act_group_size).to(x.device)
             search_grid(quantizer, x.float(), torch.cat([layer.weight().detach() for layer in same]))
             for layer in same:
                 layer.quantizer = quantizer
