@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm import kernels
-from lbllm.binarize import float_mask
+from lbllm.binarize import float_mask, from_groups, group_length, to_groups
 from lbllm.config import WHOLE_ROW
 
 KNEE_RANGE = (0.02, 1.0)
@@ -161,20 +161,6 @@ def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return float_mask(torch.ge, x, low).mul_(float_mask(torch.le, x, high))
 
 
-def to_ranges(x: Tensor, size: int) -> Tensor:
-    """x (..., features) as (..., n, size), one row for each group of ``size`` features that share a range, the last one
-    filled with zeros, which change no range; x itself where all features share one."""
-    features = x.shape[-1]
-    if size == WHOLE_ROW or size >= features:
-        return x
-    return nn.functional.pad(x, (0, -features % size)).unflatten(-1, (-1, size))
-
-
-def from_ranges(x: Tensor, features: int) -> Tensor:
-    """The inverse of ``to_ranges``."""
-    return x if x.shape[-1] == features else x.flatten(-2)[..., :features]
-
-
 class ActQuantizer(nn.Module):
     """Dynamic fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps a tail; 8: plain),
     with a range for each token or, where ``group_size`` says so, for so many of its features.
@@ -206,10 +192,13 @@ class ActQuantizer(nn.Module):
         """Knee, lower and upper clip (3,) within their ranges."""
         return torch.cat((self.act[:1].clamp(*KNEE_RANGE), self.act[1:].clamp(*CLIP_RANGE)))
 
+    def ranges(self, x: Tensor) -> Tensor:
+        """x (..., features) as (..., n, size), a row for each range; zeros fill the last one up and change no range."""
+        return to_groups(x, group_length(self.group_size, x.shape[-1]))
+
     def deployed(self, x: Tensor, operator: Callable[..., Tensor]) -> Tensor:
         """``forward`` by a kernel's ``quantize_activations``, without gradients."""
-        ranges = operator(to_ranges(x, self.group_size), *self.settings())
-        return from_ranges(ranges, x.shape[-1])
+        return from_groups(operator(self.ranges(x), *self.settings()), x.shape[-1])
 
     def grid(self, x: Tensor) -> Grid:
         """The grids of x (..., features), where all features share a range."""
@@ -222,14 +211,14 @@ class ActQuantizer(nn.Module):
             latest = self._latest[1]()
             if latest is not None:
                 return latest
-        ranges, quantized = to_ranges(x, self.group_size), x
+        quantized, ranges = x, self.ranges(x)
         if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready():
             quantized = _Compiled.apply(ranges, self.bounded(), self.bits, self.tail, self.temperature)
         else:
             value = ranges.float()
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
-        quantized = from_ranges(quantized, x.shape[-1])
+        quantized = from_groups(quantized, x.shape[-1])
         if quantized.requires_grad:
             self._latest = weakref.ref(x), weakref.ref(quantized)
         return quantized

@@ -43,14 +43,14 @@ def spans(columns: int, group_size: int) -> Iterator[slice]:
 
 
 def to_groups(rows: Tensor, length: int) -> Tensor:
-    """View rows (out, in) as groups (out, n, length); a shorter last group is padded with zeros (then it is a copy)."""
+    """View rows (..., in) as groups (..., n, length); a shorter last group is padded with zeros (then it is a copy)."""
     missing = -rows.shape[-1] % length
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-    return padded.reshape(*rows.shape[:-1], -1, length)
+    return padded.unflatten(-1, (-1, length))
 
 
 def from_groups(groups: Tensor, in_features: int) -> Tensor:
-    """The inverse of ``to_groups``: groups (out, n, length) to rows (out, in)."""
+    """The inverse of ``to_groups``: groups (..., n, length) to rows (..., in)."""
     return groups.flatten(-2)[..., :in_features]
 
 

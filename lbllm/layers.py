@@ -294,7 +294,7 @@ class PackedLinear(nn.Module):
     def looks_up(self) -> bool:
         """Whether the layer is computed by table lookup: 4-bit activations with one range a token, float16 parameters,
         whole tiles."""
-        one_range = self.fmt.act_group_size == WHOLE_ROW or self.fmt.act_group_size >= self.in_features
+        one_range = group_length(self.fmt.act_group_size, self.in_features) == self.in_features
         whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
         fits = one_range and whole and self.params_scale is None
         groups = self.length % 8 == 0 and self.length <= LONGEST

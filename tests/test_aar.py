@@ -78,7 +78,7 @@ def test_the_search_takes_the_best_of_all_candidates(tail: int, size: float) -> 
 def test_ranges_of_a_few_inputs_keep_an_outlier_from_the_others() -> None:
     x, weight = torch.randn(40, 32, generator=random()), torch.randn(12, 32, generator=random(2))
     x[:, 5] *= 30
-    errors, quantizer = [], None
+    errors = []
     for size in (-1, 16, 8):
         quantizer = ActQuantizer(4, 2, group_size=size)
         errors.append(search_grid(quantizer, x, weight))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, from_ranges, make_grid, to_ranges
+from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, make_grid
+from lbllm.binarize import from_groups
 from lbllm.blocks import BlockCall, layer_inputs
 from lbllm.config import AarConfig
 from lbllm.stages.wat import Step, binary_layers, distill
@@ -30,7 +31,7 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
 
     Best: the least output error relative to each token's output energy, averaged. Returns that error.
     """
-    ranges, clean = to_ranges(x, quantizer.group_size), x @ weight.t()
+    ranges, clean = quantizer.ranges(x), x @ weight.t()
     energy = clean.square().sum(-1).clamp_min(1e-12)
     best, choice = float("inf"), (1.0, 1.0)
     knees = KNEES if quantizer.tail else (1.0,)
@@ -39,7 +40,7 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
             share, end = x.new_tensor(knee), x.new_tensor(clip)
             grid = make_grid(ranges, share, end, end, quantizer.bits, quantizer.tail)
             rounded = decode(encode(ranges, grid, quantizer.bits, quantizer.tail), grid)
-            noisy = from_ranges(rounded, x.shape[-1]) @ weight.t()
+            noisy = from_groups(rounded, x.shape[-1]) @ weight.t()
             error = float(((noisy - clean).square().sum(-1) / energy).mean())
             if error < best:
                 best, choice = error, (knee, clip)
