@@ -11,6 +11,7 @@ OUT ?= runs/quick
 # Idle OpenMP threads that spin take a busy machine's cores from the threads that work.
 export OMP_WAIT_POLICY := PASSIVE
 export PYTHONUNBUFFERED := 1
+# A folder ../shared/data, where there is one, has texts that are then not downloaded.
 ifndef LBLLM_DATA_DIR
 ifneq ($(wildcard ../shared/data),)
 export LBLLM_DATA_DIR := $(abspath ../shared/data)

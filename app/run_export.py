@@ -45,7 +45,7 @@ def _section(runs: RunStore, run: Run) -> None:
         "New folder",
         f"exports/{name}-{kind}",
         key=f"export folder {run.id} {kind}",
-        help=f"Under {root()}. A model card, README.md, is written into it too.",
+        help=f"Under {root()}. What it is stands in its README.md, for a model as a model card.",
     )
     outcome = f"export outcome {run.id}"
     below = st.empty()  # one place, so that the last outcome goes when the next export begins
@@ -56,8 +56,8 @@ def _section(runs: RunStore, run: Run) -> None:
             st.rerun()
         result = st.session_state.get(outcome)
         if isinstance(result, Exported):
-            label = KINDS[result.kind][0]
-            st.success(f"{label}: {size_text(result.disk_bytes)} with its model card, in {path_text(result.path)}")
+            label, readme = KINDS[result.kind][0], "README" if result.kind == "space" else "model card"
+            st.success(f"{label}: {size_text(result.disk_bytes)} with its {readme}, in {path_text(result.path)}")
         elif result is not None:
             st.error(result)
 

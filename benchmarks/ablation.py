@@ -48,8 +48,8 @@ WAT_VARIANTS: dict[str, dict[str, Any]] = {
     "relaxed bitmap, beta 2 throughout": {"bitmap": "relaxed", "beta_start": 2.0},
     "relaxed bitmap, beta 20 throughout": {"bitmap": "relaxed", "beta_end": 20.0},
     "levels only": {"lr_weight": 0.0},
-    "learning rates / 5": {"lr_weight": 2e-3, "lr_levels": 1e-3},
-    "learning rates * 4": {"lr_weight": 4e-2, "lr_levels": 2e-2},
+    "learning rates: weights / 10, levels / 5": {"lr_weight": 2e-3, "lr_levels": 1e-3},
+    "learning rates: weights * 2, levels * 4": {"lr_weight": 4e-2, "lr_levels": 2e-2},
     "batches of 2,048 tokens": {"batch_tokens": 2_048},
 }
 AAR_VARIANTS: dict[str, dict[str, Any]] = {

@@ -98,9 +98,9 @@ def ask(page: Page, server: Server, film: Film, limit: float) -> None:
 def configure(page: Page, server: Server, film: Film, limit: float) -> None:
     """Settings, and what they give; then one block."""
     page.get_by_role("link", name="Quantize").click()
-    expect(figure(page, "Bits a weight")).to_have_text("3.00")
+    expect(figure(page, "Bits a weight")).to_have_text("3.02")
     film.still(1.5)
-    changes = (("Group size", "128", "2.54"), ("Weights", "W1", "1.27"), ("Weights", "W(1+1)", "2.54"))
+    changes = (("Group size", "64", "2.27"), ("Weights", "W1", "1.15"), ("Weights", "W(1+1)", "2.27"))
     for label, option, bits in changes:
         choose(page, label, option)
         expect(figure(page, "Bits a weight")).to_have_text(bits)

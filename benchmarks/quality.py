@@ -267,10 +267,15 @@ def rows_of(methods: str, sizes: str, checkpoints: list[str], outside: str | Non
         if kind == "outside" and outside is None:
             raise ConfigError(f"--methods {name} needs --outside with the environment that it is installed in")
         for size in sizes.split(","):
-            if not size.removeprefix("-").isdigit() or int(size) < -1 or int(size) == 0:
-                raise ConfigError(f"--group-sizes {size}: give numbers of weights joined by commas; -1 is a whole row")
-            rows.append(Row(kind, name, int(size)))
+            rows.append(Row(kind, name, size_of(size, "--group-sizes")))
     return rows + [Row("checkpoint", folder) for folder in checkpoints]
+
+
+def size_of(text: str, setting: str) -> int:
+    """The size of a group that a setting names. Raises ConfigError."""
+    if not text.removeprefix("-").isdigit() or int(text) < -1 or int(text) == 0:
+        raise ConfigError(f"{setting} {text}: a size is 1 or more, or -1 for a whole row")
+    return int(text)
 
 
 def own_process(row: Row) -> dict[str, Any] | None:
@@ -299,7 +304,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, help="windows of each text; all by default")
     parser.add_argument("--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: left alone")
-    parser.add_argument("--act-group-size", type=int, default=-1, help="inputs that share a range; -1: all of a token")
+    parser.add_argument("--act-group-size", default="-1", help="inputs that share a range; -1: all of a token")
     parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
@@ -311,7 +316,8 @@ def main() -> None:
         options = Options(
             **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
             **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
-            **{name: getattr(given, name) for name in ("act_group_size", "param_bits")},
+            param_bits=given.param_bits,
+            act_group_size=size_of(given.act_group_size, "--act-group-size"),
             act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
             texts=tuple(given.texts.split(",")),
             tasks=tuple(task_names(given.tasks)) if given.tasks else (),

@@ -1,7 +1,8 @@
 """The command line: ``python -m lbllm COMMAND``. The engine does the work; here it is asked for and shown.
 
-Each command takes --json: one JSON document on stdout and nothing else there. Errors a user can cause are one message
-on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an error, 2 bad usage, 130 Ctrl-C.
+Each command but ui, demo and showcase takes --json: one JSON document on stdout and nothing else there. Errors a user
+can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an error,
+2 bad usage, 130 Ctrl-C.
 The engine, and torch with it, is imported inside the commands that need it, so that --help answers at once.
 """
 

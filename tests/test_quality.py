@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.quality import Options, Row, measure, quantize_inputs, rows_of, table
+from benchmarks.quality import Options, Row, measure, quantize_inputs, rows_of, size_of, table
 from lbllm.baselines.methods import METHODS, Settings, quantize_blocks
 from lbllm.corpora import evaluation_tokens, load_corpus
 from lbllm.errors import ConfigError
@@ -113,6 +113,9 @@ def test_rows_and_bad_arguments() -> None:
         rows_of("hqq", "64", [], None)
     with pytest.raises(ConfigError, match="--group-sizes 0"):
         rows_of("rtn", "64,0", [], None)
+    for size in ("0", "-2", "many"):
+        with pytest.raises(ConfigError, match=f"--act-group-size {size}: a size is 1 or more, or -1 for a whole row"):
+            size_of(size, "--act-group-size")
 
 
 def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Options) -> None:

@@ -326,12 +326,18 @@ def show_run(runs: RunStore, run_id: str) -> None:
                 lambda: run_charts.timeline(view, chosen),
             ),
         )
-        left, right = st.columns([4, 1] if one_loss(view) else 2, gap="medium")
-        with left:
+        if one_loss(view):
+            above, lines, scale = st.columns([5, 2, 1], vertical_alignment="center")
+            below = st.container()
+        else:
+            above, right = st.columns(2, gap="medium")
+            below = above
+        with above:
             block_heading(run, chosen)
+        with below:
             st.fragment(follow, run_every=live)(runs, run_id, chosen, drawn, line)
-        with right:
-            if not one_loss(view):
+        if not one_loss(view):
+            with right:
                 st.markdown("**All finished blocks: loss after each stage**, dotted before it")
                 log = bool(st.session_state.get("loss_log"))
                 show_chart(
@@ -342,11 +348,11 @@ def show_run(runs: RunStore, run_id: str) -> None:
                     view.seq,
                     lambda: run_charts.before_after(view, log=log),
                 )
-            lines, scale = (right, right) if one_loss(view) else st.columns([2, 1], vertical_alignment="center")
-            lines.segmented_control(
-                "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
-            )
-            scale.toggle("Log axis", key="loss_log")
+                lines, scale = st.columns([2, 1], vertical_alignment="center")
+        lines.segmented_control(
+            "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
+        )
+        scale.toggle("Log axis", key="loss_log")
         figures(view)
         if one_loss(view):
             return

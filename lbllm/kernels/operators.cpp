@@ -96,7 +96,8 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
   return out.to(x.scalar_type());
 }
 
-// What the gradient of quantize_activations' result is to x, in x's dtype, and to knee, clip_low and clip_high: float32 (3).
+// What the gradient of quantize_activations' result is to x, in x's dtype, and to knee, clip_low and clip_high:
+// float32 (3).
 std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, const Tensor& x, double knee,
                                                          double clip_low, double clip_high, int64_t bits,
                                                          int64_t tail, double temperature) {
@@ -512,8 +513,8 @@ class Pass {
 // Of every block in turn: `norms`, before attention and before the MLP, and where a model has them those of each head's
 // query and key; then at the end the last norm. `words`, `params`, `scales`, `biases`, `columns` and `lengths` of the
 // layers q, k, v, o, gate, up, down; six numbers of each layer's quantizer, bits (0: none), tail, knee, the two clips
-// and how many features share a range (-1: all). `cache`: codes and scales of the keys, codes and scales of the values, with room for one more token at
-// `position`; float16 values and empty scales where they have 16 bits.
+// and how many features share a range. `cache`: codes and scales of the keys, codes and scales of the values, with room
+// for one more token at `position`; float16 values and empty scales where they have 16 bits.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, const c10::List<std::optional<Tensor>>& scales,
               const c10::List<std::optional<Tensor>>& biases, at::ArrayRef<double> quantizers,
@@ -556,10 +557,12 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       layer.length = lengths[at];
       layer.rows = params[at].size(0) * (layer.tiled ? TILE : 1);
       const double* six = quantizers.data() + 6 * at;
-      layer.quantizer = quantizer_of(static_cast<int64_t>(six[0]), static_cast<int64_t>(six[1]), six[2], six[3], six[4]);
+      const auto bits = static_cast<int64_t>(six[0]), tail = static_cast<int64_t>(six[1]);
+      layer.quantizer = quantizer_of(bits, tail, six[2], six[3], six[4]);
       layer.quantizer.size = static_cast<int64_t>(six[5]);
+      TORCH_CHECK(layer.quantizer.size > 0, "decode: ranges have one feature or more");
       if (layer.tiled) {
-        TORCH_CHECK(layer.quantizer.bits == 4 && (layer.quantizer.size < 0 || layer.quantizer.size >= layer.columns),
+        TORCH_CHECK(layer.quantizer.bits == 4 && layer.quantizer.size == layer.columns,
                     "decode: layers in tiles have 4-bit activations, one range a token");
         layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);
       } else {

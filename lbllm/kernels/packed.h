@@ -456,12 +456,12 @@ void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
   });
 }
 
-// The piecewise quantizer of lbllm.activations, value for value; bits 0: none. `size` features of a token share a range
-// where it says so, -1: all of them.
+// The piecewise quantizer of lbllm.activations, value for value; bits 0: none. For `apply`, `size` features of a token
+// share a range.
 struct Quantizer {
   int bits = 0, tail = 0;
   float knee = 0, clip_low = 0, clip_high = 0;
-  int64_t size = -1;
+  int64_t size = 0;
 
   bool operator==(const Quantizer&) const = default;
 
@@ -502,9 +502,8 @@ struct Quantizer {
 
   // One token's values on its grids.
   void apply(const float* x, float* out, int64_t features) const {
-    const int64_t width = size > 0 ? size : features;
-    for (int64_t first = 0; first < features; first += width)
-      apply_one(x + first, out + first, std::min(width, features - first));
+    for (int64_t first = 0; first < features; first += size)
+      apply_one(x + first, out + first, std::min(size, features - first));
   }
 
   // The same where all features share a range.
