@@ -57,7 +57,12 @@ class Grid(NamedTuple):
     def codes(self, params: Tensor) -> Tensor:
         """Codes uint8 (out, n, K) of those values, 0 to 15."""
         low, step = self.affine().float()[:, None].unbind(-1)
-        return ((params.float() - low) / step.clamp_min(1e-12)).round_().clamp_(0, 15).to(torch.uint8)
+        return _codes(params.float(), low, step, 15).to(torch.uint8)
+
+
+def _codes(values: Tensor, low: Tensor, step: Tensor, most: int) -> Tensor:
+    """The codes 0 to ``most``, in the values' dtype, of the nearest of  low + code * step."""
+    return ((values - low) / step.clamp_min(1e-12)).round_().clamp_(0, most)
 
 
 @torch.no_grad()
@@ -84,8 +89,8 @@ def _best_range(values: Tensor, weight: Tensor) -> Tensor:
         for above in _CUT_OFF:
             low, high = ordered[int(below * last)], ordered[last - int(above * last)]
             found = torch.stack((low, (high - low) / 15)).half().float()
-            codes = ((values - found[0]) / found[1].clamp_min(1e-12)).round().clamp(0, 15)
-            error = float((weight * (found[0] + codes * found[1] - values).square()).sum())
+            nearest = found[0] + _codes(values, found[0], found[1], 15) * found[1]
+            error = float((weight * (nearest - values).square()).sum())
             if error < least:
                 best, least = found, error
     return best
@@ -111,7 +116,7 @@ def encode_params(params: Tensor) -> tuple[Tensor, Tensor]:
     least, most = params.amin(1, keepdim=True), params.amax(1, keepdim=True)
     low = least.half().float()
     step = ((most - low) / 255).clamp_min(0).half().float()
-    codes = ((params - low) / step.clamp_min(1e-12)).round_().clamp_(0, 255)
+    codes = _codes(params, low, step, 255)
     # The ends get the end codes, however minimum and step were rounded: only then do they come out the same once more.
     codes = codes.masked_fill(params == most, 255).masked_fill(params == least, 0)
     return codes.to(torch.uint8), torch.stack((low[:, 0], step[:, 0]), -1).half()
