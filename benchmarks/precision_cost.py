@@ -5,7 +5,7 @@
 
 RUN is a run's id, or the folder with its settings and block states. All models have the bits and levels that the run
 ended with, unless a stage is named, and are computed as they are deployed. Printed are perplexities on the same
-windows: with activations and KV cache in 16, 8 and 4 bits (8: an even grid over each token's range); with group
+windows: with activations and KV cache in 16, 8 and 4 bits (8: an even grid over each range); with group
 parameters in 8 bits instead of float16; and, where the run quantizes activations, by kind of input and by depth, with
 all inputs in 4 bits but one group's, and with that group's alone.
 """

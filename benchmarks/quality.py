@@ -8,9 +8,9 @@ Every method quantizes all decoder blocks of the same teacher, in order, calibra
 inputs have come through what was quantized before. ``stage1``, ``stage2`` and ``stage3`` are this program's own stages
 on as many tokens each. Printed: stored bits per weight of the quantized layers, everything counted; perplexity on the
 texts and accuracy in zero-shot tasks; the minutes that quantizing took, and the peak memory until it was done. With
-``--act-bits 4`` the layers' inputs are in plain 4 bits (per token, asymmetric), with ``16,4`` there are columns of
-both; our stages and checkpoints have their own bits, and stand in the columns of those. Each row is made in a process
-of its own.
+``--act-bits 4`` the layers' inputs are in plain 4 bits (asymmetric, a range for each token, or for so many of its
+inputs as ``--act-group-size`` says), with ``16,4`` there are columns of both; our stages and checkpoints have their own
+bits, and stand in the columns of those. Each row is made in a process of its own.
 
 Other packages run in an environment of their own, which never sees this program:
 

@@ -210,18 +210,17 @@ class ActQuantizer(nn.Module):
         if torch.is_grad_enabled() and self._latest is not None and self._latest[0]() is x:
             latest = self._latest[1]()
             if latest is not None:
-                return latest
-        quantized, ranges = x, self.ranges(x)
+                return from_groups(latest, x.shape[-1])
+        ranges = self.ranges(x)
         if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready():
             quantized = _Compiled.apply(ranges, self.bounded(), self.bits, self.tail, self.temperature)
         else:
             value = ranges.float()
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
-        quantized = from_groups(quantized, x.shape[-1])
-        if quantized.requires_grad:
+        if quantized.requires_grad:  # not of what is returned: of a view the graph holds what it is a view of
             self._latest = weakref.ref(x), weakref.ref(quantized)
-        return quantized
+        return from_groups(quantized, x.shape[-1])
 
 
 class _RoundThrough(torch.autograd.Function):

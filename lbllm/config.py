@@ -53,7 +53,7 @@ FURTHER = (FROM_CHECKPOINT, TO_ACTIVATIONS)
 
 def _no_empty_group(value: int) -> int:
     if value == 0:
-        raise ValueError("a group has at least one weight; -1 makes one group of a whole row")
+        raise ValueError("a group has at least one member; -1 makes one group of a whole row")
     return value
 
 
@@ -337,7 +337,8 @@ def make_config(
 
 def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str, Any]]:
     """The preset that a settings file names, if it is a known one, and its other settings. Raises ConfigError naming
-    ``source``."""
+    ``source``. A whole document, as runs write it, does not get what it lacks from a preset: a setting that there was
+    not when it was written has its default, which is what that run did."""
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -345,6 +346,8 @@ def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str,
     if not isinstance(document, dict):
         raise ConfigError(f"{source} holds a {type(document).__name__}; a JSON object of settings is needed")
     named = document.pop("preset", None)
+    if {"schema_version", "quant", "ptq", "wat", "aar"} <= document.keys():
+        document = _merge(RunConfig().model_dump(mode="json", exclude={"preset"}), document)
     return (named if named in PRESETS else None), document
 
 

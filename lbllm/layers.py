@@ -378,5 +378,9 @@ def named_groups(layers: Sequence[PackedLinear]) -> str:
     named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
     words = [f"groups of {named}"] if named else []
     groups = " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
-    ranges = {layer.fmt.act_group_size for layer in layers if layer.fmt.act_bits < 16} - {WHOLE_ROW}
+    ranges = {
+        layer.fmt.act_group_size
+        for layer in layers
+        if layer.fmt.act_bits < 16 and group_length(layer.fmt.act_group_size, layer.in_features) < layer.in_features
+    }
     return groups + "".join(f", ranges of {size} inputs" for size in ranges)

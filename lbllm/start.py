@@ -127,8 +127,9 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
     if not is_checkpoint(folder):
         raise CheckpointError(f"{folder} is no packed checkpoint; give the folder that `quantize --out` wrote")
     stated = json.loads((folder / "config.json").read_text())["quantization_config"]
-    quant = dict(stated["quant"])
-    if QuantConfig.model_validate(quant).weights_alone:  # how activations are quantized is open still
+    found = QuantConfig.model_validate(stated["quant"])
+    quant = found.model_dump(mode="json")  # with what it doesn't state: it is no preset's
+    if found.weights_alone:  # how activations are quantized is open still
         quant["act_group_size"] = ACT_GROUP_SIZE
     document = {"start": start, "stages": list(FROM_CHECKPOINT), "quant": quant}
     model = stated.get("provenance", {}).get("model")

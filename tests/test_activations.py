@@ -211,6 +211,33 @@ def test_features_that_share_a_range_are_quantized_like_a_token_of_their_own(
     torch.testing.assert_close(quantizer.act.grad, alone.act.grad, rtol=1e-4, atol=1e-4)
 
 
+def graph_nodes(result: Tensor) -> list[str]:
+    """The names of all operations that made a result."""
+    seen, left = set(), [result.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [before for before, _ in node.next_functions]
+    return [type(node).__name__ for node in seen]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [-1, 8, 7])
+def test_layers_that_read_one_input_quantize_it_once(
+    size: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernels.ready()
+    monkeypatch.setattr(kernels, "ready", lambda: compiled)
+    quantizer, x = ActQuantizer(4, 3, group_size=size), heavy_tailed(2, 3, 32).float().requires_grad_()
+    weights = torch.randn(3, 16, 32, generator=random()).requires_grad_()
+    total = torch.stack([torch.nn.functional.linear(quantizer(x), weight) for weight in weights])
+    assert sum("Compiled" in name or "FakeQuant" in name for name in graph_nodes(total)) == 1
+    with torch.no_grad():
+        alone = quantizer(x)
+    assert torch.equal(total, torch.stack([torch.nn.functional.linear(alone, weight) for weight in weights]))
+
+
 def reference(x: Tensor, act: Tensor, bits: int, tail: int, temperature: float) -> Tensor:
     """The quantizer as a plain differentiable program: LSQ in the body, codes held in the tails, soft mask.
 

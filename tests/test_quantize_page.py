@@ -176,7 +176,7 @@ def test_a_bad_file_gets_the_engines_message_and_changes_nothing(app: AppTest) -
         b"{": "not valid JSON",
         b"\xff\xfe": "not valid JSON",
         b"[1]": "holds a list",
-        b'{"quant": {"group_size": 0}}': "group has at least one weight",
+        b'{"quant": {"group_size": 0}}': "group has at least one member",
         b'{"quantt": {}}': "is not a setting",
         b'{"quant": 3}': "quant",
         b'{"schema_version": 99}': "schema version 99",

@@ -22,7 +22,7 @@ from lbllm.config import ACT_GROUP_SIZE, RunConfig, Stage, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.export import export, find
-from lbllm.hf import WEIGHTS
+from lbllm.hf import WEIGHTS, format_sha256
 from lbllm.layers import PackedLinear
 from lbllm.run_record import read_record
 from lbllm.runs import RunStore
@@ -301,6 +301,25 @@ def test_fewer_bits_of_activations_bring_stage_3(tmp_path: Path, monkeypatch: py
         assert again == settings
     row = run_config(start=first.id, act_bits=4, assignments=["quant.act_group_size=-1"])
     assert "quant.act_group_size=-1" in arguments(row)
+
+
+def test_a_checkpoint_from_before_there_were_ranges_goes_on_with_one_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    first = tiny_config()
+    run_tiny(first, tmp_path / "first", bfloat_teacher())
+    folder = tmp_path / "first" / "checkpoint"
+    document = json.loads((folder / "config.json").read_text())
+    stated = document["quantization_config"]
+    assert stated["quant"].pop("act_group_size") == -1
+    stated["format_sha256"] = format_sha256(stated["quant"])
+    (folder / "config.json").write_text(json.dumps(document))
+    for preset in ("quick", "preview"):  # whichever ranges the preset has
+        settings = run_config(start=str(folder), preset=preset)
+        assert settings.quant == first.quant
+    events = run_tiny(further(folder, tokens=64), tmp_path / "second", bfloat_teacher())
+    assert [event.stage for event in events if isinstance(event, BlockDone)] == ["e2e"]
 
 
 def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
