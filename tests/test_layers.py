@@ -302,4 +302,5 @@ def test_groups_and_ranges_are_named() -> None:
         return PackedLinear.pack(binarized(dense(nn.Linear, 4, 64), fmt), 2, torch.float32)
 
     assert named_groups([packed(16, -1), packed(32, -1)]) == "groups of 32 and 16"
-    assert named_groups([packed(16, 64), packed(-1, 64)]) == "groups of 16 and whole rows, ranges of 64 inputs"
+    assert named_groups([packed(16, 32), packed(-1, 32)]) == "groups of 16 and whole rows, ranges of 32 inputs"
+    assert named_groups([packed(16, 64), packed(16, 100)]) == "groups of 16"  # of 64 inputs that is one range
