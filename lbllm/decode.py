@@ -20,7 +20,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm import kernels, memory
 from lbllm.activations import HalfKVLayer, PackedKVLayer, is_packed
-from lbllm.binarize import group_length
 from lbllm.layers import PackedLinear
 
 NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -160,7 +159,7 @@ class FusedForward:
                 knee, low, high, bits, tail = (
                     (0.0, 0.0, 0.0, 0, 0) if layer.quantizer is None else layer.quantizer.settings()
                 )
-                quantizers += [bits, tail, knee, low, high, group_length(layer.fmt.act_group_size, layer.in_features)]
+                quantizers += [bits, tail, knee, low, high, layer.range_length]
             self._lists = (
                 [layer.arranged() for layer in layers],
                 [layer.params for layer in layers],

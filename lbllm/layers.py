@@ -193,6 +193,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.fmt, self.tail = in_features, out_features, fmt, tail
         self.length = group_length(fmt.group_size, in_features)
+        self.range_length = group_length(fmt.act_group_size, in_features)
         count, groups = LEVELS[fmt.format], -(-in_features // self.length)
         bits, half = fmt.param_bits, torch.float16
         self.register_buffer("weight", torch.zeros(out_features, count // 2, -(-in_features // 8), dtype=torch.uint8))
@@ -294,7 +295,7 @@ class PackedLinear(nn.Module):
     def looks_up(self) -> bool:
         """Whether the layer is computed by table lookup: 4-bit activations with one range a token, float16 parameters,
         whole tiles."""
-        one_range = group_length(self.fmt.act_group_size, self.in_features) == self.in_features
+        one_range = self.range_length == self.in_features
         whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
         fits = one_range and whole and self.params_scale is None
         groups = self.length % 8 == 0 and self.length <= LONGEST
@@ -381,6 +382,6 @@ def named_groups(layers: Sequence[PackedLinear]) -> str:
     ranges = {
         layer.fmt.act_group_size
         for layer in layers
-        if layer.fmt.act_bits < 16 and group_length(layer.fmt.act_group_size, layer.in_features) < layer.in_features
+        if layer.fmt.act_bits < 16 and layer.range_length < layer.in_features
     }
     return groups + "".join(f", ranges of {size} inputs" for size in ranges)
