@@ -1,0 +1,1 @@
+"""What a rebuild may not change: a record of the program's outputs, and files that earlier versions wrote."""
