@@ -11,7 +11,7 @@ from app.view import COLOURS, count_text, plain, sentence, size_text, time_text
 from lbllm.blocks import decoder_blocks, linear_layers
 from lbllm.config import STAGES, RunConfig
 from lbllm.errors import LbllmError
-from lbllm.estimate import Estimate, estimate, free_memory, matmul_rate
+from lbllm.estimate import Estimate, estimate, fastest_matmul_rate, free_memory
 from lbllm.model_catalogue import CATALOGUE
 from lbllm.models import ModelSummary, skeleton, summary
 
@@ -38,7 +38,7 @@ def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
 @st.cache_resource(ttl=600, show_spinner="Measuring this machine")
 def rate(device: str) -> float:
     """The device's matmul rate, measured now and then."""
-    return matmul_rate(device)
+    return fastest_matmul_rate(device)
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:

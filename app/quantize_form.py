@@ -16,7 +16,7 @@ import pandas
 import streamlit as st
 
 from app.view import store
-from lbllm import corpora
+from lbllm.corpora import CATALOGUE
 from lbllm.config import (
     FORMAT_NAMES,
     FROM_CHECKPOINT,
@@ -344,7 +344,7 @@ def brought(setting: Setting) -> bool:
 
 def corpus_picker() -> None:
     """The text to train on: from the catalogue, or a path that is typed."""
-    notes = {entry.id: entry.note for entry in corpora.CATALOGUE}
+    notes = {entry.id: entry.note for entry in CATALOGUE}
     value = st.session_state[CORPUS_KEY]
     st.selectbox(
         "Text",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from lbllm import progress
+from lbllm.progress import size as size_words
 from lbllm.bundle import ASSETS
 from lbllm.errors import LbllmError
 from lbllm.models import home
@@ -41,7 +41,7 @@ COLOURS: dict[str, str] = {
 
 def size_text(size: float) -> str:
     """Bytes in decimal units: 40.2 MB."""
-    return f"{size:.0f} bytes" if size < 1000 else progress.size(size)
+    return f"{size:.0f} bytes" if size < 1000 else size_words(size)
 
 
 def time_text(seconds: float) -> str:

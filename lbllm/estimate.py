@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lbllm import devices
 from lbllm.binarize import LEVELS, group_length
 from lbllm.blocks import check_length, check_supported, linear_weight
+from lbllm.devices import check_device, matmul_rate
 from lbllm.config import LayerFormat, RunConfig, Stage
 from lbllm.errors import ResourceError
 from lbllm.models import skeleton
@@ -97,10 +97,10 @@ class _Layer:
 def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: float | None = None) -> Estimate:
     """Everything that can be said before the run. Raises ModelError, ConfigError.
 
-    ``model``, the config's ``skeleton``, and ``rate``, the device's ``matmul_rate``, are made and measured where they
-    are not given: whoever asks again and again keeps them.
+    ``model``, the config's ``skeleton``, and ``rate``, the device's ``fastest_matmul_rate``, are made and measured
+    where they are not given: whoever asks again and again keeps them.
     """
-    devices.check_device(config.device)
+    check_device(config.device)
     model = model or skeleton(config.model)
     check_supported(model)
     check_length(model, config.seq_len, "seq_len")
@@ -114,7 +114,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     weights = sum(layer.weights for layer in layers)
     parts = _disk(model, layers)
     memory = _memory(config, model, layers, sum(parts.values()))
-    seconds = _seconds(config, model, layers, rate or matmul_rate(config.device))
+    seconds = _seconds(config, model, layers, rate or fastest_matmul_rate(config.device))
     return Estimate(
         bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
@@ -158,12 +158,12 @@ def free_memory(device: str = "auto") -> int:
     return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
-def matmul_rate(device: str = "auto") -> float:
+def fastest_matmul_rate(device: str = "auto") -> float:
     """FLOPs a second of a large matrix product, in the faster of float32 and bfloat16; takes about 0.2 s."""
     place = "cuda" if _uses_gpu(device) else "cpu"
     # bfloat16 can be a hundred times slower than float32 where the processor lacks it: small products decide.
-    dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: devices.matmul_rate(dtype, 256, 0.02, place))
-    return devices.matmul_rate(dtype, 4096 if place == "cuda" else 1024, 0.12, place)
+    dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: matmul_rate(dtype, 256, 0.02, place))
+    return matmul_rate(dtype, 4096 if place == "cuda" else 1024, 0.12, place)
 
 
 def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:

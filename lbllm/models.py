@@ -226,7 +226,9 @@ def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence
 def _resolve(name: str) -> _Source:
     entry = next((entry for entry in CATALOGUE if entry.id == name.lower()), None)
     if entry is not None:
-        return _Source("hub", entry.hub_id, entry) if entry.hub_id else _Source("embedded", str(embedded_file()), entry)
+        if entry.hub_id:
+            return _Source("hub", entry.hub_id, entry)
+        return _Source("embedded", str(embedded_file()), entry)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

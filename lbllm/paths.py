@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lbllm import corpora, model_catalogue
+from lbllm.corpora import CATALOGUE as TEXTS
+from lbllm.model_catalogue import CATALOGUE, HUB_ID
 from lbllm.errors import ConfigError
 
 
@@ -42,10 +43,10 @@ def model_name(text: str) -> str:
     Raises ConfigError for paths outside the root.
     """
     name = text.strip()
-    if any(entry.id == name.lower() for entry in model_catalogue.CATALOGUE):
+    if any(entry.id == name.lower() for entry in CATALOGUE):
         return name
     # A folder of the current directory would win over the hub: only one under the root may.
-    if model_catalogue.HUB_ID.fullmatch(name) and not (root() / name).exists() and not Path(name).exists():
+    if HUB_ID.fullmatch(name) and not (root() / name).exists() and not Path(name).exists():
         return name
     return _existing(name, "model")
 
@@ -53,7 +54,7 @@ def model_name(text: str) -> str:
 def corpus_name(text: str) -> str:
     """The same for texts: catalogue ids, also several joined by "+", as they are; a path resolved."""
     name = text.strip()
-    ids = {entry.id for entry in corpora.CATALOGUE}
+    ids = {entry.id for entry in TEXTS}
     return name if set(name.split("+")) <= ids else _existing(name, "text")
 
 

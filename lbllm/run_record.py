@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lbllm import corpora
 from lbllm.checkpoint import write_atomic
+from lbllm.corpora import parts
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.events import Evaluated
@@ -76,7 +76,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def _public_corpus(name: str) -> str:
-    return "+".join(last_part(one) for one in corpora.parts(name))
+    return "+".join(last_part(one) for one in parts(name))
 
 
 def _public_text(text: str) -> str:

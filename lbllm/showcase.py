@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lbllm import shipped
+from lbllm.shipped import SHIPPED as ASSET_CHECKPOINT
 from lbllm.chat_settings import ChatSettings
 from lbllm.config import SHIPPED
 from lbllm.duel import Answer, Duel, Side
@@ -289,7 +289,7 @@ def open_showcase(
     """
     if checkpoint is not None and not is_checkpoint(checkpoint):
         raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
-    folder = shipped.SHIPPED if checkpoint is None else Path(checkpoint)
+    folder = ASSET_CHECKPOINT if checkpoint is None else Path(checkpoint)
     made_from = provenance(folder).get("model")
     if teacher is None:
         if made_from is None:

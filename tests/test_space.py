@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from gradio_client import Client
 
-from lbllm import models
+from lbllm.models import embedded_file
 from lbllm.cli import main
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.space import write_space
@@ -120,7 +120,7 @@ def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tm
     (file,) = (tmp_path / "space" / "teacher").iterdir()
     assert file.name == "SmolLM2-135M-Instruct.gguf"
     assert "answered at the same time by SmolLM2-135M-Instruct and" in (tmp_path / "space" / "README.md").read_text()
-    assert file.stat().st_size == models.embedded_file().stat().st_size
+    assert file.stat().st_size == embedded_file().stat().st_size
     assert f'HERE / "teacher/{file.name}"' in (tmp_path / "space" / "app.py").read_text()
     assert settings(tmp_path / "space")["models"][0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

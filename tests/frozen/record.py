@@ -311,7 +311,7 @@ def run() -> None:
         given.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if given.against:
         different = list(differences(json.loads(given.against.read_text()), json.loads(json.dumps(found))))
-        print("\n".join(different) or "nothing differs")
+        sys.stdout.write("\n".join([*different, f"{len(different)} differences", ""]))
         sys.exit(bool(different))
 
 
