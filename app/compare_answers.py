@@ -9,9 +9,9 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app.lens_view import answer_view
 from app.view import plain, size_text
-from lbllm.conversation import Exchange
-from lbllm.duel import Answer
-from lbllm.lens import first_difference
+from lbllm.chat.conversation import Exchange
+from lbllm.chat.duel import Answer
+from lbllm.chat.lens import first_difference
 
 _STATES = {"waiting": "Waiting for its model", "reading": "Reading the prompt", "writing": "Writing"}
 Place = tuple[DeltaGenerator, DeltaGenerator]

@@ -7,11 +7,11 @@ import streamlit as st
 from app.compare_models import SIDES
 from app.lens_view import lens_view
 from app.view import guard, number_text
-from lbllm.conversation import Conversation, Exchange
-from lbllm.duel import given
+from lbllm.chat.conversation import Conversation, Exchange
+from lbllm.chat.duel import given
+from lbllm.chat.lens import Lens, lens, same_vocabulary
+from lbllm.chat.pool import Slot
 from lbllm.errors import ModelError
-from lbllm.lens import Lens, lens, same_vocabulary
-from lbllm.pool import Slot
 
 OWN = "Own text"
 

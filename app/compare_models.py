@@ -7,11 +7,11 @@ from typing import NamedTuple
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from app.paths import model_name
 from app.view import checkpoints, plain, size_text, store
+from lbllm.chat.pool import ModelPool, Slot
 from lbllm.config import SHIPPED
-from lbllm.model_catalogue import CATALOGUE, EMBEDDED_PRECISION
-from lbllm.paths import model_name
-from lbllm.pool import ModelPool, Slot
+from lbllm.models.catalogue import EMBEDDED_PRECISION, MODELS
 
 SIDES = ("left", "right")
 TEACHER = "smollm2-135m-instruct"
@@ -40,7 +40,7 @@ def choices() -> dict[str, Offer]:
     found = {SHIPPED: Offer(f"{TEACHER} binarized, comes with the program", f"{TEACHER} binarized", SHIPPED)}
     for label, folder in checkpoints(store()).items():
         found[folder.parent.name] = Offer(label, label, str(folder))
-    for entry in sorted(CATALOGUE, key=lambda entry: entry.hub_id is not None):
+    for entry in sorted(MODELS, key=lambda entry: entry.hub_id is not None):
         note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
         found[entry.id] = Offer(f"{entry.id}, {note}", entry.id, entry.id)
     return found

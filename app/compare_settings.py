@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lbllm.chat_settings import ChatSettings
+from lbllm.chat.settings import ChatSettings
 
 _FIRST = ChatSettings()
 

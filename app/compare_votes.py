@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import streamlit as st
 
 from app.view import plain, store
-from lbllm.conversation import Exchange
-from lbllm.votes import CHOICES, Choice, Vote, tally, votes_csv, votes_json
+from lbllm.chat.conversation import Exchange
+from lbllm.chat.votes import CHOICES, Choice, Vote, tally, votes_csv, votes_json
 
 _LABELS: dict[Choice, str] = {
     "left": "Left is better",

@@ -8,12 +8,14 @@ import streamlit as st
 from transformers import PreTrainedModel
 
 from app.view import COLOURS, count_text, plain, sentence, size_text, time_text
-from lbllm.blocks import decoder_blocks, linear_layers
-from lbllm.config import STAGES, RunConfig
+from lbllm.config import RunConfig
 from lbllm.errors import LbllmError
-from lbllm.estimate import Estimate, estimate, fastest_matmul_rate, free_memory
-from lbllm.model_catalogue import CATALOGUE
-from lbllm.models import ModelSummary, skeleton, summary
+from lbllm.machine import fastest_matmul_rate, free_memory
+from lbllm.measure.estimate import Estimate, estimate
+from lbllm.models.blocks import decoder_blocks, linear_layers
+from lbllm.models.catalogue import MODELS
+from lbllm.models.teacher import ModelSummary, skeleton, summary
+from lbllm.sections import STAGES
 
 PART_NAMES = {
     "bits": "sign bits",
@@ -68,7 +70,7 @@ def show_model(facts: ModelSummary) -> None:
 def show_unknown(name: str, message: str) -> None:
     """The same for a model that can't be read: why, and what the catalogue knows."""
     st.error(sentence(message))
-    entry = next((entry for entry in CATALOGUE if entry.id == name), None)
+    entry = next((entry for entry in MODELS if entry.id == name), None)
     if entry is not None:
         note = f" {entry.note}." if entry.note else ""
         st.caption(plain(f"{count_text(entry.parameters)} parameters. Licence: {entry.licence}.{note}"))

@@ -15,24 +15,15 @@ from typing import Any, get_args
 import pandas
 import streamlit as st
 
+from app.paths import corpus_name, model_name
 from app.view import store
-from lbllm.corpora import CATALOGUE
-from lbllm.config import (
-    FORMAT_NAMES,
-    FROM_CHECKPOINT,
-    PRESETS,
-    STAGES,
-    TO_ACTIVATIONS,
-    WHOLE_ROW,
-    LogitLoss,
-    RunConfig,
-    make_config,
-    parse_config,
-    read_settings,
-)
+from lbllm.config import FROM_CHECKPOINT, TO_ACTIVATIONS, RunConfig, make_config, parse_config, read_settings
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.paths import corpus_name, model_name
-from lbllm.start import settings_to_go_on
+from lbllm.labels import FORMAT_NAMES
+from lbllm.pipeline.start import settings_to_go_on
+from lbllm.presets import PRESETS
+from lbllm.sections import STAGES, WHOLE_ROW, LogitLoss
+from lbllm.texts.catalogue import TEXTS
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 PRESET = "quantize preset"
@@ -344,7 +335,7 @@ def brought(setting: Setting) -> bool:
 
 def corpus_picker() -> None:
     """The text to train on: from the catalogue, or a path that is typed."""
-    notes = {entry.id: entry.note for entry in CATALOGUE}
+    notes = {entry.id: entry.note for entry in TEXTS}
     value = st.session_state[CORPUS_KEY]
     st.selectbox(
         "Text",

@@ -11,8 +11,10 @@ import streamlit as st
 from app.quantize_form import size_label
 from app.view import COLOURS, guard, number_text
 from lbllm.baselines.methods import METHODS
-from lbllm.config import FORMAT_NAMES, WHOLE_ROW, RunConfig
-from lbllm.preview import BlockSample, Choice, Point, Trained, choices, preview, take_block
+from lbllm.config import RunConfig
+from lbllm.labels import FORMAT_NAMES
+from lbllm.measure.preview import BlockSample, Choice, Point, Trained, choices, preview, take_block
+from lbllm.sections import WHOLE_ROW
 
 LINES: dict[str, str] = {
     "w1+1": COLOURS["student"],

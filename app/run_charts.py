@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.view import COLOURS, number_text, time_text
-from lbllm.config import STAGES, Stage
-from lbllm.run_view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
+from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
+from lbllm.sections import STAGES, Stage
 
 STAGE_LABELS: dict[Stage, str] = {
     "ptq": "1 Initialize",

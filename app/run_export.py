@@ -6,13 +6,15 @@ import re
 
 import streamlit as st
 
+from app.paths import resolve_under_root
 from app.view import guard, path_text, sentence, size_text
+from lbllm.checkpoints.find import find
 from lbllm.errors import LbllmError
-from lbllm.export import Exported, Kind, export, find
-from lbllm.paths import resolve_under_root, root
-from lbllm.runs import Run, RunStore
+from lbllm.places import root
+from lbllm.runs.store import Run, RunStore
+from lbllm.share.export import Exported, ExportKind, export
 
-KINDS: dict[Kind, tuple[str, str]] = {
+KINDS: dict[ExportKind, tuple[str, str]] = {
     "packed": ("Packed", "As it is: bits and levels, for transformers with this program installed."),
     "dense": ("Dense", "bfloat16 weights for any program that loads transformers folders; answers like the A16 model."),
     "gguf": (
@@ -31,7 +33,7 @@ def show_export(runs: RunStore, run: Run) -> None:
 
 
 def _section(runs: RunStore, run: Run) -> None:
-    kind: Kind = st.radio(
+    kind: ExportKind = st.radio(
         "What",
         list(KINDS),
         format_func=lambda kind: KINDS[kind][0],
@@ -62,7 +64,7 @@ def _section(runs: RunStore, run: Run) -> None:
             st.error(result)
 
 
-def _try_export(runs: RunStore, run: Run, kind: Kind, folder: str) -> Exported | str:
+def _try_export(runs: RunStore, run: Run, kind: ExportKind, folder: str) -> Exported | str:
     """What was written, or why nothing was, as a sentence."""
     try:
         return export(find(run.id, runs), kind, resolve_under_root(folder))

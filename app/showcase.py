@@ -21,9 +21,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import showcase_api, showcase_view
+from lbllm.chat.showcase import Showcase
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.prompts import example_prompts
-from lbllm.showcase import Showcase
+from lbllm.texts.prompts import example_prompts
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REFUSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/stream")

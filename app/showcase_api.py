@@ -23,8 +23,8 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
+from lbllm.chat.showcase import Seen, Showcase
 from lbllm.errors import LbllmError
-from lbllm.showcase import Seen, Showcase
 
 POLL_SECONDS = 0.1
 

@@ -11,13 +11,13 @@ from html import escape
 
 import gradio as gr
 
-from lbllm.bundle import ASSETS
-from lbllm.duel import Answer
-from lbllm.pool import Slot
-from lbllm.progress import size
-from lbllm.prompts import PromptKind
-from lbllm.showcase import Seen, Showcase
-from lbllm.votes import CHOICES, Choice
+from lbllm.chat.duel import Answer
+from lbllm.chat.pool import Slot
+from lbllm.chat.showcase import Seen, Showcase
+from lbllm.chat.votes import CHOICES, Choice
+from lbllm.places import ASSETS
+from lbllm.texts.prompts import PromptKind
+from lbllm.units import size
 
 THEME = ASSETS / "theme"
 EXAMPLES = 6

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import streamlit as st
 
-from lbllm.progress import size as size_words
-from lbllm.bundle import ASSETS
 from lbllm.errors import LbllmError
-from lbllm.models import home
-from lbllm.runs import RunStore
+from lbllm.places import ASSETS, home
+from lbllm.runs.store import RunStore
+from lbllm.units import size as size_words
 
 THEME = ASSETS / "theme"
 

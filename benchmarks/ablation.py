@@ -25,11 +25,11 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.one_block import Made, OneBlock
-from lbllm.config import AarConfig, ParamBits, PtqConfig, WatConfig
-from lbllm.corpora import load_corpus
-from lbllm.devices import float32_products
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.models import load_teacher
+from lbllm.machine import float32_products
+from lbllm.models.teacher import load_teacher
+from lbllm.sections import AarConfig, ParamBits, PtqConfig, WatConfig
+from lbllm.texts.corpus import load_corpus
 
 PTQ_VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},

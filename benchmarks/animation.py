@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
 
 from benchmarks.screenshots import PATIENCE, settle
-from lbllm.runs import ACTIVE
+from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server, wait_until
 from tests.browser.test_quantize import choose, figure
 from tests.homes import own_home

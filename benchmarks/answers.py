@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from datetime import date
 
-from lbllm.chat import stream
-from lbllm.chat_settings import REPETITION_PENALTY
+from lbllm.chat.settings import REPETITION_PENALTY
+from lbllm.chat.stream import stream
 from lbllm.commands.opening import open_model
 from lbllm.errors import LbllmError
 

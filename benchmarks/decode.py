@@ -38,8 +38,8 @@ def measure(kind: str, model: str) -> dict[str, float]:
     from transformers.generation.streamers import BaseStreamer
 
     import lbllm
-    from lbllm.layers import PackedLinear
-    from lbllm.models import load_teacher
+    from lbllm.models.teacher import load_teacher
+    from lbllm.quant.packed_layer import PackedLinear
 
     libraries = psutil.Process().memory_info().rss
 
@@ -91,7 +91,7 @@ def llama_cpp(folder: str) -> list[str]:
     """The command that measures the embedded model's file in llama.cpp."""
     import torch
 
-    from lbllm.models import embedded_file
+    from lbllm.models.source import embedded_file
 
     script, gguf = Path(__file__).with_name("llama_cpp.mjs"), embedded_file()
     numbers = [str(number) for number in (torch.get_num_threads(), PROMPT, TOKENS)]

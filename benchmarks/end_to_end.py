@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from lbllm.config import RunConfig, parse_config
-from lbllm.corpora import Corpus, load_corpus
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.evaluate import Divergence, divergence
 from lbllm.events import BlockDone
-from lbllm.models import Teacher, load_teacher
-from lbllm.pipeline import run, stage_model
-from lbllm.start import settings_to_go_on
+from lbllm.measure.perplexity import Divergence, divergence
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.pipeline.run import run
+from lbllm.pipeline.start import settings_to_go_on
+from lbllm.texts.corpus import Corpus, load_corpus
 
 LATENT = {"lr_weight": 2.5e-3}
 VARIANTS: dict[str, dict[str, Any]] = {

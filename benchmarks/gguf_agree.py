@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lbllm.quiet import quiet
+from lbllm.models.loading import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 from lbllm.config import RunConfig, make_config
-from lbllm.events import Event, RunFailed, RunQueued, RunStarted, Stored
-from lbllm.runs import RunStore
+from lbllm.events import Event, RunFailed, RunQueued, RunStarted, StoredEvent
+from lbllm.runs.store import RunStore
 
 Place = tuple[object, ...]
 
@@ -46,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def finish(store: RunStore, run_id: str, worker: subprocess.Popen[bytes]) -> list[Stored]:
+def finish(store: RunStore, run_id: str, worker: subprocess.Popen[bytes]) -> list[StoredEvent]:
     """Wait for the end of a run; its events. Exits with the reason where it isn't done."""
     worker.wait()
     events = store.events(run_id)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lbllm import kernels
-from lbllm.config import LayerFormat
-from lbllm.layers import PackedLinear
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.sections import LayerFormat
 
 SHAPES = {
     "LLaMA-2-7B": [(4096, 4096), (4096, 11008), (11008, 4096)],

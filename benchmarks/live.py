@@ -21,8 +21,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from lbllm.config import make_config
 from lbllm.events import StepMetric
-from lbllm.models import home
-from lbllm.runs import ACTIVE, Run, RunStore
+from lbllm.places import home
+from lbllm.runs.store import ACTIVE, Run, RunStore
 from tests.browser.conftest import CHROMIUM, FLAGS, Server, wait_until
 
 CURVE = "[aria-label^='Block 1,']"

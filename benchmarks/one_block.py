@@ -15,17 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import TrainingCache
-from lbllm.binarize import (
-    LEVELS,
-    assign,
-    fit_levels,
-    from_groups,
-    group_length,
-    levels_to_params,
-    to_groups,
-)
-from lbllm.blocks import (
+from lbllm.errors import ConfigError
+from lbllm.models.blocks import (
     all_inputs,
     capture_calls,
     decoder_blocks,
@@ -36,14 +27,16 @@ from lbllm.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.checkpoint import collect, restore
-from lbllm.config import WHOLE_ROW, AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
-from lbllm.errors import ConfigError
-from lbllm.layers import BinaryLinear
-from lbllm.models import Teacher
+from lbllm.models.teacher import Teacher
+from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.levels import LEVELS, assign, fit_levels, from_groups, group_length, levels_to_params, to_groups
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import WHOLE_ROW, AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
 from lbllm.stages.aar import aar_block, add_quantizers
+from lbllm.stages.block_state import collect, restore
+from lbllm.stages.distill import Step, binary_layers, distill, token_error
 from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import Step, binary_layers, distill, thaw_layers, token_error, wat_block
+from lbllm.stages.wat import thaw_layers, wat_block
 
 BATCH = 4
 EM_STEPS = 20  # of a clustering that nothing comes after

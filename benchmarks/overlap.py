@@ -14,9 +14,10 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from lbllm.corpora import evaluation_tokens, load_corpus
 from lbllm.errors import LbllmError
-from lbllm.models import load_tokenizer
+from lbllm.models.teacher import load_tokenizer
+from lbllm.texts.corpus import load_corpus
+from lbllm.texts.windows import evaluation_tokens
 
 EVERYTHING = 1_000_000_000  # tokens
 SEQUENCE = 512

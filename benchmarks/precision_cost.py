@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lbllm.activations import ActQuantizer
-from lbllm.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
 from lbllm.commands.opening import windows
-from lbllm.config import STAGE_NAMES, Origin, ParamBits, RunConfig, parse_config
+from lbllm.config import RunConfig, parse_config
 from lbllm.errors import ConfigError, LbllmError, RunError
-from lbllm.evaluate import perplexity
-from lbllm.layers import PackedLinear
-from lbllm.models import Teacher, load_teacher
-from lbllm.pipeline import stage_model
-from lbllm.runs import RunStore
+from lbllm.labels import STAGE_NAMES
+from lbllm.measure.perplexity import perplexity
+from lbllm.models.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.runs.store import RunStore
+from lbllm.sections import Origin, ParamBits
 
 PROBE = 8  # tokens that tell which layers read the same input
 PARTS = 4  # of the depth

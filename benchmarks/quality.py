@@ -47,19 +47,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lbllm
-from lbllm.activations import ActQuantizer
 from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
-from lbllm.blocks import check_length, decoder_blocks, linear_layers
-from lbllm.config import PAPER_STAGES, make_config
-from lbllm.corpora import Corpus, evaluation_tokens, load_corpus, parts
+from lbllm.config import make_config
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.evaluate import perplexity
 from lbllm.events import RunStarted
-from lbllm.layers import PackedLinear, named_groups
-from lbllm.models import Teacher, load_teacher
-from lbllm.pipeline import peak_memory, run, stage_model
-from lbllm.zero_shot import task_names, zero_shot
+from lbllm.measure.perplexity import perplexity
+from lbllm.measure.zero_shot import task_names, zero_shot
+from lbllm.memory import peak_memory
+from lbllm.models.blocks import check_length, decoder_blocks, linear_layers
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.pipeline.run import run
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.packed_layer import PackedLinear, named_groups
+from lbllm.sections import PAPER_STAGES
+from lbllm.texts.catalogue import parts
+from lbllm.texts.corpus import Corpus, load_corpus
+from lbllm.texts.windows import evaluation_tokens
 
 OWN = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
 OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound", "gptqmodel": "GPTQModel"}

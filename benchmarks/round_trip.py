@@ -18,8 +18,8 @@ import tempfile
 import venv
 from pathlib import Path
 
-from lbllm.export import find
-from lbllm.runs import RunStore
+from lbllm.checkpoints.find import find
+from lbllm.runs.store import RunStore
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """

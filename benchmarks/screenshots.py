@@ -17,9 +17,9 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from app.showcase import serve
-from lbllm.models import home
-from lbllm.runs import RunStore
-from lbllm.showcase import open_showcase
+from lbllm.chat.showcase import open_showcase
+from lbllm.places import home
+from lbllm.runs.store import RunStore
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server
 from tests.browser.test_showcase import ask
 from tests.ports import free_port

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from gradio_client import Client
 
-from lbllm.shipped import shipped_checkpoint
-from lbllm.space import write_space
+from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.share.space import write_space
 from tests.ports import free_port
 
 PATIENCE = 1800  # seconds

@@ -20,7 +20,9 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lbllm.blocks import (
+from lbllm.config import make_config
+from lbllm.machine import make_accelerator
+from lbllm.models.blocks import (
     all_inputs,
     capture_calls,
     decoder_blocks,
@@ -30,13 +32,11 @@ from lbllm.blocks import (
     run_batches,
     share_copy,
 )
-from lbllm.checkpoint import collect, restore
-from lbllm.config import make_config
-from lbllm.corpora import load_corpus
-from lbllm.devices import make_accelerator
-from lbllm.models import load_teacher
+from lbllm.models.teacher import load_teacher
+from lbllm.stages.block_state import collect, restore
 from lbllm.stages.ptq import ptq_block, to_layer
 from lbllm.stages.wat import wat_block
+from lbllm.texts.corpus import load_corpus
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),

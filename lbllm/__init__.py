@@ -20,13 +20,13 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswit
     # While Python looks for the module of `python -m lbllm...` argv[0] is "-m", in the installed command the command's
     # path: our own commands import what they need, when they need it, and start at once. Everybody else wants the
     # registration, which brings torch with it.
-    from lbllm.hf import load as load
+    from lbllm.checkpoints.hf import load as load
 
 
 def __getattr__(name: str) -> Any:
     if name == "quantize":
         # A module of the same name would take its place once it is imported.
-        from lbllm.inprocess import quantize
+        from lbllm.pipeline.in_process import quantize
 
         return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from lbllm.cli import main
+from lbllm.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

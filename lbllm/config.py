@@ -7,43 +7,28 @@ before anything is loaded, and ``preset(name)`` gives the named starting points.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from lbllm.errors import ConfigError
+from lbllm.presets import PRESETS
+from lbllm.sections import (
+    ACTIVATION_SETTINGS,
+    PAPER_STAGES,
+    AarConfig,
+    E2eConfig,
+    Origin,
+    PtqConfig,
+    QuantConfig,
+    Section,
+    Stage,
+    WatConfig,
+)
 
 SCHEMA_VERSION = 1
-WHOLE_ROW = -1
-ACT_GROUP_SIZE = 64  # inputs of a token that share a range, where neither the paper nor a checkpoint says another
-# Settings of QuantConfig that only quantized activations read.
-ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
 
-Format = Literal["w1+1", "w1"]
-Stage = Literal["ptq", "wat", "aar", "e2e"]
-ParamBits = Literal[4, 8, 16]
-LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
-Origin = Stage | Literal["start"]  # what a stage goes on from: one before it, or the checkpoint that a run starts from
-FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
-STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
-PAPER_STAGES = STAGES[:3]
-STAGE_NAMES: dict[Origin, str] = {
-    "start": "The checkpoint gone on from",
-    "ptq": "Stage 1: PTQ initialization",
-    "wat": "Stage 2: weight-aware training",
-    "aar": "Stage 3: activation-aware refinement",
-    "e2e": "Stage 4: end to end",
-}
 SHIPPED = "shipped"  # names the checkpoint that comes with the project
 # The stages of a run that starts from a packed checkpoint: in its format, or from one with 16-bit activations to fewer.
 FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
@@ -51,147 +36,7 @@ TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
 FURTHER = (FROM_CHECKPOINT, TO_ACTIVATIONS)
 
 
-def _no_empty_group(value: int) -> int:
-    if value == 0:
-        raise ValueError("a group has at least one member; -1 makes one group of a whole row")
-    return value
-
-
-GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_no_empty_group)]
-
-
-class _Section(BaseModel):
-    # JSON has no infinity: settings with one could be written, but not read again.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LayerOverride(_Section):
-    """Settings of the layers whose name matches a pattern; ``None`` keeps the run's own value."""
-
-    format: Format | None = None
-    group_size: GroupSize | None = None
-    param_bits: ParamBits | None = None
-    act_bits: Literal[4, 8, 16] | None = None
-
-
-class LayerFormat(_Section):
-    """The format of one linear layer after overrides."""
-
-    format: Format
-    group_size: int
-    param_bits: ParamBits
-    act_bits: Literal[4, 8, 16]
-    act_group_size: int = WHOLE_ROW
-
-
-class QuantConfig(_Section):
-    """The deployed format: W(1+1) or W1 weights, group parameters, activations, KV cache.
-
-    ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
-    shorter. ``act_group_size`` counts the inputs of a token that share a range likewise; -1, one range a token, is the
-    paper's. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
-    matching patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
-    """
-
-    format: Format = "w1+1"
-    group_size: GroupSize = Field(64, description="weights that share one set of levels; -1: the whole row")
-    param_bits: ParamBits = 16
-    act_bits: Literal[4, 8, 16] = 4
-    kv_bits: Literal[4, 8, 16] = 4
-    act_group_size: GroupSize = Field(WHOLE_ROW, description="inputs of a token that share a range; -1: all of them")
-    tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
-    skip: tuple[str, ...] = ()
-    overrides: dict[str, LayerOverride] = {}
-
-    def weights_only(self) -> QuantConfig:
-        """The same format of the weights with activations and KV cache left as they are."""
-        overrides = {name: o.model_copy(update={"act_bits": None}) for name, o in self.overrides.items()}
-        plain = {name: QuantConfig.model_fields[name].default for name in ACTIVATION_SETTINGS}
-        return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides, **plain})
-
-    @property
-    def weights_alone(self) -> bool:
-        """Whether activations and KV cache are left as they are already."""
-        return {self.act_bits, self.kv_bits, *(o.act_bits or 16 for o in self.overrides.values())} == {16}
-
-    def layer(self, name: str) -> LayerFormat | None:
-        """The format of the layer ``name`` (its full module path), or None where it stays dense."""
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
-            return None
-        values = {"format": self.format, "group_size": self.group_size}
-        values |= {"param_bits": self.param_bits, "act_bits": self.act_bits, "act_group_size": self.act_group_size}
-        for pattern, override in self.overrides.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                values |= override.model_dump(exclude_none=True)
-        return LayerFormat.model_validate(values)
-
-
-class PtqConfig(_Section):
-    """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
-
-    tokens: int = Field(24_576, gt=0)
-    em_steps: int = Field(3, ge=1)
-    damping: float = Field(0.1, gt=0)
-    sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
-    align: float = Field(
-        1.0, ge=0, le=1, description="share of the drift of a layer's inputs that its weights make up for"
-    )
-    align_damping: float = Field(1.0, gt=0)
-
-
-class WatConfig(_Section):
-    """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
-    scale."""
-
-    tokens: int = Field(24_576, gt=0)
-    epochs: int = Field(1, ge=1)
-    batch_tokens: int = Field(512, gt=0)
-    lr_weight: float = Field(2e-2, ge=0)
-    lr_levels: float = Field(5e-3, ge=0)
-    lr_bitmap: float = Field(0.1, ge=0)
-    bitmap: Literal["coupled", "relaxed"] = "coupled"
-    reg_weight: float = Field(30.0, ge=0, description="lambda of the paper's bitmap polarization")
-    beta_start: float = Field(20.0, gt=0, description="power of the polarization, which goes evenly to beta_end")
-    beta_end: float = Field(2.0, gt=0)
-    loss: Literal["relative", "mse"] = "relative"
-    grad_clip: float = Field(0.3, gt=0)
-
-
-class AarConfig(_Section):
-    """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's
-    step."""
-
-    tokens: int = Field(8_192, gt=0)
-    epochs: int = Field(2, ge=0)
-    batch_tokens: int = Field(512, gt=0)
-    search_tokens: int = Field(1_024, gt=0)
-    lr_levels: float = Field(5e-3, ge=0)
-    lr_act: float = Field(1e-2, ge=0)
-    temperature: float = Field(0.5, gt=0)
-    grad_clip: float = Field(0.3, gt=0)
-
-
-class E2eConfig(_Section):
-    """Stage 4, which is optional. Learning rates as in stages 2 and 3; the loss compares the logits of both models.
-
-    Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them.
-    ``feature_weight`` adds that much of the difference of the blocks' outputs to the loss. Memory goes with
-    ``seq_len``: the activations of the whole model are kept for one sequence."""
-
-    tokens: int = Field(65_536, gt=0)
-    seq_len: int = Field(256, ge=8, description="longer sequences of the run are cut to this length")
-    epochs: int = Field(1, ge=1)
-    batch_tokens: int = Field(1_024, gt=0)
-    lr_weight: float = Field(0.0, ge=0)
-    lr_levels: float = Field(4e-3, ge=0)
-    lr_act: float = Field(2e-3, ge=0)
-    loss: LogitLoss = "forward_kl"
-    feature_weight: float = Field(0.0, ge=0)
-    start_share: float = Field(0.0, ge=0, lt=1, description="of the parameters begun with, in those that it ends with")
-    grad_clip: float = Field(1.0, gt=0)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
     a path. With ``start``, the folder of a packed checkpoint of this model and format or "shipped", stage 4 alone goes
     on from there; stages 3 and 4 do where that checkpoint has 16-bit activations and KV cache, and ``quant`` fewer."""
@@ -267,36 +112,6 @@ class RunConfig(_Section):
         return max(getattr(self, stage).tokens for stage in self.stages)
 
 
-# Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
-_FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
-PRESETS: dict[str, dict[str, Any]] = {
-    "preview": {
-        "seq_len": 256,
-        "ptq": {"tokens": 2_048, "sweeps": 1},
-        "wat": {"tokens": 2_048, "epochs": 1},
-        "aar": {"tokens": 2_048, "search_tokens": 1_024},
-    },
-    # The last minutes do more in stage 4 than in a second pass of stage 3.
-    "quick": {"stages": STAGES, "quant": _FINE, "aar": {"epochs": 1}, "e2e": {"tokens": 8_192}},
-    "standard": {
-        "stages": STAGES,
-        "quant": _FINE,
-        "seq_len": 1_024,
-        "ptq": {"tokens": 65_536},
-        "wat": {"tokens": 262_144, "epochs": 2, "batch_tokens": 2_048},
-        "aar": {"tokens": 131_072, "epochs": 2, "batch_tokens": 2_048},
-    },
-    "paper": {
-        "seq_len": 2_048,
-        "corpus": "redpajama",
-        "quant": {"group_size": 128},
-        "ptq": {"tokens": 262_144},
-        "wat": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
-        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
-    },
-}
-
-
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in more.items():
@@ -370,3 +185,50 @@ def parse_config(document: dict[str, Any]) -> RunConfig:
             )
             lines.append(f"{place}: {known}{given}")
         raise ConfigError("bad settings: " + "; ".join(lines)) from None
+
+
+def arguments(config: RunConfig) -> list[str]:
+    """The options that make ``run_config`` give ``config``: its preset, then each setting that differs from it."""
+    preset = config.preset if config.preset in PRESETS else "quick"
+    plain, given = _leaves(make_config(preset)), _leaves(config)
+    options = {
+        "model": "--model",
+        "quant.format": "--format",
+        "quant.group_size": "--group-size",
+        "quant.act_bits": "--act-bits",
+        "quant.kv_bits": "--kv-bits",
+        "corpus": "--corpus",
+        "device": "--device",
+        "start": "--from",
+    }
+    words = ["--model", config.model, "--preset", preset]
+    if config.start is not None:
+        # Stages and format come along with the checkpoint, but for its groups and for bits that are brought down.
+        overrides = json.dumps(given["quant.overrides"])
+        given = {key: value for key, value in given.items() if key != "stages" and not key.startswith("quant.")}
+        words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
+        if config.stages == TO_ACTIVATIONS:
+            words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
+            for name in ACTIVATION_SETTINGS:
+                words += ["--set", f"quant.{name}={getattr(config.quant, name)}"]
+        words += ["--set", f"quant.overrides={overrides}"]  # left out they would be the checkpoint's own
+    for key, value in given.items():
+        if key == "model" or plain[key] == value:
+            continue
+        if key in options:
+            words += [options[key], str(value)]
+        else:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+    return words
+
+
+def _leaves(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its path, section.key."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            leaves |= {f"{key}.{name}": setting for name, setting in value.items()}
+        else:
+            leaves[key] = value
+    overrides = config.quant.model_dump(mode="json", exclude_none=True)["overrides"]
+    return leaves | {"quant.overrides": overrides}

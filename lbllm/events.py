@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from lbllm.config import Stage
+from lbllm.sections import Stage
 
 
 class _Event(BaseModel):
@@ -175,7 +175,7 @@ Event = (
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
-class Stored(BaseModel):
+class StoredEvent(BaseModel):
     """An event as a run's store holds it."""
 
     model_config = ConfigDict(frozen=True)

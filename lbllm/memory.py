@@ -1,10 +1,12 @@
-"""What glibc's allocator keeps of freed memory; other C libraries are left as they are."""
+"""The memory of this process: what it uses, and what glibc's allocator keeps of freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import re
+import resource
+import sys
 from pathlib import Path
 
 
@@ -48,3 +50,9 @@ def trim() -> None:
 def _glibc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

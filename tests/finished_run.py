@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lbllm import pipeline
-from lbllm.config import PAPER_STAGES, Stage
 from lbllm.events import RunLoading, RunQueued
-from lbllm.runs import Run, RunStore
+from lbllm.pipeline import run as pipeline
+from lbllm.runs.store import Run, RunStore
+from lbllm.sections import PAPER_STAGES, Stage
 from tests.tiny_models import SENTENCES
 from tests.tiny_runs import stored_run_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lbllm.models import home
+from lbllm.places import home
 
 
 def own_home(folder: Path, *shared: Literal["kernels", "models"]) -> Path:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer, TrainingCache
-from lbllm.blocks import (
+from lbllm.models.blocks import (
     all_inputs,
     capture_calls,
     decoder_blocks,
@@ -23,10 +22,12 @@ from lbllm.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.config import AarConfig, LayerFormat, PtqConfig
+from lbllm.quant.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer
+from lbllm.quant.kv_cache import TrainingCache
+from lbllm.sections import AarConfig, LayerFormat, PtqConfig
 from lbllm.stages.aar import CLIPS, KNEES, aar_block, add_quantizers, search_grid
+from lbllm.stages.distill import binary_layers, block_error
 from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import binary_layers, block_error
 from tests.tiny_models import VOCABULARY, tiny
 
 LENGTH = 16

@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.ablation import EIGHT_BITS, FOUR_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, table
 from benchmarks.one_block import OneBlock
-from lbllm.binarize import to_groups
-from lbllm.blocks import linear_layers, linear_weight
-from lbllm.checkpoint import collect
-from lbllm.config import AarConfig, LayerFormat, ParamBits, PtqConfig, WatConfig
 from lbllm.errors import ConfigError
-from lbllm.layers import layer_bits
-from lbllm.stages.wat import binary_layers, block_error
+from lbllm.models.blocks import linear_layers, linear_weight
+from lbllm.quant.levels import to_groups
+from lbllm.quant.plan import layer_bits
+from lbllm.sections import AarConfig, LayerFormat, ParamBits, PtqConfig, WatConfig
+from lbllm.stages.block_state import collect
+from lbllm.stages.distill import binary_layers, block_error
 from tests.tiny_runs import tiny_teacher, token_ids
 
 AAR = AarConfig(epochs=1, batch_tokens=64, search_tokens=64)

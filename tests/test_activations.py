@@ -14,19 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm import kernels
-from lbllm.activations import (
-    CLIP_RANGE,
-    KNEE_RANGE,
-    ActQuantizer,
-    PackedKVLayer,
-    TrainingCache,
-    decode,
-    decode_kv,
-    encode,
-    encode_kv,
-    fake_quant_kv,
-    make_grid,
-)
+from lbllm.quant.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer, decode, encode, make_grid
+from lbllm.quant.kv_cache import PackedKVLayer, TrainingCache, decode_kv, encode_kv, fake_quant_kv
 
 
 def random(seed: int = 0) -> torch.Generator:

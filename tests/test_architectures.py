@@ -15,16 +15,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lbllm
-from lbllm.activations import PackedKVLayer
-from lbllm.blocks import decoder_blocks
+from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.config import RunConfig
 from lbllm.errors import ModelError
-from lbllm.estimate import estimate
 from lbllm.events import BlockDone, Event, RunDone, RunStarted
-from lbllm.hf import attach_kv_cache
-from lbllm.layers import PackedLinear
-from lbllm.models import Teacher
-from lbllm.pipeline import stage_model
+from lbllm.measure.estimate import estimate
+from lbllm.models.blocks import decoder_blocks
+from lbllm.models.teacher import Teacher
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.quant.kv_cache import PackedKVLayer
+from lbllm.quant.packed_layer import PackedLinear
 from tests.tiny_models import DENSE_ARCHITECTURES, save_tiny, tiny
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 

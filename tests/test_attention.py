@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lbllm.blocks import share_copy
+from lbllm.models.blocks import share_copy
 from lbllm.stages import attention
 from tests.tiny_models import DENSE_ARCHITECTURES, VOCABULARY, tiny
 

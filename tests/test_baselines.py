@@ -17,9 +17,9 @@ from lbllm.baselines.gptq import gptq
 from lbllm.baselines.layer import Quantized, Settings, block_by_block
 from lbllm.baselines.methods import METHODS, Method, method, quantize_blocks, quantize_layer
 from lbllm.baselines.rtn import round_to_nearest, rtn
-from lbllm.binarize import group_length
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.errors import ConfigError, LbllmError
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.quant.levels import group_length
 from lbllm.stages.ptq import input_statistics
 from tests.test_ptq import correlated_inputs
 from tests.tiny_models import VOCABULARY, tiny

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm import kernels
-from lbllm.binarize import (
+from lbllm.quant.levels import (
     POINTS,
     assign,
     fit_levels,

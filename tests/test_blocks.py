@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from lbllm.activations import TrainingCache
-from lbllm.blocks import (
+from lbllm.errors import ModelError
+from lbllm.models.blocks import (
     all_inputs,
     capture_calls,
     check_supported,
@@ -26,7 +26,7 @@ from lbllm.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.errors import ModelError
+from lbllm.quant.kv_cache import TrainingCache
 from tests.tiny_models import DENSE_ARCHITECTURES, VOCABULARY, tiny
 
 # Of each architecture: path of the blocks, and the names of a block's layers grouped by the input that they share.

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lbllm.chat import Messages, prompt_ids, stream
+from lbllm.chat.stream import Messages, prompt_ids, stream
 from lbllm.errors import ModelError
 from tests.tiny_models import tiny
 

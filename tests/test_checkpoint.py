@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lbllm.activations import ActQuantizer
-from lbllm.checkpoint import BlockState, BlockStore, collect, fingerprint, restore, write_atomic
-from lbllm.config import LayerFormat
 from lbllm.errors import CheckpointError
-from lbllm.stages.wat import binary_layers
+from lbllm.files import write_atomic
+from lbllm.pipeline.block_store import BlockStore, fingerprint
+from lbllm.quant.activations import ActQuantizer
+from lbllm.sections import LayerFormat
+from lbllm.stages.block_state import BlockState, collect, restore
+from lbllm.stages.distill import binary_layers
 from tests.tiny_runs import run_config
 
 MARK = "0" * 64

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lbllm.bundle import ASSETS
-from lbllm.cli import main
-from lbllm.corpora import evaluation_tokens
-from lbllm.evaluate import perplexity
+from lbllm.commands.main import main
+from lbllm.measure.perplexity import perplexity
+from lbllm.places import ASSETS
+from lbllm.texts.windows import evaluation_tokens
 from tests.homes import own_home
 from tests.tiny_models import SENTENCES, save_tiny, tiny
 
@@ -63,7 +63,7 @@ def test_help_does_not_wait_for_torch() -> None:
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "--group-size" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "lbllm.cli" in imported
+    assert "lbllm.commands.main" in imported
     assert "torch" not in imported
 
 

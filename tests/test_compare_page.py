@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.conversation import Conversation
-from lbllm.runs import RunStore
+from lbllm.chat.conversation import Conversation
+from lbllm.runs.store import RunStore
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher
 

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbllm.chat_settings import ChatSettings
-from lbllm.comparison_page import comparison_page
-from lbllm.conversation import Exchange
-from lbllm.duel import Answer, Duel
-from lbllm.lens import Candidate, Lens, LensToken
+from lbllm.chat.conversation import Exchange
+from lbllm.chat.duel import Answer, Duel
+from lbllm.chat.lens import Candidate, Lens, LensToken
+from lbllm.chat.page import comparison_page
+from lbllm.chat.settings import ChatSettings
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'x' </style></body>"
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "div", "span", "b", "i"}

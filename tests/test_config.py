@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from lbllm.config import PRESETS, make_config, parse_config, read_settings
+from lbllm.config import make_config, parse_config, read_settings
 from lbllm.errors import ConfigError
+from lbllm.presets import PRESETS
 
 
 @pytest.mark.parametrize(

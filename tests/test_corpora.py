@@ -15,20 +15,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.answers import PROMPTS
-from lbllm.bundle import ASSETS
 from lbllm.config import make_config
-from lbllm.corpora import (
-    CATALOGUE,
-    CorpusEntry,
-    data_dir,
-    document_separator,
-    evaluation_tokens,
-    load_corpus,
-    location,
-)
-from lbllm.documents import SHARES, Document, Part, read_documents, sections, wikitext_articles, wikitext_rows
 from lbllm.errors import CorpusError
-from lbllm.models import load_tokenizer
+from lbllm.models.teacher import load_tokenizer
+from lbllm.places import ASSETS, data_dir
+from lbllm.texts.catalogue import TEXTS, CorpusEntry, location
+from lbllm.texts.corpus import document_separator, load_corpus
+from lbllm.texts.documents import SHARES, Document, Part, read_documents, sections, wikitext_articles, wikitext_rows
+from lbllm.texts.windows import evaluation_tokens
 from tests.tiny_models import SENTENCES, tiny_tokenizer
 
 PARTS: tuple[Part, ...] = ("train", "tune", "heldout")
@@ -253,7 +247,7 @@ def test_without_the_hub_the_way_out_is_said(tokenizer: PreTrainedTokenizerBase)
 def test_files_of_the_data_folder_come_first(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (data / "text").mkdir()
     assert data_dir() == data
-    for entry in CATALOGUE:
+    for entry in TEXTS:
         if entry.files and entry.files[0].startswith("text/"):
             with gzip.open(data / entry.files[0], "wt") as stream:
                 stream.writelines(json.dumps({"text": f"{entry.id} {text}"}) + "\n" for text in _texts(40))
@@ -265,7 +259,7 @@ def test_files_of_the_data_folder_come_first(data: Path, tokenizer: PreTrainedTo
 
 
 def test_location_without_files() -> None:
-    known: dict[str, CorpusEntry] = {entry.id: entry for entry in CATALOGUE}
+    known: dict[str, CorpusEntry] = {entry.id: entry for entry in TEXTS}
     assert location(known["c4"]) == "hub: allenai/c4"
     assert "LBLLM_DATA_DIR" in location(known["chat"])
 

@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicLayer
 
 import lbllm
 from lbllm import kernels
-from lbllm.activations import PackedKVLayer
-from lbllm.decode import FusedForward, HalfHead
-from lbllm.hf import WEIGHTS
+from lbllm.checkpoints.decode import FusedForward, HalfHead
+from lbllm.checkpoints.hf import WEIGHTS
+from lbllm.quant.kv_cache import PackedKVLayer
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 EVEN = {"hidden_size": 64, "intermediate_size": 96}  # rows of all layers are whole tiles

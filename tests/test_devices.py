@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbllm.devices import bfloat16_products, float32_products, make_accelerator, matmul_rate
 from lbllm.errors import ConfigError
+from lbllm.machine import bfloat16_products, float32_products, make_accelerator, matmul_rate
 from tests.tiny_runs import tiny_teacher, token_ids
 
 
@@ -102,7 +102,7 @@ def test_bfloat16_products_round_the_linear_layers_and_leave_the_model_as_it_was
 ) -> None:
     model, ids = tiny_teacher("qwen2").model, token_ids(2, seed=1)
     plain = model(ids).logits
-    monkeypatch.setattr("lbllm.devices.has_bfloat16", lambda: True)
+    monkeypatch.setattr("lbllm.machine.has_bfloat16", lambda: True)
     layer = model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, layer.in_features)
     with bfloat16_products(model):
@@ -112,6 +112,6 @@ def test_bfloat16_products_round_the_linear_layers_and_leave_the_model_as_it_was
         assert layer(x).dtype == rounded.dtype == torch.float32
     assert 0 < float((rounded - plain).norm()) < 0.05 * float(plain.norm())
     assert torch.equal(model(ids).logits, plain)
-    monkeypatch.setattr("lbllm.devices.has_bfloat16", lambda: False)
+    monkeypatch.setattr("lbllm.machine.has_bfloat16", lambda: False)
     with bfloat16_products(model):
         assert torch.equal(model(ids).logits, plain)

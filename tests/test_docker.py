@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from lbllm.cli import build
+from lbllm.commands.main import build
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = "8501"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from lbllm.chat import Messages, stream
-from lbllm.chat_settings import ChatSettings
-from lbllm.conversation import Conversation
-from lbllm.duel import Duel, Side
+from lbllm.chat.conversation import Conversation
+from lbllm.chat.duel import Duel, Side
+from lbllm.chat.pool import ModelPool, Slot
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.stream import Messages, stream
 from lbllm.errors import LbllmError
-from lbllm.pool import ModelPool, Slot
 from tests import waiting
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher
@@ -132,7 +132,7 @@ def test_a_failed_load_says_why_and_can_be_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_the_memory_is_refused(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbllm.pool.free_memory", lambda device: 1000)
+    monkeypatch.setattr("lbllm.chat.pool.free_memory", lambda device: 1000)
     slot = ModelPool().get(folders["chat"])
     assert slot.wait(60)
     assert "are free" in slot.error

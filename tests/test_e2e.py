@@ -15,20 +15,23 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from benchmarks.kill_resume import hashes
-from lbllm import pipeline
-from lbllm.activations import TrainingKVLayer
-from lbllm.blocks import decoder_blocks, share_copy
-from lbllm.checkpoint import BlockState, BlockStore, restore
-from lbllm.config import RunConfig, Stage, make_config
+from lbllm.checkpoints.hf import attach_kv_cache
+from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.events import BlockDone, BlockStarted, Event, RunDone, RunStopped, StageStarted, StepMetric
-from lbllm.hf import attach_kv_cache
-from lbllm.layers import BinaryLinear
-from lbllm.losses import feature_error
-from lbllm.models import Teacher
-from lbllm.pipeline import block_formats, stage_model
+from lbllm.models.blocks import decoder_blocks, share_copy
+from lbllm.models.teacher import Teacher
+from lbllm.pipeline import run as pipeline
+from lbllm.pipeline.block_store import BlockStore
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.quant.plan import block_formats
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import Stage
+from lbllm.stages.block_state import BlockState, restore
+from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
-from lbllm.stages.wat import binary_layers
+from lbllm.stages.losses import feature_error
 from tests.tiny_runs import bfloat_teacher, run_config, run_tiny, token_ids
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")

@@ -6,11 +6,12 @@ import pytest
 
 from benchmarks.end_to_end import VARIANTS, chosen, measure, table
 from lbllm import load
-from lbllm.config import E2eConfig, RunConfig
-from lbllm.corpora import Corpus
+from lbllm.config import RunConfig
 from lbllm.errors import ConfigError
-from lbllm.evaluate import divergence
-from lbllm.start import settings_to_go_on
+from lbllm.measure.perplexity import divergence
+from lbllm.pipeline.start import settings_to_go_on
+from lbllm.sections import E2eConfig
+from lbllm.texts.corpus import Corpus
 from tests.tiny_runs import SEQ_LEN, bfloat_teacher, run_config, run_tiny, token_ids
 
 

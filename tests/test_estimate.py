@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from lbllm.config import STAGES, RunConfig, make_config
+from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, ModelError, ResourceError
-from lbllm.estimate import Estimate, check_memory, estimate, free_memory, fastest_matmul_rate
 from lbllm.events import RunDone
-from lbllm.pipeline import run
+from lbllm.machine import fastest_matmul_rate, free_memory
+from lbllm.measure.estimate import Estimate, check_memory, estimate
+from lbllm.pipeline.run import run
+from lbllm.sections import STAGES
 from tests.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
 
 

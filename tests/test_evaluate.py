@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.baselines.rtn import round_to_nearest
-from lbllm.evaluate import ROWS, divergence, divergences, perplexity
+from lbllm.measure.perplexity import ROWS, divergence, divergences, perplexity
 from tests.tiny_models import VOCABULARY, tiny
 
 

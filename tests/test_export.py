@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm
-from lbllm.cli import main
-from lbllm.dense import dense_copy
+from lbllm.checkpoints.dense import dense_copy
+from lbllm.checkpoints.find import FoundCheckpoint, find
+from lbllm.checkpoints.record import RECORD, RunRecord, read_record
+from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError, RunError
 from lbllm.events import Evaluated, RunStarted
-from lbllm.export import Kind, Source, export, find
-from lbllm.layers import PackedLinear
-from lbllm.models import load_teacher
-from lbllm.run_record import RECORD, RunRecord, read_record
-from lbllm.runs import Run, RunStore
+from lbllm.models.teacher import load_teacher
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.runs.store import Run, RunStore
+from lbllm.share.export import ExportKind, export
 from tests.finished_run import finished_run
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
@@ -117,7 +118,7 @@ def test_packed_is_the_same_checkpoint_with_all_that_was_measured(store: RunStor
 
 @pytest.mark.parametrize("kind", ["packed", "dense", "gguf", "space"])
 def test_files_of_this_machine_are_named_by_their_last_part(
-    store: RunStore, run: Run, kind: Kind, tmp_path: Path
+    store: RunStore, run: Run, kind: ExportKind, tmp_path: Path
 ) -> None:
     text = Path(run.config.corpus)
     measured = f"{text}, 2 windows of 32 tokens"
@@ -208,7 +209,7 @@ def test_what_is_there_is_not_touched(store: RunStore, run: Run, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense", "gguf"])
-def test_a_damaged_checkpoint_is_not_passed_on(store: RunStore, run: Run, kind: Kind, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_passed_on(store: RunStore, run: Run, kind: ExportKind, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run.folder / "checkpoint", tmp_path / "checkpoint"))
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-3] ^= 1
@@ -250,7 +251,7 @@ def test_names_that_lead_nowhere(store: RunStore, run: Run, tmp_path: Path) -> N
 
 def test_gguf_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run_tiny(run_config(stages=["ptq"]), tmp_path / "run", tiny_teacher("gpt2"))
-    source = Source(tmp_path / "run" / "checkpoint", RunRecord())
+    source = FoundCheckpoint(tmp_path / "run" / "checkpoint", RunRecord())
     with pytest.raises(ModelError, match=r"gpt2.*dense"):
         export(source, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,8 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lbllm.errors import ModelError
-from lbllm.gguf_convert import convert
-from lbllm.gguf_export import check_exportable, write_gguf
+from lbllm.models.gguf import convert
+from lbllm.share.gguf import check_exportable, write_gguf
 from tests.tiny_models import CHAT_TEMPLATE, SENTENCES, tiny, tiny_config, tiny_tokenizer
 from tests.tiny_runs import token_ids
 

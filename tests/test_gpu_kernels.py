@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbllm.activations import ActQuantizer
-from lbllm.config import LayerFormat
+from lbllm.quant.activations import ActQuantizer
+from lbllm.sections import LayerFormat
 from tests.test_kernels import expected, formats, layer_format, quantizer_cases, random_layer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")

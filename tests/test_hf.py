@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import lbllm
+from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.errors import CheckpointError, ConfigError
-from lbllm.hf import WEIGHTS, is_checkpoint
-from lbllm.layers import PackedLinear
+from lbllm.quant.packed_layer import PackedLinear
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 ROOT = Path(__file__).parent.parent

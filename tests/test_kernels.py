@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm import kernels
-from lbllm.activations import ActQuantizer, decode, encode
-from lbllm.config import LayerFormat
-from lbllm.layers import PackedLinear
+from lbllm.quant.activations import ActQuantizer, decode, encode
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.sections import LayerFormat
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -244,7 +244,7 @@ def test_a_wrong_size_is_refused_in_words() -> None:
 
 MEMORY = """
 import resource, torch
-from lbllm.layers import PackedLinear
+from lbllm.quant.packed_layer import PackedLinear
 from tests.test_kernels import layer_format
 layer = PackedLinear(8192, 8192, layer_format(128), bias=False, tail=2, dtype=torch.float32)
 layer(torch.zeros(1, 64 * 128))

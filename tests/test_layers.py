@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lbllm.activations import ActQuantizer
-from lbllm.binarize import (
+from lbllm.models.blocks import linear_weight
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.levels import (
     LEVELS,
     assign,
     fit_levels,
@@ -23,9 +24,10 @@ from lbllm.binarize import (
     params_to_levels,
     to_groups,
 )
-from lbllm.blocks import linear_weight
-from lbllm.config import WHOLE_ROW, Format, LayerFormat
-from lbllm.layers import BinaryLinear, Mode, PackedLinear, layer_bits, named_groups
+from lbllm.quant.packed_layer import PackedLinear, named_groups
+from lbllm.quant.plan import layer_bits
+from lbllm.quant.training_layer import BinaryLinear, Mode
+from lbllm.sections import WHOLE_ROW, Format, LayerFormat
 
 
 def random(seed: int = 0) -> torch.Generator:

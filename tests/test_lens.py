@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbllm.chat import Messages, prompt_ids
+from lbllm.chat.lens import STEPS, TOP, first_difference, lens, same_vocabulary, step_labels
+from lbllm.chat.stream import Messages, prompt_ids
 from lbllm.errors import ModelError
-from lbllm.lens import STEPS, TOP, first_difference, lens, same_vocabulary, step_labels
 from tests.tiny_models import SENTENCES, tiny, tiny_tokenizer
 
 QUESTION: Messages = [{"role": "user", "content": "What is the capital of France?"}]

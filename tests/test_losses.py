@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbllm.config import LogitLoss
-from lbllm.losses import LOSSES, feature_error
+from lbllm.sections import LogitLoss
+from lbllm.stages.losses import LOSSES, feature_error
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from lbllm.checkpoints.record import RunRecord
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, make_config
 from lbllm.events import Evaluated
-from lbllm.model_card import Contents, Kind, model_card
-from lbllm.run_record import RunRecord
-from lbllm.table import row_labels
+from lbllm.labels import row_labels
+from lbllm.share.card import CardKind, Contents, model_card
 
 CONTENTS = Contents("LlamaForCausalLM", 1000, 200, 775)
 FILES = {"model.safetensors": 1234}
@@ -41,7 +41,7 @@ def record(**changes: Any) -> RunRecord:
     return RunRecord(**(known | changes))
 
 
-def card(kind: Kind = "packed", *, chat: bool = True, **changes: Any) -> ModelCard:
+def card(kind: CardKind = "packed", *, chat: bool = True, **changes: Any) -> ModelCard:
     files = {"m.gguf": 99} if kind == "gguf" else FILES
     return ModelCard(model_card(record(**changes), kind, "mine", files, CONTENTS, chat=chat))
 
@@ -147,7 +147,7 @@ def test_what_is_not_known_is_called_so() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "gguf"])
-def test_a_dense_copy_says_that_it_is_none_of_the_packed_one(kind: Kind) -> None:
+def test_a_dense_copy_says_that_it_is_none_of_the_packed_one(kind: CardKind) -> None:
     text = card(kind).text
     assert "Activations and KV cache are not quantized" in text
     assert "A16" in text

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lbllm.errors import ModelError
-from lbllm.models import CATALOGUE, home, load_teacher, load_tokenizer, skeleton, summarize, summary
+from lbllm.models.catalogue import MODELS
+from lbllm.models.teacher import load_teacher, load_tokenizer, skeleton, summarize, summary
+from lbllm.places import home
 from tests.tiny_models import DENSE_ARCHITECTURES, save_tiny, tiny, tiny_tokenizer
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -39,13 +41,13 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_catalogue_names_are_unique_and_begin_with_the_embedded_model() -> None:
-    ids = [entry.id for entry in CATALOGUE]
+    ids = [entry.id for entry in MODELS]
     assert ids[0] == EMBEDDED
-    assert CATALOGUE[0].hub_id is None
+    assert MODELS[0].hub_id is None
     assert len(set(ids)) == len(ids)
     assert all(name == name.lower() for name in ids)
-    assert all(entry.hub_id and re.fullmatch(r"[\w-]+/[\w.-]+", entry.hub_id) for entry in CATALOGUE[1:])
-    assert all(entry.licence and entry.parameters > 1e8 for entry in CATALOGUE)
+    assert all(entry.hub_id and re.fullmatch(r"[\w-]+/[\w.-]+", entry.hub_id) for entry in MODELS[1:])
+    assert all(entry.licence and entry.parameters > 1e8 for entry in MODELS)
 
 
 @pytest.mark.parametrize("architecture", DENSE_ARCHITECTURES)
@@ -330,7 +332,7 @@ def test_embedded_model() -> None:
     teacher = load_teacher(EMBEDDED)
     assert teacher.precision == "dequantized Q4_1 (embedded copy)"
     assert teacher.licence == "Apache-2.0"
-    assert teacher.model.num_parameters() == CATALOGUE[0].parameters
+    assert teacher.model.num_parameters() == MODELS[0].parameters
     tokenizer = teacher.tokenizer
     text = str(
         tokenizer.apply_chat_template(
@@ -348,7 +350,7 @@ def test_embedded_summary_and_skeleton() -> None:
     facts = summary(EMBEDDED)
     assert (facts.blocks, facts.layers, facts.binarized) == (30, 210, 106_168_320)
     assert facts.kept == {"embeddings": 28_311_552, "norms, biases and other": 35_136}
-    assert facts.parameters == CATALOGUE[0].parameters
+    assert facts.parameters == MODELS[0].parameters
     assert facts.context_length == 8192
     assert facts.chat_template
     assert len(load_tokenizer(EMBEDDED)) == 49_152
@@ -370,7 +372,7 @@ def test_catalogue_counts_match_the_architectures() -> None:
             | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
         ),
     }
-    known = {entry.id: entry.parameters for entry in CATALOGUE}
+    known = {entry.id: entry.parameters for entry in MODELS}
     for name, (model_type, settings) in shapes.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))

@@ -20,11 +20,11 @@ PLACES = {"lbllm": "lbllm", "app": "lbllm/_bundle/app", "assets": "lbllm/_bundle
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without a connection by the setuptools that is here; in a copy, as a build leaves folders behind."""
+    """Built without a connection by the hatchling that is here; in a copy, as a build leaves folders behind."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in SOURCES:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "requirements.txt", "requirements-dev.txt"):
+    for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, source)
     pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(out), str(source))
     (built,) = out.glob("*.whl")
@@ -69,7 +69,7 @@ def test_the_installed_command_helps_without_waiting_for_torch(installed: Path, 
     result = run(installed, tmp_path, "lbllm", "--help")
     assert "quantize" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "lbllm.cli" in imported
+    assert "lbllm.commands.main" in imported
     assert "torch" not in imported
 
 
@@ -77,11 +77,13 @@ def test_the_installed_program_finds_its_own_files(installed: Path, tmp_path: Pa
     # One process for all: most of its time goes into importing torch.
     program = """
 import json, sys
-from lbllm import bundle, cli, kernels, prompts
-assert cli.main(["corpora", "--json"]) == 0
-sys.path.insert(0, str(bundle.BUNDLE))
+from lbllm import kernels, places
+from lbllm.commands import main
+from lbllm.texts import prompts
+assert main.main(["corpora", "--json"]) == 0
+sys.path.insert(0, str(places.BUNDLE))
 from app.view import THEME
-files = [bundle.APP / "workbench.py", THEME / "theme.toml", bundle.ASSETS / "checkpoint" / "packed.safetensors"]
+files = [places.APP / "workbench.py", THEME / "theme.toml", places.ASSETS / "checkpoint" / "packed.safetensors"]
 print(json.dumps({"files": list(map(str, [*files, *kernels.SOURCES])), "prompts": len(prompts.example_prompts())}))
 """
     lines = run(installed, tmp_path, sys.executable, "-c", program).stdout.splitlines()

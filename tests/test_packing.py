@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbllm.packing import (
-    Grid,
+from lbllm.quant.packing import (
+    ParamGrid,
     decode_params,
     encode_params,
     fit_grid,
@@ -144,7 +144,7 @@ def test_a_grid_fits_better_than_one_from_the_least_to_the_greatest(rows: int, g
     found = fit_grid(params)
     units = params / found.scale.float()[:, None, None]
     least, most = units.amin((0, 1)), units.amax((0, 1))
-    whole = Grid(found.scale, torch.stack((least, (most - least) / 15), -1).half())
+    whole = ParamGrid(found.scale, torch.stack((least, (most - least) / 15), -1).half())
     errors = [float((stored_params(params, 4, grid) - params).square().sum()) for grid in (found, whole)]
     assert errors[0] <= errors[1] * 1.001
 

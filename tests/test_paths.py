@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from app.paths import corpus_name, model_name, resolve_under_root
 from lbllm.errors import ConfigError
-from lbllm.paths import corpus_name, model_name, resolve_under_root
 
 
 @pytest.fixture

@@ -17,12 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.kill_resume import hashes
-from lbllm import load, pipeline
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.config import PAPER_STAGES, RunConfig
-from lbllm.corpora import Corpus, load_corpus, sequences_hash
+from lbllm import load
+from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError
-from lbllm.evaluate import perplexity
 from lbllm.events import (
     EVENT,
     BlockDone,
@@ -37,8 +34,13 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
 )
-from lbllm.models import Teacher
-from lbllm.pipeline import stage_model
+from lbllm.measure.perplexity import perplexity
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.models.teacher import Teacher
+from lbllm.pipeline import run as pipeline
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.sections import PAPER_STAGES
+from lbllm.texts.corpus import Corpus, load_corpus, sequences_hash
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 BLOCKS = 2

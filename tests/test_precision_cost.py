@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks.precision_cost import Precision, depths, kinds, opened, packed_layers, tables
-from lbllm.config import STAGE_NAMES, QuantConfig, Stage
 from lbllm.errors import RunError
-from lbllm.evaluate import perplexity
-from lbllm.packing import decode_params, encode_params
-from lbllm.pipeline import stage_model
-from lbllm.start import settings_to_go_on
+from lbllm.labels import STAGE_NAMES
+from lbllm.measure.perplexity import perplexity
+from lbllm.pipeline.packed_model import stage_model
+from lbllm.pipeline.start import settings_to_go_on
+from lbllm.quant.packing import decode_params, encode_params
+from lbllm.sections import QuantConfig, Stage
 from tests.tiny_runs import bfloat_teacher, run_config, run_tiny, tiny_teacher, token_ids
 
 WINDOWS = token_ids(6, seed=5)

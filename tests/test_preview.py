@@ -2,10 +2,11 @@
 
 import pytest
 
-from lbllm.config import WHOLE_ROW, RunConfig, make_config
+from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError
-from lbllm.estimate import estimate
-from lbllm.preview import FORMATS, BlockSample, Point, Trained, choices, initialize, preview, take_block
+from lbllm.measure.estimate import estimate
+from lbllm.measure.preview import FORMATS, BlockSample, Point, Trained, choices, initialize, preview, take_block
+from lbllm.sections import WHOLE_ROW
 
 
 @pytest.fixture(scope="module")

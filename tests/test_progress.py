@@ -7,7 +7,6 @@ import io
 import pytest
 from rich.console import Console
 
-from lbllm.config import Stage
 from lbllm.events import (
     Acknowledged,
     BlockDone,
@@ -20,9 +19,11 @@ from lbllm.events import (
     StageDone,
     StageStarted,
     StepMetric,
-    Stored,
+    StoredEvent,
 )
-from lbllm.progress import RunDisplay, RunProgress, duration, size
+from lbllm.runs.progress import RunDisplay, RunProgress
+from lbllm.sections import Stage
+from lbllm.units import duration, size
 
 EXPECTED: dict[Stage, float] = {"ptq": 100.0, "wat": 1000.0}
 
@@ -55,7 +56,7 @@ def done(stage: Stage, block: int, *, diverged: bool = False) -> BlockDone:
 
 def feed(progress: RunProgress, *events: tuple[float, Event]) -> None:
     for seq, (time, event) in enumerate(events, start=1):
-        progress.update(Stored(seq=seq, time=time, event=event))
+        progress.update(StoredEvent(seq=seq, time=time, event=event))
 
 
 def test_time_left_of_this_stage_and_of_those_to_come() -> None:
@@ -102,7 +103,7 @@ def show(console: Console) -> str:
     ]
     with RunDisplay(console, RunProgress(EXPECTED)) as display:
         for seq, event in enumerate(events, start=1):
-            display.take(Stored(seq=seq, time=float(seq), event=event))
+            display.take(StoredEvent(seq=seq, time=float(seq), event=event))
             display.draw(seq + 0.5)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -155,6 +156,6 @@ def test_after_the_last_block_no_time_left_is_told() -> None:
     begun = [RunLoading(), started(blocks=2), StageStarted(stage="wat", steps=4), BlockStarted(stage="wat", block=0)]
     feed(progress, *((0.0, event) for event in begun), (10.0, done("wat", 0)))
     assert "about 10 s left" in str(progress.line(done("wat", 0)))
-    progress.update(Stored(seq=6, time=10.0, event=BlockStarted(stage="wat", block=1)))
-    progress.update(Stored(seq=7, time=20.0, event=done("wat", 1)))
+    progress.update(StoredEvent(seq=6, time=10.0, event=BlockStarted(stage="wat", block=1)))
+    progress.update(StoredEvent(seq=7, time=20.0, event=done("wat", 1)))
     assert "left" not in str(progress.line(done("wat", 1)))

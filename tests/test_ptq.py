@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lbllm.binarize import (
+from lbllm.errors import LbllmError
+from lbllm.models.blocks import (
+    all_inputs,
+    capture_calls,
+    decoder_blocks,
+    first_inputs,
+    linear_layers,
+    linear_weight,
+    run_block,
+    share_copy,
+)
+from lbllm.quant.levels import (
     LEVELS,
     POINTS,
     assign,
@@ -22,20 +33,9 @@ from lbllm.binarize import (
     take_levels,
     to_groups,
 )
-from lbllm.blocks import (
-    all_inputs,
-    capture_calls,
-    decoder_blocks,
-    first_inputs,
-    linear_layers,
-    linear_weight,
-    run_block,
-    share_copy,
-)
-from lbllm.config import Format, LayerFormat, PtqConfig
-from lbllm.errors import LbllmError
+from lbllm.sections import Format, LayerFormat, PtqConfig
+from lbllm.stages.distill import block_error
 from lbllm.stages.ptq import Binarized, align, binarize_layer, input_statistics, ptq_block, to_layer
-from lbllm.stages.wat import block_error
 from tests.tiny_models import VOCABULARY, tiny
 
 CONFIG = PtqConfig(em_steps=6, damping=0.01, sweeps=2, align=1.0)

@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lbllm.cli import main
+from lbllm.commands.main import main
 from lbllm.errors import ConfigError, HubError
-from lbllm.push import check_repository, push
+from lbllm.share.push import check_repository, push
 
 TOKEN = "hf_notforanybodyelse"
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from benchmarks.quality import Options, Row, measure, quantize_inputs, rows_of, size_of, table
-from lbllm.baselines.methods import METHODS, Settings, quantize_blocks
-from lbllm.corpora import evaluation_tokens, load_corpus
+from lbllm.baselines.layer import Settings
+from lbllm.baselines.methods import METHODS, quantize_blocks
 from lbllm.errors import ConfigError
-from lbllm.evaluate import perplexity
-from lbllm.models import load_teacher
+from lbllm.measure.perplexity import perplexity
+from lbllm.models.teacher import load_teacher
+from lbllm.texts.corpus import load_corpus
+from lbllm.texts.windows import evaluation_tokens
 from tests.tiny_models import SENTENCES, save_tiny, tiny
 
 

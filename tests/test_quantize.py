@@ -12,7 +12,7 @@ import lbllm
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError, ConfigError, CorpusError, ModelError
 from lbllm.events import BlockStarted, Event, RunDone, RunStarted
-from lbllm.layers import PackedLinear
+from lbllm.quant.packed_layer import PackedLinear
 from tests.tiny_models import SENTENCES, tiny
 from tests.tiny_runs import run_config, token_ids
 

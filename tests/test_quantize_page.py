@@ -12,10 +12,11 @@ import typer
 from streamlit.testing.v1 import AppTest
 
 from app.quantize_form import ADVANCED, SETTINGS
-from lbllm.cli import build
-from lbllm.commands.options import arguments, run_config
-from lbllm.config import PRESETS, RunConfig, make_config
-from lbllm.runs import RunStore
+from lbllm.commands.main import build
+from lbllm.commands.options import run_config
+from lbllm.config import RunConfig, arguments, make_config
+from lbllm.presets import PRESETS
+from lbllm.runs.store import RunStore
 from tests.finished_run import finished_run
 from tests.homes import own_home
 from tests.tiny_models import save_tiny

@@ -7,9 +7,10 @@ import json
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.config import WHOLE_ROW, RunConfig
+from lbllm.config import RunConfig
 from lbllm.errors import ConfigError
-from lbllm.preview import choices, initialize, measure, take_block
+from lbllm.measure.preview import choices, initialize, measure, take_block
+from lbllm.sections import WHOLE_ROW
 from tests.tiny_runs import stored_run_config
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.hf import is_checkpoint
-from lbllm.runs import Run, RunStore
+from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.runs.store import Run, RunStore
 from tests.finished_run import finished_run
 from tests.homes import own_home
 

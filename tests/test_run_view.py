@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbllm.config import PAPER_STAGES, Stage, make_config
+from lbllm.config import make_config
 from lbllm.events import (
     Acknowledged,
     BlockDone,
@@ -27,10 +27,11 @@ from lbllm.events import (
     StageDone,
     StageStarted,
     StepMetric,
-    Stored,
+    StoredEvent,
 )
-from lbllm.run_view import HEAT_SECONDS, MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
-from lbllm.runs import RunStore
+from lbllm.runs.store import RunStore
+from lbllm.runs.view import HEAT_SECONDS, MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
+from lbllm.sections import PAPER_STAGES, Stage
 
 STEPS = 6
 
@@ -86,7 +87,7 @@ def whole_run() -> list[Event]:
 def folded(*events: tuple[float, Event]) -> RunView:
     view = RunView("run")
     for seq, (time, event) in enumerate(events, start=1):
-        view.update(Stored(seq=seq, time=time, event=event))
+        view.update(StoredEvent(seq=seq, time=time, event=event))
     return view
 
 
@@ -143,9 +144,9 @@ def test_cells_of_the_timeline() -> None:
     assert [view.cell("ptq", 0), view.cell("ptq", 1), view.cell("wat", 0)] == ["diverged", "working", "waiting"]
     assert [block.block for block in view.diverged] == [0]
     news = view.news
-    view.update(Stored(seq=7, time=10, event=LayerDone(stage="ptq", block=1, layer="q", error=3)))
+    view.update(StoredEvent(seq=7, time=10, event=LayerDone(stage="ptq", block=1, layer="q", error=3)))
     assert view.news == news
-    view.update(Stored(seq=8, time=11, event=done("ptq", 1)))
+    view.update(StoredEvent(seq=8, time=11, event=done("ptq", 1)))
     assert view.news != news
     assert view.cell("ptq", 1) == "done"
 
@@ -166,7 +167,7 @@ def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() ->
     assert view.blocks["e2e", 0].losses == [1, 1 / 2, 2 / 3, 2 / 4]
     assert [view.cell("e2e", block) for block in (0, 1)] == ["working", "working"]
     assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) is not None
-    end = Stored(seq=view.seq + 1, time=50.0, event=done("e2e", 0))
+    end = StoredEvent(seq=view.seq + 1, time=50.0, event=done("e2e", 0))
     view.update(end)
     assert [view.cell("e2e", block) for block in (0, 1)] == ["done", "done"]
     assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) == 0
@@ -175,15 +176,15 @@ def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() ->
 def test_time_counts_while_a_worker_works() -> None:
     view = folded((100, RunQueued()), (110, RunLoading()), (120, started()), (130, RunStopped(request="stop")))
     assert view.elapsed(1000) == 20
-    view.update(Stored(seq=5, time=500, event=RunQueued()))
-    view.update(Stored(seq=6, time=600, event=RunLoading()))
+    view.update(StoredEvent(seq=5, time=500, event=RunQueued()))
+    view.update(StoredEvent(seq=6, time=600, event=RunLoading()))
     assert view.elapsed(605) == 25
     # Killed after its last event, and resumed much later.
-    view.update(Stored(seq=7, time=610, event=started()))
-    view.update(Stored(seq=8, time=900, event=RunQueued()))
+    view.update(StoredEvent(seq=7, time=610, event=started()))
+    view.update(StoredEvent(seq=8, time=900, event=RunQueued()))
     assert view.elapsed(1000) == 30
-    view.update(Stored(seq=9, time=1000, event=RunLoading()))
-    view.update(Stored(seq=10, time=1001, event=RunFailed(message="no room")))
+    view.update(StoredEvent(seq=9, time=1000, event=RunLoading()))
+    view.update(StoredEvent(seq=10, time=1001, event=RunFailed(message="no room")))
     assert view.elapsed(5000) == 31
     assert view.failure == "no room"
 
@@ -244,7 +245,7 @@ def test_smoothing_follows_the_level_and_drops_the_noise() -> None:
 def test_a_row_of_the_heat_map() -> None:
     view = folded((0, started()), (0, BlockStarted(stage="wat", block=0)))
     for number, loss in enumerate((4.0, 2.0, 1.0, 1.0, 6.0), start=1):
-        view.update(Stored(seq=2 + number, time=number, event=step("wat", 0, number, loss)))
+        view.update(StoredEvent(seq=2 + number, time=number, event=step("wat", 0, number, loss)))
     block_view = view.blocks["wat", 0]
     assert block_view.relative(steps=80) == [0.75, 0.25, 1.5]  # two steps a column
     assert view.tokens_per_second == 103
@@ -254,7 +255,7 @@ def test_a_long_blocks_row_of_the_heat_map_is_drawn_before_the_block_is_done() -
     view = folded((0, started()), (0, BlockStarted(stage="wat", block=0)))
     seen = [view.news]
     for number in range(1, 101):
-        view.update(Stored(seq=2 + number, time=float(number), event=step("wat", 0, number, 1.0)))
+        view.update(StoredEvent(seq=2 + number, time=float(number), event=step("wat", 0, number, 1.0)))
         if view.news != seen[-1]:
             seen.append(view.news)
     assert len(seen) == 1 + math.floor(100 / HEAT_SECONDS)

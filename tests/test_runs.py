@@ -32,7 +32,7 @@ from lbllm.events import (
     RunStopped,
     StepMetric,
 )
-from lbllm.runs import Request, RunStore, State
+from lbllm.runs.store import Request, RunStore, State
 from tests import waiting
 
 STARTED = RunStarted(
@@ -69,7 +69,7 @@ APPENDER = """
     import sys
     from pathlib import Path
     from lbllm.events import StepMetric
-    from lbllm.runs import RunStore
+    from lbllm.runs.store import RunStore
     root, run_id, block, count = sys.argv[1:]
     store = RunStore(Path(root))
     for step in range(int(count)):
@@ -82,7 +82,7 @@ HOLDER = """
     import sys, time
     from pathlib import Path
     from lbllm.events import EVENT
-    from lbllm.runs import RESUMABLE, RunStore
+    from lbllm.runs.store import RESUMABLE, RunStore
     root, run_id, *events = sys.argv[1:]
     store = RunStore(Path(root))
     lock = store.enqueue(run_id, "run", ("queued", *RESUMABLE))
@@ -374,7 +374,7 @@ FILLER = """
     from lbllm.config import RunConfig
     from lbllm.errors import ResourceError
     from lbllm.events import RunFailed
-    from lbllm.runs import RunStore
+    from lbllm.runs.store import RunStore
     store = RunStore(Path(sys.argv[1]))
     run_id = store.create(RunConfig()).id
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

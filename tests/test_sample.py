@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbllm.errors import CorpusError
-from lbllm.sample import draw, sample_rows
+from lbllm.texts.sampling import draw, sample_rows
 from tests.tiny_models import tiny
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lbllm import load
+from lbllm.checkpoints.shipped import PACKED, assemble, shipped_checkpoint, strip
 from lbllm.errors import CheckpointError
-from lbllm.models import load_teacher
-from lbllm.shipped import PACKED, assemble, shipped_checkpoint, strip
+from lbllm.models.teacher import load_teacher
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher
 
 MAPPED = """
@@ -21,7 +21,7 @@ import re, sys
 from pathlib import Path
 import torch
 from lbllm import kernels, load
-from lbllm.shipped import shipped_checkpoint
+from lbllm.checkpoints.shipped import shipped_checkpoint
 model, _ = load(shipped_checkpoint())
 assert kernels.ready()
 ids = torch.arange(1000, 1010)[None]

@@ -16,13 +16,15 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from app.showcase import serve
-from lbllm.cli import main
+from lbllm.chat.pool import Slot
+from lbllm.chat.rate_limit import RateLimit
+from lbllm.chat.showcase import Limits, Showcase, Turn, VisitorError, open_showcase
+from lbllm.checkpoints.find import find
+from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, LbllmError, ModelError, ResourceError
-from lbllm.export import export, find
-from lbllm.pool import Slot
-from lbllm.rate_limit import RateLimit
-from lbllm.runs import RunStore
-from lbllm.showcase import Limits, Showcase, Turn, VisitorError, model_title, open_showcase
+from lbllm.models.catalogue import model_title
+from lbllm.runs.store import RunStore
+from lbllm.share.export import export
 from tests import waiting
 from tests.ports import free_port
 from tests.tiny_models import save_tiny
@@ -237,7 +239,7 @@ def test_what_can_not_be_voted_on(make: Make) -> None:
 
 
 def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbllm.showcase.home", lambda: tmp_path)
+    monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
     teacher, checkpoint = folders
     showcase = open_showcase(str(checkpoint))
     assert showcase.names == ("teacher", "teacher binarized")
@@ -282,7 +284,7 @@ def test_the_command_names_what_is_wrong(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lbllm.showcase.home", lambda: tmp_path)
+    monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
     assert main(["showcase", str(tmp_path)]) == 1
     assert f"{tmp_path} is no packed checkpoint" in capsys.readouterr().err
     assert main(["showcase", "--port", "70000"]) == 2

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from gradio_client import Client
 
-from lbllm.models import embedded_file
-from lbllm.cli import main
+from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
-from lbllm.space import write_space
+from lbllm.models.source import embedded_file
+from lbllm.share.space import write_space
 from tests.homes import own_home
 from tests.ports import free_port
 from tests.tiny_showcase import tiny_pair

@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from benchmarks.kill_resume import hashes
-from lbllm import load, pipeline
-from lbllm.binarize import from_groups, params_to_levels, take_levels, to_groups
-from lbllm.checkpoint import BlockStore
-from lbllm.commands.options import arguments, run_config
-from lbllm.config import ACT_GROUP_SIZE, RunConfig, Stage, make_config
+from lbllm import load
+from lbllm.checkpoints.find import find
+from lbllm.checkpoints.hf import WEIGHTS, format_sha256
+from lbllm.checkpoints.record import read_record
+from lbllm.commands.options import run_config
+from lbllm.config import RunConfig, arguments, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
-from lbllm.export import export, find
-from lbllm.hf import WEIGHTS, format_sha256
-from lbllm.layers import PackedLinear
-from lbllm.run_record import read_record
-from lbllm.runs import RunStore
-from lbllm.start import checkpoint_blocks, settings_to_go_on
+from lbllm.pipeline import run as pipeline
+from lbllm.pipeline.block_store import BlockStore
+from lbllm.pipeline.start import checkpoint_blocks, settings_to_go_on
+from lbllm.quant.levels import from_groups, params_to_levels, take_levels, to_groups
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.runs.store import RunStore
+from lbllm.sections import ACT_GROUP_SIZE, Stage
+from lbllm.share.export import export
 from tests.finished_run import finished_run
 from tests.tiny_runs import bfloat_teacher, run_tiny, tiny_teacher, token_ids
 from tests.tiny_runs import run_config as tiny_config

@@ -8,7 +8,7 @@ import pytest
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.web import bootstrap
 
-from lbllm.cli import main
+from lbllm.commands.main import main
 
 
 @pytest.fixture

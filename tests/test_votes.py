@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lbllm.chat_settings import ChatSettings
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.votes import Tally, Vote, tally, votes_csv, votes_json
 from lbllm.config import make_config
-from lbllm.runs import RunStore
-from lbllm.votes import Tally, Vote, tally, votes_csv, votes_json
+from lbllm.runs.store import RunStore
 
 # The tables as the first version of the store made them.
 FIRST_VERSION = (

@@ -12,11 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lbllm.binarize import LEVELS
-from lbllm.blocks import all_inputs, capture_calls, decoder_blocks, first_inputs, linear_layers, run_block, share_copy
-from lbllm.config import Format, LayerFormat, PtqConfig, WatConfig
+from lbllm.models.blocks import (
+    all_inputs,
+    capture_calls,
+    decoder_blocks,
+    first_inputs,
+    linear_layers,
+    run_block,
+    share_copy,
+)
+from lbllm.quant.levels import LEVELS
+from lbllm.sections import Format, LayerFormat, PtqConfig, WatConfig
+from lbllm.stages.distill import Step, batch_order, binary_layers, block_error, cosine, token_error
 from lbllm.stages.ptq import ptq_block, to_layer
-from lbllm.stages.wat import Step, batch_order, binary_layers, block_error, cosine, token_error, wat_block
+from lbllm.stages.wat import wat_block
 from tests.tiny_models import VOCABULARY, tiny
 
 LENGTH = 16

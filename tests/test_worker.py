@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from benchmarks.kill_resume import compare, hashes
-from lbllm.config import STAGES, RunConfig, make_config
+from lbllm.config import RunConfig, make_config
 from lbllm.errors import CorpusError, RunError
 from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped, StepMetric
-from lbllm.runs import Request, Run, RunStore, State
-from lbllm.worker import failure_message
+from lbllm.pipeline.worker import failure_message
+from lbllm.runs.store import Request, Run, RunStore, State
+from lbllm.sections import STAGES
 from tests import waiting
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import stored_run_config
@@ -175,7 +176,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 sys.argv[0] = "-m"  # as in our own commands: no import of what isn't needed
 from lbllm.config import RunConfig
-from lbllm.worker import failure_message
+from lbllm.pipeline.worker import failure_message
 folder, tensor = Path(sys.argv[1]), torch.zeros(100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbllm.cli import main
+from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.zero_shot import TASKS, likelihoods, normalized, task_names, zero_shot
+from lbllm.measure.zero_shot import TASKS, likelihoods, normalized, task_names, zero_shot
 from tests.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
 QUESTIONS = [

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lbllm import pipeline
 from lbllm.config import RunConfig, make_config
-from lbllm.corpora import Corpus, sequences_hash
 from lbllm.events import Event
-from lbllm.models import Teacher
+from lbllm.models.teacher import Teacher
+from lbllm.pipeline import run as pipeline
+from lbllm.texts.corpus import Corpus, sequences_hash
 from tests.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
 SEQ_LEN = 32

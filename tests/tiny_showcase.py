@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lbllm.pool import ModelPool, Slot
+from lbllm.chat.pool import ModelPool, Slot
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import run_config, run_tiny, tiny_teacher
 

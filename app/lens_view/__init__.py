@@ -12,7 +12,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from lbllm.lens import Lens, step_labels
+from lbllm.chat.lens import Lens, step_labels
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "style.css").read_text()

@@ -14,12 +14,12 @@ from app.compare_models import SIDES, Offer, choices, hold, pick, resolve, show_
 from app.compare_settings import settings
 from app.compare_votes import show_votes, votes_of
 from app.view import guard, plain
-from lbllm.chat_settings import ChatSettings
-from lbllm.comparison_page import comparison_page
-from lbllm.conversation import Conversation, Exchange
+from lbllm.chat.conversation import Conversation, Exchange
+from lbllm.chat.page import comparison_page
+from lbllm.chat.pool import Slot
+from lbllm.chat.settings import ChatSettings
 from lbllm.errors import LbllmError
-from lbllm.pool import Slot
-from lbllm.prompts import example_prompts
+from lbllm.texts.prompts import example_prompts
 
 # Ten times a second reads as flowing, and costs the generating threads next to nothing.
 TICK = 0.1

@@ -9,26 +9,19 @@ import streamlit as st
 from transformers import PreTrainedModel
 
 from app import quantize_form as form
-from app.quantize_facts import (
-    bar,
-    estimated,
-    layer_names,
-    model_facts,
-    show_figures,
-    show_model,
-    show_unknown,
-)
+from app.paths import model_name
+from app.quantize_facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
 from app.quantize_preview import show_preview
 from app.view import guard, plain, sentence, store
-from lbllm.commands.options import arguments
-from lbllm.config import PRESETS, RunConfig
-from lbllm.corpora import check_available
+from lbllm.checkpoints.record import checkpoint_name
+from lbllm.config import RunConfig, arguments
 from lbllm.errors import LbllmError
-from lbllm.estimate import Estimate, check_memory
-from lbllm.model_catalogue import CATALOGUE
-from lbllm.paths import model_name, root
-from lbllm.run_record import checkpoint_name
-from lbllm.runs import ACTIVE
+from lbllm.measure.estimate import Estimate, check_memory
+from lbllm.models.catalogue import MODELS
+from lbllm.places import root
+from lbllm.presets import PRESETS
+from lbllm.runs.store import ACTIVE
+from lbllm.texts.catalogue import check_available
 
 
 def page() -> None:
@@ -62,7 +55,7 @@ def _checkpoint() -> None:
 
 def _picker() -> str:
     """The model's name as it was chosen or typed."""
-    known = [entry.id for entry in CATALOGUE]
+    known = [entry.id for entry in MODELS]
     value = st.session_state[form.MODEL_KEY]
     chosen = st.selectbox(
         "Model",

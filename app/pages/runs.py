@@ -19,11 +19,12 @@ from app.live_chart import encode, live_chart
 from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.run_export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
-from lbllm.config import FROM_CHECKPOINT, FURTHER, PAPER_STAGES, STAGES, Stage
+from lbllm.config import FROM_CHECKPOINT, FURTHER
 from lbllm.errors import LbllmError
-from lbllm.estimate import estimate
-from lbllm.run_view import SUMMARY_KINDS, RunView
-from lbllm.runs import ACTIVE, RESUMABLE, Run, RunStore, State
+from lbllm.measure.estimate import estimate
+from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore, State
+from lbllm.runs.view import SUMMARY_KINDS, RunView
+from lbllm.sections import PAPER_STAGES, STAGES, Stage
 
 POLL_SECONDS, LIST_SECONDS = 1.0, 3.0
 LISTED = 30

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lbllm.baselines.layer import HALF, Quantized, Settings, half
-from lbllm.binarize import LEVELS, fit_levels, levels_to_params, params_to_levels, spans
+from lbllm.quant.levels import LEVELS, fit_levels, levels_to_params, params_to_levels, spans
 from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
 OUTLIERS = 1 / 32  # share of the channels that stay in 8 bits: 128 of 4,096

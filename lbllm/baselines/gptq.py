@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lbllm.baselines.layer import Quantized, Settings
 from lbllm.baselines.rtn import even_bits, even_levels
-from lbllm.binarize import spans
+from lbllm.quant.levels import spans
 from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
 

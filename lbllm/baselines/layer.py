@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbllm.binarize import spans
+from lbllm.quant.levels import spans
 from lbllm.stages.ptq import factorize, one_thread
 
 HALF = 16  # bits of a stored scale, mean or minimum

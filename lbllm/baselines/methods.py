@@ -17,7 +17,9 @@ from lbllm.baselines.bwa import bwa
 from lbllm.baselines.gptq import gptq
 from lbllm.baselines.layer import Quantized, Settings
 from lbllm.baselines.rtn import rtn
-from lbllm.blocks import (
+from lbllm.errors import ConfigError, LbllmError
+from lbllm.models.blocks import (
+    FORWARD_TOKENS,
     capture_calls,
     check_supported,
     decoder_blocks,
@@ -28,8 +30,6 @@ from lbllm.blocks import (
     set_linear_weight,
     shared_inputs,
 )
-from lbllm.errors import ConfigError, LbllmError
-from lbllm.pipeline import FORWARD_TOKENS
 from lbllm.stages.ptq import input_statistics
 
 
@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass
-class Stored:
+class StoredLayer:
     """What the quantized layers take: ``bits`` for ``weights``."""
 
     bits: int = 0
@@ -100,7 +100,7 @@ def quantize_blocks(
     settings: Settings,
     *,
     on_block: Callable[[int, int], None] | None = None,
-) -> Stored:
+) -> StoredLayer:
     """Quantize all linear layers of the decoder blocks of ``model`` in place, calibrated on token ids (n, T).
 
     In order: every layer's Hessian is that of inputs which have come through the blocks and layers quantized before.
@@ -109,7 +109,7 @@ def quantize_blocks(
     """
     check_supported(model)
     path, blocks = decoder_blocks(model)
-    stored = Stored()
+    stored = StoredLayer()
     batch = max(1, FORWARD_TOKENS // sequences.shape[1])
     sequences = sequences.to(model.device)
     calls = capture_calls(model, sequences[:1])

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lbllm.baselines.layer import HALF, Quantized, Settings, half
-from lbllm.binarize import assign, spans, take_levels
-from lbllm.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
+from lbllm.quant.levels import assign, spans, take_levels
 
 
 def even_levels(group: Tensor, bits: int) -> Tensor:

@@ -13,8 +13,8 @@ from rich.table import Column, Table
 from lbllm.commands.options import DEFAULT_MODEL, JsonOption, TeacherOption
 from lbllm.commands.output import counter, notices, plain, print_json, results
 from lbllm.errors import CorpusError
-from lbllm.model_catalogue import CATALOGUE as MODELS
-from lbllm.progress import size
+from lbllm.models.catalogue import MODELS
+from lbllm.units import size
 
 
 def models(as_json: JsonOption = False) -> None:
@@ -32,13 +32,13 @@ def corpora(context: typer.Context, as_json: JsonOption = False) -> None:
     """The catalogue of texts. Any .txt or .jsonl file or folder of them works as well."""
     if context.invoked_subcommand is not None:
         return
-    from lbllm.corpora import CATALOGUE, location
+    from lbllm.texts.catalogue import TEXTS, location
 
     if as_json:
-        print_json({"corpora": [asdict(entry) | {"location": location(entry)} for entry in CATALOGUE]})
+        print_json({"corpora": [asdict(entry) | {"location": location(entry)} for entry in TEXTS]})
         return
     grid = Table(Column("id", no_wrap=True), "text", "licence", "here", box=None)
-    for entry in CATALOGUE:
+    for entry in TEXTS:
         grid.add_row(entry.id, entry.note, entry.licence, escape(location(entry)))
     results().print(grid)
 
@@ -59,9 +59,9 @@ def corpora_sample(
     as_json: JsonOption = False,
 ) -> None:
     """Let a model write a training text: conversations and documents on varied seeds. Goes on where it was ended."""
-    from lbllm.documents import read_lines
-    from lbllm.models import load_teacher
-    from lbllm.sample import sample_corpus
+    from lbllm.models.teacher import load_teacher
+    from lbllm.texts.documents import read_lines
+    from lbllm.texts.sampling import sample_corpus
 
     asked = [line.strip() for line in read_lines(questions) if line.strip()] if questions is not None else []
     if questions is not None and not asked:

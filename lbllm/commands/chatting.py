@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lbllm.attended import interrupts
-from lbllm.chat_settings import REPETITION_PENALTY, TOP_P
+from lbllm.chat.settings import REPETITION_PENALTY, TOP_P
+from lbllm.commands.attend import interrupts
 from lbllm.commands.opening import open_model
 from lbllm.commands.options import DeviceOption, JsonOption
 from lbllm.commands.output import print_json
@@ -79,7 +79,7 @@ def _answer(
     out: Console,
 ) -> dict[str, Any]:
     """Write the answer as it comes, then its measurements. Ctrl-C ends it where it is."""
-    from lbllm.chat import ChatPiece, stream
+    from lbllm.chat.stream import ChatPiece, stream
 
     stop = threading.Event()
     last = ChatPiece("", 0.0, 0.0, 0)

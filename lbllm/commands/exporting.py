@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from lbllm.attended import check_out
+from lbllm.commands.attend import check_out
 from lbllm.commands.options import JsonOption
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.errors import ConfigError
-from lbllm.progress import size
-from lbllm.runs import RunStore
+from lbllm.runs.store import RunStore
+from lbllm.units import size
 
 
 def export(
@@ -42,11 +42,12 @@ def export(
     check_out(out)
     token = ""
     if push is not None:
-        from lbllm.push import check_repository
+        from lbllm.share.push import check_repository
 
         check_repository(push)
         token = _token(may_ask=not as_json)
-    from lbllm.export import export, find
+    from lbllm.checkpoints.find import find
+    from lbllm.share.export import export
 
     exported = export(find(checkpoint, RunStore()), to, out)
     document = asdict(exported)
@@ -54,7 +55,7 @@ def export(
         what = "`python app.py` in it starts the showcase" if to == "space" else "with a model card (README.md)"
         plain(results(), f"{exported.path}: {to}, {size(exported.disk_bytes)}, {what}")
     if push is not None:
-        from lbllm.push import push as upload
+        from lbllm.share.push import push as upload
 
         plain(notices(quiet=as_json), f"pushing to {push}", style="dim")
         document["pushed"] = upload(exported.path, push, token, space=to == "space")

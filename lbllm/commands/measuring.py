@@ -25,11 +25,11 @@ from lbllm.commands.options import (
 from lbllm.commands.output import counter, notices, plain, print_json, results
 from lbllm.errors import CorpusError, ModelError, RunError
 from lbllm.events import Evaluated
-from lbllm.runs import Run, RunStore
+from lbllm.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
-    from lbllm.table import TableRow
-    from lbllm.zero_shot import Score
+    from lbllm.measure.table import TableRow
+    from lbllm.measure.zero_shot import Score
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text, or its accuracy in tasks, beside
     another model's."""
-    from lbllm.evaluate import divergence, perplexity
+    from lbllm.measure.perplexity import divergence, perplexity
 
     if tasks is not None:
         evaluate_tasks(model, teacher, tasks, limit, device, as_json)
@@ -87,7 +87,7 @@ def evaluate(
 
 def evaluate_tasks(model: str, teacher: str | None, tasks: str, limit: int | None, device: str, as_json: bool) -> None:
     """Print the zero-shot accuracy of one or two models in tasks, and the averages over them."""
-    from lbllm.zero_shot import task_names, zero_shot
+    from lbllm.measure.zero_shot import task_names, zero_shot
 
     names = task_names(tasks)
     found: dict[str, dict[str, Score]] = {}
@@ -153,8 +153,8 @@ def evaluate_run(
 
     Without a ``text`` it is WikiText-2, or the embedded text's held-out part where WikiText-2 can't be had.
     """
-    from lbllm.models import load_teacher
-    from lbllm.table import stages_table
+    from lbllm.measure.table import stages_table
+    from lbllm.models.teacher import load_teacher
 
     teacher = load_teacher(run.config.model, device=device_named(run.config.device))
     try:

@@ -16,8 +16,8 @@ CATALOGUE_WINDOWS = 100
 
 def open_model(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A packed checkpoint's folder, or any teacher. Raises ModelError, CheckpointError."""
-    from lbllm.hf import is_checkpoint, load
-    from lbllm.models import load_teacher
+    from lbllm.checkpoints.hf import is_checkpoint, load
+    from lbllm.models.teacher import load_teacher
 
     if is_checkpoint(name):
         return load(name, device=device_named(device))
@@ -44,12 +44,14 @@ def windows(
     text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int | None, limit: int | None
 ) -> Tensor:
     """Windows (n, T) of the text to evaluate on. Raises ConfigError, CorpusError."""
-    from lbllm.blocks import check_length, context_length
-    from lbllm.corpora import CATALOGUE, evaluation_tokens, load_corpus
+    from lbllm.models.blocks import check_length, context_length
+    from lbllm.texts.catalogue import TEXTS
+    from lbllm.texts.corpus import load_corpus
+    from lbllm.texts.windows import evaluation_tokens
 
     length = seq_len or min(WINDOW, context_length(model) or WINDOW)
     check_length(model, length, "--seq-len")
-    if text != "wikitext2" and text in (entry.id for entry in CATALOGUE):
+    if text != "wikitext2" and text in (entry.id for entry in TEXTS):
         wanted = (limit or CATALOGUE_WINDOWS) * length
         return load_corpus(text, tokenizer, seq_len=length, tokens=wanted, part="heldout").sequences
     return evaluation_tokens(text, tokenizer, seq_len=length, limit=limit)

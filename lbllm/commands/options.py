@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lbllm.config import ACTIVATION_SETTINGS, PRESETS, SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
+from lbllm.config import SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
+from lbllm.presets import PRESETS
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -72,9 +73,9 @@ def run_config(
     CheckpointError where ``start`` is no checkpoint."""
     named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
     if start is not None:
-        from lbllm.export import find
-        from lbllm.runs import RunStore
-        from lbllm.start import settings_to_go_on
+        from lbllm.checkpoints.find import find
+        from lbllm.pipeline.start import settings_to_go_on
+        from lbllm.runs.store import RunStore
 
         document |= settings_to_go_on(start if start == SHIPPED else str(find(start, RunStore()).folder))
     base = preset or named or "quick"
@@ -95,50 +96,3 @@ def run_config(
     ):
         return make_config(base, document | {"stages": list(TO_ACTIVATIONS)}, tuple(given))
     return config
-
-
-def arguments(config: RunConfig) -> list[str]:
-    """The options that make ``run_config`` give ``config``: its preset, then each setting that differs from it."""
-    preset = config.preset if config.preset in PRESETS else "quick"
-    plain, given = _leaves(make_config(preset)), _leaves(config)
-    options = {
-        "model": "--model",
-        "quant.format": "--format",
-        "quant.group_size": "--group-size",
-        "quant.act_bits": "--act-bits",
-        "quant.kv_bits": "--kv-bits",
-        "corpus": "--corpus",
-        "device": "--device",
-        "start": "--from",
-    }
-    words = ["--model", config.model, "--preset", preset]
-    if config.start is not None:
-        # Stages and format come along with the checkpoint, but for its groups and for bits that are brought down.
-        overrides = json.dumps(given["quant.overrides"])
-        given = {key: value for key, value in given.items() if key != "stages" and not key.startswith("quant.")}
-        words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
-        if config.stages == TO_ACTIVATIONS:
-            words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
-            for name in ACTIVATION_SETTINGS:
-                words += ["--set", f"quant.{name}={getattr(config.quant, name)}"]
-        words += ["--set", f"quant.overrides={overrides}"]  # left out they would be the checkpoint's own
-    for key, value in given.items():
-        if key == "model" or plain[key] == value:
-            continue
-        if key in options:
-            words += [options[key], str(value)]
-        else:
-            words += ["--set", f"{key}={json.dumps(value)}"]
-    return words
-
-
-def _leaves(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its path, section.key."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            leaves |= {f"{key}.{name}": setting for name, setting in value.items()}
-        else:
-            leaves[key] = value
-    overrides = config.quant.model_dump(mode="json", exclude_none=True)["overrides"]
-    return leaves | {"quant.overrides": overrides}

@@ -10,14 +10,14 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lbllm.attended import attend, check_out
+from lbllm.commands.attend import attend, check_out
 from lbllm.commands.options import JsonOption, RunArgument
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.commands.training import print_outcome
 from lbllm.errors import RunError
 from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
-from lbllm.progress import RunProgress
-from lbllm.runs import Request, Run, RunStore
+from lbllm.runs.progress import RunProgress
+from lbllm.runs.store import Request, Run, RunStore
 
 
 def runs_list(as_json: JsonOption = False) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lbllm.attended import Outcome, attend, check_out
+from lbllm.commands.attend import Outcome, attend, check_out
 from lbllm.commands.chatting import chat
 from lbllm.commands.measuring import evaluate_run, rows_table
 from lbllm.commands.options import (
@@ -34,11 +34,12 @@ from lbllm.commands.options import (
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.progress import RunProgress, duration, size
-from lbllm.runs import RESUMABLE, Run, RunStore
+from lbllm.runs.progress import RunProgress
+from lbllm.runs.store import RESUMABLE, Run, RunStore
+from lbllm.units import duration, size
 
 if TYPE_CHECKING:
-    from lbllm.estimate import Estimate
+    from lbllm.measure.estimate import Estimate
 
 
 def quantize(
@@ -72,7 +73,7 @@ def _quantize(
     store: RunStore, config: RunConfig, out: Path, console: Console, *, ignore_memory: bool = False
 ) -> Outcome:
     """Check, estimate, run, and put the checkpoint in ``out``."""
-    from lbllm.estimate import check_memory, estimate
+    from lbllm.measure.estimate import check_memory, estimate
 
     check_out(out)
     result = estimate(config)
@@ -111,7 +112,7 @@ def estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Say beforehand what a run gives and takes: bits per weight, disk, memory, time."""
-    from lbllm.estimate import estimate
+    from lbllm.measure.estimate import estimate
 
     settings = run_config(
         model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
@@ -134,7 +135,7 @@ def demo(
 
     A checkpoint that lies in --out already is used as it is; an unfinished run of the same settings is resumed.
     """
-    from lbllm.hf import is_checkpoint
+    from lbllm.checkpoints.hf import is_checkpoint
 
     config = run_config(model, preset)
     console = notices()

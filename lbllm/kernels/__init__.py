@@ -110,7 +110,7 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
 @functools.cache
 def ready() -> bool:
     """Whether torch.ops.lbllm can be used; compiles it first where that was never done. Warns once where it can't."""
-    from lbllm.models import home
+    from lbllm.places import home
 
     if os.environ.get("LBLLM_KERNELS") == "none":
         return False

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.activations import ActQuantizer, TrainingCache, decode, encode, make_grid
-from lbllm.binarize import from_groups
-from lbllm.blocks import BlockCall, layer_inputs
-from lbllm.config import AarConfig
-from lbllm.stages.wat import Step, binary_layers, distill
+from lbllm.models.blocks import BlockCall, layer_inputs
+from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
+from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.levels import from_groups
+from lbllm.sections import AarConfig
+from lbllm.stages.distill import Step, binary_layers, distill
 
 # Candidates of the first search: the body's share of a token's range, and both clips. A clip below 1 never won it in
 # trials on the embedded model; training moves the clips.

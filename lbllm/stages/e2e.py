@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.blocks import share_copy
-from lbllm.config import E2eConfig
-from lbllm.layers import BinaryLinear
-from lbllm.losses import LOSSES, feature_error
+from lbllm.models.blocks import share_copy
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
-from lbllm.stages.wat import Step, batch_order, cosine, quantizers_of
+from lbllm.stages.distill import Step, batch_order, cosine, quantizers_of
+from lbllm.stages.losses import LOSSES, feature_error
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lbllm.binarize import (
+from lbllm.errors import LbllmError
+from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
+from lbllm.quant.levels import (
     LEVELS,
     assign,
     fit_levels,
@@ -28,11 +30,9 @@ from lbllm.binarize import (
     take_levels,
     to_groups,
 )
-from lbllm.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
-from lbllm.config import LayerFormat, PtqConfig
-from lbllm.errors import LbllmError
-from lbllm.layers import BinaryLinear
-from lbllm.packing import Grid, fit_grid
+from lbllm.quant.packing import ParamGrid, fit_grid
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import LayerFormat, PtqConfig
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Binarized:
     levels: Tensor
     error: Tensor
     energy: Tensor
-    grid: Grid | None = None
+    grid: ParamGrid | None = None
 
     def split(self, rows: list[int]) -> list[Binarized]:
         """The results of the layers whose rows follow each other in this one."""
@@ -53,7 +53,7 @@ class Binarized:
         layers = [Binarized(*parts) for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
         if self.grid is not None:
             for layer, scale in zip(layers, self.grid.scale.split(rows), strict=True):
-                layer.grid = Grid(scale, self.grid.ranges)
+                layer.grid = ParamGrid(scale, self.grid.ranges)
         return layers
 
     def check(self, name: str) -> None:
@@ -124,14 +124,14 @@ def binarize_layer(
     )
 
 
-def _first_grid(weight: Tensor, fmt: LayerFormat, importance: Tensor, em_steps: int) -> Grid:
+def _first_grid(weight: Tensor, fmt: LayerFormat, importance: Tensor, em_steps: int) -> ParamGrid:
     """The grid for the levels that the weight (out, in) has before any compensation."""
     length = group_length(fmt.group_size, weight.shape[1])
     counted = to_groups(importance[None], length)
     return fit_grid(levels_to_params(fit_levels(to_groups(weight, length), counted, LEVELS[fmt.format], em_steps)))
 
 
-def on_grid(levels: Tensor, grid: Grid | None) -> Tensor:
+def on_grid(levels: Tensor, grid: ParamGrid | None) -> Tensor:
     """Ascending levels (out, K) of one group as parameters of 4 bits can give them."""
     if grid is None:
         return levels
@@ -172,7 +172,7 @@ def _compensate(
     importance: Tensor,
     count: int,
     em_steps: int,
-    grid: Grid | None,
+    grid: ParamGrid | None,
 ) -> Tensor:
     """Fit the levels of a group and assign its columns with ``assign_columns``. Returns levels (out, K)."""
     levels = on_grid(fit_levels(latent[span].t().contiguous(), importance, count, em_steps), grid)
@@ -197,7 +197,7 @@ def assign_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, l
 
 
 def _descend(
-    target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor, grid: Grid | None
+    target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor, grid: ParamGrid | None
 ) -> Tensor:
     """Refit the levels (out, K) of one group by least squares, then move each of its columns to its conditional
     optimum."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from lbllm.runs import ACTIVE, RunStore
+from lbllm.runs.store import ACTIVE, RunStore
 from tests import waiting
 from tests.homes import own_home
 from tests.ports import free_port

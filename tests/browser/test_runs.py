@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from lbllm.config import STAGES, RunConfig, Stage, make_config
+from lbllm.config import RunConfig, make_config
 from lbllm.events import (
     BlockDone,
     BlockStarted,
@@ -24,8 +24,9 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
 )
-from lbllm.run_view import RunView, points
-from lbllm.runs import Run, RunStore
+from lbllm.runs.store import Run, RunStore
+from lbllm.runs.view import RunView, points
+from lbllm.sections import STAGES, Stage
 from tests.browser.conftest import Server, wait_until
 from tests.tiny_runs import stored_run_config
 

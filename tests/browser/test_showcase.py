@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.showcase import serve
-from lbllm.runs import RunStore
-from lbllm.showcase import Limits, Showcase
+from lbllm.chat.showcase import Limits, Showcase
+from lbllm.runs.store import RunStore
 from tests.browser.conftest import wait_until
 from tests.ports import free_port
 from tests.tiny_showcase import NAMES, endless_slots, tiny_pair

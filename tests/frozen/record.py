@@ -30,16 +30,17 @@ import torch
 import typer
 
 from benchmarks.answers import PROMPTS
-from lbllm import pipeline
-from lbllm.chat import stream
-from lbllm.chat_settings import ChatSettings
-from lbllm.cli import build, main
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.stream import stream
+from lbllm.chat.votes import Vote
+from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.commands.main import build, main
 from lbllm.commands.opening import open_model
-from lbllm.config import STAGES, RunConfig, make_config
+from lbllm.config import RunConfig, make_config
 from lbllm.events import BlockDone, RunLoading, RunQueued
-from lbllm.runs import RunStore
-from lbllm.shipped import shipped_checkpoint
-from lbllm.votes import Vote
+from lbllm.pipeline import run as pipeline
+from lbllm.runs.store import RunStore
+from lbllm.sections import STAGES
 from tests.tiny_models import SENTENCES, save_tiny
 
 ANSWER_TOKENS = 48

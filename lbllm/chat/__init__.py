@@ -1,0 +1,1 @@
+"""Chatting: answers of one or two models, their comparison, votes, and the showcase."""

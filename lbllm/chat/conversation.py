@@ -1,0 +1,93 @@
+"""A comparison: prompts, each with the answers of two models, and what the models saw of it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from lbllm.chat.duel import Answer, Duel, Side
+from lbllm.chat.lens import Lens
+from lbllm.chat.pool import Slot
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.stream import Messages
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One prompt and its two answers, by the models ``names`` under ``settings``.
+
+    ``lens``: the last one that was held over one of the answers, with the teacher's and the student's name.
+    """
+
+    prompt: str
+    names: tuple[str, str]
+    settings: tuple[ChatSettings, ChatSettings]
+    duel: Duel
+    lens: tuple[Lens, tuple[str, str]] | None = None
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    time: float = field(default_factory=time.time)
+
+    @property
+    def answers(self) -> tuple[Answer, Answer]:
+        """Both answers as far as they are written."""
+        left, right = self.duel.answers
+        return left, right
+
+
+@dataclass
+class Conversation:
+    """Exchanges in order; the last one may still be being written."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether an answer is being written."""
+        return bool(self.exchanges) and not self.exchanges[-1].duel.over
+
+    def messages(self, exchange: Exchange, side: int) -> Messages:
+        """The conversation that the answer of an exchange on a side (0 left, 1 right) was given: the system prompt,
+        the same model's earlier answers on that side, the prompt."""
+        earlier = self.exchanges[: self.exchanges.index(exchange)]
+        return _messages(earlier, side, exchange.prompt, exchange.names[side], exchange.settings[side])
+
+    def ask(
+        self,
+        prompt: str,
+        slots: tuple[Slot, Slot],
+        names: tuple[str, str],
+        settings: tuple[ChatSettings, ChatSettings],
+        *,
+        timed: bool = False,
+    ) -> Exchange:
+        """Let both models answer; returns at once."""
+        left, right = (
+            Side(slots[side], _messages(self.exchanges, side, prompt, names[side], settings[side]), settings[side])
+            for side in (0, 1)
+        )
+        exchange = Exchange(prompt, names, settings, Duel((left, right), timed=timed))
+        self.exchanges.append(exchange)
+        return exchange
+
+    def drop_last(self) -> str:
+        """Take the last exchange back, stopped if it runs; its prompt."""
+        last = self.exchanges.pop()
+        last.duel.stop()
+        return last.prompt
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for exchange in self.exchanges:
+            exchange.duel.stop()
+        self.exchanges.clear()
+
+
+def _messages(exchanges: list[Exchange], side: int, prompt: str, name: str, settings: ChatSettings) -> Messages:
+    messages = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
+    for exchange in exchanges:
+        # Where another model answered, or none did, this one has said nothing that it could be reminded of.
+        if exchange.names[side] == name and (text := exchange.answers[side].text):
+            messages.append({"role": "user", "content": exchange.prompt})
+            messages.append({"role": "assistant", "content": text})
+    return [*messages, {"role": "user", "content": prompt}]

@@ -1,0 +1,152 @@
+"""Two answers to one prompt, written at the same time or one after the other, readable while they grow.
+
+    duel = Duel((Side(left_slot, messages, settings), Side(right_slot, messages, settings)))
+    duel.answers[0].text ...            any thread, any time
+    duel.stop()                         ends both after the token in work
+
+A duel belongs to no reader: it waits for its models, writes in threads of its own and ends by itself, whether or not
+anybody looks on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lbllm.chat.pool import Loaded, Slot
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.stream import Messages, stream
+from lbllm.errors import LbllmError
+
+AnswerState = Literal["waiting", "reading", "writing", "done", "stopped", "failed"]
+_OVER: tuple[AnswerState, ...] = ("done", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as far as it is written. ``error`` is for the user, where the state is "failed".
+
+    ``tokens_per_second`` and ``first_token_seconds`` as in ``ChatPiece``; 0 until they are known. ``timed``: measured
+    while the other side was quiet. The last fields are what the model was, as in ``Loaded``; ``completes``: it was
+    given the prompt as a text to go on with.
+    """
+
+    state: AnswerState = "waiting"
+    text: str = ""
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    first_token_seconds: float = 0.0
+    timed: bool = False
+    error: str = ""
+    weight_bytes: int = 0
+    bpw: float = 0.0
+    completes: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes."""
+        return self.state in _OVER
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's model, conversation so far (the prompt last) and settings."""
+
+    slot: Slot
+    messages: Messages
+    settings: ChatSettings
+
+
+def given(loaded: Loaded, messages: Messages, settings: ChatSettings) -> Messages:
+    """What of a conversation the model is given: all of it in its chat template, else the last prompt alone, as a text
+    to go on with."""
+    return messages if loaded.is_chat and settings.template else messages[-1:]
+
+
+class Duel:
+    """Both answers of one exchange, begun together when both models are loaded; with ``timed`` the right one begins
+    when the left one has ended."""
+
+    def __init__(self, sides: tuple[Side, Side], *, timed: bool = False) -> None:
+        self.answers: list[Answer] = [Answer(timed=timed), Answer(timed=timed)]
+        self.started = time.monotonic()
+        self._stop = threading.Event()
+        order = [[0, 1]] if timed else [[0], [1]]
+        self._threads = [
+            threading.Thread(target=self._write, args=(sides, numbers), name="lbllm-duel", daemon=True)
+            for numbers in order
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether both answers have ended."""
+        return all(answer.over for answer in self.answers)
+
+    def stop(self) -> None:
+        """End both answers after the token in work; what they have stays."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until both have ended; whether they have."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return self.over
+
+    def _write(self, sides: tuple[Side, Side], numbers: list[int]) -> None:
+        for number in numbers:
+            try:
+                self._answer(number, sides)
+            except LbllmError as error:
+                self._update(number, state="failed", error=str(error))
+            except Exception as error:
+                # The thread has nobody to raise to, and the page must say something.
+                self._update(number, state="failed", error=f"the model failed ({type(error).__name__}: {error})")
+
+    def _answer(self, number: int, sides: tuple[Side, Side]) -> None:
+        side = sides[number]
+        # Both begin together, and loading the other model would take the processor time of this answer.
+        for slot in (side.slot, sides[1 - number].slot):
+            while not slot.wait(0.05) and not self._stop.is_set():
+                pass
+        if self._stop.is_set():
+            self._update(number, state="stopped")
+            return
+        loaded, settings = side.slot.loaded, side.settings
+        self._update(
+            number,
+            state="reading",
+            weight_bytes=loaded.weight_bytes,
+            bpw=loaded.bpw,
+            completes=not (loaded.is_chat and settings.template),
+        )
+        pieces = stream(
+            loaded.model,
+            loaded.tokenizer,
+            given(loaded, side.messages, settings),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed,
+            template=settings.template,
+            stop=self._stop,
+        )
+        for piece in pieces:
+            self._update(
+                number,
+                state="writing",
+                text=self.answers[number].text + piece.text,
+                tokens=piece.tokens,
+                tokens_per_second=piece.tokens_per_second,
+                first_token_seconds=piece.first_token_seconds,
+            )
+        self._update(number, state="stopped" if self._stop.is_set() else "done")
+
+    def _update(self, number: int, **changes: object) -> None:
+        # One assignment of a whole answer: a reader never sees half of it.
+        self.answers[number] = replace(self.answers[number], **changes)  # type: ignore[arg-type]

@@ -1,0 +1,201 @@
+"""A lens over a text: at each token, what two models expected there and how far apart they were; and where two answers
+part.
+
+    for token in lens(teacher.model, student.model, tokenizer, "The sky is blue.", messages=question).tokens: ...
+
+KL(teacher || student) = sum over the vocabulary of p (log p - log q), in nats: 0 where the student expects what the
+teacher expects. Both models read the same tokens; a token's expectations are those from all tokens before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm.chat.stream import Messages, prompt_ids, room_for
+from lbllm.errors import ModelError
+
+TOP = 5
+TOKENS = 512
+ROWS = 128
+# Bounds between the lens's colours, in nats a token: one step is about what an eye tells apart and a legend can name.
+STEPS: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that a model expected next, as text, and the probability it gave to it."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class LensToken:
+    """One token of the text. ``kl`` in nats; None, with no candidates, where nothing comes before the token.
+
+    ``text`` is what the token adds: empty for the first bytes of a character that the next token completes.
+    ``teacher_probability`` and ``student_probability`` are those of this very token.
+    """
+
+    text: str
+    kl: float | None
+    teacher: tuple[Candidate, ...]
+    student: tuple[Candidate, ...]
+    teacher_probability: float
+    student_probability: float
+
+    @property
+    def step(self) -> int:
+        """Number of the token's colour: how many of ``STEPS`` its divergence reaches, 0 to len(STEPS)."""
+        return sum(self.kl >= bound for bound in STEPS) if self.kl is not None else 0
+
+    @property
+    def agreed(self) -> bool:
+        """Whether both models' most likely token is the same."""
+        return not self.teacher or self.teacher[0].text == self.student[0].text
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The tokens of a text; ``left_out`` more at its end were not looked at."""
+
+    tokens: tuple[LensToken, ...]
+    left_out: int
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean divergence over the tokens that have one, in nats a token; 0 where there is none."""
+        known = [token.kl for token in self.tokens if token.kl is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    @property
+    def agreement(self) -> float:
+        """Share of the tokens with expectations at which both models' most likely token is the same."""
+        known = [token.agreed for token in self.tokens if token.kl is not None]
+        return sum(known) / len(known) if known else 1.0
+
+
+def step_labels() -> list[str]:
+    """What each colour, 0 to len(STEPS), stands for: a range of nats."""
+    bounds = [f"{bound:g}" for bound in STEPS]
+    return [f"below {bounds[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(bounds)), f"{bounds[-1]} and more"]
+
+
+def same_vocabulary(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers number the same tokens the same way."""
+    return left is right or left.get_vocab() == right.get_vocab()
+
+
+@torch.inference_mode()
+def lens(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    messages: Messages | None = None,
+    template: bool = True,
+    limit: int = TOKENS,
+) -> Lens:
+    """Both models' expectations along ``text``, read as the answer to ``messages`` or, without them, by itself.
+
+    The models share ``tokenizer``. At most ``limit`` tokens are looked at, and as many as both contexts hold. Raises
+    ModelError where the vocabularies differ or the text has no token.
+    """
+    embeddings: list[Any] = [model.get_input_embeddings() for model in (teacher, student)]
+    sizes = [embedding.weight.shape[0] for embedding in embeddings]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the lens compares models of one vocabulary; these have {sizes[0]} and {sizes[1]} tokens. "
+            "Choose a student and the teacher it was made from"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    own: Tensor = encoded["input_ids"].long()
+    if own.shape[1] == 0:
+        raise ModelError("the text is empty: the lens needs at least one token")
+    before = prompt_ids(tokenizer, messages, template=template) if messages else own[:, :0]
+    room = min(limit, *(room_for(model, before.shape[1]) for model in (teacher, student)))
+    if room <= 0:
+        raise ModelError(
+            f"the conversation before the text has {before.shape[1]} tokens and fills the models' context; "
+            "look at the text by itself"
+        )
+    kept = own[:, :room]
+    ids = torch.cat([before, kept], dim=1)
+    first = max(1, before.shape[1])
+    log_p, log_q = (_log_probabilities(model, ids, ids.shape[1] - first) for model in (teacher, student))
+    pieces = _pieces(tokenizer, kept[0].tolist())
+    tokens = [LensToken(piece, None, (), (), 0.0, 0.0) for piece in pieces[: first - before.shape[1]]]
+    for start in range(0, len(log_p), ROWS):
+        p, q = log_p[start : start + ROWS], log_q[start : start + ROWS].to(log_p.device)
+        # KL is never negative; rounding of nearly equal distributions can make it so.
+        divergences = (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
+        for row, kl in enumerate(divergences):
+            token = int(ids[0, first + start + row])
+            tokens.append(
+                LensToken(
+                    text=pieces[len(tokens)],
+                    kl=kl,
+                    teacher=_top(tokenizer, p[row]),
+                    student=_top(tokenizer, q[row]),
+                    teacher_probability=float(p[row, token].exp()),
+                    student_probability=float(q[row, token].exp()),
+                )
+            )
+    return Lens(tuple(tokens), own.shape[1] - kept.shape[1])
+
+
+def first_difference(left: str, right: str) -> int | None:
+    """Position in both texts at which the first word that differs begins; None where the texts are equal.
+
+    Where one text goes on after the other's last word it is the shorter one's length.
+    """
+    if left == right:
+        return None
+    shorter, longer = sorted((left, right), key=len)
+    position = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(shorter))
+    if position == len(shorter) and longer[position].isspace():
+        return position
+    while position > 0 and not left[position - 1].isspace():
+        position -= 1
+    return position
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Log-probabilities (count, vocabulary), float32, of the last ``count`` tokens of ``ids`` (1, T), each from those
+    before it."""
+    if count == 0:
+        return torch.empty(0, 0)
+    # The last position predicts what is not there any more.
+    logits = model(input_ids=ids[:, :-1].to(model.device), logits_to_keep=count, use_cache=False).logits[0, -count:]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _top(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ...]:
+    values, ids = row.topk(min(TOP, len(row)))
+    return tuple(
+        Candidate(str(tokenizer.decode([token])), probability)
+        for token, probability in zip(ids.tolist(), values.exp().tolist(), strict=True)
+    )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text. A character of several tokens belongs to the one that completes it."""
+    pieces = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        # Only the tokens since the last whole character: decoding all of them for each would be quadratic.
+        text = str(tokenizer.decode(ids[max(0, start - 1) : end], clean_up_tokenization_spaces=False))
+        before = str(tokenizer.decode(ids[max(0, start - 1) : start], clean_up_tokenization_spaces=False))
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        start = end
+    return pieces

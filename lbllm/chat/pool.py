@@ -1,0 +1,193 @@
+"""Models to talk to, loaded in the background, once a process, and released when nobody holds them any more.
+
+    pool = ModelPool()
+    mine = pool.get("smollm2-135m-instruct")     returns at once
+    mine.wait(); mine.loaded.model ...
+
+The pool itself keeps no model alive: a ``Slot`` lives as long as a reader (a session of the workbench, an answer being
+written) refers to it, and everybody who asks for the same name meanwhile gets the same one. Dropping the last reference
+releases the model; the next load collects what cycles still hold.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm import kernels
+from lbllm.checkpoints.hf import LbllmConfig, is_checkpoint, load
+from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.config import SHIPPED
+from lbllm.errors import LbllmError, ResourceError
+from lbllm.labels import FORMAT_NAMES
+from lbllm.machine import free_memory
+from lbllm.models.teacher import load_teacher, skeleton
+from lbllm.quant.packed_layer import PackedLinear, named_groups
+
+State = Literal["waiting", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer, and what there is to say about it.
+
+    ``weight_bytes``: weights in memory as they are deployed, the packed ones packed. ``expanded_bytes``: an expanded
+    copy of packed weights, kept where there are no kernels for them, else 0. ``bpw``: bits a weight of the binarized
+    layers, or of the dense weights as they lie in memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    packed: bool
+    precision: str
+    weights: int
+    weight_bytes: int
+    expanded_bytes: int
+    bpw: float
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model has a chat template; without one it goes on with a text."""
+        return self.tokenizer.chat_template is not None
+
+
+class Slot:
+    """The place of one model in the pool; its fields are written by the loading thread alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: State = "waiting"
+        self.error = ""
+        self._asked = time.monotonic()
+        self._seconds = 0.0
+        self._loaded: Loaded | None = None
+        self._over = threading.Event()
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model. Raises LbllmError with the reason where it is not, or could not be, loaded."""
+        if self._loaded is None:
+            raise LbllmError(self.error or f"{self.name} is still being loaded")
+        return self._loaded
+
+    @property
+    def over(self) -> bool:
+        """Whether loading has ended, well or not."""
+        return self._over.is_set()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the model was asked for, or that its loading took."""
+        return self._seconds if self.over else time.monotonic() - self._asked
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until loading has ended; whether it has."""
+        return self._over.wait(timeout)
+
+    def load(self, turn: threading.Lock) -> None:
+        """Load the model when it is this slot's turn; a reason to fail is kept for the readers."""
+        with turn:
+            self.state = "loading"
+            gc.collect()
+            try:
+                self._loaded = _open(self.name)
+                self.state = "ready"
+            except LbllmError as error:
+                self.error, self.state = str(error), "failed"
+            except Exception as error:
+                # Whatever a foreign model breaks must end in a message: the thread has nobody to raise to.
+                self.error = f"{self.name} can't be loaded ({type(error).__name__}: {error}); choose another model"
+                self.state = "failed"
+            finally:
+                self._seconds = time.monotonic() - self._asked
+                self._over.set()
+
+
+class ModelPool:
+    """The models of this process by name; threads may share it."""
+
+    def __init__(self) -> None:
+        self._slots: weakref.WeakValueDictionary[str, Slot] = weakref.WeakValueDictionary()
+        self._mutex = threading.Lock()
+        # One load at a time: two at once take as long, and need the memory of both loads' temporaries.
+        self._turn = threading.Lock()
+        # The compiler has half a minute's work at its very first time: meanwhile the first model is loaded.
+        threading.Thread(target=kernels.ready, name="lbllm-kernels", daemon=True).start()
+
+    def get(self, name: str) -> Slot:
+        """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
+
+        ``name``: ``SHIPPED``, a packed checkpoint's folder, or whatever ``load_teacher`` takes. A failed load is tried
+        again.
+        """
+        with self._mutex:
+            slot = self._slots.get(name)
+            if slot is None or slot.state == "failed":
+                slot = self._slots[name] = Slot(name)
+                threading.Thread(target=slot.load, args=(self._turn,), name="lbllm-pool", daemon=True).start()
+        return slot
+
+    def names(self) -> list[str]:
+        """Names of the models somebody holds."""
+        return sorted(slot.name for slot in self._slots.values())
+
+
+def _open(name: str) -> Loaded:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == SHIPPED:
+        name = str(shipped_checkpoint())
+    packed = is_checkpoint(name)
+    expand = packed and not (kernels.on_gpu() if device == "cuda" else kernels.ready())
+    _check_memory(name, packed, expand, device)
+    if not packed:
+        teacher = load_teacher(name, device=device)
+        stored = _bytes(teacher.model)
+        weights = teacher.model.num_parameters()
+        return Loaded(
+            teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights
+        )
+    model, tokenizer = load(name, device=device)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    stored = _bytes(model)
+    stated: LbllmConfig = model.config.quantization_config
+    expanded = 0
+    if expand:
+        for layer in layers:
+            layer.keep_dense(torch.float32)
+            assert layer.dense is not None
+            expanded += layer.dense.nbytes
+    weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
+    quant = stated.format
+    precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {named_groups(layers)}"
+    return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
+
+
+def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
+    """Raises ResourceError where the model would not fit: better than the kernel ending the whole process."""
+    if packed:
+        needed = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+        # Two bits and the parameters become 32 bits.
+        needed *= 10 if expand else 1
+    else:
+        needed = 4 * skeleton(name).num_parameters()
+    free = free_memory(device)
+    if needed > free:
+        raise ResourceError(
+            f"{name} needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "
+            "choose a smaller model, or end a run or another program first"
+        )
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    """Bytes of what a checkpoint of the model holds, shared tensors once."""
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    tensors = [*model.parameters(), *(buffer for layer in packed for buffer in layer.buffers())]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

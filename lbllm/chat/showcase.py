@@ -1,0 +1,320 @@
+"""A binarized model beside its teacher for an audience: many visitors, one line, two answers to one question at a time.
+
+    showcase = open_showcase()                              the checkpoint that comes with the project
+    turn = showcase.ask("visitor 7", "10.0.0.3", "Why is the sky blue?", blind=True)
+    showcase.seen(turn)                                     what the visitor may see of it now; any thread, any time
+    showcase.vote("visitor 7", "left")
+
+Who asked first is answered first. A question belongs to nobody who looks on: it is answered in threads of its own, and
+whoever leaves takes it back by ``leave``. In a blind turn the sides change places by chance and what tells the models
+apart stays here until the vote.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lbllm.chat.duel import Answer, Duel, Side
+from lbllm.chat.pool import ModelPool, Slot
+from lbllm.chat.rate_limit import RateLimit
+from lbllm.chat.settings import ChatSettings
+from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, tally
+from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.record import provenance
+from lbllm.checkpoints.shipped import ASSET_FOLDER as ASSET_CHECKPOINT
+from lbllm.config import SHIPPED
+from lbllm.errors import CheckpointError, LbllmError, ModelError
+from lbllm.models.catalogue import model_title
+from lbllm.models.source import hub_id
+from lbllm.places import home
+from lbllm.runs.store import RunStore
+
+_REMEMBERED = 1000
+TurnState = Literal["waiting", "answering", "over"]
+
+
+class VisitorError(LbllmError):
+    """What a visitor asked for is not possible now; the text is for the visitor."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor may. ``line``: questions that wait at most, those of all visitors together.
+
+    Visitors are told apart by their browser session, which a reload renews; ``address_per_minute`` is for all who come
+    from one address, a whole hall perhaps.
+    """
+
+    prompt_chars: int = 600
+    answer_tokens: int = 128
+    per_minute: int = 6
+    address_per_minute: int = 60
+    line: int = 40
+
+
+@dataclass(eq=False)
+class Turn:
+    """One question and what became of it. ``number``: in the order of arrival. ``swapped``: the first model is on the
+    right."""
+
+    number: int
+    prompt: str
+    blind: bool
+    swapped: bool
+    settings: ChatSettings
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    duel: Duel | None = None
+    withdrawn: bool = False
+    choice: Choice | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes."""
+        return self.withdrawn or (self.duel is not None and self.duel.over)
+
+    @property
+    def answers(self) -> tuple[Answer, Answer]:
+        """Left and right, as far as they are written."""
+        if self.duel is None:
+            empty = Answer(state="stopped" if self.withdrawn else "waiting")
+            return empty, empty
+        left, right = self.duel.answers
+        return left, right
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A turn as its visitor may see it. ``position``: in the line, 1 is next, 0 not in it. ``names`` are None, and what
+    would give the models away is missing from ``answers``, until a blind turn is revealed."""
+
+    state: TurnState
+    number: int
+    position: int
+    blind: bool
+    names: tuple[str, str] | None
+    answers: tuple[Answer, Answer]
+    votable: bool
+    choice: Choice | None
+
+
+class Showcase:
+    """Two models, the line before them, and the votes on them. Threads may share it.
+
+    ``slots`` and ``names``: the teacher's, then the binarized model's. ``store`` keeps the votes.
+    """
+
+    def __init__(
+        self, slots: tuple[Slot, Slot], names: tuple[str, str], store: RunStore, limits: Limits | None = None
+    ) -> None:
+        self.slots = slots
+        self.names = names
+        self.limits = limits or Limits()
+        self._store = store
+        self._line: deque[Turn] = deque()
+        self._turns: dict[str, Turn] = {}
+        self._mutex = threading.RLock()
+        self._serving = False
+        self._count = 0
+        self._visitor_rate = RateLimit(self.limits.per_minute, 60)
+        self._address_rate = RateLimit(self.limits.address_per_minute, 60)
+
+    @property
+    def ready(self) -> bool:
+        """Whether both models are loaded."""
+        return all(slot.state == "ready" for slot in self.slots)
+
+    @property
+    def completes(self) -> bool:
+        """Whether a model has no chat template, and goes on with the text. Known once both are loaded."""
+        return self.ready and not all(slot.loaded.is_chat for slot in self.slots)
+
+    def wait(self) -> None:
+        """Wait until both models are loaded. Raises LbllmError where one can't be."""
+        for slot in self.slots:
+            slot.wait()
+            slot.loaded  # noqa: B018 - raises
+
+    def ask(self, visitor: str, address: str, prompt: str, *, blind: bool = False, seed: int | None = None) -> Turn:
+        """Put a question in the line. The same ``seed`` gives the same answers again; without one it is drawn.
+
+        Raises VisitorError where the question is empty or too long, the visitor asks too often or has one in the line,
+        or the line is full.
+        """
+        # A lone surrogate, which JSON can carry, is no text that a tokenizer takes.
+        prompt = prompt.encode("utf-8", "replace").decode().strip()
+        if not prompt:
+            raise VisitorError("The question is empty. Write one, or choose an example.")
+        if len(prompt) > self.limits.prompt_chars:
+            raise VisitorError(
+                f"The question has {len(prompt):,} characters; {self.limits.prompt_chars:,} are allowed. Shorten it."
+            )
+        with self._mutex:
+            last = self._turns.get(visitor)
+            if last is not None and not last.over:
+                raise VisitorError("Your last question is not answered yet. Wait for it, or stop it.")
+            if len(self._line) >= self.limits.line:
+                raise VisitorError(f"The line is full: {len(self._line)} questions wait. Try again in a minute.")
+            self._check_rate(visitor, address)
+            settings = ChatSettings(
+                seed=secrets.randbelow(2**31) if seed is None else seed, max_new_tokens=self.limits.answer_tokens
+            )
+            self._count += 1
+            turn = Turn(self._count, prompt, blind, blind and secrets.randbelow(2) == 1, settings)
+            self._remember(visitor, turn)
+            self._line.append(turn)
+            if not self._serving:
+                self._serving = True
+                threading.Thread(target=self._serve, name="lbllm-showcase", daemon=True).start()
+        return turn
+
+    def seen(self, turn: Turn) -> Seen:
+        """The turn as it is now."""
+        with self._mutex:
+            position = self._line.index(turn) + 1 if turn in self._line else 0
+            over, answers = turn.over, turn.answers
+            votable = turn.blind and over and turn.choice is None and _comparable(answers)
+            hidden = turn.blind and turn.choice is None and (votable or not over)
+            return Seen(
+                state="over" if over else "waiting" if turn.duel is None else "answering",
+                number=turn.number,
+                position=position,
+                blind=turn.blind,
+                names=None if hidden else self._names(turn),
+                answers=_hidden(answers) if hidden else answers,
+                votable=votable,
+                choice=turn.choice,
+            )
+
+    def stop(self, turn: Turn) -> None:
+        """End the answers after the token in work, or take the question out of the line."""
+        with self._mutex:
+            if turn.duel is not None:
+                turn.duel.stop()
+            elif not turn.withdrawn:
+                turn.withdrawn = True
+                self._line.remove(turn)
+
+    def current(self, visitor: str) -> Turn | None:
+        """The visitor's last turn."""
+        with self._mutex:
+            return self._turns.get(visitor)
+
+    def leave(self, visitor: str) -> None:
+        """Forget a visitor; what was asked and not answered yet is stopped."""
+        with self._mutex:
+            turn = self._turns.pop(visitor, None)
+            if turn is not None:
+                self.stop(turn)
+
+    def vote(self, visitor: str, choice: str) -> Turn:
+        """Keep the visitor's vote on the last, blind, turn, which reveals it. Raises VisitorError, ResourceError."""
+        if choice not in CHOICES:
+            raise VisitorError(f"{choice!r} is no vote. Give one of: {', '.join(CHOICES)}.")
+        with self._mutex:
+            turn = self._turns.get(visitor)
+            if turn is None or not turn.blind:
+                raise VisitorError("There is nothing to vote on. Ask a question in blind mode first.")
+            if turn.choice is not None:
+                raise VisitorError("You have voted on these answers. Ask another question to vote again.")
+            if not turn.over:
+                raise VisitorError("The answers are not finished. Vote when they are, or stop them.")
+            if not self.seen(turn).votable:
+                raise VisitorError("There are no two answers to compare. Ask again.")
+            left, right = self._names(turn)
+            self._store.vote(
+                Vote(
+                    exchange=turn.id,
+                    time=time.time(),
+                    left=left,
+                    right=right,
+                    choice=choice,
+                    prompt=turn.prompt,
+                    left_answer=turn.answers[0].text,
+                    right_answer=turn.answers[1].text,
+                    left_settings=turn.settings,
+                    right_settings=turn.settings,
+                )
+            )
+            turn.choice = choice
+            return turn
+
+    def tally(self) -> Tally:
+        """All blind votes on this pair; left is the teacher."""
+        return tally(self._store.votes(), *self.names)
+
+    def _names(self, turn: Turn) -> tuple[str, str]:
+        first, second = self.names
+        return (second, first) if turn.swapped else (first, second)
+
+    def _check_rate(self, visitor: str, address: str) -> None:
+        wait = max(self._visitor_rate.wait(visitor), self._address_rate.wait(address))
+        if wait:
+            raise VisitorError(f"That was many questions in a minute. The next one is possible in {math.ceil(wait)} s.")
+        self._visitor_rate.take(visitor)
+        self._address_rate.take(address)
+
+    def _remember(self, visitor: str, turn: Turn) -> None:
+        self._turns.pop(visitor, None)
+        self._turns[visitor] = turn
+        if len(self._turns) > _REMEMBERED:
+            # Not everybody says goodbye. Those of the line are among the newest.
+            del self._turns[next(iter(self._turns))]
+
+    def _serve(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._line:
+                    self._serving = False
+                    return
+                turn = self._line.popleft()
+                messages = [{"role": "user", "content": turn.prompt}]
+                first, second = (Side(slot, messages, turn.settings) for slot in self.slots)
+                turn.duel = duel = Duel((second, first) if turn.swapped else (first, second))
+            duel.wait()
+
+
+def open_showcase(
+    checkpoint: str | None = None, teacher: str | None = None, *, limits: Limits | None = None
+) -> Showcase:
+    """The showcase of a packed checkpoint's folder (default: the one that comes with the project) and its teacher
+    (default: the model it was made from); both begin to load. Votes are kept in home()/showcase.
+
+    Raises CheckpointError, ModelError.
+    """
+    if checkpoint is not None and not is_checkpoint(checkpoint):
+        raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
+    folder = ASSET_CHECKPOINT if checkpoint is None else Path(checkpoint)
+    made_from = provenance(folder).get("model")
+    if teacher is None:
+        if made_from is None:
+            raise ModelError(f"{folder} does not say which model it was made from; give it with --teacher")
+        if not (hub_id(made_from) or Path(made_from).exists()):
+            raise ModelError(f"{folder} was made from {made_from}, which is not here; give its place with --teacher")
+        teacher = made_from
+    student = f"{model_title(made_from or str(folder))} binarized"
+    pool = ModelPool()
+    slots = pool.get(teacher), pool.get(SHIPPED if checkpoint is None else checkpoint)
+    return Showcase(slots, (model_title(teacher), student), RunStore(home() / "showcase"), limits)
+
+
+def _comparable(answers: tuple[Answer, Answer]) -> bool:
+    return all(answer.text.strip() and answer.state != "failed" for answer in answers)
+
+
+def _hidden(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
+    """The answers without what tells the models apart: their figures, and which of them is the faster one."""
+    left, right = answers
+    return _keeping_pace(left, right), _keeping_pace(right, left)
+
+
+def _keeping_pace(answer: Answer, other: Answer) -> Answer:
+    length = len(answer.text) if other.over else min(len(answer.text), len(other.text))
+    ended = answer.over and length == len(answer.text)
+    return Answer(state=answer.state if ended else "writing", text=answer.text[:length], error=answer.error)

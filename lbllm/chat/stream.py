@@ -1,0 +1,228 @@
+"""Streaming answers of a model, token by token, with measurements and a stop that acts between two tokens.
+
+Generation runs in a thread of its own; the iterator hands out what it has written so far. Sampling draws its randomness
+from a generator of the call (the Gumbel-max trick on top of greedy decoding), so the same seed gives the same answer on
+one machine, and nothing outside the call is seeded.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from lbllm.chat.settings import REPETITION_PENALTY, TEMPERATURE, TOP_P
+from lbllm.errors import ModelError
+from lbllm.models.blocks import context_length
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class ChatPiece:
+    """New text and the measurements so far.
+
+    ``first_token_seconds``: from the call to the first token, reading the prompt included. ``tokens_per_second``: the
+    tokens after the first over the time since it; 0 until there is a second one. ``tokens``: all new tokens so far.
+    """
+
+    text: str
+    tokens_per_second: float
+    first_token_seconds: float
+    tokens: int
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
+    """What a model reads before its answer: the messages in its chat template, or joined by blank lines.
+
+    ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a template, or with
+    ``template`` off, the model goes on with the text. Raises ModelError where the template refuses the messages.
+    """
+    if tokenizer.chat_template is None or not template:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        raise ModelError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> Tensor:
+    """Token ids (1, T) of ``prompt_text``, which the answer continues. Raises ModelError."""
+    text = prompt_text(tokenizer, messages, template=template)
+    # A template writes the special tokens itself.
+    plain = tokenizer.chat_template is None or not template
+    encoded: Any = tokenizer(text, add_special_tokens=plain, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"].long()
+    if ids.shape[1] == 0:
+        raise ModelError("the prompt is empty: give the model at least one token to go on from")
+    return ids
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
+    repetition_penalty: float = REPETITION_PENALTY,
+    seed: int = 0,
+    template: bool = True,
+    stop: threading.Event | None = None,
+) -> Iterator[ChatPiece]:
+    """The model's answer to ``messages``, piece by piece; the last piece, perhaps without text, ends the measurements.
+
+    ``temperature`` 0 is greedy decoding; ``repetition_penalty`` above 1 makes tokens that the answer has already less
+    likely, those of the prompt not; ``template`` off lets a chat model go on with plain text. Setting ``stop``, or
+    closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
+    Raises ModelError where the prompt leaves no room.
+    """
+    ids = prompt_ids(tokenizer, messages, template=template).to(model.device)
+    room = room_for(model, ids.shape[1])
+    if room <= 0:
+        raise ModelError(
+            f"the conversation has {ids.shape[1]} tokens, the model's context holds {context_length(model)}; "
+            "start a new conversation or shorten it"
+        )
+    stop = stop or threading.Event()
+    closed = threading.Event()
+    pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
+    processors = LogitsProcessorList()
+    if repetition_penalty > 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=ids.shape[1]))
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(_Gumbel(seed))
+
+    def generate() -> None:
+        try:
+            generator: Any = model  # typed as a plain tensor by nn.Module's attribute lookup
+            generator.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=_Pieces(tokenizer, pieces),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
+                max_new_tokens=min(max_new_tokens, room),
+                eos_token_id=_end_ids(model, tokenizer),
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                num_beams=1,
+                do_sample=False,
+                # What a model's own generation settings say about sampling would only draw warnings here.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=None,
+            )
+            pieces.put(None)
+        except BaseException as error:
+            pieces.put(error)
+
+    thread = threading.Thread(target=generate, name="lbllm-chat", daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        closed.set()
+        thread.join()
+
+
+class _Gumbel(LogitsProcessor):
+    """Adds Gumbel noise to log-probabilities: their argmax is then a sample of the distribution."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.generator is None:
+            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=self.generator)
+        return torch.log_softmax(scores.float(), dim=-1) - noise.log()
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        stopped = any(event.is_set() for event in self.events)
+        return torch.full((input_ids.shape[0],), stopped, dtype=torch.bool, device=input_ids.device)
+
+
+class _Pieces(BaseStreamer):
+    """Turns tokens into pieces of text. Bytes of an unfinished character wait for the rest of it."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: queue.SimpleQueue[ChatPiece | BaseException | None]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.pieces = pieces
+        self.tokens: list[int] | None = None
+        self.written = 0
+        self.started = time.monotonic()
+        self.first = self.latest = self.started
+
+    def put(self, value: Tensor) -> None:
+        if self.tokens is None:  # the first call brings the prompt
+            self.tokens = []
+            return
+        self.latest = time.monotonic()
+        if not self.tokens:
+            self.first = self.latest
+        self.tokens.extend(value.reshape(-1).tolist())
+        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        complete = text.rstrip("\ufffd")
+        if len(complete) > self.written:
+            self._write(complete)
+
+    def end(self) -> None:
+        self._write(str(self.tokenizer.decode(self.tokens or [], skip_special_tokens=True)))
+
+    def _write(self, text: str) -> None:
+        count = len(self.tokens or [])
+        since = self.latest - self.first
+        speed = (count - 1) / since if count > 1 and since > 0 else 0.0
+        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count))
+        self.written = max(self.written, len(text))
+
+
+def room_for(model: PreTrainedModel, tokens: int) -> int:
+    """How many tokens fit into the model's context after ``tokens``; 0 or less where none does.
+
+    Without any statement about the context it is more than anyone chats.
+    """
+    return (context_length(model) or 1 << 20) - tokens
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Tokens that end an answer: the generation settings' and the tokenizer's own."""
+    known = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = known if isinstance(known, list) else [known]
+    ids = {token for token in [*listed, tokenizer.eos_token_id] if isinstance(token, int)}
+    return sorted(ids) or None

@@ -1,0 +1,87 @@
+"""Votes on pairs of answers: which of two models answered a prompt better. The run store keeps them.
+
+A vote belongs to one exchange, a prompt with two answers. Tallies are of models, not of sides: a pair that changed
+places counts together.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lbllm.chat.settings import ChatSettings
+
+Choice = Literal["left", "right", "tie", "both bad"]
+CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both bad")
+_CSV = ("time", "left", "right", "choice", "prompt", "left_answer", "right_answer", "left_settings", "right_settings")
+
+
+class Vote(BaseModel):
+    """``left`` and ``right`` name the models; ``time`` in seconds since the epoch; ``exchange`` is unique."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    exchange: str
+    time: float
+    left: str
+    right: str
+    choice: Choice
+    prompt: str
+    left_answer: str
+    right_answer: str
+    left_settings: ChatSettings
+    right_settings: ChatSettings
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Votes on one pair of models, counted for the one that is called left here."""
+
+    left: int = 0
+    right: int = 0
+    tie: int = 0
+    both_bad: int = 0
+
+    @property
+    def total(self) -> int:
+        """All votes on the pair."""
+        return self.left + self.right + self.tie + self.both_bad
+
+
+def tally(votes: Iterable[Vote], left: str, right: str) -> Tally:
+    """The votes on the pair ``left`` and ``right``, whichever side each was on when it was voted for."""
+    counts = dict.fromkeys(CHOICES, 0)
+    for vote in votes:
+        if (vote.left, vote.right) == (left, right):
+            counts[vote.choice] += 1
+        elif (vote.left, vote.right) == (right, left):
+            swapped: dict[Choice, Choice] = {"left": "right", "right": "left"}
+            counts[swapped.get(vote.choice, vote.choice)] += 1
+    return Tally(counts["left"], counts["right"], counts["tie"], counts["both bad"])
+
+
+def votes_json(votes: Iterable[Vote]) -> str:
+    """All votes as a JSON array."""
+    return json.dumps([vote.model_dump(mode="json") for vote in votes], indent=2, ensure_ascii=False) + "\n"
+
+
+def votes_csv(votes: Iterable[Vote]) -> str:
+    """All votes as CSV, for a spreadsheet: a cell that one would take for a formula begins with an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(_CSV)
+    for vote in votes:
+        row = vote.model_dump(mode="json")
+        cells = (row[key] for key in _CSV)
+        writer.writerow([_harmless(cell if isinstance(cell, str) else json.dumps(cell)) for cell in cells])
+    return out.getvalue()
+
+
+def _harmless(cell: str) -> str:
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

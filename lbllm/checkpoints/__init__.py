@@ -1,0 +1,1 @@
+"""Packed checkpoints: writing, loading, finding and fast decoding."""

@@ -1,0 +1,289 @@
+"""LBLLM checkpoints in transformers: a registered quantizer, so that from_pretrained and save_pretrained just work.
+
+A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors, tokenizer. Importing
+``lbllm`` registers the method. Without it transformers would only warn of an unknown method and load wrong weights,
+so two things stop it: the packed tensors carry the name ``weight`` with a shape no dense layer has, and config.json
+names a weights file that does not exist and whose name says what to do; with lbllm registered that name is put aside
+before files are looked for.
+
+config.json also holds two hashes, so that ``load`` refuses tensors or a format that are not the ones that were saved
+together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lbllm import memory
+from lbllm.checkpoints.decode import computing_dtype, speed_up
+from lbllm.errors import CheckpointError, ConfigError, ModelError
+from lbllm.files import write_atomic
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.models.loading import quiet
+from lbllm.quant.kv_cache import PackedKVLayer, TrainingKVLayer, is_packed
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.sections import QuantConfig
+
+METHOD = "lbllm"
+VERSION = 1
+GUARD = "PACKED BY LBLLM: install lbllm and run `import lbllm` before from_pretrained"
+WEIGHTS = "model.safetensors"
+CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the way out of every damaged checkpoint
+
+
+@register_quantization_config(METHOD)
+class LbllmConfig(QuantizationConfigMixin):
+    """``quantization_config`` of config.json: the method, the layout's version, the format, and the hashes of format
+    and tensors."""
+
+    def __init__(self, version: int = VERSION, quant: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.quant = quant or {}
+        self.format_sha256 = format_sha256(self.quant)
+        self.tensors_sha256: str | None = kwargs.get("tensors_sha256")
+        self.bpw: float | None = kwargs.get("bpw")
+        self.provenance: dict[str, Any] = kwargs.get("provenance") or {}
+        if version != VERSION:
+            raise CheckpointError(_other_version("this checkpoint", version))
+        # The same tensors would compute something else with other bits or groups, and nothing would tell.
+        if kwargs.get("format_sha256") not in (None, self.format_sha256):
+            raise CheckpointError(_other_format("this checkpoint's config.json"))
+
+    @property
+    def format(self) -> QuantConfig:
+        """The format of the weights, activations and KV cache."""
+        return QuantConfig.model_validate(self.quant)
+
+
+@register_quantizer(METHOD)
+class LbllmQuantizer(HfQuantizer):
+    """Puts packed layers in place of the dense ones before weights are loaded, and the packed KV cache in front of
+    the model."""
+
+    requires_calibration = True
+    quantization_config: LbllmConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: put the guard against loading without lbllm aside."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        attach_kv_cache(model, self.quantization_config.format.kv_bits)
+        with torch.device("meta"):
+            replace_layers(model, self.quantization_config.format)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers would write neither the guard nor the new hash, and has no hook behind its writing.
+        model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
+        speed_up(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """The loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
+    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one."""
+    path, blocks = decoder_blocks(model)
+    for number, block in enumerate(blocks):
+        for name, layer in linear_layers(block).items():
+            fmt = quant.layer(f"{path}.{number}.{name}")
+            if fmt is None:
+                continue
+            weight = linear_weight(layer)
+            packed = PackedLinear(
+                weight.shape[1],
+                weight.shape[0],
+                fmt,
+                bias=layer.bias is not None,
+                tail=quant.tail_steps,
+                dtype=weight.dtype,
+            )
+            block.set_submodule(name, packed)
+
+
+def attach_kv_cache(
+    model: nn.Module, bits: int, kind: type[PackedKVLayer] | type[TrainingKVLayer] = PackedKVLayer
+) -> None:
+    """Make the model keep its KV cache in ``bits`` bits, whoever creates the cache: generate(), a caller, or a plain
+    forward call, of the model or of the part of it without the head. Comes before the layers are replaced."""
+    if bits >= 16:
+        return
+    layer_class = type(kind.__name__, (kind,), {"bits": bits})
+    decoder = _cache_holder(model)
+    names = list(inspect.signature(decoder.forward).parameters)
+
+    def prepare(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
+            kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
+        elif not is_packed(cache):
+            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+                raise ConfigError(
+                    f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
+                    "pass no cache, or an empty DynamicCache"
+                )
+            # In place, since the caller keeps its own reference to the cache it made.
+            cache.layers = []
+            cache.layer_class_to_replicate = layer_class
+        return (), kwargs
+
+    def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Whoever wants no cache feeds all tokens again: the one of this pass must not come back with the next.
+        if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
+            output.past_key_values = None
+
+    decoder.register_forward_pre_hook(prepare, with_kwargs=True)
+    decoder.register_forward_hook(finish, with_kwargs=True)
+
+
+def _cache_holder(model: nn.Module) -> nn.Module:
+    """The innermost module round the decoder blocks that takes a KV cache: every pass that uses one goes through it."""
+    path, _ = decoder_blocks(model)
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            return module
+    raise ModelError(f"{type(model).__name__} takes no past_key_values; set quant.kv_bits=16")
+
+
+def _other_version(place: str, version: object) -> str:
+    return (
+        f"{place} has layout version {version!r}; this program reads version {VERSION}. Install the lbllm that wrote "
+        "it, or make the checkpoint again"
+    )
+
+
+def _other_format(place: str) -> str:
+    return f"{place}: the format in quantization_config.quant is not the one its tensors were packed in; {CORRUPT}"
+
+
+def format_sha256(quant: dict[str, Any]) -> str:
+    """SHA-256 of the format as config.json states it, in hex."""
+    return hashlib.sha256(json.dumps(quant, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    """``model.save_pretrained(folder)`` of a packed model, with the hash of the tensors and the guard in config.json.
+
+    Every model that is loaded with its quantizer saves itself this way.
+    """
+    if options.pop("push_to_hub", False):
+        raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
+    # One file whatever its size: it is what the hash is of.
+    with quiet():
+        type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})
+    if options.get("is_main_process", True):
+        _seal(Path(folder), computing_dtype(model))
+
+
+def _seal(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    document["dtype"] = str(dtype).removeprefix("torch.")
+    document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
+    document["transformers_weights"] = GUARD
+    write_atomic(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder's config.json says that LBLLM packed it."""
+    try:
+        document = json.loads((Path(folder) / "config.json").read_text())
+        return bool(document.get("quantization_config", {}).get("quant_method") == METHOD)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a packed checkpoint folder and its tokenizer; fails closed.
+
+    Raises CheckpointError where the folder is no LBLLM checkpoint, of another version, or where any tensor is
+    missing, of another shape, or not what was saved.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: can't be loaded ({type(error).__name__}: {error}); {CORRUPT}") from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}; {CORRUPT}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
+        ) from error
+    model = model.to(device).eval()
+    memory.trim()
+    return model, tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raise CheckpointError unless config.json is of our method and version and its hashes are those of the folder."""
+    config, weights = folder / "config.json", folder / WEIGHTS
+    if not config.is_file():
+        raise CheckpointError(f"{config} does not exist; give the folder of a packed checkpoint")
+    try:
+        json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} can't be read ({error}); {CORRUPT}") from error
+    if not is_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder} was not packed by LBLLM (quant_method in its config.json is not {METHOD!r}); give the folder of "
+            "a packed checkpoint"
+        )
+    stated = json.loads(config.read_text())["quantization_config"]
+    if stated.get("version") != VERSION:
+        raise CheckpointError(_other_version(str(config), stated.get("version")))
+    if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):
+        raise CheckpointError(_other_format(str(config)))
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} does not exist; {CORRUPT}")
+    if stated.get("tensors_sha256") != tensors_sha256(weights):
+        raise CheckpointError(f"{weights} is not the file that was saved (its hash differs); {CORRUPT}")

@@ -1,0 +1,107 @@
+"""The binarized checkpoint that comes with the project, so that the first minute needs no run.
+
+Of a whole checkpoint assets/checkpoint/ keeps what binarization made: bits, group parameters, knees and clips.
+Embeddings and norms, which are most of the bytes, are the embedded teacher's own and are taken from it when the
+checkpoint is put together in the cache, once. Its hash covers the whole file, so any difference is noticed by ``load``.
+
+    python -m lbllm.checkpoints.shipped runs/quick      # what assets/checkpoint/ was made by
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint, tensors_sha256
+from lbllm.checkpoints.record import RECORD
+from lbllm.errors import CheckpointError
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.places import ASSETS, home
+
+ASSET_FOLDER = ASSETS / "checkpoint"
+PACKED = "packed.safetensors"
+_SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
+_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act")
+
+
+def shipped_checkpoint() -> Path:
+    """The folder of the whole checkpoint, put together at the first call. Raises CheckpointError, ModelError."""
+    config = ASSET_FOLDER / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{config} is missing; get the project's assets again, or binarize a model by a run")
+    stated = json.loads(config.read_text())["quantization_config"]
+    target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
+    if not is_checkpoint(target):
+        assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
+    return target
+
+
+def strip(checkpoint: Path, target: Path) -> None:
+    """Write of a checkpoint folder what ``assemble`` can't take from the teacher."""
+    target.mkdir(parents=True, exist_ok=True)
+    with safe_open(checkpoint / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+        layers = _packed_layers(names)
+        kept = [n for n in names if n.endswith(_PACKED_ENDINGS) or n.removesuffix(".weight") in layers]
+        save_file({name: file.get_tensor(name) for name in kept}, target / PACKED)
+    _copy_small(checkpoint, target)
+
+
+def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
+    """Put a whole checkpoint together from a stripped one and its teacher. Raises CheckpointError where that is not
+    the file that was stripped."""
+    expected = json.loads((stripped / "config.json").read_text())["quantization_config"]["tensors_sha256"]
+    tensors = load_file(stripped / PACKED)
+    layers = _packed_layers(tensors)
+    seen: set[int] = set()
+    for name, tensor in teacher.model.state_dict(keep_vars=True).items():
+        # A tied tensor is in the file once, under its first name.
+        if name.removesuffix(".weight") not in layers and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().bfloat16().contiguous()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+        if tensors_sha256(unfinished / WEIGHTS) != expected:
+            raise CheckpointError(
+                f"{stripped / PACKED} does not give the checkpoint that it was taken from together with "
+                f"{teacher.name} ({teacher.precision}); get the project's assets again"
+            )
+        teacher.tokenizer.save_pretrained(unfinished)
+        _copy_small(stripped, unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.chmod(0o755)
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _packed_layers(names: Iterable[str]) -> set[str]:
+    """Of the names of a checkpoint's tensors the layers that are packed."""
+    return {name.removesuffix(".params") for name in names if name.endswith(".params")}
+
+
+def _copy_small(source: Path, target: Path) -> None:
+    for name in _SMALL:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+
+
+def main() -> None:
+    """Make assets/checkpoint/ from a finished run's checkpoint folder."""
+    parser = argparse.ArgumentParser(prog="python -m lbllm.checkpoints.shipped", description=main.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint of the embedded model")
+    strip(parser.parse_args().checkpoint, ASSET_FOLDER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The command line: ``python -m lbllm COMMAND``. The engine does the work; here it is asked for and shown.
+
+Each command but ui, demo and showcase takes --json: one JSON document on stdout and nothing else there. Errors a user
+can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an error,
+2 bad usage, 130 Ctrl-C.
+The engine, and torch with it, is imported inside the commands that need it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from lbllm.commands import catalogues, chatting, exporting, measuring, stored_runs, training
+from lbllm.commands import serving as showcasing
+from lbllm.commands import serving as workbench
+from lbllm.commands.attend import StoppedByUser
+from lbllm.commands.output import notices, plain, print_json
+from lbllm.errors import LbllmError
+
+
+def build() -> typer.Typer:
+    """All commands under one name."""
+    app = typer.Typer(
+        help="Binarize language models to W(1+1)A4 by three-stage distillation (LBLLM), and use the result.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in (
+        training.quantize,
+        training.estimate,
+        training.demo,
+        measuring.evaluate,
+        measuring.table,
+        exporting.export,
+        chatting.chat,
+        catalogues.models,
+        workbench.ui,
+        showcasing.showcase,
+    ):
+        app.command()(command)
+
+    corpora = typer.Typer(help="The texts a run can train on; `corpora sample` makes one from a model.")
+    corpora.callback(invoke_without_command=True)(catalogues.corpora)
+    corpora.command("sample")(catalogues.corpora_sample)
+    app.add_typer(corpora, name="corpora")
+
+    runs = typer.Typer(help="Runs: list, show, resume, stop, cancel.", no_args_is_help=True)
+    runs.command("list")(stored_runs.runs_list)
+    runs.command("show")(stored_runs.runs_show)
+    runs.command("resume")(stored_runs.runs_resume)
+    runs.command("stop")(stored_runs.runs_stop)
+    runs.command("cancel")(stored_runs.runs_cancel)
+    app.add_typer(runs, name="runs")
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (default: the process's own arguments); returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    command = typer.main.get_command(build())
+    try:
+        # Typer itself shows bad usage, but not as JSON.
+        code = command.main(args=arguments, prog_name="python -m lbllm", standalone_mode=not as_json)
+        return code if isinstance(code, int) else 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except typer.TyperException as error:
+        message, code = error.format_message(), error.exit_code
+    except LbllmError as error:
+        message, code = str(error), 130 if isinstance(error, StoppedByUser) else 1
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    if as_json:
+        print_json({"error": message})
+    plain(notices(), f"Error: {message}", style="red")
+    return code

@@ -1,0 +1,153 @@
+"""ui and showcase: the workbench in the browser, and a binarized model beside its teacher for an audience."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import socket
+import sys
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from lbllm.commands.options import HostOption
+from lbllm.commands.output import notices, plain
+from lbllm.errors import ResourceError
+from lbllm.places import APP, ASSETS, BUNDLE
+
+ADDRESS = "127.0.0.1"
+EVERY_ADDRESS = "0.0.0.0"
+FIRST_PORT, PORTS = 8501, 20
+
+
+def ui(
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on. \\[default: the first free from 8501]")
+    ] = None,
+    host: HostOption = ADDRESS,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs go on."""
+    try:
+        from streamlit.runtime.pages_manager import PagesManager
+        from streamlit.web import bootstrap
+    except ImportError:
+        raise ResourceError("the workbench needs streamlit: pip install -r requirements.txt") from None
+
+    script = APP / "workbench.py"
+    if not script.is_file():
+        raise ResourceError(f"the workbench's pages are not at {APP}; install lbllm again")
+    port = _port(host, port)
+    # The pages are the top-level package app.
+    sys.path.insert(0, str(BUNDLE))
+    options = streamlit_options(host, port, browser)
+    bootstrap.load_config_options(options)
+    # Streamlit takes a folder pages/ for the whole navigation until the entry script says otherwise, and so a page that
+    # is opened by its own address before that would run without it.
+    PagesManager.uses_pages_directory = False
+    # Before the first page is asked for: transformers can't be imported by two threads at once.
+    for name in ("lbllm.chat.pool", "lbllm.measure.preview"):
+        importlib.import_module(name)
+    plain(notices(), f"LBLLM Workbench: http://{options['browser_serverAddress']}:{port} (Ctrl-C ends it)")
+    if warning := _exposed(host, port):
+        plain(notices(), warning, style="yellow")
+    bootstrap.run(str(script), False, [], options)
+
+
+def _exposed(host: str, port: int) -> str | None:
+    """What to know where others than this machine's users may reach the workbench; None where they can't."""
+    from lbllm.places import root
+
+    if host.startswith("127."):
+        return None
+    return (
+        f"Warning: there is no password. Whoever reaches port {port} of {host} can start and cancel runs, load models "
+        f"and see texts under {root()}"
+    )
+
+
+def _port(host: str, wanted: int | None) -> int:
+    """The port to listen on. Raises ResourceError where it, or each of the usual ones, is taken, and where ``host`` is
+    no address of this machine."""
+    candidates = range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else [wanted]
+    for port in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise ResourceError(
+                    f"host {host!r} can't be listened on ({error.strerror}); give --host an IPv4 address of this "
+                    f"machine, {ADDRESS} for itself alone or {EVERY_ADDRESS} for every address it has"
+                ) from None
+            return port
+    raise ResourceError(f"port {candidates[0]} of {host} is taken or not allowed; give another with --port")
+
+
+def streamlit_options(host: str, port: int, browser: bool) -> dict[str, Any]:
+    """Streamlit's settings: this address only, nothing sent anywhere, no tracebacks on a page."""
+    names = ["localhost", ADDRESS] if host == ADDRESS else ["localhost", ADDRESS, host, socket.gethostname()]
+    options = {
+        "server_address": host,
+        "server_port": port,
+        # A page elsewhere must not reach the server under a name of its own (DNS rebinding).
+        "server_allowedHosts": names,
+        "server_fileWatcherType": "none",
+        "server_maxUploadSize": 5,
+        # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
+        "runner_postScriptGC": False,
+        # A page's script goes on to its next call and starts anew there, on one thread. Otherwise a second thread would
+        # begin beside it, and the first one could not tell a changed setting from a closed page.
+        "runner_fastReruns": False,
+        "browser_gatherUsageStats": False,
+        "browser_serverAddress": "localhost" if host in (ADDRESS, EVERY_ADDRESS) else host,
+        "client_showErrorDetails": "none",
+        "client_showErrorLinks": False,
+        "client_toolbarMode": "minimal",
+        "logger_hideWelcomeMessage": True,
+        "theme_base": str(ASSETS / "theme" / "theme.toml"),
+        "global_developmentMode": False,
+    }
+    # Where there is no display Streamlit itself opens none.
+    return options if browser else options | {"server_headless": True}
+
+
+CheckpointArgument = Annotated[
+    str | None,
+    typer.Argument(help="Folder of a packed checkpoint. \\[default: the one that comes with the program]"),
+]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(help="Catalogue id, hub id, folder or .gguf file. \\[default: what the checkpoint was made from]"),
+]
+
+
+def showcase(
+    checkpoint: CheckpointArgument = None,
+    teacher: TeacherOption = None,
+    host: HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="Also a public address, through Gradio's servers.")] = False,
+    answer_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 128,
+    per_minute: Annotated[
+        int, typer.Option(min=1, help="Questions a visitor may ask in a minute; an address: ten times that.")
+    ] = 6,
+) -> None:
+    """Let an audience ask a binarized model and its teacher the same things, side by side. Ctrl-C ends it."""
+    if not (APP / "showcase.py").is_file():
+        raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
+    sys.path.insert(0, str(BUNDLE))
+    try:
+        from app.showcase import run
+    except ImportError as error:
+        if error.name != "gradio":
+            raise
+        raise ResourceError("the showcase needs gradio: pip install -r requirements.txt") from None
+    from lbllm.chat.showcase import Limits, open_showcase
+
+    limits = Limits(answer_tokens=answer_tokens, per_minute=per_minute, address_per_minute=10 * per_minute)
+    opened = open_showcase(checkpoint, teacher, limits=limits)
+    run(opened, host=host, port=port, share=share, say=partial(plain, notices()))

@@ -1,0 +1,1 @@
+"""Measuring: perplexity, tasks, estimates, and the preview of one block."""

@@ -1,0 +1,174 @@
+"""How close a student stays to its teacher: perplexity and divergence.
+
+The protocol is the usual one for perplexity at a window length T: the text is cut into consecutive windows of T tokens
+without overlap, each window is scored alone, its tokens 2 to T are predicted from those before them in the window, and
+the perplexity is exp of the mean negative log-likelihood (in nats) over all predicted tokens.
+
+The logits of one window are the largest tensor here (2,048 x 49,152 in float32: 400 MB). Each model's logits exist
+once; what is derived from them is made for a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lbllm.machine import float32_products
+
+ROWS = 256
+BATCH_TOKENS = 2048
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``tokens`` counts predicted tokens: n (T - 1)."""
+
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``kl``: mean KL(teacher || student), nats a token; ``top1_agreement``: share of equal most likely next tokens."""
+
+    kl: float
+    top1_agreement: float
+    teacher_perplexity: float
+    student_perplexity: float
+    tokens: int
+
+
+def perplexity(model: PreTrainedModel, sequences: Tensor, *, on_progress: Progress | None = None) -> Perplexity:
+    """Perplexity of ``model`` on windows of token ids (n, T), T at least 2.
+
+    ``on_progress(done, total)`` is called after each batch, in windows. A model that gives NaN has perplexity NaN.
+    """
+    _check(sequences)
+    started = time.monotonic()
+    total = 0.0
+    done = 0
+    for batch in sequences.split(_windows(sequences)):
+        logits, targets = _predictions(model, batch)
+        for rows, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
+            total += _nll(_log_softmax(rows), wanted)
+        del logits, rows
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(sequences))
+    tokens = sequences.shape[0] * (sequences.shape[1] - 1)
+    return Perplexity(_exp(total / tokens), tokens, time.monotonic() - started)
+
+
+def divergence(
+    teacher_model: PreTrainedModel,
+    student_model: PreTrainedModel,
+    sequences: Tensor,
+    *,
+    on_progress: Progress | None = None,
+) -> Divergence:
+    """Both perplexities, KL(teacher || student) and top-1 agreement on windows (n, T), each over the predicted tokens.
+
+    The models may lie on different devices; they must share a vocabulary.
+    """
+    return divergences(teacher_model, [student_model], sequences, on_progress=on_progress)[0]
+
+
+def divergences(
+    teacher_model: PreTrainedModel,
+    student_models: Sequence[PreTrainedModel],
+    sequences: Tensor,
+    *,
+    on_progress: Progress | None = None,
+) -> list[Divergence]:
+    """``divergence`` of several students, the teacher's predictions being made once for all of them."""
+    _check(sequences)
+    teacher_nll, done = 0.0, 0
+    sums = [_Sums() for _ in student_models]
+    for batch in sequences.split(_windows(sequences)):
+        teacher_logits, targets = _predictions(teacher_model, batch)
+        for rows, wanted in zip(teacher_logits.split(ROWS), targets.split(ROWS), strict=True):
+            teacher_nll += _nll(_log_softmax(rows), wanted)
+        for student, total in zip(student_models, sums, strict=True):
+            total.add(teacher_logits, _predictions(student, batch)[0], targets)
+        del teacher_logits, rows
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(sequences))
+    tokens = sequences.shape[0] * (sequences.shape[1] - 1)
+    teacher_perplexity = _exp(teacher_nll / tokens)
+    return [
+        Divergence(
+            kl=total.kl / tokens,
+            top1_agreement=total.agreed / tokens,
+            teacher_perplexity=teacher_perplexity,
+            student_perplexity=_exp(total.nll / tokens),
+            tokens=tokens,
+        )
+        for total in sums
+    ]
+
+
+@dataclass
+class _Sums:
+    """One student's sums over all predicted tokens so far."""
+
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def add(self, teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> None:
+        """Take in logits (rows, vocabulary) of both models and the rows' targets."""
+        parts = zip(teacher_logits.split(ROWS), student_logits.split(ROWS), targets.split(ROWS), strict=True)
+        for teacher_rows, student_rows, wanted in parts:
+            log_p = _log_softmax(teacher_rows)
+            log_q = _log_softmax(student_rows.to(teacher_rows.device))
+            self.nll += _nll(log_q, wanted)
+            self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.kl += float(log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum(dtype=torch.float64))
+
+
+def _check(sequences: Tensor) -> None:
+    if sequences.ndim != 2 or sequences.shape[0] == 0 or sequences.shape[1] < 2:
+        raise ValueError(f"windows of shape (n, T), T at least 2, are needed; got {tuple(sequences.shape)}")
+
+
+def _windows(sequences: Tensor) -> int:
+    """Windows in one forward pass: short ones share it."""
+    return max(1, BATCH_TOKENS // sequences.shape[1])
+
+
+@torch.no_grad()
+@float32_products()
+def _predictions(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (b (T - 1), vocabulary) of the predicted positions in the model's dtype; their targets (b (T - 1),)."""
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    logits = model(input_ids=batch).logits
+    # reshape of a batch of one is a view; several short windows are copied once.
+    predicted = logits[:, :-1].reshape(-1, logits.shape[-1])
+    return predicted, batch[:, 1:].reshape(-1).to(predicted.device)
+
+
+def _log_softmax(rows: Tensor) -> Tensor:
+    return torch.log_softmax(rows.float(), dim=-1)
+
+
+def _nll(log_probabilities: Tensor, targets: Tensor) -> float:
+    chosen = log_probabilities.gather(1, targets.to(log_probabilities.device)[:, None])
+    return -float(chosen.sum(dtype=torch.float64))
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

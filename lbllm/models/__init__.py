@@ -1,0 +1,1 @@
+"""Teachers: the dense models to binarize, and their decoder blocks."""

@@ -1,0 +1,287 @@
+"""Walk the decoder blocks of any Hugging Face causal language model: find them, capture their inputs, run one.
+
+Everything is found by structure, so that a new architecture needs no entry anywhere: the decoder is the list of modules
+that holds the most parameters, the layers to binarize are the linear ones in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lbllm.errors import ConfigError, ModelError
+
+BlockCall = dict[str, Any]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path of the decoder's block list in ``model`` and the list. Raises ModelError where there is none."""
+    best: tuple[str, nn.ModuleList] | None = None
+    most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(linear_layers(block) for block in module):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > most:
+                best, most = (name, module), size
+    if best is None:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear layers in it")
+    return best
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a block by their name in it; GPT-2's Conv1D (a linear layer stored transposed) counts."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def linear_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as a view of shape (out, in), whichever way it is stored."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Give a linear layer a new weight (out, in) of its own, in the old one's dtype."""
+    old = layer.weight
+    assert isinstance(old, Tensor)
+    stored = weight.t() if isinstance(layer, Conv1D) else weight
+    layer.weight = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=False)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ModelError, naming the parameter, where a block holds matrices that are not linear layers (MoE experts)."""
+    path, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        inside = {id(parameter) for layer in linear_layers(block).values() for parameter in layer.parameters()}
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
+                shape = tuple(parameter.shape)
+                raise ModelError(
+                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. "
+                    "Mixture-of-experts blocks and other fused weights are not supported; "
+                    "choose a dense model of the family"
+                )
+        if any(isinstance(module, nn.ModuleList) for module in block.modules()):
+            raise ModelError(
+                f"{type(model).__name__}: {path}.{index} holds lists of sub-modules, as mixture-of-experts blocks do; "
+                "choose a dense model of the family"
+            )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model knows; None where its config doesn't say."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
+def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
+    """Raise ConfigError, naming the setting, where sequences are longer than the positions that the model knows."""
+    known = context_length(model)
+    if known is not None and known < tokens:
+        raise ConfigError(
+            f"{setting} {tokens} is more than the model's context of {known} tokens; choose at most {known}"
+        )
+
+
+class _Captured(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Split one call of a block into its hidden states and all other arguments by name."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        arguments |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    first = next(iter(bound.signature.parameters))
+    return arguments.pop(first), arguments
+
+
+@torch.no_grad()
+def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = None) -> list[BlockCall]:
+    """The arguments besides the hidden states with which the model calls its first ``count`` blocks, all of them by
+    default, from one sequence (1, T).
+
+    They depend on positions and masks alone and broadcast over the batch, so they serve every batch of length T.
+    """
+    blocks = decoder_blocks(model)[1][:count]
+    calls: list[BlockCall] = []
+
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_call_arguments(block, args, kwargs)[1])
+        if len(calls) == len(blocks):
+            raise _Captured  # the output layer of a large vocabulary would cost more memory than all blocks
+
+    _pass(model, sequence, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
+    return calls
+
+
+def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandle]) -> None:
+    """One forward pass for the sake of hooks, which are removed; one of them may end it by raising _Captured."""
+    try:
+        model(input_ids=sequence, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
+    """The full names of the blocks' linear layers that the model doesn't call for a sequence (1, T) of token ids."""
+    path, blocks = decoder_blocks(model)
+    layers = {
+        f"{path}.{index}.{name}": layer for index, b in enumerate(blocks) for name, layer in linear_layers(b).items()
+    }
+    called: set[nn.Module] = set()
+
+    def end(*_: Any) -> None:
+        raise _Captured  # before the output layer, as in capture_calls
+
+    handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
+    _pass(model, sequence, [*handles, blocks[-1].register_forward_hook(end)])
+    return [name for name, layer in layers.items() if layer not in called]
+
+
+@torch.no_grad()
+def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
+    """The hidden states (n, T, hidden) that enter the first block for token ids (n, T)."""
+    _, blocks = decoder_blocks(model)
+    outputs: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outputs.append(_call_arguments(block, args, kwargs)[0])
+        raise _Captured
+
+    handle = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for part in sequences.split(batch):
+            try:
+                model(input_ids=part.to(model.device), use_cache=False)
+            except _Captured:
+                continue
+    finally:
+        handle.remove()
+    return torch.cat(outputs)
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
+    """The block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` takes the place of the KV cache."""
+    if cache is not None:
+        names = inspect.signature(block.forward).parameters
+        name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
+        if name is None:
+            raise ModelError(f"{type(block).__name__} takes no KV cache; set quant.kv_bits=16")
+        call = call | {name: cache}
+    output = block(hidden, **call)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None) -> Iterator[Tensor]:
+    """The block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time."""
+    for part in hidden.split(batch):
+        yield run_block(block, part, call, cache)
+
+
+@torch.no_grad()
+def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
+    """The names of the linear layers in the order of their first use, those that read the same tensor together.
+
+    ``hidden``: one sequence (1, T, hidden) to run the block on. A layer that the block never calls is left out.
+    """
+    order: list[tuple[Tensor, list[str]]] = []
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if any(name in names for _, names in order):
+                return
+            for tensor, names in order:
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            order.append((args[0], [name]))
+
+        return keep
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(block).items()]
+    try:
+        run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names for _, names in order]
+
+
+@torch.no_grad()
+def layer_inputs(
+    block: nn.Module, layer: str, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None
+) -> Iterator[Tensor]:
+    """What reaches one linear layer, as (tokens, in), batch by batch; the block runs no further than that."""
+    box: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        box.append(args[0])
+        raise _Captured
+
+    for part in hidden.split(batch):
+        # Not hooked between batches: whoever reads them may run the block meanwhile.
+        handle = block.get_submodule(layer).register_forward_pre_hook(keep)
+        try:
+            run_block(block, part, call, cache)
+        except _Captured:
+            pass
+        finally:
+            handle.remove()
+        yield box.pop().flatten(0, -2)
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """While a block runs, write down what reaches the named linear layers: bfloat16 (tokens, in) of every batch."""
+    records: dict[str, list[Tensor]] = {name: [] for name in layers}
+    reached: set[str] = set()
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in reached:  # as in layer_inputs, a batch's first call alone
+                records[name].append(args[0].detach().flatten(0, -2).bfloat16())
+                reached.add(name)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in records]
+    handles.append(block.register_forward_pre_hook(lambda *_: reached.clear()))
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def all_inputs(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int) -> dict[str, list[Tensor]]:
+    """``recorded_inputs`` of all linear layers of a block for hidden states (n, T, hidden)."""
+    with recorded_inputs(block, linear_layers(block)) as records:
+        for _ in run_batches(block, hidden, call, batch):
+            pass
+    return records
+
+
+def share_copy(module: nn.Module) -> Any:
+    """A copy of a module tree that shares its parameters and buffers with the original."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, tensors)
+
+
+FORWARD_TOKENS = 2_048

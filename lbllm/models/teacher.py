@@ -1,0 +1,274 @@
+"""Teachers: the dense models to binarize, loaded from the catalogue, the hub, a folder or a GGUF file.
+
+    load_teacher("smollm2-135m-instruct")          catalogue; this one is the embedded copy and needs no download
+    load_teacher("Qwen/Qwen3-0.6B")                hub
+    load_teacher("models/my-llama")                folder as written by save_pretrained
+    load_teacher("models/tiny.Q8_0.gguf")          GGUF file, converted once into home()/models
+
+Weights are read from safetensors alone and no code of a model's own is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lbllm.errors import ModelError
+from lbllm.models.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
+from lbllm.models.catalogue import EMBEDDED_PRECISION
+from lbllm.models.gguf import converted_folder, gguf_model_config, read_metadata
+from lbllm.models.gguf import precision as gguf_precision
+from lbllm.models.loading import quiet
+from lbllm.models.source import GATED, ModelSource, dense_place, resolve
+from lbllm.places import home
+
+_COPY = "its files are damaged, give another copy of the model"
+
+
+@dataclass
+class Teacher:
+    """A dense model in eval mode without gradients. ``precision`` says what its weights were stored as."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    precision: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a model is made of. Weights are counted in elements; ``kept`` maps a part's name to its parameters."""
+
+    name: str
+    architecture: str
+    parameters: int
+    blocks: int
+    layers: int
+    binarized: int
+    kept: dict[str, int]
+    context_length: int | None
+    chat_template: bool
+    licence: str
+
+
+def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
+    """The model ``name`` with its weights in ``dtype`` on ``device``, and its tokenizer.
+
+    Raises ModelError, and ResourceError where a GGUF file's conversion finds no room on the disk.
+    """
+    source = resolve(name)
+    place, offline = dense_place(source)
+    config = _checked_config(name, place, offline)
+    if source.kind == "folder":
+        _check_weights(Path(place))
+    placement = {} if device == "cpu" else {"device_map": device}
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=offline,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **placement,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _load_error(name, error) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(
+            f"{name}: {len(report['missing_keys'])} weights are missing from its files, e.g. {missing}; {_COPY}"
+        )
+    if report["mismatched_keys"]:
+        (key, stored, wanted), *_ = sorted(report["mismatched_keys"])
+        raise ModelError(
+            f"{name}: {key} has another shape ({tuple(stored)}) than its config.json says ({tuple(wanted)}); {_COPY}"
+        )
+    tokenizer = _tokenizer(name, place, offline)
+    rows = model.get_input_embeddings().num_embeddings
+    # Tokens added to the vocabulary don't count: some models have such as their text never uses.
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, its embeddings only {rows}; put the tokenizer "
+            "of the same model beside its weights"
+        )
+    return Teacher(
+        name=name,
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        precision=_precision(source, place, config),
+        licence=_licence(source, place),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model ``name``. Raises ModelError."""
+    place, offline = dense_place(resolve(name))
+    return _tokenizer(name, place, offline)
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """The model ``name`` on the meta device, built from its config: shapes without weights. Raises ModelError.
+
+    ``config.dtype`` stays what the weights are stored as.
+    """
+    source = resolve(name)
+    if source.kind in ("embedded", "gguf"):
+        file = Path(source.place)
+        folder = converted_folder(file, home() / "models")
+        config = _checked_config(name, str(folder), True) if folder.is_dir() else gguf_model_config(file)
+    else:
+        config = _checked_config(name, *dense_place(source))
+    stored = config.dtype
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.config.dtype = stored  # from_config puts its own there
+    return model.eval()
+
+
+def summary(name: str) -> ModelSummary:
+    """What the model ``name`` is made of, from its config and tokenizer alone. Raises ModelError."""
+    source = resolve(name)
+    model = skeleton(name)
+    if source.kind in ("embedded", "gguf"):
+        metadata = read_metadata(Path(source.place))
+        templated = "tokenizer.chat_template" in metadata
+        licence = source.entry.licence if source.entry else str(metadata.get("general.license", "not stated"))
+    else:
+        templated = load_tokenizer(name).chat_template is not None
+        licence = _licence(source, source.place)
+    return summarize(model, name=name, chat_template=templated, licence=licence)
+
+
+def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence: str) -> ModelSummary:
+    """What ``model`` is made of: the linear layers of its decoder blocks are binarized, the rest is kept dense."""
+    check_supported(model)
+    _, blocks = decoder_blocks(model)
+    layers = [layer for block in blocks for layer in linear_layers(block).values()]
+    counted = {id(layer.weight) for layer in layers}
+    binarized = sum(linear_weight(layer).numel() for layer in layers)
+    kept = {"embeddings": 0, "output head": 0, "norms, biases and other": 0}
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            matrix = parameter.ndim > 1
+            part = (
+                "embeddings" if isinstance(module, nn.Embedding) else "output head" if matrix and module is head else ""
+            )
+            kept[part or "norms, biases and other"] += parameter.numel()
+    return ModelSummary(
+        name=name,
+        architecture=type(model).__name__,
+        parameters=binarized + sum(kept.values()),
+        blocks=len(blocks),
+        layers=len(layers),
+        binarized=binarized,
+        kept={part: count for part, count in kept.items() if count},
+        context_length=getattr(model.config, "max_position_embeddings", None),
+        chat_template=chat_template,
+        licence=licence,
+    )
+
+
+def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
+    """The config, refused with a reason where the model can't be a teacher."""
+    if offline and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise ModelError(f"folder {place} has no config.json; give a model folder as save_pretrained writes it")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name} needs code of its own, which is never run here; "
+                "give a model whose architecture transformers itself has"
+            ) from None
+        raise _load_error(name, error) from error
+    quantized: Any = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+        raise ModelError(f"{name} is already quantized ({method}); give the dense model it was made from")
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{name} is of type {config.model_type}, which is no decoder-only language model")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"folder {folder} holds pickled weights only ({pickled[0]}), and loading those can run code. "
+            "Where you trust the file, convert it: from_pretrained and then save_pretrained writes safetensors"
+        )
+    raise ModelError(f"folder {folder} holds no weights: no *.safetensors file in it")
+
+
+def _tokenizer(name: str, place: str, offline: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
+    except Exception as error:  # the libraries below raise plain Exception on a bad tokenizer.json
+        raise ModelError(f"{name}: its tokenizer can't be loaded: {_first_line(error)}") from error
+    if not len(tokenizer):
+        raise ModelError(f"{name}: no tokenizer files (tokenizer.json and tokenizer_config.json) beside its weights")
+    return tokenizer
+
+
+def _load_error(name: str, error: Exception) -> ModelError:
+    """What went wrong in the libraries below, as one sentence for a user."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return ModelError(GATED.format(name))
+        cause = cause.__cause__ or cause.__context__
+    return ModelError(f"{name} can't be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _precision(source: ModelSource, place: str, config: PretrainedConfig) -> str:
+    if source.kind == "embedded":
+        return EMBEDDED_PRECISION
+    if source.kind == "gguf":
+        return f"dequantized {gguf_precision(read_metadata(Path(source.place)))} ({Path(source.place).name})"
+    return str(config.dtype).removeprefix("torch.") if config.dtype else "float32"
+
+
+def _licence(source: ModelSource, place: str) -> str:
+    if source.entry is not None:
+        return source.entry.licence
+    if source.kind == "hub":
+        return f"see https://huggingface.co/{source.place}"
+    stated = Path(place) / "source.json"
+    if stated.is_file():
+        return str(json.loads(stated.read_text())["licence"])
+    card = Path(place) / "README.md"
+    match = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
+    return match.group(1) if match else "not stated in the folder"

@@ -1,0 +1,1 @@
+"""The pipeline: all stages over all blocks, the process that runs them, and starting from a checkpoint."""

@@ -1,0 +1,74 @@
+"""What all stages of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lbllm.config import RunConfig
+from lbllm.events import StepMetric
+from lbllm.models.blocks import FORWARD_TOKENS, BlockCall
+from lbllm.pipeline.block_store import BlockStore
+from lbllm.runs.store import Request
+from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
+from lbllm.stages.distill import Step, batch_order
+from lbllm.texts.corpus import Corpus
+
+# A block's loss is measured on at most this many tokens, before and after a stage.
+PROBE_TOKENS = 2_048
+
+
+class Ended(Exception):
+    """Carries a request out of the stage that noticed it."""
+
+
+@dataclass
+class RunContext:
+    """What all stages of a run share."""
+
+    config: RunConfig
+    teacher: PreTrainedModel
+    path: str
+    blocks: nn.ModuleList
+    formats: list[dict[str, LayerFormat]]
+    calls: list[BlockCall]
+    corpus: Corpus
+    store: BlockStore
+    autocast: Any
+    request: Callable[[], Request | None]
+
+    @property
+    def batch(self) -> int:
+        """Sequences in one forward pass without gradients."""
+        return max(1, FORWARD_TOKENS // self.config.seq_len)
+
+    def sequences(self, tokens: int) -> Tensor:
+        """The first sequences of the corpus, enough for ``tokens``."""
+        return self.corpus.sequences[: -(-tokens // self.config.seq_len)]
+
+    def check(self) -> None:
+        """Leave the run where an end was asked for."""
+        if self.request() is not None:
+            raise Ended
+
+
+def step_metric(stage: Stage, number: int, step: Step) -> StepMetric:
+    return StepMetric(
+        stage=stage,
+        block=number,
+        step=step.step,
+        loss=step.loss,
+        reg=step.reg,
+        lr=step.lr,
+        tokens_per_second=step.tokens_per_second,
+    )
+
+
+def step_count(settings: WatConfig | AarConfig | E2eConfig, sequences: Tensor) -> int:
+    """How many steps a stage takes on sequences (n, T)."""
+    batch = max(1, settings.batch_tokens // sequences.shape[1])
+    return len(batch_order(len(sequences), batch, settings.epochs, 0))

@@ -1,0 +1,142 @@
+"""Stage 4: the whole model at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lbllm.checkpoints.hf import attach_kv_cache
+from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
+from lbllm.memory import peak_memory
+from lbllm.models.blocks import decoder_blocks, first_inputs, linear_weight, share_copy, shared_inputs
+from lbllm.pipeline.context import PROBE_TOKENS, Ended, RunContext, step_count, step_metric
+from lbllm.pipeline.packed_model import restored_blocks
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.sections import Origin, Stage
+from lbllm.stages.block_state import BlockState, collect
+from lbllm.stages.distill import binary_layers
+from lbllm.stages.e2e import EndToEnd
+
+SAVE_SECONDS = 120.0  # between two savings of stage 4, which has no blocks that finish
+
+
+def run_end_to_end(run: RunContext) -> Iterator[Event]:
+    """Stage 4 on the whole model at once, which counts as its block 0; its state so far is saved now and then."""
+    began = time.perf_counter()
+    stage: Stage = "e2e"
+    # The last of the text: what earlier stages have seen least.
+    count, length = math.ceil(run.config.e2e.tokens / run.config.seq_len), run.config.e2e_seq_len
+    whole = run.corpus.sequences[-count:, : run.config.seq_len // length * length]
+    sequences = whole.reshape(-1, length).to(run.teacher.device)
+    yield StageStarted(stage=stage, steps=step_count(run.config.e2e, sequences))
+    if any(run.store.load(stage, number) is None for number in range(len(run.blocks))):
+        yield from _train_whole(run, sequences)
+    yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+def _latents(run: RunContext, blocks: list[nn.Module]) -> Iterator[Tensor]:
+    """The latent weights of all layers in order: as stage 1's compensation left them, or stage 4 of the run whose
+    checkpoint this one goes on from; where those are not at hand, the teacher's."""
+    for number, block in enumerate(blocks):
+        tensors = run.store.finished("ptq" if run.config.start is None else "start", number).tensors
+        for name in binary_layers(block):
+            latent = tensors.get(f"{name}.latent")
+            if latent is None:
+                latent = linear_weight(run.blocks[number].get_submodule(name)).detach()
+            yield latent.to(run.teacher.device)
+
+
+def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
+    stage: Stage = "e2e"
+    origin = run.config.origins[-2]
+    student, blocks = _whole_student(run, origin)
+    training = EndToEnd(
+        student,
+        run.teacher,
+        [layer for block in blocks for layer in binary_layers(block).values()],
+        sequences,
+        run.config.e2e,
+        latents=list(_latents(run, blocks)) if run.config.e2e.lr_weight > 0 else (),
+        seed=run.config.seed,
+        autocast=run.autocast,
+    )
+    began = saved = time.perf_counter()
+    probe = training.sequences[: max(1, PROBE_TOKENS // run.config.e2e_seq_len)]
+    underway = len(blocks)  # the number under which the state of unfinished training lies beside those of the blocks
+    state = run.store.load(stage, underway)
+    if state is None:
+        yield BlockStarted(stage=stage, block=0)
+        before = training.loss(probe)
+    else:
+        before = state.loss_before
+        training.load(state.tensors)
+
+    def keep() -> None:
+        run.store.save(stage, underway, BlockState(training.state(), before, 0.0, False))
+
+    try:
+        for step in training.steps():
+            run.check()
+            if step is None:
+                continue
+            yield step_metric(stage, 0, step)
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                keep()
+                saved = time.perf_counter()
+    except Ended:
+        if run.request() == "stop":
+            keep()
+        raise
+    latents = [
+        {
+            f"{name}.latent": layer.latent.half()
+            for name, layer in binary_layers(block).items()
+            if layer.latent is not None
+        }
+        for block in blocks
+    ]
+    training.freeze()
+    after = training.loss(probe)
+    diverged = not after <= before
+    for number, block in enumerate(blocks):
+        tensors = collect(binary_layers(block)) | latents[number]
+        if diverged:
+            earlier = run.store.finished(origin, number)
+            tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
+        run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
+    run.store.path(stage, underway).unlink(missing_ok=True)
+    yield BlockDone(
+        stage=stage,
+        block=0,
+        loss_before=before,
+        loss_after=before if diverged else after,
+        seconds=time.perf_counter() - began,
+        memory_bytes=peak_memory(),
+        diverged=diverged,
+    )
+
+
+def _whole_student(run: RunContext, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The model after a stage with BinaryLinear layers to train, and its blocks; layers that read one input share
+    their quantizer."""
+    quant = run.config.precision(stage)
+    student: PreTrainedModel = share_copy(run.teacher)
+    attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)
+    _, student_blocks = decoder_blocks(student)
+    hidden = first_inputs(run.teacher, run.corpus.sequences[:1], 1)
+    blocks: list[nn.Module] = []
+    for number, restored in enumerate(restored_blocks(run.teacher, run.store, stage, quant)):
+        block, layers = run.blocks[number], binary_layers(restored)
+        for names in shared_inputs(block, hidden, run.calls[number]):
+            shared: dict[int, ActQuantizer] = {}
+            for name in names:
+                if name in layers and (quantizer := layers[name].quantizer) is not None:
+                    layers[name].quantizer = shared.setdefault(quantizer.bits, quantizer)
+        student_blocks[number] = restored
+        blocks.append(restored)
+    return student, blocks

@@ -1,0 +1,194 @@
+"""The stages in order over all decoder blocks, as an iterator of events; the state of every finished block is on disk.
+
+A run can be ended at any moment and continued: finished blocks are read back, their outputs are computed again from
+their saved states, and the random order of the training texts depends on seed, stage and block alone. So a continued
+run ends with the same bytes as an uninterrupted one (on a CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lbllm import memory
+from lbllm.checkpoints.hf import WEIGHTS
+from lbllm.checkpoints.record import RunRecord
+from lbllm.config import RunConfig
+from lbllm.errors import CorpusError, ModelError
+from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
+from lbllm.files import write_atomic
+from lbllm.machine import make_accelerator
+from lbllm.measure.perplexity import perplexity
+from lbllm.models.blocks import capture_calls, check_length, check_supported, linear_weight, uncalled_layers
+from lbllm.models.source import hub_id
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.pipeline.block_store import BlockStore, fingerprint
+from lbllm.pipeline.blockwise import run_stage
+from lbllm.pipeline.context import Ended, RunContext
+from lbllm.pipeline.end_to_end import run_end_to_end
+from lbllm.pipeline.packed_model import save_checkpoint, stage_model
+from lbllm.pipeline.start import checkpoint_blocks, checkpoint_record
+from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.runs.store import Request
+from lbllm.stages.block_state import BlockState
+from lbllm.texts.corpus import Corpus, load_corpus
+
+# Perplexities that show a run's progress are measured on few tokens: they take from the run's time.
+HELD_OUT_TOKENS = 2_048
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    request: Callable[[], Request | None],
+    teacher: Teacher | None = None,
+    corpus: Corpus | None = None,
+) -> Iterator[Event]:
+    """Run all stages of ``config`` with ``folder`` for state and result; yields events.
+
+    The perplexity of the teacher, and of the model after each stage, is measured on the held-out part of the configured
+    corpus; a given ``corpus`` has none. Continues from the blocks that ``folder`` has. ``request`` is asked at every
+    step; once it answers, RunStopped is yielded and the iterator ends with all finished blocks kept. Raises LbllmError
+    for what a user can mend. Result: ``folder/checkpoint``.
+    """
+    began = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(config.device, _recorded_precision(folder))
+    write_atomic(folder / "precision", accelerator.mixed_precision.encode())
+    teacher = teacher or load_teacher(config.model)
+    check_supported(teacher.model)
+    check_length(teacher.model, config.seq_len, "seq_len")
+    path, blocks, formats = block_formats(teacher.model, config.quant)
+    held_out = _held_out(config, teacher) if corpus is None else None
+    corpus = corpus or load_corpus(
+        config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
+    )
+    model = teacher.model.to(accelerator.device)
+    first = corpus.sequences[:1].to(accelerator.device)
+    uncalled = [name for name in uncalled_layers(model, first) if config.quant.layer(name) is not None]
+    if uncalled:
+        raise ModelError(
+            f"{config.model} never calls {', '.join(uncalled)}: a layer that reads nothing can't be binarized. Keep it "
+            f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
+        )
+    with torch.no_grad():
+        calls = capture_calls(model, first)
+    store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
+    if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
+        for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
+            store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
+    state = RunContext(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
+    bpw = bits_per_weight(blocks, formats)
+    finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
+    yield RunStarted(
+        stages=config.stages,
+        blocks=len(blocks),
+        layers=sum(map(len, formats)),
+        weights=sum(
+            linear_weight(block.get_submodule(name)).numel()
+            for block, f in zip(blocks, formats, strict=True)
+            for name in f
+        ),
+        device=str(accelerator.device),
+        corpus_hash=corpus.hash,
+        tokens=corpus.sequences.numel(),
+        bpw=bpw,
+        resumed_blocks=finished,
+    )
+    try:
+        yield from _evaluate(state, "teacher", lambda: model, held_out)
+        if config.start is not None:
+            yield from _evaluate(state, "start", partial(stage_model, config, folder, "start", teacher), held_out)
+        for stage in config.stages:
+            memory.trim()  # what is kept free of the stage before is of other sizes than this one asks for
+            yield from run_end_to_end(state) if stage == "e2e" else run_stage(state, stage)
+            yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
+        state.check()
+    except Ended:
+        asked = request()
+        assert asked is not None
+        yield RunStopped(request=asked)
+        return
+    target = folder / "checkpoint"
+    record = RunRecord(
+        settings=config,
+        base_model=hub_id(config.model),
+        precision=teacher.precision,
+        licence=teacher.licence,
+        bpw=bpw,
+        corpus_hash=corpus.hash,
+        corpus_tokens=corpus.tokens,
+        evaluations=tuple(_evaluations(state, held_out)),
+        start=checkpoint_record(config.start) if config.start is not None else None,
+    )
+    save_checkpoint(config, folder, teacher, target, record)
+    yield RunDone(
+        path=str(target),
+        bpw=bpw,
+        disk_bytes=(target / WEIGHTS).stat().st_size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
+    """The text that shows a run's progress, which it never trains on; None where the corpus is too short to spare
+    any."""
+    try:
+        return load_corpus(
+            config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout"
+        )
+    except CorpusError:
+        return None
+
+
+def _evaluate(
+    run: RunContext, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None
+) -> Iterator[Event]:
+    """The perplexity of ``model`` on the held-out text, once in the life of a run: what is known lies in its folder."""
+    known = _known(run)
+    if held_out is None or what in known:
+        return
+    evaluated, losses = model(), []
+    for window in held_out.sequences.split(1):  # one by one: the logits of several would be the run's peak in memory
+        run.check()
+        losses.append(math.log(perplexity(evaluated, window).perplexity))
+    value = math.exp(sum(losses) / len(losses))
+    yield _evaluation(what, value, held_out)
+    write_atomic(_evaluated_path(run), json.dumps(known | {what: value}).encode())
+
+
+def _evaluated_path(run: RunContext) -> Path:
+    return run.store.folder / "evaluated.json"
+
+
+def _known(run: RunContext) -> dict[str, float]:
+    """The perplexities that were measured so far."""
+    path = _evaluated_path(run)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
+    windows, length = held_out.sequences.shape
+    text = f"held-out part of {held_out.name}, {windows} windows of {length} tokens"
+    return Evaluated(what=what, text=text, perplexity=value, tokens=held_out.sequences[:, 1:].numel())
+
+
+def _evaluations(run: RunContext, held_out: Corpus | None) -> Iterator[Evaluated]:
+    """All that was evaluated in the life of a run, by whichever of its workers."""
+    if held_out is not None:
+        for what, value in _known(run).items():
+            yield _evaluation(what, value, held_out)
+
+
+def _recorded_precision(folder: Path) -> str | None:
+    """The matmul precision that a run began with: a continued run must not switch it."""
+    path = folder / "precision"
+    return path.read_text() if path.exists() else None

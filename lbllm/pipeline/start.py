@@ -1,0 +1,138 @@
+"""Where a run goes on from a packed checkpoint: that checkpoint's layers, in the form in which later stages train
+them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm.checkpoints.hf import LbllmConfig, is_checkpoint, load
+from lbllm.checkpoints.record import RunRecord, read_record
+from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.config import FROM_CHECKPOINT, SHIPPED, RunConfig
+from lbllm.errors import CheckpointError, ConfigError
+from lbllm.models.blocks import decoder_blocks
+from lbllm.models.teacher import Teacher
+from lbllm.pipeline.block_store import BlockStore
+from lbllm.quant.levels import group_length
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
+from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
+from lbllm.stages.block_state import grid_tensors
+
+
+def checkpoint_folder(start: str) -> Path:
+    """The folder of the checkpoint that ``RunConfig.start`` names."""
+    return shipped_checkpoint() if start == SHIPPED else Path(start)
+
+
+def checkpoint_record(start: str) -> RunRecord:
+    """What is known of how that checkpoint was made. Raises CheckpointError."""
+    return read_record(checkpoint_folder(start))
+
+
+def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
+    from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
+    into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
+    format is another one otherwise, or the checkpoint not of this teacher."""
+    assert config.start is not None
+    folder = checkpoint_folder(config.start)
+    model, _ = load(folder, dtype=torch.bfloat16)
+    stated: LbllmConfig = model.config.quantization_config
+    different = _differences(stated.format, config.precision("start"))
+    if different:
+        if "aar" in config.stages:
+            way = "stage aar goes on from weights of this run's format with 16-bit activations and KV cache"
+        else:
+            way = "a run keeps its checkpoint's format, but for smaller groups and other param_bits"
+        raise ConfigError(f"start: {config.start} was made with {different}; {way}")
+    kept = teacher.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        # What stays dense must be the teacher's own; a packed layer's weight has another shape.
+        if name in kept and tensor.is_floating_point() and not _stored_as(kept[name], tensor):
+            made_from = stated.provenance.get("model", "another model")
+            raise ConfigError(
+                f"start: {config.start} was not made from {config.model} ({name} differs), but from {made_from}; "
+                "choose that as the model"
+            )
+    path, _ = decoder_blocks(teacher.model)
+    for number, block in enumerate(model.get_submodule(path).children()):
+        tensors = _latents(folder.parent, number) if config.e2e.lr_weight > 0 else {}
+        for name, layer in block.named_modules():
+            if isinstance(layer, PackedLinear):
+                fmt = config.quant.layer(f"{path}.{number}.{name}")
+                assert fmt is not None
+                place = f"start: {config.start}: {path}.{number}.{name}"
+                tensors[f"{name}.index"], tensors[f"{name}.params"], grid = _in_format(layer, fmt, place)
+                tensors |= grid_tensors(name, grid)
+                if layer.quantizer is not None:
+                    tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
+        yield tensors
+
+
+def _latents(run: Path, block: int) -> dict[str, Tensor]:
+    """A block's latent weights as stage 4 of the run in a folder left them, or else stage 1, if that is a run."""
+    if (run / "blocks").is_dir():
+        for stage in ("e2e", "ptq"):
+            state = BlockStore(run, None).load(stage, block)
+            latents = {} if state is None else {n: t for n, t in state.tensors.items() if n.endswith(".latent")}
+            if latents:
+                return latents
+    return {}
+
+
+def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tensor, Tensor, ParamGrid | None]:
+    """A packed layer's level indices (out, in), its group parameters (out, n, K) for groups that divide its own and
+    have their levels, and with 4-bit parameters their grid. Raises ConfigError for others, naming the ``place``."""
+    index, params = layer.unpack()
+    length = group_length(fmt.group_size, layer.in_features)
+    if layer.length % length:
+        smaller = [size for size in range(1, layer.length) if layer.length % size == 0]
+        raise ConfigError(
+            f"{place} has groups of {layer.length}, which can't be cut into groups of {length}; choose a group_size of "
+            f"{layer.length}, or one that divides it{f', for example {smaller[-1]}' if smaller else ''}"
+        )
+    params = params.repeat_interleave(layer.length // length, 1)[:, : -(-layer.in_features // length)]
+    grid = (layer.grid or fit_grid(params)) if fmt.param_bits == 4 else None
+    return index, stored_params(params, fmt.param_bits, grid), grid
+
+
+def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
+    """The settings of a format that are not the wanted ones, with their values; groups may be others."""
+    values, others = _without_groups(found), _without_groups(wanted)
+    return ", ".join(f"quant.{key}={value}" for key, value in values.items() if value != others[key])
+
+
+def _without_groups(quant: QuantConfig) -> dict[str, Any]:
+    if quant.weights_alone:  # then nothing reads the settings of activations
+        quant = quant.weights_only()
+    groups = {"group_size", "param_bits"}
+    document = quant.model_dump(mode="json", exclude={*groups, "overrides"})
+    overrides = {name: o.model_dump(exclude=groups, exclude_none=True) for name, o in quant.overrides.items()}
+    return document | {"overrides": {name: kept for name, kept in overrides.items() if kept}}
+
+
+def _stored_as(tensor: Tensor, stored: Tensor) -> bool:
+    return tensor.shape == stored.shape and torch.equal(tensor.bfloat16(), stored.bfloat16())
+
+
+def settings_to_go_on(start: str) -> dict[str, Any]:
+    """The settings document of a run that goes on from a checkpoint: stage 4 alone, its model, its format. Raises
+    CheckpointError where it is none."""
+    folder = checkpoint_folder(start)
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"{folder} is no packed checkpoint; give the folder that `quantize --out` wrote")
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    found = QuantConfig.model_validate(stated["quant"])
+    quant = found.model_dump(mode="json")  # with what it doesn't state: it is no preset's
+    if found.weights_alone:  # how activations are quantized is open still
+        quant["act_group_size"] = ACT_GROUP_SIZE
+    document = {"start": start, "stages": list(FROM_CHECKPOINT), "quant": quant}
+    model = stated.get("provenance", {}).get("model")
+    return document if model is None else document | {"model": model}

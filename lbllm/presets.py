@@ -1,0 +1,36 @@
+"""The named starting points of a run's settings, as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lbllm.sections import ACT_GROUP_SIZE, STAGES
+
+# Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
+FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
+PRESETS: dict[str, dict[str, Any]] = {
+    "preview": {
+        "seq_len": 256,
+        "ptq": {"tokens": 2_048, "sweeps": 1},
+        "wat": {"tokens": 2_048, "epochs": 1},
+        "aar": {"tokens": 2_048, "search_tokens": 1_024},
+    },
+    # The last minutes do more in stage 4 than in a second pass of stage 3.
+    "quick": {"stages": STAGES, "quant": FINE, "aar": {"epochs": 1}, "e2e": {"tokens": 8_192}},
+    "standard": {
+        "stages": STAGES,
+        "quant": FINE,
+        "seq_len": 1_024,
+        "ptq": {"tokens": 65_536},
+        "wat": {"tokens": 262_144, "epochs": 2, "batch_tokens": 2_048},
+        "aar": {"tokens": 131_072, "epochs": 2, "batch_tokens": 2_048},
+    },
+    "paper": {
+        "seq_len": 2_048,
+        "corpus": "redpajama",
+        "quant": {"group_size": 128},
+        "ptq": {"tokens": 262_144},
+        "wat": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
+        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
+    },
+}

@@ -1,0 +1,1 @@
+"""The format: levels, packing, activations, KV cache, and the layers that use them."""

@@ -1,0 +1,195 @@
+"""The KV cache in few bits: asymmetric, a range for each token and head, as the cache stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lbllm.quant.activations import RoundThrough
+
+
+def _kv_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Minimum and step (..., 1) of each vector of x (..., head_dim): float32, of values that float16 holds exactly."""
+    low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
+    low = low.half().float()
+    return low, ((high - low) / (2**bits - 1)).half().float().clamp_min(2.0**-22)
+
+
+def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Keys or values (..., head_dim) of each token and head to codes uint8 (..., head_dim) and (minimum, step)
+    float16 (..., 2); in 16 bits to values float16 (..., head_dim) and nothing (..., 0)."""
+    if bits == 16:
+        end = torch.finfo(torch.float16).max
+        return x.clamp(-end, end).half(), x.new_empty(*x.shape[:-1], 0, dtype=torch.float16)
+    low, step = _kv_grid(x, bits)
+    codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), torch.cat((low, step), -1).half()
+
+
+def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``encode_kv`` up to rounding."""
+    if codes.dtype == torch.float16:
+        return codes.to(dtype)
+    scale = scale.float()
+    return (codes.float() * scale[..., 1:] + scale[..., :1]).to(dtype)
+
+
+def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
+    """``decode_kv(encode_kv(x))`` with straight-through gradients; per token and head, asymmetric over head_dim."""
+    low, step = _kv_grid(x, bits)
+    scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
+    return (RoundThrough.apply(scaled) * step + low).to(x.dtype)
+
+
+class TrainingCache:
+    """Stands in for the KV cache while a block is trained: keeps nothing, returns keys and values as the cache would
+    give them."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        return fake_quant_kv(keys, self.bits), fake_quant_kv(values, self.bits)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens before the present ones: none."""
+        return 0
+
+
+class TrainingKVLayer(DynamicLayer):
+    """The same for a whole model: the KV cache of one layer that keeps nothing and gives back what it would hold."""
+
+    bits = 4
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
+
+
+class PackedKVLayer(DynamicLayer):
+    """The KV cache of one layer, stored in 4 bits (two codes a byte) or 8, with float16 minimum and step per token
+    and head, or in 16 as float16."""
+
+    bits = 4
+    AHEAD = 64  # tokens to make room for when there is none left
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Codes and scales of keys and of values, with room for more tokens than the ``length`` so far.
+        self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.length = 0
+
+    @property
+    def stores(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Codes and scales of the tokens so far, of keys and of values; None before the first token."""
+        return [
+            None if room is None else (room[0][..., : self.length, :], room[1][..., : self.length, :])
+            for room in self.rooms
+        ]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype, device and sizes of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.head_dims = key_states.shape[-1], value_states.shape[-1]
+        self.keys = self.values = key_states.new_empty(0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states (batch, heads, new, head_dim); returns all of them, unpacked, in their dtype: in 16 bits the
+        first ones as they were given."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        unpacked = []
+        length = self.length + key_states.shape[-2]
+        # In 16 bits a text read at once, whose cache nobody may ask for, is computed from the states as they are.
+        exact = self.bits == 16 and self.length == 0
+        for which, states in enumerate((key_states, value_states)):
+            codes, scale = encode_kv(states, self.bits)
+            if self.bits == 4:
+                codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+                codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+            room = self._room(which, (codes, scale))
+            for place, new in zip(room, (codes, scale), strict=True):
+                place[..., self.length : length, :] = new
+            codes, scale = (place[..., :length, :] for place in room)
+            if self.bits == 4:
+                codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
+            unpacked.append(states if exact else decode_kv(codes, scale, self.dtype))
+        self.length = length
+        return unpacked[0], unpacked[1]
+
+    def _room(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The tensors of keys (0) or values (1), with room for as many tokens more as ``new`` has."""
+        room = self.rooms[which]
+        needed = self.length + new[0].shape[-2]
+        if room is None or room[0].shape[-2] < needed:
+            capacity = needed + max(self.AHEAD, needed // 4)
+            made = []
+            for index, part in enumerate(new):
+                place = part.new_empty(*part.shape[:-2], capacity, part.shape[-1])
+                if room is not None:
+                    place[..., : self.length, :] = room[index][..., : self.length, :]
+                made.append(place)
+            self.rooms[which] = room = made[0], made[1]
+        return room
+
+    def next_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of keys, codes and scales of values, with room for a token at ``length``: whoever writes it
+        there counts ``length`` up. The cache holds tokens already."""
+        parts: list[Tensor] = []
+        for which, room in enumerate(self.rooms):
+            assert room is not None
+            if room[0].shape[-2] == self.length:
+                room = self._room(which, (room[0][..., :1, :], room[1][..., :1, :]))
+            parts += room
+        return parts[0], parts[1], parts[2], parts[3]
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self.length
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()
+        self.rooms, self.length = [None, None], 0
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rooms = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams of a beam search."""
+        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end; counted as transformers does, by a negative number."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._map(lambda part: part[indices])
+
+    def nbytes(self) -> int:
+        """Bytes that the stored codes and scales take."""
+        return sum(part.nbytes for store in self.stores if store is not None for part in store)
+
+
+class HalfKVLayer(PackedKVLayer):
+    """The same in 16 bits, for models that decode by the operator which reads it."""
+
+    bits = 16
+
+
+def is_packed(cache: Cache) -> bool:
+    """Whether the cache's layers are of the kinds above."""
+    return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)

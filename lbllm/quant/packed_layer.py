@@ -1,0 +1,245 @@
+"""A linear layer that holds and computes from packed bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lbllm import kernels
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.levels import (
+    LEVELS,
+    from_groups,
+    group_length,
+    index_to_planes,
+    params_to_levels,
+    planes_to_index,
+    take_levels,
+    to_groups,
+)
+from lbllm.quant.packing import (
+    ParamGrid,
+    decode_params,
+    encode_params,
+    pack_nibbles,
+    pack_plane,
+    unpack_nibbles,
+    unpack_plane,
+)
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import WHOLE_ROW, LayerFormat
+
+TILE = 32  # rows that a table lookup serves at once
+LONGEST = 2048  # columns of a group whose sum of codes fits into 16 bits
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
+
+    On the CPU ``lbllm.kernels`` does it: at its first call the layer rearranges its bits for this processor, and puts
+    them back when it is saved or moved. On a GPU ``lbllm.kernels.gpu`` does it from the bits as they are stored.
+    Elsewhere, and without a compiler, this is the PyTorch reference path: it expands the layer's weight for one call
+    and drops it, unless ``keep_dense`` was called.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool, tail: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.fmt, self.tail = in_features, out_features, fmt, tail
+        self.length = group_length(fmt.group_size, in_features)
+        self.range_length = group_length(fmt.act_group_size, in_features)
+        count, groups = LEVELS[fmt.format], -(-in_features // self.length)
+        bits, half = fmt.param_bits, torch.float16
+        self.register_buffer("weight", torch.zeros(out_features, count // 2, -(-in_features // 8), dtype=torch.uint8))
+        width, kind = (count // 2 if bits == 4 else count), (half if bits == 16 else torch.uint8)
+        self.register_buffer("params", torch.zeros(out_features, groups, width, dtype=kind))
+        scale = {4: (out_features,), 8: (out_features, count, 2)}.get(bits)
+        self.register_buffer("params_scale", None if scale is None else torch.zeros(scale, dtype=half))
+        self.register_buffer("params_range", torch.zeros(count, 2, dtype=half) if bits == 4 else None)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.quantizer: ActQuantizer | None = None
+        if fmt.act_bits < 16:
+            self.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).requires_grad_(False)
+        self.dense: Tensor | None = None
+        self.register_buffer("words", None, persistent=False)
+        self.words: Tensor | None
+        self.weight: Tensor
+        self.params: Tensor
+        self.params_scale: Tensor | None
+        self.params_range: Tensor | None
+
+    @classmethod
+    def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
+        """The packed form of a frozen layer; ``dtype`` is the bias's."""
+        packed = cls(
+            layer.in_features, layer.out_features, layer.fmt, bias=layer.bias is not None, tail=tail, dtype=dtype
+        )
+        sign, bitmap = index_to_planes(layer.index, LEVELS[layer.fmt.format])
+        planes = [sign] if bitmap is None else [sign, bitmap]
+        packed.weight = torch.stack([pack_plane(plane) for plane in planes], 1)
+        params = layer.params.detach()
+        if layer.grid is not None:
+            packed.params = pack_nibbles(layer.grid.codes(params))
+            packed.params_scale, packed.params_range = layer.grid
+        elif layer.fmt.param_bits == 8:
+            packed.params, packed.params_scale = encode_params(params)
+        else:
+            packed.params = params.half()
+        if packed.bias is not None:
+            assert layer.bias is not None
+            packed.bias.data.copy_(layer.bias)
+        if packed.quantizer is not None:
+            assert layer.quantizer is not None
+            packed.quantizer.act.data.copy_(layer.quantizer.act)
+        return packed
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in), float32, exactly as the stored parameters give it."""
+        index, params = self.unpack()
+        levels = params_to_levels(params)
+        return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """Level indices uint8 (out, in) and group parameters float32 (out, n, K): what ``pack`` made this from."""
+        self._put_back()
+        planes = unpack_plane(self.weight, self.in_features)
+        index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
+        params = self.params if self.grid is None else unpack_nibbles(self.params)
+        return index, decode_params(params, self.affine())
+
+    @property
+    def grid(self) -> ParamGrid | None:
+        """The values that parameters of 4 bits can have."""
+        if self.params_scale is None or self.params_range is None:
+            return None
+        return ParamGrid(self.params_scale, self.params_range)
+
+    def affine(self) -> Tensor | None:
+        """Minimum and step of each row and parameter, float16 (out, K, 2), where parameters are codes."""
+        return self.params_scale if self.grid is None else self.grid.affine()
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Expand the weight once for all later passes: the same output sooner, for 16 to 32 bits a weight of
+        memory."""
+        self.dense = self.dequantize().to(dtype)
+
+    def arranged(self) -> Tensor:
+        """The bits as this processor's kernels read them; where the layer has them so, it has them no other way.
+
+        Tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute, else words.
+        """
+        if self.words is not None and (self.words.dtype == torch.uint8) != self.looks_up():
+            self._put_back()
+        if self.words is None:
+            if self.looks_up():
+                rows, planes, columns = self.weight.shape
+                halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
+                self.words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
+                self.params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
+            else:
+                self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+                # A part of a mapped file would keep its neighbours in memory with it.
+                self.params = self.params.clone()
+                for name in ("params_scale", "params_range"):
+                    tensor = getattr(self, name)
+                    setattr(self, name, None if tensor is None else tensor.clone())
+            self.weight = self.weight.new_empty(0)
+        return self.words
+
+    def looks_up(self) -> bool:
+        """Whether the layer is computed by table lookup: 4-bit activations with one range a token, float16 parameters,
+        whole tiles."""
+        one_range = self.range_length == self.in_features
+        whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
+        fits = one_range and whole and self.params_scale is None
+        groups = self.length % 8 == 0 and self.length <= LONGEST
+        return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
+
+    def _put_back(self) -> None:
+        """Undo the kernels' own order of the bits: what is stored, and what other devices read, is the common one."""
+        if self.words is None:
+            return
+        planes = LEVELS[self.fmt.format] // 2
+        if self.words.dtype == torch.uint8:
+            halves = self.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
+            self.weight = halves.reshape(self.out_features, planes, -1)
+            self.params = self.params.permute(0, 3, 1, 2).flatten(0, 1).contiguous()
+        else:
+            self.weight = torch.ops.lbllm.unpack_words(self.words, self.in_features, self.length, planes)
+        self.words = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._put_back()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._put_back()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the layer. Another dtype is for the bias alone: stored parameters keep theirs, and so their values."""
+        self._put_back()
+        stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
+        act = None if self.quantizer is None else self.quantizer.act.data
+        super()._apply(*args, **kwargs)
+        for name, before in stored.items():
+            if before is not None and getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(self.weight.device))
+        if self.quantizer is not None and act is not None and self.quantizer.act.dtype != act.dtype:
+            self.quantizer.act.data = act.to(self.weight.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        result: Tensor
+        # The kernels sum in float32.
+        if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
+            words = self.arranged()
+            if self.quantizer is not None and self.looks_up():
+                knee, low, high, _, tail = self.quantizer.settings()
+                result = torch.ops.lbllm.packed_lookup(
+                    x, words, self.params, self.bias, self.in_features, self.length, knee, low, high, tail
+                )
+                return result
+            if self.quantizer is not None:
+                x = self.quantizer.deployed(x, torch.ops.lbllm.quantize_activations)
+            result = torch.ops.lbllm.packed_linear(
+                x, words, self.params, self.affine(), self.bias, self.in_features, self.length
+            )
+            return result
+        gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
+        if gpu is not None and x.dtype != torch.float64:
+            if self.quantizer is not None:
+                x = self.quantizer.deployed(x, gpu.quantize_activations)
+            result = gpu.packed_linear(
+                x, self.weight, self.params, self.affine(), self.bias, self.in_features, self.length
+            )
+            return result
+        if self.quantizer is not None:
+            x = self.quantizer(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.dequantize() if self.dense is None else self.dense
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """The shape and the format."""
+        return f"{self.in_features}, {self.out_features}, {self.fmt}"
+
+
+def named_groups(layers: Sequence[PackedLinear]) -> str:
+    """The layers' group sizes in words, the largest first: some may have others than the rest. Then, where inputs are
+    quantized by ranges smaller than a token, how many share one."""
+    sizes = {layer.fmt.group_size for layer in layers}
+    named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
+    words = [f"groups of {named}"] if named else []
+    groups = " and ".join(words + ["whole rows"] * (WHOLE_ROW in sizes))
+    ranges = {
+        layer.fmt.act_group_size
+        for layer in layers
+        if layer.fmt.act_bits < 16 and layer.range_length < layer.in_features
+    }
+    return groups + "".join(f", ranges of {size} inputs" for size in ranges)

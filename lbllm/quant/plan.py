@@ -1,0 +1,69 @@
+"""Which layers of a model are binarized, in which format, and how many bits that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lbllm.errors import ConfigError
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
+from lbllm.quant.levels import LEVELS, group_length
+from lbllm.sections import LayerFormat, QuantConfig
+
+
+def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
+    """Stored bits of one packed layer: bit planes as they lie in bytes, and group parameters with their scales. No
+    bias."""
+    count = LEVELS[fmt.format]
+    groups = -(-in_features // group_length(fmt.group_size, in_features))
+    planes = out_features * -(-in_features // 8) * 8 * (count // 2)
+    scales = {4: out_features + count * 2, 8: out_features * count * 2, 16: 0}[fmt.param_bits] * 16
+    return planes + out_features * groups * count * fmt.param_bits + scales
+
+
+def block_formats(
+    model: PreTrainedModel, quant: QuantConfig
+) -> tuple[str, nn.ModuleList, list[dict[str, LayerFormat]]]:
+    """The path of the decoder blocks, the blocks, and the format of each layer to binarize in each of them.
+
+    Raises ConfigError for a group longer than a row, for settings that leave nothing to binarize, and for a pattern
+    no layer matches.
+    """
+    path, blocks = decoder_blocks(model)
+    formats: list[dict[str, LayerFormat]] = []
+    names: list[str] = []
+    for number, block in enumerate(blocks):
+        formats.append({})
+        for name, layer in linear_layers(block).items():
+            full = f"{path}.{number}.{name}"
+            names.append(full)
+            fmt = quant.layer(full)
+            if fmt is None:
+                continue
+            row = linear_weight(layer).shape[1]
+            if fmt.group_size > row:
+                raise ConfigError(
+                    f"group_size {fmt.group_size} is longer than a row of {full}, which has {row} weights; "
+                    f"choose at most {row}, or -1 for one group a row"
+                )
+            formats[-1][name] = fmt
+    for pattern in (*quant.skip, *quant.overrides):
+        probe = QuantConfig(skip=(pattern,))
+        if all(probe.layer(name) is not None for name in names):
+            raise ConfigError(f"pattern {pattern!r} matches no layer; names look like {names[0]!r}")
+    if not any(formats):
+        raise ConfigError(f"quant.skip {list(quant.skip)} leaves no layer to binarize")
+    return path, blocks, formats
+
+
+def bits_per_weight(blocks: Iterable[nn.Module], formats: list[dict[str, LayerFormat]]) -> float:
+    """Stored bits over weights of all binarized layers, group parameters included."""
+    bits = weights = 0
+    for block, layers in zip(blocks, formats, strict=True):
+        for name, fmt in layers.items():
+            out_features, in_features = linear_weight(block.get_submodule(name)).shape
+            bits += layer_bits(fmt, out_features, in_features)
+            weights += out_features * in_features
+    return bits / weights

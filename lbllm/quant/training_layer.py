@@ -1,0 +1,147 @@
+"""A linear layer whose weights are binarized in every forward pass, so that they can be trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.models.blocks import linear_weight
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.levels import (
+    assign,
+    fixed_level,
+    from_groups,
+    group_length,
+    index_to_planes,
+    levels_to_params,
+    nearest_level,
+    params_to_levels,
+    planes_to_index,
+    relaxed_level,
+    straight_through,
+    to_groups,
+)
+from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
+from lbllm.sections import LayerFormat
+
+Mode = Literal["coupled", "relaxed", "frozen"]
+
+
+class BinaryLinear(nn.Module):
+    """A linear layer in training: fake-quantized weight, and in stage 3 a fake-quantized input.
+
+    ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (B and G follow from ``latent``
+    (out, in)), ``relaxed`` (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3
+    and after loading). Parameters of 4 bits take the nearest values of ``grid``, straight through, in training already;
+    without one they get the grid that fits them.
+    """
+
+    def __init__(
+        self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor, grid: ParamGrid | None = None
+    ) -> None:
+        super().__init__()
+        weight = linear_weight(source)
+        self.fmt, self.out_features, self.in_features = fmt, weight.shape[0], weight.shape[1]
+        self.length = group_length(fmt.group_size, self.in_features)
+        self.mode: Mode = "frozen"
+        self.params = nn.Parameter(params.to(weight.dtype).contiguous())
+        self.register_buffer("index", index)
+        if fmt.param_bits == 4 and grid is None:
+            grid = fit_grid(self.params)
+        self.register_buffer("scale", None if grid is None else grid.scale)
+        self.register_buffer("ranges", None if grid is None else grid.ranges)
+        self.scale: Tensor | None
+        self.ranges: Tensor | None
+        self.bias: nn.Parameter | None = source.bias  # type: ignore[assignment]
+        self.latent: nn.Parameter | None = None
+        self.bitmap: nn.Parameter | None = None
+        self.quantizer: ActQuantizer | None = None
+        self.dense: Tensor | None = None
+        self.index: Tensor
+
+    @property
+    def grid(self) -> ParamGrid | None:
+        """The values that parameters of 4 bits can have."""
+        return None if self.scale is None or self.ranges is None else ParamGrid(self.scale, self.ranges)
+
+    def on_grid(self) -> Tensor:
+        """The parameters (out, n, K), those of 4 bits as they are deployed; the gradient is that of ``params``."""
+        return self.params if self.grid is None else straight_through(self.params, self.grid.round)
+
+    def levels(self) -> Tensor:
+        """The levels (out, n, K) that they give, as ``params_to_levels`` orders them."""
+        return params_to_levels(self.on_grid())
+
+    def keep_dense(self) -> None:
+        """Expand the weight once for all later passes: for a frozen layer that many batches go through."""
+        self.dense = self.weight().detach()
+
+    def thaw(self, latent: Tensor, mode: Mode) -> None:
+        """Begin training from a latent weight (out, in); the relaxed bitmap starts from the present one, at 0.9 and
+        0.1."""
+        self.mode = mode
+        self.latent = nn.Parameter(latent.to(self.params.dtype).clone())
+        if mode == "relaxed":
+            bitmap = index_to_planes(to_groups(self.index, self.length), 4)[1]
+            assert bitmap is not None
+            self.bitmap = nn.Parameter(bitmap.to(self.params.dtype) * 0.8 + 0.1)
+
+    @torch.no_grad()
+    def nearest_to(self, latent: Tensor) -> Tensor:
+        """A latent weight (out, in) for a frozen layer, which takes the level indices that the layer has: the given one
+        where it does so, elsewhere the level itself."""
+        weight = self.weight()
+        latent = latent.to(weight.dtype)
+        levels = self.levels().sort(-1).values
+        nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
+        return torch.where(nearest == weight, latent, weight)
+
+    def freeze(self) -> None:
+        """Fix the level indices where training has brought them and drop what only training needs."""
+        if self.latent is None:
+            return
+        with torch.no_grad():
+            groups = to_groups(self.latent, self.length)
+            if self.mode == "relaxed":
+                assert self.bitmap is not None
+                outer = self.bitmap > 0.5
+                params = self.on_grid()
+                middle = torch.where(outer, params[..., 1:2], params[..., 3:4])
+                index = planes_to_index(groups > middle, outer)
+                levels, order = self.levels().sort(-1)
+                index = order.argsort(-1).gather(-1, index.long()).to(torch.uint8)
+            else:
+                levels, order = self.levels().sort(-1)
+                index = assign(groups, levels)
+            if self.grid is None:
+                self.params.copy_(levels_to_params(levels))
+            else:  # in another order they might not be on the grid
+                index = order.gather(-1, index.long()).to(torch.uint8)
+            self.index = from_groups(index, self.in_features).contiguous()
+        self.mode, self.latent, self.bitmap = "frozen", None, None
+
+    def round_params(self) -> None:
+        """Round the group parameters to what a checkpoint stores: float16, 8 bits and a scale, or 4 on the grid."""
+        with torch.no_grad():
+            self.params.copy_(stored_params(self.params, self.fmt.param_bits, self.grid))
+
+    def weight(self) -> Tensor:
+        """The fake-quantized weight (out, in)."""
+        levels = self.levels()
+        if self.mode == "frozen":
+            return from_groups(fixed_level(levels, to_groups(self.index, self.length)), self.in_features)
+        assert self.latent is not None
+        groups = to_groups(self.latent, self.length)
+        if self.mode == "relaxed":
+            assert self.bitmap is not None
+            return from_groups(relaxed_level(groups, self.bitmap, self.on_grid()), self.in_features)
+        return from_groups(nearest_level(groups, levels.sort(-1).values), self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if self.quantizer is not None:
+            x = self.quantizer(x)
+        weight = self.weight() if self.dense is None else self.dense
+        return nn.functional.linear(x, weight, self.bias)

@@ -1,0 +1,365 @@
+"""The run store: runs and their events in one SQLite file, and one folder a run. Many processes use it at once.
+
+    root/runs.db              names, dates and events; votes on pairs of answers
+    root/worker.lock          locked by the worker whose turn it is: runs train one after another
+    root/<run id>/            config.json, blocks/, checkpoint/, worker.log
+    root/<run id>/alive.lock  locked as long as the run's worker lives
+    root/<run id>/request     "stop" or "cancel", until the run is resumed
+
+A reader follows a run by ``events(run_id, after_seq)`` and holds nothing but that number. The state of a run is stored
+nowhere: it follows from the last of its ``LIFECYCLE`` events and from whether a worker holds the run's lock. The kernel
+drops the lock with the process, however that ends, so a worker killed by ``kill -9`` is noticed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Literal
+
+from lbllm.chat.votes import Vote
+from lbllm.config import RunConfig, parse_config
+from lbllm.errors import ConfigError, ResourceError, RunError
+from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
+
+Request = Literal["stop", "cancel"]
+State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
+ACTIVE: tuple[State, ...] = ("queued", "running")
+RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
+
+LIFECYCLE = ("run_queued", "run_loading", "run_started", "run_done", "run_stopped", "run_failed")
+_IS_LIFECYCLE = f"kind IN {LIFECYCLE}"
+# Statements that lead from each version of the file to the next; a new file goes through all of them.
+_MIGRATIONS = (
+    (
+        "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL, cwd TEXT NOT NULL)",
+        "CREATE TABLE events (run_id TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, time REAL NOT NULL, "
+        "body TEXT NOT NULL, kind TEXT AS (json_extract(body, '$.kind')), PRIMARY KEY (run_id, seq)) WITHOUT ROWID",
+        f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {_IS_LIFECYCLE}",
+    ),
+    ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
+)
+_VERSION = len(_MIGRATIONS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was when it was read from the store.
+
+    ``created``: seconds since the epoch. ``cwd``: where relative paths of its settings begin, for each of its workers.
+    """
+
+    id: str
+    name: str
+    folder: Path
+    created: float
+    cwd: Path
+    state: State
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings, from its folder. Raises RunError where the file is gone or damaged."""
+        path = self.folder / "config.json"
+        try:
+            return parse_config(json.loads(path.read_text()))
+        except (OSError, ValueError, ConfigError) as error:
+            raise RunError(f"run {self.id}: its settings can't be read from {path} ({error})") from error
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock file's lock."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _take(path: Path) -> IO[bytes] | None:
+    """Lock the file for this process; closing it frees the lock. None where another process holds it."""
+    file = path.open("ab")
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Perhaps a worker, perhaps only an is_held of this very moment.
+            time.sleep(0.01)
+        else:
+            return file
+    file.close()
+    return None
+
+
+def _at_rest(last: Event | None) -> State:
+    """The state of a run that has no worker, from the last event of its lifecycle."""
+    match last:
+        case None:
+            return "queued"
+        case RunDone():
+            return "done"
+        case RunStopped(request="stop"):
+            return "stopped"
+        case RunStopped():
+            return "cancelled"
+        case RunFailed():
+            return "failed"
+        case _:
+            return "interrupted"
+
+
+class RunStore:
+    """The runs under ``root``, by default ``lbllm.models.home() / "runs"``.
+
+    Threads may share a store; each process opens its own. Raises RunError where the file is damaged or of another
+    version; ResourceError, from every method that writes, where it can't be written.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        if root is None:
+            from lbllm.places import home  # late: a reader of an explicit root needn't wait until torch is loaded
+
+            root = home() / "runs"
+        self.root = root.resolve()
+        self._mutex = threading.RLock()
+        path = self.root / "runs.db"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # A commit needs no fsync: it survives a killed process, and the file stays sound after a power cut.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            with self._transaction() as db:
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                for statements in _MIGRATIONS[version:]:
+                    for statement in statements:
+                        db.execute(statement)
+                if version < _VERSION:
+                    db.execute(f"PRAGMA user_version = {_VERSION}")
+        except (OSError, sqlite3.OperationalError) as error:
+            raise self._unwritable(error) from error
+        except sqlite3.DatabaseError as error:
+            raise RunError(f"{path} is no run store ({error}); move it away, or set LBLLM_HOME elsewhere") from error
+        if version > _VERSION:
+            raise RunError(f"{path} is a run store of version {version}; this program reads up to version {_VERSION}")
+
+    def close(self) -> None:
+        """Close the database; the store can't be used afterwards."""
+        self._db.close()
+
+    def create(self, config: RunConfig, name: str | None = None) -> Run:
+        """A new run, queued until ``start``. ``name`` is for people; by default model, format and group size."""
+        quant = config.quant
+        name = name or f"{Path(config.model).name} {quant.format} g{quant.group_size}"
+        created = time.time()
+        run_id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(created)) + secrets.token_hex(3)
+        folder = self.root / run_id
+        with self._transaction() as db:
+            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (run_id, name, created, str(Path.cwd())))
+            folder.mkdir()
+            (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        return self.get(run_id)
+
+    def get(self, run_id: str) -> Run:
+        """The run as it is now. Raises RunError where there is none of that id."""
+        row = self._query("SELECT id, name, created, cwd FROM runs WHERE id = ?", run_id)
+        if not row:
+            raise RunError(f"no run {run_id!r} in {self.root}")
+        return self._run(*row[0])
+
+    def all(self) -> list[Run]:
+        """All runs, oldest first."""
+        return [self._run(*row) for row in self._query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")]
+
+    def append(self, run_id: str, event: Event) -> StoredEvent:
+        """Add an event to a run; it is on record when this returns. Any process may do it."""
+        try:
+            with self._transaction() as db:
+                (last,) = db.execute("SELECT MAX(seq) FROM events WHERE run_id = ?", (run_id,)).fetchone()
+                stored = StoredEvent(seq=(last or 0) + 1, time=time.time(), event=event)
+                db.execute(
+                    "INSERT INTO events (run_id, seq, time, body) VALUES (?, ?, ?, ?)",
+                    (run_id, stored.seq, stored.time, event.model_dump_json()),
+                )
+        except sqlite3.IntegrityError:
+            raise RunError(f"no run {run_id!r} in {self.root}") from None
+        return stored
+
+    def events(self, run_id: str, after_seq: int = 0, kinds: tuple[str, ...] = ()) -> list[StoredEvent]:
+        """The run's events with a ``seq`` greater than ``after_seq``, in order; ``kinds``: of these alone, if any.
+
+        Raises RunError for an unknown run.
+        """
+        query = "SELECT seq, time, body FROM events WHERE run_id = ? AND seq > ?"
+        if kinds:
+            query += f" AND kind IN ({', '.join('?' * len(kinds))})"
+        rows = self._query(f"{query} ORDER BY seq", run_id, after_seq, *kinds)
+        if not rows and not self._query("SELECT 1 FROM runs WHERE id = ?", run_id):
+            raise RunError(f"no run {run_id!r} in {self.root}")
+        return [StoredEvent(seq=seq, time=moment, event=EVENT.validate_json(body)) for seq, moment, body in rows]
+
+    def follow(self, run_id: str, after_seq: int = 0, poll: float = 0.1) -> Iterator[StoredEvent]:
+        """The events after ``after_seq`` and those to come, until the run is neither queued nor running."""
+        while True:
+            # The state first: what was written before the end is then among the events read after it.
+            over = self.get(run_id).state not in ACTIVE
+            for stored in self.events(run_id, after_seq):
+                after_seq = stored.seq
+                yield stored
+            if over:
+                return
+            time.sleep(poll)
+
+    def vote(self, vote: Vote) -> None:
+        """Put a vote on record; it takes the place of an earlier one on the same exchange."""
+        with self._transaction() as db:
+            values = (vote.exchange, vote.time, vote.model_dump_json())
+            db.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?)", values)
+
+    def withdraw_vote(self, exchange: str) -> None:
+        """Delete the vote on an exchange, if there is one."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
+
+    def votes(self) -> list[Vote]:
+        """All votes, oldest first."""
+        rows = self._query("SELECT body FROM votes ORDER BY time, exchange")
+        return [Vote.model_validate_json(body) for (body,) in rows]
+
+    def start(self, run_id: str) -> subprocess.Popen[bytes]:
+        """Start the worker of a new run, detached from this process. Raises RunError where the run isn't new."""
+        return self._spawn(run_id, "started", ("queued",))
+
+    def resume(self, run_id: str) -> subprocess.Popen[bytes]:
+        """Start a worker that goes on from the finished blocks.
+
+        Raises RunError, naming the state, unless the run is stopped, failed or interrupted.
+        """
+        return self._spawn(run_id, "resumed", RESUMABLE)
+
+    def request(self, run_id: str, request: Request) -> None:
+        """Ask a queued or running run to stop, its finished blocks kept, or to cancel, which deletes them.
+
+        The worker answers by Acknowledged at once and by RunStopped when it has ended. A run without a worker ends here
+        and now; stopped, failed and interrupted runs can still be cancelled. Raises RunError in any other state.
+        """
+        run = self.get(run_id)
+        if run.state == "running" or (run.state == "queued" and is_held(run.folder / "alive.lock")):
+            draft = run.folder / f"request.{secrets.token_hex(4)}"
+            draft.write_text(request)
+            draft.replace(run.folder / "request")
+            return
+        allowed: tuple[State, ...] = ("queued", *RESUMABLE) if request == "cancel" else ("queued",)
+        verb = "cancelled" if request == "cancel" else "stopped"
+        with self._claim(run_id, verb, allowed):
+            self.append(run_id, Acknowledged(request=request))
+            self.end(run_id, request)
+
+    def end(self, run_id: str, request: Request) -> None:
+        """Put the end on request on record, after deleting the finished blocks where it is ``cancel``."""
+        blocks = self.root / run_id / "blocks"
+        if request == "cancel" and blocks.exists():
+            shutil.rmtree(blocks)
+        self.append(run_id, RunStopped(request=request))
+
+    def enqueue(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> IO[bytes]:
+        """Lock a run for a new worker and put it on record as queued. The lock lasts as long as the file is open.
+
+        Raises RunError, worded with the participle ``verb``, where the run's state is none of ``allowed``.
+        """
+        lock = self._claim(run_id, verb, allowed)
+        (self.root / run_id / "request").unlink(missing_ok=True)
+        self.append(run_id, RunQueued())
+        return lock
+
+    def _claim(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> IO[bytes]:
+        run = self.get(run_id)
+        lock = _take(run.folder / "alive.lock")
+        # With the lock in our hands nobody else changes the state; without it, a worker has just taken it.
+        state = self.get(run_id).state if lock is None else _at_rest(self._last(run_id)[1])
+        if lock is not None and state in allowed:
+            return lock
+        if lock is not None:
+            lock.close()
+        raise RunError(f"run {run_id} is {state} and can't be {verb}; only {', '.join(allowed)} runs can")
+
+    def _spawn(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> subprocess.Popen[bytes]:
+        folder = self.root / run_id
+        package = Path(__file__).resolve().parent.parent.parent
+        paths = [str(package), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        # The worker inherits the locked file, so that there is no moment in which the run seems to have no worker.
+        with self.enqueue(run_id, verb, allowed) as lock, (folder / "worker.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lbllm.worker", str(folder), "--lock", str(lock.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(lock.fileno(),),
+                start_new_session=True,
+            )
+        # Somebody has to wait for a child, or it stays in the process table after its end.
+        threading.Thread(target=process.wait, daemon=True).start()
+        return process
+
+    def _run(self, run_id: str, name: str, created: float, cwd: str) -> Run:
+        return Run(run_id, name, self.root / run_id, created, Path(cwd), self._state(run_id))
+
+    def _state(self, run_id: str) -> State:
+        while True:
+            seq, last = self._last(run_id)
+            state = _at_rest(last)
+            if state != "interrupted":
+                return state
+            if is_held(self.root / run_id / "alive.lock"):
+                return "queued" if isinstance(last, RunQueued) else "running"
+            # No worker, but it may have ended, or a new one begun, since the event was read.
+            if self._last(run_id)[0] == seq:
+                return "interrupted"
+
+    def _last(self, run_id: str) -> tuple[int, Event | None]:
+        """The last event of the run's lifecycle and its ``seq``; (0, None) before the first."""
+        query = f"SELECT seq, body FROM events INDEXED BY lifecycle WHERE run_id = ? AND {_IS_LIFECYCLE}"
+        rows = self._query(f"{query} ORDER BY seq DESC LIMIT 1", run_id)
+        return (rows[0][0], EVENT.validate_json(rows[0][1])) if rows else (0, None)
+
+    def _query(self, query: str, *values: object) -> list[tuple]:
+        with self._mutex:
+            return self._db.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                # After some errors SQLite has rolled back by itself.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, OSError | sqlite3.OperationalError):
+                    raise self._unwritable(error) from error
+                raise
+
+    def _unwritable(self, error: Exception) -> ResourceError:
+        return ResourceError(
+            f"the run store {self.root} can't be written ({error}); free some space there, or set LBLLM_HOME elsewhere"
+        )

@@ -1,0 +1,1 @@
+"""Sharing: exports, model cards, Spaces and uploads."""

@@ -1,0 +1,107 @@
+"""A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card; or as
+a Space that shows it.
+
+    source = find("20261122-103041-1d371b", store)       or a packed folder, or "shipped"
+    export(source, "gguf", Path("exports/mine"))
+
+The folder appears under its name only when everything in it is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm.checkpoints.dense import dense_copy
+from lbllm.checkpoints.find import FoundCheckpoint
+from lbllm.checkpoints.hf import load
+from lbllm.checkpoints.record import RunRecord, copy_public
+from lbllm.errors import ConfigError, ResourceError
+from lbllm.files import appearing
+from lbllm.models.catalogue import last_part
+from lbllm.models.loading import quiet
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.share.card import Contents, model_card
+from lbllm.share.gguf import check_exportable, write_gguf
+from lbllm.share.space import write_space
+
+ExportKind = Literal["packed", "dense", "gguf", "space"]
+_SPARE = 32 * 2**20  # tokenizer, config, headers
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written; ``disk_bytes``: all files of the folder."""
+
+    path: Path
+    kind: ExportKind
+    disk_bytes: int
+
+
+def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
+    """Write the checkpoint to the new or empty folder ``out``.
+
+    Raises ConfigError where ``out`` has something in it, CheckpointError for a damaged checkpoint, ModelError where
+    GGUF has no place for the model or a Space's teacher is not found, ResourceError where the disk doesn't suffice.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
+    if kind == "space":
+        write_space(source.folder, out)
+        return Exported(out, kind, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+    # Loaded whichever kind it is: that checks every tensor, and a damaged checkpoint is not passed on.
+    model, tokenizer = load(source.folder, dtype=torch.bfloat16)
+    if kind == "gguf":
+        check_exportable(model.config, tokenizer)
+    contents = _contents(model)
+    needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
+    with appearing(out) as folder:
+        _check_space(folder, needed + _SPARE)
+        if kind == "packed":
+            copy_public(source.folder, source.record, folder)
+        elif kind == "dense":
+            with quiet():
+                dense_copy(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            _write_gguf(source.record, model, tokenizer, folder / f"{out.name}-BF16.gguf")
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        card = model_card(source.record, kind, out.name, files, contents, chat=tokenizer.chat_template is not None)
+        (folder / "README.md").write_text(card)
+        total = sum(path.stat().st_size for path in folder.iterdir())
+    return Exported(out, kind, total)
+
+
+def _contents(model: PreTrainedModel) -> Contents:
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
+    quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
+    kept = [p for p in model.parameters() if id(p) not in packed | quantizers]
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Contents(
+        architecture=type(model).__name__,
+        binarized=sum(layer.in_features * layer.out_features for layer in layers),
+        dense=sum(parameter.numel() for parameter in kept),
+        packed_bytes=size,
+    )
+
+
+def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    base = record.base_model or (record.settings.model if record.settings is not None else "")
+    name = f"{last_part(base)} binarized by LBLLM".strip()
+    write_gguf(dense_copy(model), tokenizer, file, name=name, licence=record.licence)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise ResourceError where fewer than ``needed`` bytes are free on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"the export needs {needed / 1e9:.2f} GB in {folder.parent}, {free / 1e9:.2f} GB are free; free some "
+            "space or choose a folder on another disk"
+        )

@@ -1,0 +1,211 @@
+"""A folder that runs as a Hugging Face Space as it stands: the showcase of one checkpoint and its teacher.
+
+The Space has lbllm's own source in it: nothing but the public packages in its requirements.txt is installed. It holds
+
+    README.md         the Space's settings and what it shows
+    app.py            starts the showcase
+    requirements.txt  what of this project's requirements a showcase needs; packages.txt: the compiler for its kernels
+    lbllm/, app/, assets/
+    checkpoint/       unless it is named by its hub id
+    teacher/          where the teacher is a folder or a GGUF file here; one from the hub is downloaded by the Space
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
+from lbllm.checkpoints.record import copy_public, provenance, read_record
+from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError
+from lbllm.files import appearing
+from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, MODELS, model_title
+from lbllm.models.source import embedded_file
+from lbllm.models.source import hub_id as hub_id_of
+from lbllm.places import APP, ASSETS, BUNDLE
+
+PYTHON = "3.11"
+_PACKAGE = Path(__file__).resolve().parent.parent
+# What a showcase imports, of requirements.txt; gradio brings the rest.
+_NEEDED = (
+    "accelerate",
+    "gguf",
+    "gradio",
+    "numpy",
+    "protobuf",
+    "psutil",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "torch",
+    "transformers",
+    "typer",
+)
+_TEACHER = "teacher"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
+_APP = '''"""A binarized language model beside its teacher: the showcase of LBLLM Workbench."""
+
+import os
+{imports}
+# Idle threads that spin take the cores of a small machine from those that work; torch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from app.showcase import run
+from lbllm.chat.showcase import open_showcase
+
+HERE = Path(__file__).resolve().parent
+run(
+    open_showcase({checkpoint}, {teacher}),
+    host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+    share=False,
+    say=lambda line: print(line, flush=True),
+)
+'''
+_README = """---
+{settings}---
+
+# {title}
+
+The same question, answered at the same time by {teacher} and by its binarized copy, which has
+{bits} bits a weight in its blocks. In blind mode the names come after your vote. Made with LBLLM Workbench, an
+independent implementation of LBLLM ("LBLLM: Lightweight Binarization of Large Language Models via Three-Stage
+Distillation", ACL 2026).
+
+What the models write can be wrong. A vote keeps the question and both answers in the Space's own storage; without a
+vote nothing is kept.
+
+To run it elsewhere: `pip install -r requirements.txt`, `python app.py`, http://127.0.0.1:7860.
+"""
+
+
+def write_space(
+    checkpoint: Path, out: Path, *, teacher: str | None = None, hub_id: str | None = None, title: str = "LBLLM Showcase"
+) -> None:
+    """Write the Space of a packed checkpoint to the new or empty folder ``out``.
+
+    ``teacher``: catalogue id, hub id, model folder or GGUF file (default: the model that the checkpoint was made from).
+    ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the Space holds the
+    checkpoint itself. Raises CheckpointError, ModelError, ConfigError, ResourceError.
+    """
+    if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
+        raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
+    if hub_id is not None and not HUB_ID.fullmatch(hub_id):
+        raise ConfigError(f"{hub_id!r} is no hub id; give owner/name")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ResourceError(f"{out} exists already; give a new folder")
+    if not (APP / "showcase.py").is_file():
+        raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
+    stated = provenance(checkpoint)
+    teacher = teacher or stated.get("model")
+    if not teacher:
+        raise ModelError(f"{checkpoint} does not say which model it was made from; give it as the teacher")
+    requirements = _requirements()
+    with appearing(out) as folder:
+        named = _put_teacher(teacher, folder)
+        if hub_id is None:
+            (folder / "checkpoint").mkdir()
+            copy_public(checkpoint, read_record(checkpoint), folder / "checkpoint")
+        _put_source(folder)
+        readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
+        # The hub wants large files marked.
+        lfs = "filter=lfs diff=lfs merge=lfs -text"
+        for name, text in {
+            "README.md": readme,
+            "app.py": _app(hub_id, named),
+            "requirements.txt": "\n".join(requirements) + "\n",
+            # Of the system: without a compiler the packed layers run expanded.
+            "packages.txt": "g++\n",
+            ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
+        }.items():
+            (folder / name).write_text(text)
+
+
+def _put_teacher(name: str, out: Path) -> str:
+    """Copy the teacher's files, if they are here; returns its place in the Space, or the name to load it by."""
+    entry = next((entry for entry in MODELS if entry.id == name), None)
+    embedded = entry is not None and entry.hub_id is None
+    source = embedded_file() if embedded else Path(name).expanduser()
+    if source.is_dir():
+        target = out / _TEACHER / source.resolve().name
+        ignored = {path.name for path in source.iterdir() if not any(path.match(kind) for kind in _MODEL_FILES)}
+        shutil.copytree(source, target, ignore=lambda folder, names: ignored & set(names))
+        return target.relative_to(out).as_posix()
+    if source.suffix.lower() == ".gguf" and source.is_file():
+        # The showcase calls it by its file's name.
+        target = out / _TEACHER / (f"{model_title(name)}.gguf" if embedded else source.name)
+        target.parent.mkdir()
+        shutil.copyfile(source, target)
+        return target.relative_to(out).as_posix()
+    if entry is not None or HUB_ID.fullmatch(name):
+        return name
+    raise ModelError(
+        f"the teacher {name} is neither a folder or GGUF file here nor a hub id; name the model to compare with"
+    )
+
+
+def _put_source(out: Path) -> None:
+    """Copy the engine, the showcase's page and what they read of the assets."""
+    shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
+    (out / "app").mkdir()
+    for file in (APP / "__init__.py", *sorted(APP.glob("showcase*.py"))):
+        shutil.copyfile(file, out / "app" / file.name)
+    shutil.copytree(ASSETS / "theme", out / "assets" / "theme")
+    shutil.copyfile(ASSETS / "prompts.json", out / "assets" / "prompts.json")
+
+
+def _requirements() -> list[str]:
+    """What of this project's requirements a showcase needs, with their versions. Raises ResourceError where they are
+    not known."""
+    file = BUNDLE / "requirements.txt"
+    try:
+        lines = file.read_text().split() if file.is_file() else metadata.requires("lbllm") or []
+    except metadata.PackageNotFoundError:
+        raise ResourceError(f"{file} is missing; install lbllm again") from None
+    pinned = {line.partition("==")[0]: line for line in lines if "extra ==" not in line}
+    return [pinned[name] for name in _NEEDED]
+
+
+def _app(hub_id: str | None, teacher: str) -> str:
+    """The text of app.py."""
+    imports = "from pathlib import Path\n"
+    checkpoint = 'str(HERE / "checkpoint")'
+    if hub_id is not None:
+        imports += "\nfrom huggingface_hub import snapshot_download\n"
+        checkpoint = f"snapshot_download({json.dumps(hub_id)})"
+    held = teacher.startswith(f"{_TEACHER}/")
+    return _APP.format(
+        imports=imports,
+        checkpoint=checkpoint,
+        teacher=f"str(HERE / {json.dumps(teacher)})" if held else json.dumps(teacher),
+    )
+
+
+def _readme(
+    checkpoint: Path, teacher: str, hub_id: str | None, title: str, licence: str, requirements: list[str]
+) -> str:
+    """The text of README.md: the Space's settings in front, then what it shows."""
+    models = [name for name in (hub_id_of(teacher), hub_id) if name]
+    known = HUB_LICENCES.get(licence.lower())
+    settings: dict[str, object] = {
+        "title": title,
+        "emoji": "⚖️",
+        "colorFrom": "blue",
+        "colorTo": "green",
+        "sdk": "gradio",
+        "sdk_version": next(line for line in requirements if line.startswith("gradio==")).partition("==")[2],
+        "python_version": PYTHON,
+        "app_file": "app.py",
+        "models": models,
+        "license": known or "other",
+        "short_description": "A binarized model beside its teacher",
+    }
+    if known is None:
+        settings["license_name"] = licence or "not stated"
+    # A JSON value is a YAML value.
+    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
+    stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    return _README.format(settings=lines, title=title, teacher=model_title(teacher), bits=f"{stated['bpw']:.2f}")

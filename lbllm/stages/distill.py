@@ -1,0 +1,142 @@
+"""Train a block towards its teacher's output: the loop, the loss, the order of the texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm.models.blocks import BlockCall, run_batches, run_block
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.levels import polarization
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import AarConfig, WatConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: number from 1, losses, learning-rate factor in (0, 1], tokens a second."""
+
+    step: int
+    loss: float
+    reg: float
+    lr: float
+    tokens_per_second: float
+
+
+def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tensor:
+    """The reconstruction loss of outputs (..., hidden), a scalar.
+
+    ``mse``: the paper's squared error. ``relative``: each token's squared error over the larger of the two squared
+    norms, averaged. Massive-activation tokens, with norms hundreds of times the rest, then weigh as much as any
+    other, and a token whose massive activation appears in one stream only is bounded by 4.
+    """
+    output, target = output.float(), target.float()
+    error = (output - target).square().sum(-1)
+    if kind == "mse":
+        return error.mean() / target.shape[-1]
+    scale = torch.maximum(target.square().sum(-1), output.detach().square().sum(-1))
+    return (error / scale.clamp_min(1e-12)).mean()
+
+
+@torch.no_grad()
+def block_error(
+    block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
+) -> float:
+    """``token_error`` of a block over inputs and targets (n, T, hidden)."""
+    parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
+    return sum(float(token_error(output, target)) * len(target) for output, target in parts) / len(inputs)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Learning-rate factor of step 0, 1, ...: half a cosine from 1 down to 1/20."""
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def batch_order(sequences: int, batch: int, epochs: int, seed: int) -> list[Tensor]:
+    """Indices of the sequences of every step: each epoch its own permutation; a last short batch is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[Tensor] = []
+    for _ in range(epochs):
+        order += torch.randperm(sequences, generator=generator).split(batch)
+    return order
+
+
+def binary_layers(block: nn.Module) -> dict[str, BinaryLinear]:
+    """The layers in training by their name in the block."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, BinaryLinear)}
+
+
+def quantizers_of(layers: Iterable[BinaryLinear]) -> list[ActQuantizer]:
+    """The quantizers of the layers' inputs, each once: layers that read one input share theirs."""
+    found = {id(layer.quantizer): layer.quantizer for layer in layers if layer.quantizer is not None}
+    return list(found.values())
+
+
+def distill(
+    block: nn.Module,
+    call: BlockCall,
+    inputs: Tensor,
+    targets: Tensor,
+    groups: list[dict[str, Any]],
+    config: WatConfig | AarConfig,
+    *,
+    loss_kind: str,
+    seed: int,
+    autocast: Any,
+    lr_act: float = 0.0,
+    kv_bits: int = 16,
+) -> Iterator[Step]:
+    """Train a block's parameter ``groups`` (AdamW's, with base rates) on inputs and targets (n, T, hidden), yielding
+    each step. With them train the quantizers that the block's layers have; the KV cache has its bits.
+
+    Ends early after yielding a step whose loss is not finite; that step is not applied.
+    """
+    if not groups:
+        return  # a block that stays dense has nothing to train
+    layers = binary_layers(block).values()
+    quantizers = quantizers_of(layers)
+    if quantizers:
+        groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
+    cache = TrainingCache(kv_bits) if kv_bits < 16 else None
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
+    base = [group["lr"] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    batch = max(1, config.batch_tokens // inputs.shape[1])
+    order = batch_order(len(inputs), batch, config.epochs, seed)
+    bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
+    for step, rows in enumerate(order):
+        began = time.perf_counter()
+        factor = cosine(step, len(order))
+        for group, rate in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * factor
+        with autocast():
+            output = run_block(block, inputs[rows], call, cache)
+        loss = token_error(output, targets[rows], loss_kind)
+        reg = torch.zeros(())
+        if bitmaps:
+            # AdaRound's annealing: a high power first leaves the bitmap free in the middle, a low one then drives it
+            # out.
+            assert isinstance(config, WatConfig)
+            beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
+            reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (loss + reg).backward()
+        finite = math.isfinite(float(loss.detach()))
+        if finite:
+            torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+            for bitmap in bitmaps:
+                bitmap.data.clamp_(0, 1)
+            for quantizer in quantizers:
+                quantizer.bound()
+        speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
+        yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed)
+        if not finite:
+            return

@@ -1,0 +1,23 @@
+"""Example prompts by kind, from assets/prompts.json."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from lbllm.places import ASSETS
+
+
+class PromptKind(BaseModel):
+    """What the prompts ask for, in a word, and the prompts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    prompts: tuple[str, ...]
+
+
+def example_prompts() -> list[PromptKind]:
+    """All example prompts, in the order they are shown."""
+    return TypeAdapter(list[PromptKind]).validate_python(json.loads((ASSETS / "prompts.json").read_text()))
