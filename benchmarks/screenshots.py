@@ -16,7 +16,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
-from app.showcase import serve
+from app.showcase.page import serve
 from lbllm.chat.showcase import open_showcase
 from lbllm.places import home
 from lbllm.runs.store import RunStore

@@ -11,7 +11,7 @@ import pytest
 import typer
 from streamlit.testing.v1 import AppTest
 
-from app.quantize_form import ADVANCED, SETTINGS
+from app.quantize.form import ADVANCED, SETTINGS
 from lbllm.commands.main import build
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config

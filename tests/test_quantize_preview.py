@@ -39,7 +39,7 @@ def test_methods_are_measured_on_the_same_block(config: RunConfig) -> None:
 def page(document: str) -> None:
     import json
 
-    from app.quantize_preview import show_preview
+    from app.quantize.preview import show_preview
     from lbllm.config import parse_config
 
     show_preview(parse_config(json.loads(document)), 2)

@@ -23,7 +23,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def section() -> None:
-    from app.run_export import show_export
+    from app.runs.export import show_export
     from app.view import store
 
     show_export(store(), store().all()[0])

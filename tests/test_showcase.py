@@ -15,7 +15,7 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from app.showcase import serve
+from app.showcase.page import serve
 from lbllm.chat.pool import Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.showcase import Limits, Showcase, Turn, VisitorError, open_showcase

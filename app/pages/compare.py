@@ -8,11 +8,11 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.scriptrunner import StopException
 
-from app.compare_answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
-from app.compare_lens import show_lens
-from app.compare_models import SIDES, Offer, choices, hold, pick, resolve, show_state, write_state
-from app.compare_settings import settings
-from app.compare_votes import show_votes, votes_of
+from app.compare.answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
+from app.compare.lens import show_lens
+from app.compare.models import SIDES, Offer, choices, hold, pick, resolve, show_state, write_state
+from app.compare.settings import settings
+from app.compare.votes import show_votes, votes_of
 from app.view import guard, plain
 from lbllm.chat.conversation import Conversation, Exchange
 from lbllm.chat.page import comparison_page

@@ -8,10 +8,10 @@ import pandas
 import streamlit as st
 from transformers import PreTrainedModel
 
-from app import quantize_form as form
 from app.paths import model_name
-from app.quantize_facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
-from app.quantize_preview import show_preview
+from app.quantize import form
+from app.quantize.facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
+from app.quantize.preview import show_preview
 from app.view import guard, plain, sentence, store
 from lbllm.checkpoints.record import checkpoint_name
 from lbllm.config import RunConfig, arguments

@@ -14,10 +14,10 @@ from pathlib import Path
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app import run_charts
-from app.live_chart import encode, live_chart
-from app.run_charts import STAGE_LABELS, Chosen, Figure, place_name
-from app.run_export import show_export
+from app.components.live_chart import encode, live_chart
+from app.runs import charts as run_charts
+from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
+from app.runs.export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
 from lbllm.config import FROM_CHECKPOINT, FURTHER
 from lbllm.errors import LbllmError

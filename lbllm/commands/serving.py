@@ -137,11 +137,11 @@ def showcase(
     ] = 6,
 ) -> None:
     """Let an audience ask a binarized model and its teacher the same things, side by side. Ctrl-C ends it."""
-    if not (APP / "showcase.py").is_file():
+    if not (APP / "showcase" / "page.py").is_file():
         raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
     sys.path.insert(0, str(BUNDLE))
     try:
-        from app.showcase import run
+        from app.showcase.page import run
     except ImportError as error:
         if error.name != "gradio":
             raise

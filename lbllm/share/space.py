@@ -53,7 +53,7 @@ import os
 # Idle threads that spin take the cores of a small machine from those that work; torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from app.showcase import run
+from app.showcase.page import run
 from lbllm.chat.showcase import open_showcase
 
 HERE = Path(__file__).resolve().parent
@@ -151,8 +151,8 @@ def _put_source(out: Path) -> None:
     """Copy the engine, the showcase's page and what they read of the assets."""
     shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
     (out / "app").mkdir()
-    for file in (APP / "__init__.py", *sorted(APP.glob("showcase*.py"))):
-        shutil.copyfile(file, out / "app" / file.name)
+    shutil.copyfile(APP / "__init__.py", out / "app" / "__init__.py")
+    shutil.copytree(APP / "showcase", out / "app" / "showcase", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ASSETS / "theme", out / "assets" / "theme")
     shutil.copyfile(ASSETS / "prompts.json", out / "assets" / "prompts.json")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from app.showcase import serve
+from app.showcase.page import serve
 from lbllm.chat.showcase import Limits, Showcase
 from lbllm.runs.store import RunStore
 from tests.browser.conftest import wait_until

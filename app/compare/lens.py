@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.compare_models import SIDES
-from app.lens_view import lens_view
+from app.compare.models import SIDES
+from app.components.lens_view import lens_view
 from app.view import guard, number_text
 from lbllm.chat.conversation import Conversation, Exchange
 from lbllm.chat.duel import given

@@ -1,6 +1,6 @@
 """The showcase: a binarized model and its teacher side by side, for an audience; ``python -m lbllm showcase``.
 
-The page and the named endpoints (``app/showcase_api.py``) ask the same ``lbllm.showcase.Showcase``. A visitor is a
+The page and the named endpoints (``app/showcase/api.py``) ask the same ``lbllm.chat.showcase.Showcase``. A visitor is a
 session of Gradio's, which the browser renews with each load of the page.
 """
 
@@ -20,7 +20,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import showcase_api, showcase_view
+from app.showcase import api as showcase_api
+from app.showcase import view as showcase_view
 from lbllm.chat.showcase import Showcase
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.texts.prompts import example_prompts

@@ -7,7 +7,7 @@ from html import escape
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app.lens_view import answer_view
+from app.components.lens_view import answer_view
 from app.view import plain, size_text
 from lbllm.chat.conversation import Exchange
 from lbllm.chat.duel import Answer

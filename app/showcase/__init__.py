@@ -1,0 +1,1 @@
+"""The showcase: a Gradio page and its API."""
