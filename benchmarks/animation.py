@@ -25,7 +25,7 @@ from benchmarks.screenshots import PATIENCE, settle
 from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server, wait_until
 from tests.browser.test_quantize import choose, figure
-from tests.homes import own_home
+from tests.helpers.homes import own_home
 
 SIZE = ViewportSize(width=1280, height=800)
 QUESTION = "Why is sleep important?"

@@ -22,7 +22,7 @@ from lbllm.places import home
 from lbllm.runs.store import RunStore
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server
 from tests.browser.test_showcase import ask
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
 QUESTION = "What is the capital of France?"

@@ -21,7 +21,7 @@ from gradio_client import Client
 
 from lbllm.checkpoints.shipped import shipped_checkpoint
 from lbllm.share.space import write_space
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 PATIENCE = 1800  # seconds
 QUESTION = "What is the capital of France?"

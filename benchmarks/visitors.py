@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from gradio_client import Client
 
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120  # seconds for a request

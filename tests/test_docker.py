@@ -10,15 +10,15 @@ import subprocess
 import sys
 import threading
 import tomllib
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
 import typer
 import yaml
 
 from lbllm.commands.main import build
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PORT = "8501"
 
 

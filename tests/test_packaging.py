@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
 SOURCES = ("lbllm", "app", "assets")
 # Where the wheel has what lies in these folders of the checkout.
 PLACES = {"lbllm": "lbllm", "app": "lbllm/_bundle/app", "assets": "lbllm/_bundle/assets"}

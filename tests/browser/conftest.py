@@ -18,11 +18,10 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from lbllm.runs.store import ACTIVE, RunStore
-from tests import waiting
-from tests.homes import own_home
-from tests.ports import free_port
+from tests.helpers import ROOT, waiting
+from tests.helpers.homes import own_home
+from tests.helpers.ports import free_port
 
-ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 

@@ -28,7 +28,7 @@ from lbllm.runs.store import Run, RunStore
 from lbllm.runs.view import RunView, points
 from lbllm.sections import STAGES, Stage
 from tests.browser.conftest import Server, wait_until
-from tests.tiny_runs import stored_run_config
+from tests.helpers.tiny_runs import stored_run_config
 
 CURVE = "[aria-label^='Block ']"
 TIMELINE = "[aria-label='Blocks in each stage']"

@@ -11,8 +11,8 @@ from app.showcase.page import serve
 from lbllm.chat.showcase import Limits, Showcase
 from lbllm.runs.store import RunStore
 from tests.browser.conftest import wait_until
-from tests.ports import free_port
-from tests.tiny_showcase import NAMES, endless_slots, tiny_pair
+from tests.helpers.ports import free_port
+from tests.helpers.tiny_showcase import NAMES, endless_slots, tiny_pair
 
 HOSTILE = "Tell of <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
 

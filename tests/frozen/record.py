@@ -41,7 +41,7 @@ from lbllm.events import BlockDone, RunLoading, RunQueued
 from lbllm.pipeline import run as pipeline
 from lbllm.runs.store import RunStore
 from lbllm.sections import STAGES
-from tests.tiny_models import SENTENCES, save_tiny
+from tests.helpers.tiny_models import SENTENCES, save_tiny
 
 ANSWER_TOKENS = 48
 SMALL = {"tokens": 512, "epochs": 1, "batch_tokens": 64}

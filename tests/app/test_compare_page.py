@@ -1,0 +1,179 @@
+"""The compare page's logic, without a browser: real models, tiny ones, under an allowed folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lbllm.chat.conversation import Conversation
+from lbllm.runs.store import RunStore
+from tests.helpers import ROOT
+from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
+
+PAGE = str(ROOT / "app" / "pages" / "compare.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The allowed folder: a chat model, a base model, a packed checkpoint; beside it one that is not allowed."""
+    root = tmp_path_factory.mktemp("root")
+    run_tiny(run_config(stages=("ptq", "wat", "aar")), root / "run", tiny_teacher("llama"))
+    save_tiny(root / "chat", "llama")
+    save_tiny(root / "base", "gpt2")
+    return root
+
+
+Open = Callable[..., AppTest]
+
+
+@pytest.fixture
+def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
+    """Opens the page with two models picked, loaded, and short answers set."""
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path))
+    monkeypatch.setenv("LBLLM_ROOT", str(root))
+
+    def open_page(left: str = "chat", right: str = "run/checkpoint", length: int = 8) -> AppTest:
+        page = AppTest.from_file(PAGE, default_timeout=60)
+        page.query_params["left"], page.query_params["right"] = left, right
+        page.run()
+        assert not page.exception
+        for slot in page.session_state.get("compare_slots", ()):
+            assert slot.wait(60)
+        page.run()
+        page.number_input(key="compare_length_both").set_value(length).run()
+        return page
+
+    return open_page
+
+
+def talk(page: AppTest) -> Conversation:
+    found: Conversation = page.session_state["compare_conversation"]
+    return found
+
+
+def ask(page: AppTest, prompt: str = "What is the capital of France?") -> AppTest:
+    page.chat_input(key="compare_prompt").set_value(prompt).run()
+    assert not page.exception
+    # The script of a test ends where it reruns itself.
+    deadline = time.monotonic() + 60
+    while talk(page).running:
+        assert time.monotonic() < deadline
+        page.run()
+    page.run()
+    return page
+
+
+def written(page: AppTest) -> str:
+    """All text that the page shows."""
+    parts = [*page.markdown, *page.caption, *page.error, *page.text, *page.subheader]
+    return "\n".join(str(part.value) for part in parts)
+
+
+def test_the_first_sight_explains_and_offers_prompts(opened: Open) -> None:
+    page = opened()
+    assert "Ask both models the same thing" in written(page)
+    assert "3 bits" not in written(page)
+    assert "W(1+1)A4KV4" in written(page).replace("\\", "")
+    page.button(key="compare_example_0").click().run()
+    while talk(page).running:
+        page.run()
+    assert talk(page).exchanges[0].prompt in written(page)
+
+
+def test_both_models_answer_and_the_page_compares_them(opened: Open) -> None:
+    page = ask(opened())
+    (exchange,) = talk(page).exchanges
+    assert [answer.state for answer in exchange.answers] == ["done", "done"]
+    text = written(page)
+    assert "first word" in text or "agree" in text or "the same" in text
+    assert "mean divergence" in text
+    assert page.button(key="compare_stop").disabled
+
+
+def test_regenerate_edit_and_clear(opened: Open) -> None:
+    page = ask(opened())
+    first = talk(page).exchanges[0]
+    page.button(key="compare_regenerate").click().run()
+    again = talk(page).exchanges[0]
+    again.duel.wait(60)
+    assert again.prompt == first.prompt
+    assert again.settings[0].seed == first.settings[0].seed + 1
+    page.run()
+    page.button(key="compare_edit_open").click().run()
+    page.text_area(key="compare_edited").set_value("And of Spain?")
+    next(button for button in page.button if button.label == "Ask again").click().run()
+    assert [exchange.prompt for exchange in talk(page).exchanges] == ["And of Spain?"]
+    talk(page).exchanges[0].duel.wait(60)
+    ask(page, "And then?")
+    assert len(talk(page).exchanges) == 2
+    page.button(key="compare_clear").click().run()
+    assert talk(page).exchanges == []
+
+
+def test_a_vote_is_kept_counted_and_taken_back(opened: Open, tmp_path: Path) -> None:
+    page = ask(opened())
+    assert "No votes on this pair yet" in written(page)
+    key = f"compare_vote_{talk(page).exchanges[0].id}"
+    page.button_group(key=key).set_value("right").run()
+    assert not page.exception
+    (vote,) = RunStore(tmp_path / "runs").votes()
+    assert (vote.choice, vote.left, vote.right) == ("right", "chat", "run/checkpoint")
+    assert vote.left_answer == talk(page).exchanges[0].answers[0].text
+    assert "1 vote on this pair" in written(page)
+    page.button_group(key=key).set_value(None).run()
+    assert RunStore(tmp_path / "runs").votes() == []
+
+
+def test_two_settings_on_one_model(opened: Open) -> None:
+    page = opened("chat", "chat")
+    page.toggle(key="compare_apart").set_value(True).run()
+    for side, temperature in (("left", 0.0), ("right", 1.5)):
+        page.slider(key=f"compare_temperature_{side}").set_value(temperature).run()
+        page.number_input(key=f"compare_length_{side}").set_value(8).run()
+    ask(page)
+    (exchange,) = talk(page).exchanges
+    assert [settings.temperature for settings in exchange.settings] == [0.0, 1.5]
+    assert exchange.names == ("chat (temperature 0)", "chat (temperature 1.5)")
+    assert "the same model" in written(page)
+
+
+def test_a_base_model_is_labelled_and_goes_on_with_the_text(opened: Open) -> None:
+    page = opened("base", "chat")
+    assert "base model" in written(page)
+    ask(page)
+    assert [answer.completes for answer in talk(page).exchanges[0].answers] == [True, False]
+    assert "goes on with the text" in written(page)
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        ("../elsewhere", "lies outside"),
+        ("/etc", "lies outside"),
+        ("no-such-model", "no-such-model"),
+        ("run", "config.json"),
+    ],
+)
+def test_a_pick_that_can_not_be_used_says_why(opened: Open, pick: str, message: str) -> None:
+    page = opened("chat", pick)
+    assert message in written(page).replace("\\", "")
+    assert not page.exception
+
+
+def test_a_lens_over_a_text_of_ones_own(opened: Open) -> None:
+    page = opened()
+    page.text_area(key="compare_lens_own").set_value("The river runs past the old mill.").run()
+    assert "mean divergence" in written(page)
+
+
+def test_the_example_prompts_are_many_and_of_several_kinds() -> None:
+    kinds = json.loads((Path(PAGE).parents[2] / "assets" / "prompts.json").read_text())
+    assert len(kinds) >= 5
+    prompts = [prompt for kind in kinds for prompt in kind["prompts"]]
+    assert len(set(prompts)) == len(prompts) >= 20

@@ -1,0 +1,378 @@
+"""The showcase: its line, limits and blind votes; its endpoints through gradio_client; what its server refuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from app.showcase.page import serve
+from lbllm.chat.pool import Slot
+from lbllm.chat.rate_limit import RateLimit
+from lbllm.chat.showcase import Limits, Showcase, Turn, VisitorError, open_showcase
+from lbllm.checkpoints.find import find
+from lbllm.commands.main import main
+from lbllm.errors import CheckpointError, LbllmError, ModelError, ResourceError
+from lbllm.models.catalogue import model_title
+from lbllm.runs.store import RunStore
+from lbllm.share.export import export
+from tests.helpers import waiting
+from tests.helpers.ports import free_port
+from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_showcase import NAMES, endless_slots, tiny_pair
+
+QUESTION = "What is the capital of France?"
+MANY = Limits(answer_tokens=12, per_minute=1000, address_per_minute=1000)
+LONG = Limits(answer_tokens=4000, per_minute=1000, address_per_minute=1000)
+wait_until = partial(waiting.wait_until, seconds=60.0)
+Make = Callable[[Limits], Showcase]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_pair(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def slots(folders: tuple[Path, Path]) -> tuple[Slot, Slot]:
+    return endless_slots(*folders)
+
+
+@pytest.fixture
+def make(slots: tuple[Slot, Slot], tmp_path: Path) -> Iterator[Make]:
+    """Makes showcases under given limits, whose answers are ended after the test."""
+    made: list[Showcase] = []
+
+    def showcase(limits: Limits) -> Showcase:
+        made.append(Showcase(slots, NAMES, RunStore(tmp_path / "store"), limits))
+        return made[-1]
+
+    yield showcase
+    for one in made:
+        for visitor in list(one._turns):
+            one.leave(visitor)
+
+
+def finished(showcase: Showcase, turn: Turn) -> Turn:
+    wait_until(lambda: showcase.seen(turn).state == "over")
+    return turn
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+def test_a_rate_limit_counts_each_key_by_itself_and_forgets() -> None:
+    now = 0.0
+    limit = RateLimit(2, 60, clock=lambda: now)
+    assert [limit.take("a"), limit.take("a"), limit.take("b")] == [0, 0, 0]
+    now = 10.0
+    assert limit.take("a") == 50
+    assert limit.wait("a") == 50
+    assert limit.take("b") == 0
+    now = 60.0
+    assert limit.wait("a") == 0
+    assert [limit.take("a"), limit.take("a")] == [0, 0]
+    assert limit.take("a") == 60
+    for key in range(3000):
+        now += 1
+        limit.take(key)
+    assert len(limit._taken) < 1200
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "complaint"),
+    [
+        (MANY, "  \n ", "empty"),
+        (Limits(prompt_chars=10), "x" * 11, "11 characters; 10 are allowed"),
+        (Limits(line=0), QUESTION, "line is full"),
+    ],
+)
+def test_questions_that_are_refused(make: Make, limits: Limits, asked: str, complaint: str) -> None:
+    showcase = make(limits)
+    with pytest.raises(VisitorError, match=complaint):
+        showcase.ask("me", "here", asked)
+    assert showcase.current("me") is None
+
+
+def test_whoever_asks_too_often_waits_and_nobody_else_does(make: Make) -> None:
+    showcase = make(Limits(answer_tokens=1, per_minute=2, address_per_minute=4))
+    for _ in range(2):
+        finished(showcase, showcase.ask("me", "hall", QUESTION))
+    with pytest.raises(VisitorError, match=r"possible in \d+ s"):
+        showcase.ask("me", "hall", QUESTION)
+    for visitor in ("you", "she"):
+        finished(showcase, showcase.ask(visitor, "hall", QUESTION))
+    # A new session is no way round: the address has its limit, too.
+    with pytest.raises(VisitorError, match="many questions"):
+        showcase.ask("he", "hall", QUESTION)
+    finished(showcase, showcase.ask("he", "elsewhere", QUESTION))
+
+
+def test_a_prompt_that_is_no_text_ends_in_a_message(make: Make) -> None:
+    showcase = make(MANY)
+    turn = finished(showcase, showcase.ask("me", "here", "a \ud800 b"))
+    assert turn.prompt == "a ? b"
+    assert [answer.state for answer in turn.answers] == ["done", "done"]
+
+
+# ------------------------------------------------------------------------------------------------ the line
+
+
+def test_first_come_first_served_one_at_a_time(make: Make) -> None:
+    showcase = make(LONG)
+    turns = [showcase.ask(f"visitor {number}", "here", f"{QUESTION} {number}") for number in range(4)]
+    wait_until(lambda: turns[0].duel is not None)
+    assert [showcase.seen(turn).position for turn in turns] == [0, 1, 2, 3]
+    assert [showcase.seen(turn).number for turn in turns] == [1, 2, 3, 4]
+    assert [showcase.seen(turn).state for turn in turns] == ["answering", *["waiting"] * 3]
+    with pytest.raises(VisitorError, match="not answered yet"):
+        showcase.ask("visitor 2", "here", "Another one?")
+    # Who stops, or goes, makes room for the next.
+    showcase.stop(turns[1])
+    assert showcase.seen(turns[1]).state == "over"
+    assert [showcase.seen(turn).position for turn in turns[2:]] == [1, 2]
+    showcase.leave("visitor 2")
+    assert showcase.seen(turns[3]).position == 1
+    showcase.leave("visitor 0")
+    finished(showcase, turns[0])
+    wait_until(lambda: turns[3].duel is not None)
+    assert turns[2].duel is None
+    assert turns[0].answers[0].tokens < LONG.answer_tokens
+    # Whoever stopped may ask again.
+    assert showcase.seen(showcase.ask("visitor 1", "here", QUESTION)).position == 1
+
+
+def test_many_at_once_get_their_own_answers(make: Make) -> None:
+    showcase = make(MANY)
+    questions = [f"{number} {QUESTION}" for number in range(6)]
+
+    def answers(number: int, visitor: str) -> list[str]:
+        turn = finished(showcase, showcase.ask(visitor, "here", questions[number], seed=number))
+        return [answer.text for answer in turn.answers]
+
+    alone = [answers(number, "alone") for number in range(6)]
+    assert len({tuple(texts) for texts in alone}) == 6
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda number: answers(number, f"visitor {number}"), range(6)))
+    assert together == alone
+
+
+# ------------------------------------------------------------------------------------------------ blind turns
+
+
+def test_a_blind_turn_tells_nothing_before_the_vote(make: Make) -> None:
+    showcase = make(Limits(answer_tokens=60))
+    turn = showcase.ask("me", "here", QUESTION, blind=True)
+    unlike = 0
+    while not (seen := showcase.seen(turn)).votable:
+        assert seen.names is None
+        left, right = seen.answers
+        assert {(one.tokens, one.tokens_per_second, one.bpw, one.weight_bytes) for one in (left, right)} == {(0,) * 4}
+        if "done" not in (left.state, right.state):
+            unlike = max(unlike, abs(len(left.text) - len(right.text)))
+        with pytest.raises(VisitorError, match="not finished"):
+            showcase.vote("me", "left")
+        time.sleep(0.01)
+    assert unlike == 0, "the faster model shows"
+    with pytest.raises(VisitorError, match="'best' is no vote"):
+        showcase.vote("me", "best")
+    showcase.vote("me", "left")
+    seen = showcase.seen(turn)
+    assert seen.names == (NAMES[::-1] if turn.swapped else NAMES)
+    assert seen.choice == "left"
+    assert all(answer.tokens_per_second > 0 for answer in seen.answers)
+    # On each side stands the answer of the model that is named there.
+    sizes = {name: slot.loaded.weight_bytes for name, slot in zip(NAMES, showcase.slots, strict=True)}
+    assert [answer.weight_bytes for answer in seen.answers] == [sizes[name] for name in seen.names]
+    with pytest.raises(VisitorError, match="have voted"):
+        showcase.vote("me", "right")
+
+
+def test_votes_count_for_models_whatever_side_they_were_on(make: Make, tmp_path: Path) -> None:
+    showcase = make(MANY)
+    sides: set[bool] = set()
+    asked = 0
+    while len(sides) < 2 and asked < 40:
+        asked += 1
+        turn = finished(showcase, showcase.ask("me", "here", QUESTION, blind=True))
+        showcase.vote("me", "right" if turn.swapped else "left")
+        sides.add(turn.swapped)
+    counted = showcase.tally()
+    assert (counted.left, counted.right, counted.total) == (asked, 0, asked)
+    assert len(sides) == 2
+    kept = RunStore(tmp_path / "store").votes()
+    assert {(vote.left, vote.right) for vote in kept} == {NAMES, NAMES[::-1]}
+    assert all(vote.prompt == QUESTION and vote.left_answer and vote.right_answer for vote in kept)
+
+
+def test_what_can_not_be_voted_on(make: Make) -> None:
+    showcase = make(LONG)
+    with pytest.raises(VisitorError, match="nothing to vote on"):
+        showcase.vote("me", "left")
+    turn = showcase.ask("me", "here", QUESTION)
+    assert showcase.seen(turn).names == NAMES
+    showcase.stop(turn)
+    finished(showcase, turn)
+    with pytest.raises(VisitorError, match="nothing to vote on"):
+        showcase.vote("me", "left")
+    first = showcase.ask("you", "here", QUESTION)
+    turn = showcase.ask("me", "here", QUESTION, blind=True)
+    showcase.stop(turn)
+    # Nothing was written: nothing to compare, and nothing to hide.
+    assert showcase.seen(turn).names is not None
+    with pytest.raises(VisitorError, match="no two answers"):
+        showcase.vote("me", "left")
+    showcase.stop(first)
+    assert showcase.tally().total == 0
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
+    teacher, checkpoint = folders
+    showcase = open_showcase(str(checkpoint))
+    assert showcase.names == ("teacher", "teacher binarized")
+    showcase.wait()
+    assert showcase.ready
+    assert not showcase.completes
+    base = open_showcase(str(checkpoint), str(save_tiny(tmp_path / "base", "gpt2")))
+    base.wait()
+    assert base.completes
+    assert base.names[0] == "base"
+    with pytest.raises(CheckpointError, match="no packed checkpoint"):
+        open_showcase(str(teacher))
+    missing = open_showcase(str(checkpoint), str(tmp_path / "missing"))
+    with pytest.raises(LbllmError, match="missing"):
+        missing.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("smollm2-135m-instruct", "SmolLM2-135M-Instruct"),
+        ("qwen3-0.6b", "Qwen3-0.6B"),
+        ("somebody/their-model", "their-model"),
+        ("/home/anna/mine.gguf", "mine"),
+        ("C:\\anna\\mine\\", "mine"),
+        (".", "."),
+    ],
+)
+def test_a_model_is_titled_by_its_name(name: str, shown: str) -> None:
+    assert model_title(name) == shown
+
+
+def test_a_teacher_that_is_not_here_is_asked_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    given = export(find(str(folders[1]), RunStore(tmp_path / "store")), "packed", tmp_path / "given").path
+    with pytest.raises(ModelError, match=r"given was made from teacher.*--teacher"):
+        open_showcase(str(given))
+
+
+def test_the_command_names_what_is_wrong(
+    folders: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
+    assert main(["showcase", str(tmp_path)]) == 1
+    assert f"{tmp_path} is no packed checkpoint" in capsys.readouterr().err
+    assert main(["showcase", "--port", "70000"]) == 2
+    # What shows only while it loads ends the server.
+    missing = ["showcase", str(folders[1]), "--teacher", str(tmp_path / "none"), "--port", str(free_port())]
+    assert main(missing) == 1
+    shown = capsys.readouterr().err
+    assert "LBLLM Showcase: http://127.0.0.1:" in shown
+    assert str(tmp_path / "none") in shown
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+@pytest.fixture(scope="module")
+def address(slots: tuple[Slot, Slot], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running showcase on this machine."""
+    limits = Limits(prompt_chars=200, answer_tokens=20, per_minute=3, address_per_minute=100)
+    showcase = Showcase(slots, NAMES, RunStore(tmp_path_factory.mktemp("votes")), limits)
+    with serve(showcase, host="127.0.0.1", port=free_port()) as url:
+        yield url
+
+
+def client(address: str) -> Client:
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+def test_ask_and_vote_through_the_client(address: str) -> None:
+    visitor = client(address)
+    about = visitor.predict(api_name="/about")
+    assert about["names"] == list(NAMES)
+    assert about["limits"]["prompt_chars"] == 200
+    seen: list[dict[str, Any]] = list(visitor.submit(QUESTION, False, 3, api_name="/ask"))
+    assert seen[-1]["state"] == "over"
+    assert seen[-1]["names"] == list(NAMES)
+    grown = [[answer["text"] for answer in one["answers"]] for one in seen]
+    assert all(later[side].startswith(earlier[side]) for earlier, later in pairwise(grown) for side in (0, 1))
+    again = visitor.predict(QUESTION, False, 3, api_name="/ask")
+    assert [one["text"] for one in again["answers"]] == grown[-1]
+
+    hidden = visitor.predict(QUESTION, blind=True, api_name="/ask")
+    assert (hidden["names"], hidden["votable"]) == (None, True)
+    shown = visitor.predict("tie", api_name="/vote")
+    assert sorted(shown["names"]) == sorted(NAMES)
+    assert client(address).predict(api_name="/tally") == {NAMES[0]: 0, NAMES[1]: 0, "tie": 1, "both bad": 0}
+
+
+def test_refusals_reach_the_client_as_they_are(address: str) -> None:
+    visitor = client(address)
+    for prompt, seed, complaint in [
+        ("x" * 201, None, "201 characters; 200 are allowed"),
+        ("", None, "empty"),
+        (["a"], None, "must be a text"),
+        (QUESTION, -1, "whole number"),
+    ]:
+        with pytest.raises(AppError, match=complaint):
+            visitor.predict(prompt, False, seed, api_name="/ask")
+    with pytest.raises(AppError, match="nothing to vote on"):
+        visitor.predict("left", api_name="/vote")
+    assert visitor.predict(api_name="/stop") is False
+    for _ in range(3):
+        visitor.predict("Hi", api_name="/ask")
+    with pytest.raises(AppError, match=r"next one is possible in \d+ s"):
+        visitor.predict("Hi", api_name="/ask")
+
+
+def test_files_and_foreign_names_are_refused(address: str) -> None:
+    assert httpx.get(address).status_code == 200
+    assert httpx.get(address, headers={"host": "example.com"}).status_code == 403
+    upload = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"x")})
+    assert upload.status_code == 403
+    assert httpx.get(f"{address}gradio_api/file=/etc/hostname").status_code == 403
+
+
+def test_nothing_is_fetched_from_anywhere_and_nothing_is_reported(address: str) -> None:
+    config = httpx.get(f"{address}config").json()
+    assert config["analytics_enabled"] is False
+    assert not config.get("stylesheets")
+    # The name of SVG in the icons that lie in the text itself is no address.
+    css = httpx.get(f"{address}theme.css").text.replace("http://www.w3.org/2000/svg", "")
+    assert "--body-text-color" in css
+    assert "//" not in css
+
+
+def test_a_port_that_is_taken_is_named(address: str, make: Make) -> None:
+    port = int(address.rstrip("/").rpartition(":")[2])
+    with (
+        pytest.raises(ResourceError, match=f"port {port} of 127.0.0.1 is taken"),
+        serve(make(MANY), host="127.0.0.1", port=port),
+    ):
+        pass

@@ -1,0 +1,197 @@
+"""The estimate: true bits, disk to the byte, memory by named terms, time, and errors before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbllm.config import RunConfig, make_config
+from lbllm.errors import ConfigError, ModelError, ResourceError
+from lbllm.events import RunDone
+from lbllm.machine import fastest_matmul_rate, free_memory
+from lbllm.measure.estimate import Estimate, check_memory, estimate
+from lbllm.pipeline.run import run
+from lbllm.sections import STAGES
+from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
+
+
+def _config(model: Path | str, stages: tuple[str, ...] = ("ptq", "wat", "aar"), **quant: Any) -> RunConfig:
+    small = {"tokens": 64, "batch_tokens": 32}
+    changes: dict[str, Any] = {"model": str(model), "seq_len": 16, "stages": stages, "device": "cpu"}
+    changes |= {"ptq": {"tokens": 64}, "wat": small, "aar": small | {"search_tokens": 16}}
+    return make_config("quick", changes | {"quant": {"group_size": 32, "param_bits": 16} | quant})
+
+
+def _estimate(architecture: str, folder: Path, **quant: Any) -> Estimate:
+    return estimate(_config(save_tiny(folder, architecture), **quant))
+
+
+@pytest.mark.parametrize("architecture", DENSE_ARCHITECTURES)
+def test_counts_are_those_of_the_model(architecture: str, tmp_path: Path) -> None:
+    result = _estimate(architecture, tmp_path)
+    model, _ = tiny(architecture)
+    assert result.weights + result.dense_weights == model.num_parameters()
+    assert result.blocks == model.config.num_hidden_layers
+    assert sum(result.parts.values()) == result.disk_bytes
+    assert sum(result.memory_parts.values()) == result.memory_bytes
+    assert sum(result.stage_seconds.values()) == pytest.approx(result.seconds)
+    assert all(size >= 0 for size in (result.parts | result.memory_parts).values())
+    stored = result.parts["bits"] + result.parts["bitmap"] + result.parts["parameters"]
+    assert result.bpw == pytest.approx(8 * stored / result.weights)
+
+
+def _embedded(**quant: Any) -> Estimate:
+    return estimate(make_config("quick", {"quant": {"param_bits": 16} | quant, "device": "cpu"}))
+
+
+@pytest.mark.parametrize(
+    ("quant", "bpw"),
+    [
+        ({"group_size": 64}, 3.0),
+        ({"group_size": 32}, 4.0),
+        ({"group_size": 64, "format": "w1"}, 1.5),
+        # 8-bit parameters and, for each row and parameter, two 16-bit numbers.
+        ({"group_size": 64, "param_bits": 8}, 2.5 + 128 * (3072 + 576 + 960 + 576) / 3_538_944),
+        # 4-bit parameters, a 16-bit scale for each row, eight 16-bit numbers for each of the seven layers.
+        ({"group_size": 16, "param_bits": 4}, 3.0 + 16 * (5184 + 7 * 8) / 3_538_944),
+        # 576 = 4 * 128 + 64: the short group has its parameters too.
+        ({"group_size": 128}, 2 + 64 * (5 * (3072 + 576 + 960) + 12 * 576) / 3_538_944),
+        ({"group_size": -1}, 2 + 64 * (3072 + 576 + 960 + 576) / 3_538_944),
+    ],
+)
+def test_true_bits_of_the_embedded_model(quant: dict[str, Any], bpw: float) -> None:
+    assert _embedded(**quant).bpw == pytest.approx(bpw, rel=1e-12)
+
+
+def test_embedded_model() -> None:
+    result = _embedded(group_size=64)
+    assert (result.blocks, result.weights, result.dense_weights) == (30, 106_168_320, 28_346_688)
+    assert result.parts["embeddings"] == 2 * 28_311_552
+    assert result.parts["bits"] == result.parts["bitmap"] == 106_168_320 // 8
+    assert result.parts["parameters"] == 106_168_320 // 64 * 8
+    assert result.memory_parts["teacher in float32"] == 4 * 134_515_008
+    assert result.memory_bytes < 4 * 2**30
+    dearer = estimate(make_config("standard", {"device": "cpu"}))
+    assert dearer.memory_bytes > result.memory_bytes
+    assert dearer.seconds > 2 * result.seconds
+
+
+def test_overrides_and_skipped_layers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama")
+    plain = estimate(_config(folder, format="w1"))
+    mixed = estimate(_config(folder, format="w1", overrides={"*.down_proj": {"format": "w1+1", "group_size": -1}}))
+    skipped = estimate(_config(folder, format="w1", skip=["*.down_proj"]))
+    down = 2 * 90 * 48
+    assert plain.parts["bitmap"] == 0
+    assert mixed.parts["bitmap"] == 2 * 48 * math.ceil(90 / 8)
+    assert skipped.weights == plain.weights - down
+    assert skipped.dense_weights == plain.dense_weights + down
+    assert skipped.disk_bytes > plain.disk_bytes
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ({"group_size": 64}, r"64 .*model\.layers\.0\.self_attn\.q_proj, which has 48 weights.*-1"),
+        ({"overrides": {"*.k_proj": {"group_size": 49}}}, r"49 .*self_attn\.k_proj, which has 48"),
+        ({"skip": ["*"]}, "no layer to binarize"),
+        ({"skip": ["*.dwon_proj"]}, r"'\*\.dwon_proj' matches no layer.*model\.layers\.0\.self_attn\.q_proj"),
+        ({"overrides": {"layers.9.*": {"act_bits": 8}}}, r"'layers\.9\.\*' matches no layer"),
+    ],
+)
+def test_settings_that_do_not_fit(quant: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _estimate("llama", tmp_path, **quant)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sequences_longer_than_the_models_context_are_refused(architecture: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, architecture)
+    config = _config(folder).model_copy(update={"seq_len": 256})
+    assert estimate(config).blocks == 2
+    with pytest.raises(ConfigError, match="seq_len 257 is more than the model's context of 256 tokens"):
+        estimate(config.model_copy(update={"seq_len": 257}))
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="experts"):
+        _estimate("qwen3_moe", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages", "quant"),
+    [
+        ("llama", ("ptq", "wat", "aar"), {"group_size": 16}),
+        ("llama_bias", ("ptq", "wat", "aar"), {"param_bits": 8, "act_bits": 8}),
+        ("gemma3", ("ptq",), {"format": "w1", "group_size": -1}),
+        ("llama", ("ptq", "wat"), {"param_bits": 4, "group_size": 10}),
+        ("llama_bias", ("ptq",), {"param_bits": 4, "format": "w1"}),
+        ("gpt2", ("ptq",), {"skip": ["*.c_proj"]}),
+        ("opt", ("ptq", "wat"), {"overrides": {"*.fc2": {"param_bits": 8, "group_size": 20}}}),
+        ("gpt_neox", ("ptq",), {"group_size": 48, "act_bits": 16}),
+    ],
+)
+def test_checkpoint_has_the_size_that_was_said(
+    architecture: str, stages: tuple[str, ...], quant: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", architecture)
+    text = tmp_path / "text.jsonl"
+    rng = random.Random(0)
+    rows = [{"text": " ".join(rng.choices(SENTENCES, k=3))} for _ in range(40)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = _config(folder, stages, **quant).model_copy(update={"corpus": str(text)})
+    said = estimate(config)
+    *_, done = run(config, tmp_path / "run", request=lambda: None)
+    assert isinstance(done, RunDone)
+    # transformers gives some tensors other names in its files, so the header can differ by a few bytes.
+    assert abs(done.disk_bytes - said.disk_bytes) <= 16
+    assert done.bpw == pytest.approx(said.bpw)
+
+
+def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama")
+    config = _config(folder)
+    base = estimate(config).memory_bytes
+    for stage, key in (("wat", "tokens"), ("aar", "batch_tokens"), ("ptq", "tokens")):
+        larger = getattr(config, stage).model_copy(update={key: 2_000_000})
+        assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
+    # Stage 4 holds a graph of the whole model.
+    whole = config.model_copy(update={"stages": STAGES, "seq_len": 256})
+    assert estimate(whole).memory_bytes > base + 10**6
+
+
+def test_stage_4_takes_time_of_its_own(tmp_path: Path) -> None:
+    config = _config(save_tiny(tmp_path, "llama"), stages=STAGES)
+    times = [
+        estimate(config.model_copy(update={"e2e": config.e2e.model_copy(update={"tokens": tokens})}), rate=1e9)
+        for tokens in (1_000, 3_000)
+    ]
+    one, three = (result.stage_seconds["e2e"] for result in times)
+    assert three == pytest.approx(3 * one)
+    # Teacher and student forward, student backward: at least 8 FLOPs a binarized weight and token.
+    assert one >= 8 * times[0].weights * 1_000 / 1e9
+
+
+def test_too_little_memory_is_said_before_the_start() -> None:
+    result = _embedded(group_size=64)
+    assert free_memory("cpu") > 0
+    check_memory(replace(result, memory_bytes=1), "cpu")
+    parts = result.memory_parts | {"teacher in float32": 10**15}
+    with pytest.raises(
+        ResourceError, match=r"needs about 1000000\.00 GB .* are free.*teacher in float32 1000000\.00 GB"
+    ):
+        check_memory(replace(result, memory_bytes=10**15, memory_parts=parts), "cpu")
+
+
+def test_rate_is_measured_quickly() -> None:
+    fastest_matmul_rate("cpu")
+    began = time.perf_counter()
+    assert 1e8 < fastest_matmul_rate("cpu") < 1e15
+    assert time.perf_counter() - began < 3  # 0.2 s on an idle machine

@@ -1,0 +1,152 @@
+"""The states of finished blocks: complete or absent, of this very run, and untouched by what is trained from them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lbllm.errors import CheckpointError
+from lbllm.files import write_atomic
+from lbllm.pipeline.block_store import BlockStore, fingerprint
+from lbllm.quant.activations import ActQuantizer
+from lbllm.sections import LayerFormat
+from lbllm.stages.block_state import BlockState, collect, restore
+from lbllm.stages.distill import binary_layers
+from tests.helpers.tiny_runs import run_config
+
+MARK = "0" * 64
+FORMAT = LayerFormat(format="w1+1", group_size=8, param_bits=16, act_bits=4)
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 6), nn.Linear(6, 20, bias=False))
+
+
+def block_state(**changes: Any) -> BlockState:
+    tensors = {"0.params": torch.rand(6, 3, 4), "0.index": torch.randint(0, 4, (6, 20), dtype=torch.uint8)}
+    tensors |= {"1.params": torch.rand(20, 1, 4), "1.index": torch.randint(0, 4, (20, 6), dtype=torch.uint8)}
+    tensors |= {f"{name}.act": torch.tensor([0.25, 0.9, 1.0]) for name in "01"}
+    return BlockState(**{"tensors": tensors, "loss_before": 0.1, "loss_after": 1 / 3, "diverged": True} | changes)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    assert store.load("wat", 3) is None
+    for losses in ((0.1, 1 / 3), (math.inf, 0.0)):
+        state = block_state(loss_before=losses[0], loss_after=losses[1])
+        store.save("wat", 3, state)
+        loaded = store.load("wat", 3)
+        assert loaded is not None
+        assert (loaded.loss_before, loaded.loss_after, loaded.diverged) == (*losses, True)
+        assert loaded.tensors.keys() == state.tensors.keys()
+        assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in state.tensors.items())
+    assert store.load("aar", 3) is None
+    assert [path.name for path in store.folder.iterdir()] == ["wat-0003.safetensors"]
+
+
+def test_a_foreign_state_is_refused_and_can_still_be_looked_at(tmp_path: Path) -> None:
+    BlockStore(tmp_path, MARK).save("ptq", 0, block_state())
+    with pytest.raises(CheckpointError, match=r"ptq-0000\.safetensors was made with another .*use another folder"):
+        BlockStore(tmp_path, "1" * 64).load("ptq", 0)
+    assert BlockStore(tmp_path, None).load("ptq", 0) is not None
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    store.save("ptq", 0, block_state())
+    whole = store.path("ptq", 0).read_bytes()
+
+    def without_metadata(path: Path) -> None:
+        save_file({"a": torch.zeros(1)}, path, {"fingerprint": MARK})
+
+    for damage in (
+        lambda path: path.write_bytes(whole[:-1]),
+        lambda path: path.write_bytes(whole[:4]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\0" * len(whole)),
+        without_metadata,
+    ):
+        damage(store.path("ptq", 0))
+        with pytest.raises(CheckpointError, match=r"ptq-0000\.safetensors is damaged .*delete it and resume"):
+            store.load("ptq", 0)
+
+
+def test_a_flipped_bit_in_a_state_is_noticed(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    store.save("ptq", 0, block_state())
+    data = bytearray(store.path("ptq", 0).read_bytes())
+    data[-1] ^= 1
+    store.path("ptq", 0).write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        store.load("ptq", 0)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_atomic(path, b"first")
+    write_atomic(path, b"second")
+    assert path.read_bytes() == b"second"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_atomic(tmp_path / "folder", b"third")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "state"]
+
+
+def test_the_fingerprint_is_of_all_that_a_block_depends_on() -> None:
+    config, teacher = run_config(), nn.Linear(3, 2)
+    mark = fingerprint(config, teacher, "text", "no")
+    assert mark == fingerprint(run_config(), teacher, "text", "no")
+    for same in ({"device": "auto"}, {"preset": "paper"}, {"stages": ("ptq",)}):
+        assert fingerprint(config.model_copy(update=same), teacher, "text", "no") == mark
+    others = [run_config(seed=1), run_config(model="other"), run_config(seq_len=16)]
+    others += [
+        run_config(**{section: change})
+        for section, change in (
+            ("quant", {"group_size": 17}),
+            ("ptq", {"em_steps": 9}),
+            ("wat", {"lr_weight": 0.5}),
+            ("aar", {"lr_act": 0.5}),
+        )
+    ]
+    marks = [fingerprint(other, teacher, "text", "no") for other in others]
+    marks += [fingerprint(config, teacher, "text", "bf16"), fingerprint(config, teacher, "other text", "no")]
+    with torch.no_grad():
+        teacher.weight[1, 2] += 1e-3
+    marks.append(fingerprint(config, teacher, "text", "no"))
+    assert len({mark, *marks}) == 1 + len(marks)
+
+
+def test_training_a_restored_block_leaves_the_state_alone() -> None:
+    state, teacher = block_state(), block()
+    formats = {"0": FORMAT, "1": FORMAT}
+    before = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    student = restore(teacher, formats, state.tensors, 2)
+    layers = binary_layers(student)
+    assert collect(layers).keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in collect(layers).items())
+    assert layers["0"].bias is teacher[0].bias
+    assert torch.equal(student(torch.ones(1, 20)), restore(teacher, formats, before, 2)(torch.ones(1, 20)))
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.params.add_(1)
+            assert layer.quantizer is not None
+            layer.quantizer.act.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors.items())
+
+
+def test_layers_that_share_a_quantizer_are_stored_one_by_one(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in block_state().tensors.items() if not name.endswith(".act")}
+    layers = binary_layers(restore(block(), {"0": FORMAT, "1": FORMAT}, tensors, 2))
+    assert layers["0"].quantizer is None
+    layers["0"].quantizer = layers["1"].quantizer = ActQuantizer(4, 2)
+    store = BlockStore(tmp_path, MARK)
+    store.save("aar", 0, block_state(tensors=collect(layers)))
+    loaded = store.load("aar", 0)
+    assert loaded is not None
+    assert torch.equal(loaded.tensors["0.act"], loaded.tensors["1.act"])
