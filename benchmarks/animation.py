@@ -23,8 +23,9 @@ from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwr
 
 from benchmarks.screenshots import PATIENCE, settle
 from lbllm.runs.store import ACTIVE
-from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server, wait_until
+from tests.browser.conftest import CHROMIUM, FLAGS, Server, wait_until
 from tests.browser.test_quantize import choose, figure
+from tests.helpers import ROOT
 from tests.helpers.homes import own_home
 
 SIZE = ViewportSize(width=1280, height=800)

@@ -20,8 +20,9 @@ from app.showcase.page import serve
 from lbllm.chat.showcase import open_showcase
 from lbllm.places import home
 from lbllm.runs.store import RunStore
-from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Server
+from tests.browser.conftest import CHROMIUM, FLAGS, Server
 from tests.browser.test_showcase import ask
+from tests.helpers import ROOT
 from tests.helpers.ports import free_port
 
 PROMPT = "Why is the sky blue? Answer in two sentences."

@@ -9,7 +9,7 @@ import streamlit as st
 
 from app.view import plain, store
 from lbllm.chat.conversation import Exchange
-from lbllm.chat.votes import CHOICES, Choice, Vote, tally, votes_csv, votes_json
+from lbllm.chat.votes import CHOICES, Choice, Vote, VoteStore, tally, votes_csv, votes_json
 
 _LABELS: dict[Choice, str] = {
     "left": "Left is better",
@@ -19,15 +19,19 @@ _LABELS: dict[Choice, str] = {
 }
 
 
+def _votes() -> VoteStore:
+    return VoteStore(store().database)
+
+
 def votes_of(exchanges: Sequence[Exchange]) -> dict[str, Choice]:
     """The votes on these exchanges, by exchange id."""
     wanted = {exchange.id for exchange in exchanges}
-    return {vote.exchange: vote.choice for vote in store().votes() if vote.exchange in wanted}
+    return {vote.exchange: vote.choice for vote in _votes().all() if vote.exchange in wanted}
 
 
 def show_votes(exchange: Exchange) -> None:
     """Four ways to vote on an exchange, the pair's tally, and the export."""
-    votes = store().votes()
+    votes = _votes().all()
     given = next((vote.choice for vote in votes if vote.exchange == exchange.id), None)
     bar = st.columns([4.6, 3.4, 1.4], vertical_alignment="center")
     bar[0].segmented_control(
@@ -52,9 +56,9 @@ def show_votes(exchange: Exchange) -> None:
     if votes:
         with bar[2].popover("Votes", width="stretch"):
             st.caption(f"All {len(votes)} votes that are kept here, with prompts, answers and settings.")
-            st.download_button("As CSV", lambda: votes_csv(store().votes()), "votes.csv", "text/csv", on_click="ignore")
+            st.download_button("As CSV", lambda: votes_csv(_votes().all()), "votes.csv", "text/csv", on_click="ignore")
             st.download_button(
-                "As JSON", lambda: votes_json(store().votes()), "votes.json", "application/json", on_click="ignore"
+                "As JSON", lambda: votes_json(_votes().all()), "votes.json", "application/json", on_click="ignore"
             )
 
 
@@ -62,10 +66,10 @@ def cast(exchange: Exchange) -> None:
     """Keep what was chosen; choosing it once more takes it back."""
     choice = st.session_state[f"compare_vote_{exchange.id}"]
     if choice is None:
-        store().withdraw_vote(exchange.id)
+        _votes().withdraw(exchange.id)
         return
     left, right = exchange.answers
-    store().vote(
+    _votes().put(
         Vote(
             exchange=exchange.id,
             time=time.time(),

@@ -25,7 +25,7 @@ from lbllm.chat.duel import Answer, Duel, Side
 from lbllm.chat.pool import ModelPool, Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.settings import ChatSettings
-from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, tally
+from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, VoteStore, tally
 from lbllm.checkpoints.hf import is_checkpoint
 from lbllm.checkpoints.record import provenance
 from lbllm.checkpoints.shipped import ASSET_FOLDER as ASSET_CHECKPOINT
@@ -116,7 +116,7 @@ class Showcase:
         self.slots = slots
         self.names = names
         self.limits = limits or Limits()
-        self._store = store
+        self._votes = VoteStore(store.database)
         self._line: deque[Turn] = deque()
         self._turns: dict[str, Turn] = {}
         self._mutex = threading.RLock()
@@ -228,7 +228,7 @@ class Showcase:
             if not self.seen(turn).votable:
                 raise VisitorError("There are no two answers to compare. Ask again.")
             left, right = self._names(turn)
-            self._store.vote(
+            self._votes.put(
                 Vote(
                     exchange=turn.id,
                     time=time.time(),
@@ -247,7 +247,7 @@ class Showcase:
 
     def tally(self) -> Tally:
         """All blind votes on this pair; left is the teacher."""
-        return tally(self._store.votes(), *self.names)
+        return tally(self._votes.all(), *self.names)
 
     def _names(self, turn: Turn) -> tuple[str, str]:
         first, second = self.names

@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lbllm.chat.settings import ChatSettings
+from lbllm.runs.database import Database
 
 Choice = Literal["left", "right", "tie", "both bad"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both bad")
@@ -52,6 +53,29 @@ class Tally:
     def total(self) -> int:
         """All votes on the pair."""
         return self.left + self.right + self.tie + self.both_bad
+
+
+class VoteStore:
+    """The votes in a run store's file. Raises ResourceError where that can't be written."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(self, vote: Vote) -> None:
+        """Put a vote on record; it replaces an earlier one on the same exchange."""
+        with self._database.transaction() as db:
+            values = (vote.exchange, vote.time, vote.model_dump_json())
+            db.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?)", values)
+
+    def withdraw(self, exchange: str) -> None:
+        """Delete the vote on an exchange, if there is one."""
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
+
+    def all(self) -> list[Vote]:
+        """All votes, oldest first."""
+        rows = self._database.query("SELECT body FROM votes ORDER BY time, exchange")
+        return [Vote.model_validate_json(body) for (body,) in rows]
 
 
 def tally(votes: Iterable[Vote], left: str, right: str) -> Tally:

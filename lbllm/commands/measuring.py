@@ -155,6 +155,7 @@ def evaluate_run(
     """
     from lbllm.measure.table import stages_table
     from lbllm.models.teacher import load_teacher
+    from lbllm.pipeline.packed_model import stage_model
 
     teacher = load_teacher(run.config.model, device=device_named(run.config.device))
     try:
@@ -167,9 +168,10 @@ def evaluate_run(
         text = "embedded"
         sequences = windows(text, teacher.model, teacher.tokenizer, seq_len, limit)
     measured_on = f"{text}, {len(sequences)} windows of {sequences.shape[1]} tokens"
+    stages = {stage: stage_model(run.config, run.folder, stage, teacher) for stage in run.config.origins}
     with counter(console) as show:
         rows = stages_table(
-            run.config, run.folder, teacher, sequences, on_progress=lambda done, total: show("windows", done, total)
+            run.config, teacher, stages, sequences, on_progress=lambda done, total: show("windows", done, total)
         )
     for row in rows:
         figures = {"perplexity": row.perplexity, "kl": row.kl, "top1_agreement": row.top1_agreement}

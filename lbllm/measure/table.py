@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lbllm.baselines.rtn import round_to_nearest
 from lbllm.config import RunConfig
 from lbllm.labels import CODE_BITS, row_labels
 from lbllm.measure.perplexity import divergences
 from lbllm.models.teacher import Teacher
-from lbllm.pipeline.packed_model import stage_model
+from lbllm.sections import Origin
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,21 @@ class TableRow:
 
 def stages_table(
     config: RunConfig,
-    folder: Path,
     teacher: Teacher,
+    stages: Mapping[Origin, PreTrainedModel],
     sequences: Tensor,
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[TableRow]:
-    """Evaluate the models of the run in ``folder`` on windows of token ids (n, T), side by side.
+    """Evaluate the models of a run on windows of token ids (n, T), side by side. ``stages``: its packed models.
 
     Round-to-nearest has as many code bits and the group size of the run's default format and leaves activations alone.
     Its dense weights are what this needs in memory besides the teacher; the stages' models are packed.
     """
     quant = config.quant
     labels = row_labels(config, teacher.precision)
-    students = {"rtn": round_to_nearest(teacher.model, CODE_BITS[quant.format], quant.group_size)}
-    for stage in config.origins:
-        students[stage] = stage_model(config, folder, stage, teacher)
+    rounded = round_to_nearest(teacher.model, CODE_BITS[quant.format], quant.group_size)
+    students = {"rtn": rounded} | {str(stage): model for stage, model in stages.items()}
     found = divergences(teacher.model, list(students.values()), sequences, on_progress=on_progress)
     rows = [TableRow("teacher", labels["teacher"], found[0].teacher_perplexity, 0.0, 1.0, found[0].tokens)]
     for what, result in zip(students, found, strict=True):

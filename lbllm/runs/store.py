@@ -13,7 +13,6 @@ drops the lock with the process, however that ends, so a worker killed by ``kill
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -30,29 +29,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal
 
-from lbllm.chat.votes import Vote
 from lbllm.config import RunConfig, parse_config
-from lbllm.errors import ConfigError, ResourceError, RunError
+from lbllm.errors import ConfigError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
+from lbllm.places import home
+from lbllm.runs.database import IS_LIFECYCLE, Database
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
 ACTIVE: tuple[State, ...] = ("queued", "running")
 RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
-
-LIFECYCLE = ("run_queued", "run_loading", "run_started", "run_done", "run_stopped", "run_failed")
-_IS_LIFECYCLE = f"kind IN {LIFECYCLE}"
-# Statements that lead from each version of the file to the next; a new file goes through all of them.
-_MIGRATIONS = (
-    (
-        "CREATE TABLE runs (id TEXT PRIMARY KEY, name TEXT NOT NULL, created REAL NOT NULL, cwd TEXT NOT NULL)",
-        "CREATE TABLE events (run_id TEXT NOT NULL REFERENCES runs (id), seq INTEGER NOT NULL, time REAL NOT NULL, "
-        "body TEXT NOT NULL, kind TEXT AS (json_extract(body, '$.kind')), PRIMARY KEY (run_id, seq)) WITHOUT ROWID",
-        f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {_IS_LIFECYCLE}",
-    ),
-    ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
-)
-_VERSION = len(_MIGRATIONS)
 
 
 @dataclass(frozen=True)
@@ -124,44 +110,19 @@ def _at_rest(last: Event | None) -> State:
 
 
 class RunStore:
-    """The runs under ``root``, by default ``lbllm.models.home() / "runs"``.
+    """The runs under ``root``, by default ``home() / "runs"``.
 
     Threads may share a store; each process opens its own. Raises RunError where the file is damaged or of another
     version; ResourceError, from every method that writes, where it can't be written.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        if root is None:
-            from lbllm.places import home  # late: a reader of an explicit root needn't wait until torch is loaded
-
-            root = home() / "runs"
-        self.root = root.resolve()
-        self._mutex = threading.RLock()
-        path = self.root / "runs.db"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            # A commit needs no fsync: it survives a killed process, and the file stays sound after a power cut.
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            with self._transaction() as db:
-                (version,) = db.execute("PRAGMA user_version").fetchone()
-                for statements in _MIGRATIONS[version:]:
-                    for statement in statements:
-                        db.execute(statement)
-                if version < _VERSION:
-                    db.execute(f"PRAGMA user_version = {_VERSION}")
-        except (OSError, sqlite3.OperationalError) as error:
-            raise self._unwritable(error) from error
-        except sqlite3.DatabaseError as error:
-            raise RunError(f"{path} is no run store ({error}); move it away, or set LBLLM_HOME elsewhere") from error
-        if version > _VERSION:
-            raise RunError(f"{path} is a run store of version {version}; this program reads up to version {_VERSION}")
+        self.root = (root or home() / "runs").resolve()
+        self.database = Database(self.root)
 
     def close(self) -> None:
         """Close the database; the store can't be used afterwards."""
-        self._db.close()
+        self.database.close()
 
     def create(self, config: RunConfig, name: str | None = None) -> Run:
         """A new run, queued until ``start``. ``name`` is for people; by default model, format and group size."""
@@ -170,7 +131,7 @@ class RunStore:
         created = time.time()
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(created)) + secrets.token_hex(3)
         folder = self.root / run_id
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (run_id, name, created, str(Path.cwd())))
             folder.mkdir()
             (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -178,19 +139,22 @@ class RunStore:
 
     def get(self, run_id: str) -> Run:
         """The run as it is now. Raises RunError where there is none of that id."""
-        row = self._query("SELECT id, name, created, cwd FROM runs WHERE id = ?", run_id)
+        row = self.database.query("SELECT id, name, created, cwd FROM runs WHERE id = ?", run_id)
         if not row:
             raise RunError(f"no run {run_id!r} in {self.root}")
         return self._run(*row[0])
 
     def all(self) -> list[Run]:
         """All runs, oldest first."""
-        return [self._run(*row) for row in self._query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")]
+        return [
+            self._run(*row)
+            for row in self.database.query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")
+        ]
 
     def append(self, run_id: str, event: Event) -> StoredEvent:
         """Add an event to a run; it is on record when this returns. Any process may do it."""
         try:
-            with self._transaction() as db:
+            with self.database.transaction() as db:
                 (last,) = db.execute("SELECT MAX(seq) FROM events WHERE run_id = ?", (run_id,)).fetchone()
                 stored = StoredEvent(seq=(last or 0) + 1, time=time.time(), event=event)
                 db.execute(
@@ -209,8 +173,8 @@ class RunStore:
         query = "SELECT seq, time, body FROM events WHERE run_id = ? AND seq > ?"
         if kinds:
             query += f" AND kind IN ({', '.join('?' * len(kinds))})"
-        rows = self._query(f"{query} ORDER BY seq", run_id, after_seq, *kinds)
-        if not rows and not self._query("SELECT 1 FROM runs WHERE id = ?", run_id):
+        rows = self.database.query(f"{query} ORDER BY seq", run_id, after_seq, *kinds)
+        if not rows and not self.database.query("SELECT 1 FROM runs WHERE id = ?", run_id):
             raise RunError(f"no run {run_id!r} in {self.root}")
         return [StoredEvent(seq=seq, time=moment, event=EVENT.validate_json(body)) for seq, moment, body in rows]
 
@@ -225,22 +189,6 @@ class RunStore:
             if over:
                 return
             time.sleep(poll)
-
-    def vote(self, vote: Vote) -> None:
-        """Put a vote on record; it takes the place of an earlier one on the same exchange."""
-        with self._transaction() as db:
-            values = (vote.exchange, vote.time, vote.model_dump_json())
-            db.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?)", values)
-
-    def withdraw_vote(self, exchange: str) -> None:
-        """Delete the vote on an exchange, if there is one."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
-
-    def votes(self) -> list[Vote]:
-        """All votes, oldest first."""
-        rows = self._query("SELECT body FROM votes ORDER BY time, exchange")
-        return [Vote.model_validate_json(body) for (body,) in rows]
 
     def start(self, run_id: str) -> subprocess.Popen[bytes]:
         """Start the worker of a new run, detached from this process. Raises RunError where the run isn't new."""
@@ -336,30 +284,6 @@ class RunStore:
 
     def _last(self, run_id: str) -> tuple[int, Event | None]:
         """The last event of the run's lifecycle and its ``seq``; (0, None) before the first."""
-        query = f"SELECT seq, body FROM events INDEXED BY lifecycle WHERE run_id = ? AND {_IS_LIFECYCLE}"
-        rows = self._query(f"{query} ORDER BY seq DESC LIMIT 1", run_id)
+        query = f"SELECT seq, body FROM events INDEXED BY lifecycle WHERE run_id = ? AND {IS_LIFECYCLE}"
+        rows = self.database.query(f"{query} ORDER BY seq DESC LIMIT 1", run_id)
         return (rows[0][0], EVENT.validate_json(rows[0][1])) if rows else (0, None)
-
-    def _query(self, query: str, *values: object) -> list[tuple]:
-        with self._mutex:
-            return self._db.execute(query, values).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                # After some errors SQLite has rolled back by itself.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if isinstance(error, OSError | sqlite3.OperationalError):
-                    raise self._unwritable(error) from error
-                raise
-
-    def _unwritable(self, error: Exception) -> ResourceError:
-        return ResourceError(
-            f"the run store {self.root} can't be written ({error}); free some space there, or set LBLLM_HOME elsewhere"
-        )

@@ -35,8 +35,9 @@ from lbllm.events import (
     StoredEvent,
     stage_parts,
 )
+from lbllm.runs.database import LIFECYCLE
 from lbllm.runs.progress import RunProgress
-from lbllm.runs.store import LIFECYCLE, RunStore
+from lbllm.runs.store import RunStore
 from lbllm.sections import Stage
 
 MAX_POINTS = 800

@@ -11,7 +11,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lbllm.chat.conversation import Conversation
-from lbllm.runs.store import RunStore
+from lbllm.chat.votes import VoteStore
+from lbllm.runs.database import Database
 from tests.helpers import ROOT
 from tests.helpers.tiny_models import save_tiny
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
@@ -122,12 +123,12 @@ def test_a_vote_is_kept_counted_and_taken_back(opened: Open, tmp_path: Path) -> 
     key = f"compare_vote_{talk(page).exchanges[0].id}"
     page.button_group(key=key).set_value("right").run()
     assert not page.exception
-    (vote,) = RunStore(tmp_path / "runs").votes()
+    (vote,) = VoteStore(Database(tmp_path / "runs")).all()
     assert (vote.choice, vote.left, vote.right) == ("right", "chat", "run/checkpoint")
     assert vote.left_answer == talk(page).exchanges[0].answers[0].text
     assert "1 vote on this pair" in written(page)
     page.button_group(key=key).set_value(None).run()
-    assert RunStore(tmp_path / "runs").votes() == []
+    assert VoteStore(Database(tmp_path / "runs")).all() == []
 
 
 def test_two_settings_on_one_model(opened: Open) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import BrowserContext, Page, expect
 
+from lbllm.chat.votes import VoteStore
 from tests.browser.conftest import Server, wait_until
 
 HOSTILE = "Write a long story about <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
@@ -83,7 +84,7 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     # The vote is on record, and comes out again.
     page.get_by_role("radio", name="Right is better").click()
     expect(page.get_by_text("1 vote on this pair")).to_be_visible()
-    assert [vote.choice for vote in server.store.votes()] == ["right"]
+    assert [vote.choice for vote in VoteStore(server.store.database).all()] == ["right"]
     page.get_by_role("button", name="Votes").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="As JSON").click()
@@ -116,7 +117,7 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     page.reload()
     expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
     expect(page.get_by_text(READY)).to_have_count(2)
-    assert len(server.store.votes()) == 1
+    assert len(VoteStore(server.store.database).all()) == 1
 
 
 def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:

@@ -19,10 +19,12 @@ from app.showcase.page import serve
 from lbllm.chat.pool import Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.showcase import Limits, Showcase, Turn, VisitorError, open_showcase
+from lbllm.chat.votes import VoteStore
 from lbllm.checkpoints.find import find
 from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, LbllmError, ModelError, ResourceError
 from lbllm.models.catalogue import model_title
+from lbllm.runs.database import Database
 from lbllm.runs.store import RunStore
 from lbllm.share.export import export
 from tests.helpers import waiting
@@ -209,7 +211,7 @@ def test_votes_count_for_models_whatever_side_they_were_on(make: Make, tmp_path:
     counted = showcase.tally()
     assert (counted.left, counted.right, counted.total) == (asked, 0, asked)
     assert len(sides) == 2
-    kept = RunStore(tmp_path / "store").votes()
+    kept = VoteStore(Database(tmp_path / "store")).all()
     assert {(vote.left, vote.right) for vote in kept} == {NAMES, NAMES[::-1]}
     assert all(vote.prompt == QUESTION and vote.left_answer and vote.right_answer for vote in kept)
 

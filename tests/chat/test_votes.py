@@ -13,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from lbllm.chat.settings import ChatSettings
-from lbllm.chat.votes import Tally, Vote, tally, votes_csv, votes_json
+from lbllm.chat.votes import Tally, Vote, VoteStore, tally, votes_csv, votes_json
 from lbllm.config import make_config
+from lbllm.runs.database import Database
 from lbllm.runs.store import RunStore
 
 # The tables as the first version of the store made them.
@@ -48,22 +49,23 @@ def vote(exchange: str = "one", choice: str = "left", **changes: Any) -> Vote:
 
 
 def test_votes_are_kept_in_order(tmp_path: Path) -> None:
-    store = RunStore(tmp_path)
+    database = Database(tmp_path)
+    store = VoteStore(database)
     later, earlier = vote("b", time=2.0), vote("a", "tie", time=1.0, prompt="Zwei\nZeilen, “quoted” 🙂")
-    store.vote(later)
-    store.vote(earlier)
-    store.close()
-    assert RunStore(tmp_path).votes() == [earlier, later]
+    store.put(later)
+    store.put(earlier)
+    database.close()
+    assert VoteStore(Database(tmp_path)).all() == [earlier, later]
 
 
 def test_a_second_vote_on_an_exchange_takes_the_place_of_the_first(tmp_path: Path) -> None:
-    store = RunStore(tmp_path)
-    store.vote(vote(choice="left"))
-    store.vote(vote(choice="both bad"))
-    assert [kept.choice for kept in store.votes()] == ["both bad"]
-    store.withdraw_vote("one")
-    store.withdraw_vote("one")
-    assert store.votes() == []
+    store = VoteStore(Database(tmp_path))
+    store.put(vote(choice="left"))
+    store.put(vote(choice="both bad"))
+    assert [kept.choice for kept in store.all()] == ["both bad"]
+    store.withdraw("one")
+    store.withdraw("one")
+    assert store.all() == []
 
 
 def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
@@ -72,10 +74,10 @@ def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> N
             db.execute(statement)
     store = RunStore(tmp_path)
     assert store.get("20260101-000000-abcdef").state == "stopped"
-    store.vote(vote())
+    VoteStore(store.database).put(vote())
     run = store.create(make_config())
     again = RunStore(tmp_path)
-    assert len(again.votes()) == 1
+    assert len(VoteStore(again.database).all()) == 1
     assert [kept.id for kept in again.all()] == ["20260101-000000-abcdef", run.id]
 
 

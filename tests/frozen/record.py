@@ -32,7 +32,7 @@ import typer
 from benchmarks.answers import PROMPTS
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.stream import stream
-from lbllm.chat.votes import Vote
+from lbllm.chat.votes import Vote, VoteStore
 from lbllm.checkpoints.shipped import shipped_checkpoint
 from lbllm.commands.main import build, main
 from lbllm.commands.opening import open_model
@@ -236,7 +236,7 @@ def keep_files(target: Path) -> None:
         left_settings=settings,
         right_settings=settings,
     )
-    store.vote(vote)
+    VoteStore(store.database).put(vote)
     store.close()
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree("store", target)
