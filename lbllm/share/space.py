@@ -97,7 +97,7 @@ def write_space(
         raise ConfigError(f"{hub_id!r} is no hub id; give owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResourceError(f"{out} exists already; give a new folder")
-    if not (APP / "showcase.py").is_file():
+    if not (APP / "showcase" / "page.py").is_file():
         raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
     stated = provenance(checkpoint)
     teacher = teacher or stated.get("model")
