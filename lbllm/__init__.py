@@ -6,9 +6,21 @@ transformers.
     lbllm.quantize(model, tokenizer, config, out="out")     the three stages, in this process
 """
 
+import importlib.util
 import os
 import sys
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("fcntl") is None:
+    _MESSAGE = (
+        "LBLLM Workbench does not run on this system: it needs the file locks of Linux and macOS (Python's module "
+        "fcntl). On Windows use WSL 2, or the container (docker compose up)."
+    )
+    # A command ends with the message alone; a program that imports the package gets an exception that it can catch.
+    if sys.argv[:1] == ["-m"] or PurePath(*sys.argv[:1]).stem == "lbllm":
+        sys.exit(_MESSAGE)
+    raise ImportError(_MESSAGE)
 
 # Idle threads of PyTorch must not spin for long: with a second busy process on two cores they make decoding many times
 # slower. Not at all is too little: waking a sleeping thread for each small operation costs a third of a training step.

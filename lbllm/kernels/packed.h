@@ -544,7 +544,8 @@ struct Quantizer {
   void backward(const float* x, const float* grad, float* to_x, double* act, float tau, int64_t features) const {
     const auto [least, most] = range(x, features);
     const Grid on = grid({least, most});
-    const auto [body, zero, span, low, high, tails] = on;
+    // By name, not as a structured binding: clang does not allow one inside an OpenMP loop.
+    const float body = on.body, zero = on.zero, span = on.span, low = on.low, high = on.high, tails = on.tails;
     const float lower = -zero * body, upper = span * body;
     const float slack = tail ? 1e-5f * (upper + tails * high - (lower - tails * low)) : body / 2;
     const float first = lower - tails * low - slack, last = upper + tails * high + slack;
