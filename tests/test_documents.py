@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from lbllm import corpora, hf, runs
+from lbllm.checkpoints import hf
+from lbllm.checkpoints.record import RunRecord
 from lbllm.config import SCHEMA_VERSION
-from lbllm.run_record import RunRecord
+from lbllm.runs import database
+from lbllm.texts.catalogue import TEXTS, CorpusEntry
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/formats.md", "docs/platforms.md", "docs/glossary.md")
 
 
@@ -23,8 +24,8 @@ def test_the_licence_is_the_whole_of_apache_2() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
-@pytest.mark.parametrize("entry", corpora.CATALOGUE, ids=lambda entry: str(entry.id))
-def test_the_notice_names_every_text_of_the_catalogue(entry: corpora.CorpusEntry) -> None:
+@pytest.mark.parametrize("entry", TEXTS, ids=lambda entry: str(entry.id))
+def test_the_notice_names_every_text_of_the_catalogue(entry: CorpusEntry) -> None:
     notice = (ROOT / "NOTICE").read_text()
     assert (f"assets/{entry.asset}" if entry.asset else f"\n  {entry.id} ") in notice
     if entry.licence.startswith(("CC ", "ODC-")):
@@ -46,7 +47,7 @@ def test_the_citation_has_the_version_and_the_paper() -> None:
     ("name", "version"),
     [
         ("settings", SCHEMA_VERSION),
-        ("run store", runs._VERSION),
+        ("run store", database.VERSION),
         ("packed checkpoint", hf.VERSION),
         ("record of a run", RunRecord().version),
     ],

@@ -28,7 +28,7 @@ def test_a_command_ends_with_the_message_alone(module: str) -> None:
 
 @pytest.mark.parametrize("script", ["/usr/bin/lbllm", "lbllm.exe"])
 def test_the_installed_command_ends_with_the_message_alone(script: str) -> None:
-    ended = start(f"sys.argv = [{script!r}, '--help']; import lbllm.cli")
+    ended = start(f"sys.argv = [{script!r}, '--help']; import lbllm.commands.main")
     assert ended.returncode == 1
     assert len(ended.stderr.splitlines()) == 1
 
