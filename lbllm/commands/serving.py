@@ -14,6 +14,7 @@ import typer
 from lbllm.commands.options import HostOption
 from lbllm.commands.output import notices, plain
 from lbllm.errors import ResourceError
+from lbllm.extras import extra
 from lbllm.places import APP, ASSETS, BUNDLE
 
 ADDRESS = "127.0.0.1"
@@ -29,11 +30,11 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs go on."""
-    try:
+    with extra("app", "the workbench"):
+        import pandas  # noqa: F401 - the pages draw with both
+        import plotly  # noqa: F401
         from streamlit.runtime.pages_manager import PagesManager
         from streamlit.web import bootstrap
-    except ImportError:
-        raise ResourceError("the workbench needs streamlit: pip install -r requirements.txt") from None
 
     script = APP / "workbench.py"
     if not script.is_file():
@@ -140,12 +141,8 @@ def showcase(
     if not (APP / "showcase" / "page.py").is_file():
         raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
     sys.path.insert(0, str(BUNDLE))
-    try:
+    with extra("showcase", "the showcase"):
         from app.showcase.page import run
-    except ImportError as error:
-        if error.name != "gradio":
-            raise
-        raise ResourceError("the showcase needs gradio: pip install -r requirements.txt") from None
     from lbllm.chat.showcase import Limits, open_showcase
 
     limits = Limits(answer_tokens=answer_tokens, per_minute=per_minute, address_per_minute=10 * per_minute)

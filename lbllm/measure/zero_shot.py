@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.errors import ConfigError, CorpusError
+from lbllm.extras import extra
 from lbllm.machine import float32_products
 from lbllm.models.blocks import context_length
 from lbllm.places import data_dir
@@ -119,9 +120,10 @@ def zero_shot(
     ``on_progress(task, done, total)`` counts choices. Raises CorpusError where questions can't be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import lm_eval.api.task as tasks
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    with extra("eval", "zero-shot evaluation"):
+        import lm_eval.api.task as tasks
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
 
     vars(tasks)["tqdm"] = partial(tasks.tqdm, disable=True)  # its bars would lie over the caller's
     judge = _judge(model, tokenizer)

@@ -20,7 +20,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
@@ -28,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from lbllm.errors import ModelError, ResourceError
+from lbllm.extras import extra
 
 # Vocabularies whose merges were learned with every digit on its own (llama.cpp gives these names the pattern \p{N}).
 # transformers builds them without that split, which changes runs of blanks before a digit.
@@ -36,7 +36,9 @@ _BAD_FILE = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError,
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """The key-value part of a GGUF file; arrays of strings as their lengths. Raises ModelError."""
+    """The key-value part of a GGUF file; arrays of strings as their lengths. Raises ModelError, ResourceError."""
+    with extra("gguf", f"GGUF file {file}"):
+        import gguf  # noqa: F401 - transformers reads by it
     try:
         return read_gguf_metadata(str(file))[0]
     except _BAD_FILE as error:
@@ -45,6 +47,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 def precision(metadata: dict[str, Any]) -> str:
     """The file's main weight type as a name, e.g. ``Q4_1``."""
+    import gguf  # after read_metadata, which says where it is missing
+
     try:
         return gguf.LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except (KeyError, ValueError):

@@ -22,12 +22,12 @@ from lbllm.checkpoints.find import FoundCheckpoint
 from lbllm.checkpoints.hf import load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.errors import ConfigError, ResourceError
+from lbllm.extras import extra
 from lbllm.files import appearing
 from lbllm.models.catalogue import last_part
 from lbllm.models.loading import quiet
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
-from lbllm.share.gguf import check_exportable, write_gguf
 from lbllm.share.space import write_space
 
 ExportKind = Literal["packed", "dense", "gguf", "space"]
@@ -57,6 +57,8 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
     # Loaded whichever kind it is: that checks every tensor, and a damaged checkpoint is not passed on.
     model, tokenizer = load(source.folder, dtype=torch.bfloat16)
     if kind == "gguf":
+        with extra("gguf", "an export to GGUF"):
+            from lbllm.share.gguf import check_exportable
         check_exportable(model.config, tokenizer)
     contents = _contents(model)
     needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
@@ -92,6 +94,8 @@ def _contents(model: PreTrainedModel) -> Contents:
 
 
 def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    from lbllm.share.gguf import write_gguf  # its library is an extra
+
     base = record.base_model or (record.settings.model if record.settings is not None else "")
     name = f"{last_part(base)} binarized by LBLLM".strip()
     write_gguf(dense_copy(model), tokenizer, file, name=name, licence=record.licence)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lbllm.errors import CorpusError
+from lbllm.extras import extra
 from lbllm.models import hub
 from lbllm.places import ASSETS, data_dir
 from lbllm.texts.catalogue import TEXTS, find_text, local_path
@@ -87,7 +88,8 @@ def _hub_rows(dataset: str, configuration: str | None) -> Iterator[Document]:
 def hub_dataset(dataset: str, configuration: str | None, split: str, *, streaming: bool) -> Any:
     if hub.ask(dataset, "dataset") == "unreachable":
         raise CorpusError(_NO_HUB.format(dataset, "it does not answer"))
-    import datasets  # seconds to import, and only needed here
+    with extra("eval", f"reading {dataset} from the hub"):
+        import datasets  # seconds to import, and only needed here
 
     try:
         return datasets.load_dataset(dataset, configuration, split=split, streaming=streaming)

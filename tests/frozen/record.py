@@ -250,8 +250,8 @@ def keep_files(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def own_place() -> Iterator[None]:
-    """A temporary working directory with a run store of its own; converted models and kernels are the usual ones."""
+def own_place() -> Iterator[Path]:
+    """A temporary folder with a run store of its own; converted models and kernels are the usual ones."""
     before = Path.cwd()
     usual = Path(os.environ.get("LBLLM_HOME") or Path.home() / ".cache" / "lbllm").expanduser()
     with tempfile.TemporaryDirectory() as folder:
@@ -260,19 +260,21 @@ def own_place() -> Iterator[None]:
         for name in ("models", "kernels"):
             (usual / name).mkdir(parents=True, exist_ok=True)
             (home / name).symlink_to(usual / name)
-        os.environ["LBLLM_HOME"] = str(home)
-        os.environ["PYTHONPATH"] = str(before)
+        kept = dict(os.environ)
+        os.environ |= {"LBLLM_HOME": str(home), "PYTHONPATH": str(before)}
         try:
-            yield
+            yield Path(folder)
         finally:
             os.chdir(before)
+            os.environ.clear()
+            os.environ.update(kept)
 
 
 def record(files: Path | None) -> dict[str, Any]:
     """The whole record of this code."""
     torch.set_num_threads(1)
-    with own_place():
-        prepare(Path(os.environ["LBLLM_HOME"]).parent)
+    with own_place() as folder:
+        prepare(folder)
         found = {
             "checkpoints": checkpoints(),
             "options": options(),

@@ -1,0 +1,36 @@
+"""Optional dependencies: pages, zero-shot tasks, hub texts and GGUF files need them, all else works without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from lbllm.errors import ResourceError
+
+Extra = Literal["app", "showcase", "eval", "gguf"]
+# The modules that each extra of pyproject.toml brings.
+MODULES: dict[Extra, tuple[str, ...]] = {
+    "app": ("streamlit", "plotly", "pandas"),
+    "showcase": ("gradio",),
+    "eval": ("lm_eval", "datasets"),
+    "gguf": ("gguf", "sentencepiece", "google"),
+}
+
+
+@contextmanager
+def extra(name: Extra, purpose: str) -> Iterator[None]:
+    """Import optional modules inside. Raises ResourceError, naming the extra, where one is not installed.
+
+    ``purpose`` is what needs it, as the subject of a sentence: "the workbench".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in MODULES[name]:
+            raise
+        raise ResourceError(
+            f"{purpose} needs the package {missing}: pip install 'lbllm[{name}]' "
+            f"(in a folder with the source of lbllm: pip install '.[{name}]')"
+        ) from None
