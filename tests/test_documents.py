@@ -6,6 +6,8 @@ import ast
 import functools
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -117,6 +119,15 @@ def test_a_command_with_a_wrong_option_is_noticed() -> None:
     with pytest.raises(typer.TyperException):
         parse(words)
     assert not is_defined("lbllm.runs.store.RunStore.begin")
+
+
+def test_the_readme_s_python_works_after_importing_the_package_alone() -> None:
+    _, _, section = (ROOT / "README.md").read_text().partition("\n## From Python\n")
+    names = re.findall(r"lbllm(?:\.\w+)+(?=\()", section.partition("\n## ")[0])
+    assert names == ["lbllm.quantize", "lbllm.config.make_config", "lbllm.load"]
+    code = f"import lbllm; {'; '.join(names)}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_command_is_looked_for() -> None:
