@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.helpers import ROOT
 
 FIRST = sorted(path.name for path in ROOT.glob("*.md"))
 PAGES = (*FIRST, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")), "assets/README.md")
+EXTEND = ROOT / "docs" / "extend.md"
 DOTTED = re.compile(r"(?<![\w./-])(?:lbllm|app|benchmarks|tests)(?:\.(?!py\b)\w+)+")
 SOURCE = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|js|mjs|sh|toml|yaml)\b")
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -87,6 +89,15 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         if heading:
             titles = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_the_picture_of_the_packages_has_the_floors_that_are_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    floors = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = re.search(r"^    benchmarks .*?(?=^    single files)", EXTEND.read_text(), re.MULTILINE | re.DOTALL)
+    assert picture is not None
+    shown = [re.split(r" {3,}", line.strip())[0] for line in picture[0].splitlines()]
+    assert shown == floors[: len(shown)]
 
 
 @pytest.mark.parametrize("page", PAGES)
