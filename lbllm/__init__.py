@@ -32,6 +32,7 @@ if TYPE_CHECKING or not (sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswit
     # While Python looks for the module of `python -m lbllm...` argv[0] is "-m", in the installed command the command's
     # path: our own commands import what they need, when they need it, and start at once. Everybody else wants the
     # registration, which brings torch with it.
+    from lbllm import config as config
     from lbllm.checkpoints.hf import load as load
 
 
