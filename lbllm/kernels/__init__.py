@@ -18,7 +18,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
@@ -28,10 +31,8 @@ from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("operators.cpp", "packed.h", "lookup.h", "attention.h", "team.h", "divergence.h")
-)
+# Every .cpp is a translation unit of its own.
+SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -43,7 +44,7 @@ _ALWAYS = (
     "-O3",
     "-std=c++20",
     "-fPIC",
-    "-shared",
+    "-fvisibility=hidden",
     "-fopenmp-simd",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -69,42 +70,50 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     # PyTorch's loops over threads are OpenMP's, by GCC's runtime; another compiler's would be a second one beside it.
     threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [*_ALWAYS, *_FLAGS[instructions], *threads, abi]
-    text = b"".join(source.read_bytes() for source in SOURCES)
-    key = hashlib.sha256(text + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
-    library = folder / f"operators-{instructions}-{key}.so"
+    library = folder / f"operators-{instructions}-{_key(SOURCES, flags, torch.__version__, compiler)}.so"
     if library.exists():
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes at once one compiles
-            if library.exists():
-                return library
-            made = library.with_suffix(".tmp")
-            command = [
-                compiler,
-                *flags,
-                *includes,
-                str(SOURCES[0]),
-                "-o",
-                str(made),
-                *libraries,
-                "-lc10",
-                "-ltorch_cpu",
-            ]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")
-            made.rename(library)
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as made:
+                    _compile(compiler, flags, Path(made) / library.name).rename(library)
     except OSError as error:
         raise BuildError(f"{folder} can't be written ({error})") from error
     return library
+
+
+def _key(sources: Iterable[Path], *others: object) -> str:
+    """The hash of everything that a library depends on: the files by name and content, then ``others``."""
+    parts = [(source.name, source.read_bytes()) for source in sources]
+    return hashlib.sha256(repr((parts, others)).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: Sequence[str], library: Path) -> Path:
+    """Compile the units side by side, as many at once as there are cores, and link them. Raises BuildError."""
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    places = [f"-L{path}" for path in cpp_extension.library_paths()]
+    units = [source for source in SOURCES if source.suffix == ".cpp"]
+    objects = [str(library.with_name(f"{unit.stem}.o")) for unit in units]
+    commands = [
+        [compiler, *flags, *includes, "-c", str(unit), "-o", made] for unit, made in zip(units, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    _run([compiler, *flags, "-shared", *objects, "-o", str(library), *places, "-lc10", "-ltorch_cpu"])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"{command[0]} failed: {result.stderr.strip()[-600:]}")
 
 
 @functools.cache

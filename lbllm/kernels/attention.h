@@ -1,12 +1,12 @@
-// Attention of one token over keys and values that lie in 4, 8 or 16 bits, and the output head's dot product.
+// Attention of one token over keys and values that lie in 4, 8 or 16 bits.
 
 #pragma once
 
-#include "packed.h"
+#include "simd.h"
 
 #include <c10/util/Half.h>
 
-namespace {
+namespace lbllm {
 
 // x's half-rotated copy turned by the position's angles (Su et al. 2021), head by head, in place.
 inline void rotate(float* x, int64_t heads, int64_t dim, const float* cosine, const float* sine) {
@@ -132,30 +132,4 @@ inline void attend(const float* q, const Cache& keys, const Cache& values, int64
     for (int64_t i = 0; i < dim; ++i) out[(kv * group + g) * dim + i] = sums[g * dim + values.place(i)];
 }
 
-// A row of bfloat16 weights times x.
-inline float dot_bfloat16(const uint16_t* weight, const float* x, int64_t columns) {
-  float sum = 0;
-  int64_t i = 0;
-#if defined(__AVX2__)
-  __m256 sums[4];
-  each<4>([&](auto k) { sums[k] = _mm256_setzero_ps(); });
-  for (; i + 32 <= columns; i += 32)
-    each<4>([&](auto k) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + i + 8 * k));
-      const __m256 values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-      sums[k] = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + i + 8 * k), sums[k]);
-    });
-  float lanes[8];
-  _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
-  for (float lane : lanes) sum += lane;
-#endif
-  for (; i < columns; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(weight[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    sum += value * x[i];
-  }
-  return sum;
-}
-
-}  // namespace
+}  // namespace lbllm

@@ -4,11 +4,16 @@
 
 #pragma once
 
-#include "packed.h"
+#include "simd.h"
+#include "work.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
-namespace {
+#include <limits>
+#include <vector>
+
+namespace lbllm {
 
 // The powers e^(x - most) of `count` logits, which are left less their most; returned is the powers' sum.
 template <class T>
@@ -55,4 +60,4 @@ void forward_kl_rows(const T* student, const T* teacher, T* grad, float* loss, i
   });
 }
 
-}  // namespace
+}  // namespace lbllm

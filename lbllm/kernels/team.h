@@ -19,7 +19,7 @@
 #include <sched.h>
 #endif
 
-namespace {
+namespace lbllm {
 
 inline void pause_a_little(int& spins) {
 #if defined(__x86_64__)
@@ -110,4 +110,4 @@ void with_team(const Program& program) {
   if (failure) std::rethrow_exception(failure);
 }
 
-}  // namespace
+}  // namespace lbllm
