@@ -1,12 +1,12 @@
-"""Kernels that compute from packed bits: C++ for the CPU, compiled for this machine at first use and kept.
+"""Kernels that compute from packed bits. Those for the CPU are C++, compiled for this machine at first use.
 
-    ready()             compiles if need be, loads; False where it can't, which is then said once
-    packed_linear(...)  and the other operators: torch.ops.lbllm
-    on_gpu()            the module of Triton kernels, None where they can't be used, which is then said once
+    ready()     loads the library and compiles it first if necessary; False, with one warning, if that fails
+    on_gpu()    the module of Triton kernels; None, with one warning, if they can't be used
 
-The library is built by the system's C++ compiler (CXX, else c++ or g++ or clang++) for the widest of the instruction
-sets that PyTorch finds (AVX-512, AVX2, or portable code) and lies under LBLLM_HOME/kernels, named by the hash of
-everything that it depends on. Without a compiler the layers compute in PyTorch, slowly: the results are the same.
+The operators, for example packed_linear, are in torch.ops.lbllm once ready() has returned True; operators.h lists them.
+The system's C++ compiler (CXX, else c++, g++ or clang++) builds the library for the widest instruction set that PyTorch
+finds (AVX-512, AVX2, or portable code). The library is kept in LBLLM_HOME/kernels under a name with the hash of
+everything that it depends on. Without a compiler the layers compute in PyTorch, slowly, with the same results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-# The quantizer has to round where PyTorch does, so a product and a sum stay two operations.
+# The quantizer must round exactly as PyTorch does, so the compiler may not fuse a product and a sum.
 _ALWAYS = (
     "-O3",
     "-std=c++20",
@@ -53,11 +53,11 @@ _ALWAYS = (
 
 
 class BuildError(LbllmError):
-    """There is no compiler, or it failed."""
+    """There is no compiler, or compilation failed."""
 
 
 def instruction_set() -> InstructionSet:
-    """The widest set that this processor has, or the one that LBLLM_KERNELS names."""
+    """The widest instruction set of this processor, or the one in LBLLM_KERNELS."""
     named = os.environ.get("LBLLM_KERNELS", "")
     if named in get_args(InstructionSet):
         return named  # type: ignore[return-value]
@@ -66,11 +66,11 @@ def instruction_set() -> InstructionSet:
 
 
 def build(folder: Path, instructions: InstructionSet) -> Path:
-    """The library for these instructions in ``folder``, compiled if it isn't there yet. Raises BuildError."""
+    """The library for these instructions in ``folder``; compiles it if it is missing. Raises BuildError."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
-    # PyTorch's loops over threads are OpenMP's, by GCC's runtime; another compiler's would be a second one beside it.
+    # PyTorch runs its threads with GCC's OpenMP runtime. With another compiler there would be a second runtime.
     threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [*_ALWAYS, *_FLAGS[instructions], *threads, abi]
@@ -80,7 +80,7 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes at once one compiles
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes only one compiles
             if not library.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as made:
                     _compile(compiler, flags, Path(made) / library.name).rename(library)
@@ -90,13 +90,13 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
 
 
 def _key(sources: Iterable[Path], *others: object) -> str:
-    """The hash of everything that a library depends on: the files by name and content, then ``others``."""
+    """The hash of the files' names and contents and of ``others``."""
     parts = [(source.name, source.read_bytes()) for source in sources]
     return hashlib.sha256(repr((parts, others)).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, flags: Sequence[str], library: Path) -> Path:
-    """Compile the units side by side, as many at once as there are cores, and link them. Raises BuildError."""
+    """Compile the units in parallel, one per core, and link them to ``library``. Raises BuildError."""
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     places = [f"-L{path}" for path in cpp_extension.library_paths()]
     units = [source for source in SOURCES if source.suffix == ".cpp"]
@@ -118,7 +118,7 @@ def _run(command: list[str]) -> None:
 
 @functools.cache
 def ready() -> bool:
-    """Whether torch.ops.lbllm can be used; compiles it first where that was never done. Warns once where it can't."""
+    """Whether torch.ops.lbllm can be used. Compiles the library if it is missing; warns once if that fails."""
     from lbllm.models import home
 
     if os.environ.get("LBLLM_KERNELS") == "none":
@@ -136,14 +136,14 @@ def ready() -> bool:
 
 @functools.cache
 def on_gpu() -> ModuleType | None:
-    """``lbllm.kernels.gpu`` where it works on this machine's GPU, tried once; warns once where it doesn't."""
+    """``lbllm.kernels.gpu`` if it works on this machine's GPU, else None. Tried once; warns once if it doesn't work."""
     if os.environ.get("LBLLM_KERNELS") == "none" or not torch.cuda.is_available():
         return None
     try:
         from lbllm.kernels import gpu
 
         reason = None if gpu.works() else "Triton's results are wrong"
-    except Exception as error:  # whatever a driver or a compiler of this machine stumbles over
+    except Exception as error:  # a driver or a compiler can fail in any way
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return gpu

@@ -1,4 +1,4 @@
-// One token through all decoder blocks.
+// The operator that runs one token through all decoder blocks.
 
 #include "attention.h"
 #include "lookup.h"
@@ -13,9 +13,9 @@ using at::Tensor;
 namespace {
 
 constexpr int LAYERS = 7;           // q, k, v, o, gate, up, down
-constexpr int64_t PIECE = 1 << 16;  // weights that a thread takes at a time, some 10 microseconds
+constexpr int64_t PIECE = 1 << 16;  // weights that a thread takes at a time, about 10 microseconds
 
-// A packed layer, its bits in words or in tiles.
+// A packed layer, in words or in tiles.
 struct Layer {
   bool tiled;
   Weights words;
@@ -25,9 +25,9 @@ struct Layer {
   const float* bias;
 };
 
-// A decoder block of LLaMA's kind.
+// A decoder block with the structure of LLaMA's.
 struct Block {
-  const float* norms[4];  // before attention, before the MLP, and perhaps of each head's query and key
+  const float* norms[4];  // before attention, before the MLP, and of each head's query and key if the model has them
   Layer layers[LAYERS];
   Cache kept[2];
 };
@@ -43,7 +43,7 @@ inline void rms_norm(const float* weight, const float* x, float* out, int64_t co
   for (int64_t j = 0; j < count; ++j) out[j] = weight[j] * (x[j] * factor);
 }
 
-// One token's way through blocks; holds the memory that all of them use in turn.
+// Runs a token through the blocks. Holds the working memory that all blocks share.
 class Pass {
  public:
   Pass(Team& team, int64_t size, int64_t dim, int64_t heads, int64_t kv_heads, int64_t position, float scaling,
@@ -95,12 +95,13 @@ class Pass {
   }
 
  private:
-  // Layers first .. first + count - 1, which read one input: it is quantized once where their quantizers agree.
+  // Multiplies by the layers first .. first + count - 1, which read the same input. Layers with equal quantizers share
+  // the quantized input.
   void multiply(const Block& block, int first, int count, const float* input, float** outputs) {
     Job jobs[3];
     const Lookup* lookups[3] = {};
     const float* last = nullptr;
-    int64_t units = 0, rows = 0, weights = 0;  // a unit: 32 rows of one layer
+    int64_t units = 0, rows = 0, weights = 0;  // a unit is 32 rows of one layer
     for (int j = 0; j < count; ++j) {
       const Layer &layer = block.layers[first + j], &before = block.layers[first + j - (j > 0)];
       const bool same = j > 0 && layer.quantizer == before.quantizer && layer.tiled == before.tiled;
@@ -155,14 +156,15 @@ class Pass {
 
 }  // namespace
 
-// One token (1, 1, hidden) through all decoder blocks of a model of LLaMA's kind and the norm after them, the keys and
-// values kept in 4, 8 or 16 bits.
+// Runs one token (1, 1, hidden) through all decoder blocks of a model with the structure of LLaMA and through the norm
+// after them. Keys and values are stored in 4, 8 or 16 bits.
 //
-// Of every block in turn: `norms`, before attention and before the MLP, and where a model has them those of each head's
-// query and key; then at the end the last norm. `words`, `params`, `scales`, `biases`, `columns` and `lengths` of the
-// layers q, k, v, o, gate, up, down; six numbers of each layer's quantizer, bits (0: none), tail, knee, the two clips
-// and how many features share a range. `cache`: codes and scales of the keys, codes and scales of the values, with room
-// for one more token at `position`; float16 values and empty scales where they have 16 bits.
+// `norms`: for each block the norms before attention and before the MLP, then the norms of each head's query and key if
+// the model has them; after all blocks the last norm. `words`, `params`, `scales`, `biases`, `columns`, `lengths`: for
+// each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely bits (0: no
+// quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block codes and
+// scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values and empty
+// scales.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<Tensor>> scales,
               at::ArrayRef<std::optional<Tensor>> biases, at::ArrayRef<double> quantizers,

@@ -1,4 +1,4 @@
-// Operators without a matrix product: quantized activations, nearest levels, a loss, and their gradients.
+// The operators without a matrix product: quantized activations, nearest levels and a loss, with their gradients.
 
 #include "divergence.h"
 #include "operators.h"
@@ -11,7 +11,7 @@ namespace lbllm {
 
 using at::Tensor;
 
-// x (..., features) on the grid of each token.
+// Quantizes x (..., features) with one range per token; the result has the dtype of x.
 Tensor quantize_activations(const Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
                             int64_t tail) {
   const Quantizer quantizer = quantizer_of(bits, tail, knee, clip_low, clip_high);
@@ -27,8 +27,8 @@ Tensor quantize_activations(const Tensor& x, double knee, double clip_low, doubl
   return out.to(x.scalar_type());
 }
 
-// What the gradient of quantize_activations' result is to x, in x's dtype, and to knee, clip_low and clip_high:
-// float32 (3).
+// From the gradient of quantize_activations' result to the gradients of x, in the dtype of x, and of knee, clip_low and
+// clip_high, float32 (3,).
 std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, const Tensor& x, double knee,
                                                          double clip_low, double clip_high, int64_t bits,
                                                          int64_t tail, double temperature) {
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, con
   const int64_t features = x.size(-1), tokens = x.numel() / features;
   const float *from = input.const_data_ptr<float>(), *slope = given.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
-  std::vector<double> act(3 * tokens);  // of each token, so that the sum is the same for any number of threads
+  std::vector<double> act(3 * tokens);  // per token, so the sum is the same for any number of threads
   at::parallel_for(0, tokens, std::max<int64_t>(1, EACH / features), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       quantizer.backward(from + token * features, slope + token * features, to + token * features,
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> quantize_activations_backward(const Tensor& grad, con
 
 namespace {
 
-// `groups` (rows, n, length) of weights and their `levels` (rows, n, 2 or 4), ascending.
+// Checks the weights `groups` (rows, n, length) and their `levels` (rows, n, 2 or 4), which are in ascending order.
 void check_groups(const Tensor& groups, const Tensor& levels) {
   TORCH_CHECK(groups.dim() == 3 && levels.dim() == 3 && groups.size(0) == levels.size(0) &&
                   groups.size(1) == levels.size(1) && (levels.size(2) == 2 || levels.size(2) == 4) &&
@@ -65,7 +65,7 @@ void check_groups(const Tensor& groups, const Tensor& levels) {
               "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2 or 4) are needed");
 }
 
-// work(group) for every group of weights.
+// Calls work(group) for every group of weights.
 template <class Work>
 void each_group(const Tensor& groups, const Work& work) {
   const int64_t count = groups.size(0) * groups.size(1);
@@ -77,7 +77,7 @@ void each_group(const Tensor& groups, const Work& work) {
 
 }  // namespace
 
-// The level nearest to each weight; of two at one distance the lower.
+// The level nearest to each weight, or the lower of two at the same distance: float32 (rows, n, length).
 Tensor nearest_level(const Tensor& groups, const Tensor& levels) {
   check_groups(groups, levels);
   Tensor out = groups.new_empty(groups.sizes());
@@ -104,7 +104,7 @@ Tensor nearest_level(const Tensor& groups, const Tensor& levels) {
   return out;
 }
 
-// What the gradient of nearest_level's result is to the levels: each one's sum over its members.
+// From the gradient of nearest_level's result to the gradient of the levels: for each level the sum over its members.
 Tensor nearest_level_backward(const Tensor& grad, const Tensor& groups, const Tensor& levels) {
   check_groups(groups, levels);
   TORCH_CHECK(grad.sizes() == groups.sizes(), "nearest_level_backward: grad and groups must have one shape");
@@ -117,7 +117,7 @@ Tensor nearest_level_backward(const Tensor& grad, const Tensor& groups, const Te
   each_group(groups, [&](int64_t group) {
     const float *x = from + group * length, *g = slope + group * length, *level = of + group * count;
     float* sums = to + group * count;
-    // Without four levels the upper two have no members.
+    // With two levels the upper two have no members.
     const float low = (level[0] + level[1]) / 2;
     const float middle = count == 4 ? (level[1] + level[2]) / 2 : std::numeric_limits<float>::infinity();
     const float high = count == 4 ? (level[2] + level[3]) / 2 : middle;
@@ -140,8 +140,8 @@ Tensor nearest_level_backward(const Tensor& grad, const Tensor& groups, const Te
   return out;
 }
 
-// KL(p_T || p_S), mean over the tokens, of the softmaxes of logits (tokens, vocabulary) in float32 or bfloat16, and its
-// gradient to the student's.
+// KL(p_T || p_S) of the softmaxes of logits (tokens, vocabulary) in float32 or bfloat16, averaged over the tokens, and
+// its gradient to the student's logits.
 std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teacher) {
   TORCH_CHECK(student.dim() == 2 && student.sizes() == teacher.sizes() && student.numel() > 0 &&
                   student.is_contiguous() && teacher.is_contiguous() &&

@@ -1,4 +1,4 @@
-// torch.ops.lbllm: the operators' schemas, and what computes them on the CPU.
+// Registers torch.ops.lbllm: the schemas of the operators and the functions that compute them on the CPU.
 
 #include "operators.h"
 
@@ -7,7 +7,9 @@
 using namespace lbllm;
 
 TORCH_LIBRARY(lbllm, m) {
-  m.def("packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? bias, int columns, int length) -> Tensor");
+  m.def(
+      "packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? bias, int columns, int length) -> "
+      "Tensor");
   m.def(
       "packed_lookup(Tensor x, Tensor tiles, Tensor params, Tensor? bias, int columns, int length, float knee, "
       "float clip_low, float clip_high, int tail) -> Tensor");

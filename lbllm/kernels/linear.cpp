@@ -1,4 +1,5 @@
-// Linear layers: packed weights by words or by tiles, the words themselves, and an output head in bfloat16.
+// The operators for linear layers: packed weights in words or in tiles, packing into words, and an output head in
+// bfloat16.
 
 #include "lookup.h"
 #include "operators.h"
@@ -11,10 +12,10 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t EXPANDED = 1 << 21;  // weights that are expanded at once for many tokens: they stay in the cache
-constexpr int64_t FEW = 8;           // tokens up to which the packed weights are multiplied as they are
+constexpr int64_t FEW = 8;             // up to this number of tokens the packed weights are multiplied directly
+constexpr int64_t EXPANDED = 1 << 21;  // for more tokens, weights that are expanded together: they fit into the cache
 
-// A row of bfloat16 weights times x.
+// The dot product of a row of bfloat16 weights and x.
 inline float dot_bfloat16(const uint16_t* weight, const float* x, int64_t columns) {
   float sum = 0;
   int64_t i = 0;
@@ -55,8 +56,8 @@ Weights weights_of(const Tensor& words, const Tensor& params, const std::optiona
   TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) && params.size(1) == shape.groups &&
                   (count == 2 || count == 4) && params.size(2) == (bits == 4 ? count / 2 : count) &&
                   params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4) float16, or with a scale uint8, two codes "
-              "of 4 bits a byte");
+              "packed_linear: params must be contiguous (rows, groups, 2 or 4) float16, or with a scale uint8, two "
+              "codes of 4 bits a byte");
   const uint16_t* affine = nullptr;
   if (scale) {
     TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
@@ -72,7 +73,7 @@ void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
   (job.weights.params.count == 2 ? some_tokens<1> : some_tokens<2>)(job, begin, end, tokens);
 }
 
-// y (..., rows) = x (..., columns) W^T + bias, in x's dtype; summed in float32.
+// y (..., rows) = x (..., columns) W^T + bias, in the dtype of x. The sums are float32.
 Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& bias, int64_t columns, int64_t length) {
   const Weights w = weights_of(words, params, scale, columns, length);
@@ -107,7 +108,7 @@ Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64
   TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
                   tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
               "packed_lookup: tiles must be contiguous uint8 (rows / 32, columns / 8, 1 or 2, 32)");
-  // More columns would not fit into 16 bits.
+  // The sums of longer groups would not fit into 16 bits.
   TORCH_CHECK(length % 8 == 0 && length > 0 && length <= 2048, "packed_lookup: groups have 8, 16, .. 2048 columns");
   const int64_t groups = (columns + length - 1) / length, bits = tiles.size(2);
   TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 4 &&
@@ -128,7 +129,7 @@ void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, f
   }
 }
 
-// y (..., rows) = q(x) W^T + bias for x (..., columns), its values put on the grid of 4-bit activations, in x's dtype.
+// y (..., rows) = q(x) W^T + bias, in the dtype of x. q quantizes x (..., columns) to 4 bits, with one range per token.
 Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params, const std::optional<Tensor>& bias,
                      int64_t columns, int64_t length, double knee, double clip_low, double clip_high, int64_t tail) {
   const Tiles w = tiles_of(tiles, params, columns, length);
@@ -171,7 +172,7 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
   return y.reshape(sizes).to(x.scalar_type());
 }
 
-// Planes uint8 (rows, bits, ceil(columns / 8)) of a checkpoint to words int32 (rows, words, LANES).
+// From the planes of a checkpoint, uint8 (rows, bits, ceil(columns / 8)), to words, int32 (rows, words, LANES).
 Tensor pack_words(const Tensor& planes, int64_t columns, int64_t length) {
   TORCH_CHECK(planes.scalar_type() == at::kByte && planes.is_contiguous() && planes.dim() == 3 &&
                   (planes.size(1) == 1 || planes.size(1) == 2) && planes.size(2) == (columns + 7) / 8,
@@ -221,7 +222,8 @@ Tensor unpack_words(const Tensor& words, int64_t columns, int64_t length, int64_
   return planes;
 }
 
-// x (..., columns) times W^T for W (rows, columns) in bfloat16, in float32: bytes are what an output head costs.
+// x (..., columns) W^T for W (rows, columns) in bfloat16; the result is float32. The time of an output head is that of
+// reading its bytes.
 Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.dim() == 2,
               "bfloat16_linear: weight must be contiguous bfloat16 (rows, columns)");
@@ -230,7 +232,7 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = rows;
   if (tokens > FEW) {
-    // Many tokens: a tile of the weight at a time in float32.
+    // Many tokens: convert a part of the weight to float32 at a time.
     const Tensor input = x.reshape({tokens, columns}).to(at::kFloat);
     Tensor y = input.new_empty({tokens, rows});
     const int64_t tile = std::max<int64_t>(64, EXPANDED / columns);

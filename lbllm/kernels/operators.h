@@ -1,5 +1,6 @@
-// The operators of torch.ops.lbllm on the CPU. A new one is declared here, defined in the file of its kind, and
-// registered in library.cpp.
+// The operators of torch.ops.lbllm on the CPU. To add one: declare it here, define it in the file for its kind, and
+// register it in library.cpp. Other kernels get a header of their own and, if they take long to compile, a .cpp file of
+// their own.
 
 #pragma once
 

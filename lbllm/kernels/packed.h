@@ -1,13 +1,13 @@
-// Linear layers that compute from packed bits, on the CPU.
+// Linear layers that multiply packed weights directly, on the CPU.
 //
-// In memory the 1 or 2 bits of a weight lie so that a register of LANES 32-bit words holds the codes of many steps of LANES
-// neighbouring columns: lane l, step s of a word is bits [s BITS, (s + 1) BITS) and stands for column s LANES + l. One
-// step costs a shift, a lookup of LANES levels by the low bits of their lanes, and a multiply-add; nothing is unpacked.
-// Every group of a row begins a new step, so a shorter last group needs no special case: x is laid out the same way, with
-// zeros where a group does not fill its last step.
+// A weight has 1 or 2 bits, its code. A register holds LANES words of 32 bits, and each word holds the codes of many
+// steps: bits [s BITS, (s + 1) BITS) of lane l belong to column s LANES + l. One step covers LANES neighbouring columns
+// and costs a shift, a lookup of LANES levels by the low bits of the lanes, and a multiply-add. The weights are never
+// unpacked. Every group of a row starts a new step, so a shorter last group needs no special case: the input is laid
+// out the same way, with zeros where a group does not fill its last step.
 //
-// The sums are float32, so a layer with quantized activations gives what it gave in training: the input comes here as
-// the values its codes stand for.
+// The sums are float32. The input of a layer with quantized activations arrives here as the values of its codes, so the
+// layer computes what it computed in training.
 
 #pragma once
 
@@ -22,7 +22,7 @@
 
 namespace lbllm {
 
-// Where the layer's columns lie among `steps * LANES` values; nothing to do where every group fills its steps.
+// Where the columns of a layer lie among its `steps * LANES` places. If every group fills its steps, the two are equal.
 struct Shape {
   int64_t columns = 0, length = 0, groups = 0, steps = 0, words = 0;
 
@@ -38,7 +38,7 @@ struct Shape {
   bool filled() const { return padded() == columns; }
 
   template <class Move>
-  void each_group(Move move) const {  // move(first column, first place, width)
+  void each_group(Move move) const {  // calls move(first column, first place, width)
     for (int64_t group = 0; group < groups; ++group)
       move(group * length, group * steps_of(length) * LANES, width(group));
   }
@@ -51,17 +51,17 @@ struct Weights {
   Params params;
 };
 
-// The packed weights that these tensors hold, checked.
+// The packed weights in these tensors, as pack_words and a checkpoint give them. Throws c10::Error if they don't fit.
 Weights weights_of(const at::Tensor& words, const at::Tensor& params, const std::optional<at::Tensor>& scale,
                    int64_t columns, int64_t length);
 
-// Asks for memory that is read later. A layer's rows are too short for the processor to see them coming, and without
-// this a token waits for them a third of its time.
+// Prefetches memory. The rows of a layer are too short for the processor to predict the next one; without this, a third
+// of a token's time is spent waiting for memory.
 INLINE void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// The products of R rows from `row` on with M tokens x (M, padded): sums[r][m].
+// The products of R rows, starting at `row`, with M tokens x (M, padded): sums[r][m].
 template <int BITS, int R, int M>
 void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
   constexpr int64_t PER_WORD = 32 / BITS;
@@ -79,7 +79,7 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
   });
   const int64_t bytes = w.params.row_bytes();
   fetch(static_cast<const char*>(w.params.values) + (row + 2 * R) * bytes, R * bytes);
-  int64_t left = 0;  // steps left in the present words
+  int64_t left = 0;  // steps left in the current words
   for (int64_t group = 0; group < shape.groups; ++group) {
     const int64_t place = group % AHEAD;
     if (place == 0)
@@ -111,7 +111,7 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
   each<R>([&](auto r) { each<M>([&](auto m) { sums[r][m] = total(sum[r][m]); }); });
 }
 
-// y (tokens, rows) at M tokens from `token` on, for rows [begin, end).
+// Computes the rows [begin, end) of y (M, rows) for M tokens x (M, padded).
 template <int BITS, int R, int M>
 void some_rows(const Weights& w, int64_t begin, int64_t end, int64_t rows, const float* x, float* y) {
   float sums[R][M];
@@ -127,7 +127,7 @@ void some_rows(const Weights& w, int64_t begin, int64_t end, int64_t rows, const
   }
 }
 
-// A layer, its input (tokens, padded) and its output (tokens, rows).
+// A layer with its input x (tokens, padded) and its output y (tokens, rows).
 struct Job {
   Weights weights;
   int64_t rows;
@@ -156,10 +156,10 @@ void some_tokens(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
   }
 }
 
-// The rows [begin, end) of a job. Defined in linear.cpp, so that the templates above are compiled once.
+// Computes the rows [begin, end) of a job. Defined in linear.cpp, so the templates above are compiled only once.
 void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens);
 
-// x (tokens, columns) in the order of the words, in `room` where it isn't that already.
+// x (tokens, columns) in the order of the words: x itself if it has this order, else a copy in `room`.
 inline const float* laid_out(const Shape& shape, const float* x, int64_t tokens, std::vector<float>& room) {
   if (shape.filled()) return x;
   room.assign(tokens * shape.padded(), 0.0f);
@@ -170,7 +170,8 @@ inline const float* laid_out(const Shape& shape, const float* x, int64_t tokens,
   return room.data();
 }
 
-// One row's weights as floats (columns,).
+// Expands the weights of one row to floats (columns,). `room` has padded() floats; it is not used if the groups
+// fill their steps.
 template <int BITS>
 void expand_row(const Weights& w, int64_t row, float* out, float* room) {
   constexpr int PER_WORD = 32 / BITS;
@@ -196,6 +197,7 @@ void expand_row(const Weights& w, int64_t row, float* out, float* room) {
     });
 }
 
+// Expands the rows [begin, end) to floats (end - begin, columns).
 template <int BITS>
 void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
   at::parallel_for(begin, end, std::max<int64_t>(1, EACH / w.shape.columns), [&](int64_t first, int64_t last) {

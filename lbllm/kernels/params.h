@@ -1,4 +1,4 @@
-// The group parameters of a packed layer, and the levels that they stand for.
+// The group parameters of a packed layer, and the levels that follow from them.
 
 #pragma once
 
@@ -6,21 +6,21 @@
 
 namespace lbllm {
 
-// The group parameters of a layer: float16, or codes of 8 or 4 bits with a float16 minimum and step of each row and
-// parameter; two codes of 4 bits share a byte, the first has its lower half.
+// The group parameters of a layer: float16, or codes of 8 or 4 bits with a float16 minimum and step for each row and
+// parameter. Two 4-bit codes share a byte; the first is in the lower half.
 struct Params {
   const void* values;
   const uint16_t* scale;  // null for float16 parameters
   int64_t groups;
-  int count;  // 2 or 4 a group: alpha_0, mu_0[, alpha_1, mu_1]
-  int bits;   // 4, 8 or 16
+  int count;  // parameters per group, 2 or 4: alpha_0, mu_0[, alpha_1, mu_1]
+  int bits;   // of a parameter: 4, 8 or 16
 
   int64_t row_bytes() const { return groups * count * bits / 8; }
 };
 
-constexpr int64_t AHEAD = 8;  // groups whose levels are made at once
+constexpr int64_t AHEAD = 8;  // groups whose levels are computed together
 
-// Those of one row.
+// The group parameters of one row.
 class RowParams {
  public:
   RowParams() = default;
@@ -34,8 +34,8 @@ class RowParams {
     }
   }
 
-  // The levels of groups [group, group + many) into out (many, 4), by code, B + 2 G; with two levels the second half
-  // repeats the first. `out` has room for AHEAD groups.
+  // Writes the levels of groups [group, group + many) to out (many, 4), indexed by the code B + 2 G. With two levels
+  // the second half repeats the first. `out` has room for AHEAD groups.
   INLINE void levels(int64_t group, int64_t many, float* out) const {
     int64_t done = 0;
 #if defined(__AVX512F__)
@@ -104,7 +104,7 @@ class RowParams {
         p[k] = static_cast<float>(code) * step_[k] + low_[k];
       }
     }
-    const int inner = count_ == 4 ? 2 : 0;  // G = 0 is the second pair
+    const int inner = count_ == 4 ? 2 : 0;  // G = 0 selects the second pair
     out[0] = p[inner + 1] - p[inner];
     out[1] = p[inner + 1] + p[inner];
     out[2] = p[1] - p[0];
@@ -112,7 +112,7 @@ class RowParams {
   }
 
 #if defined(__AVX2__)
-  // The 4-bit codes in the lower 8 bytes, one a byte.
+  // The 4-bit codes of the lower 8 bytes, one per byte.
   static INLINE __m128i apart(__m128i pairs) {
     const __m128i wide = _mm_cvtepu8_epi16(pairs);
     return _mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi8(15));

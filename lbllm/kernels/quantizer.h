@@ -1,4 +1,4 @@
-// The quantizer of activations.
+// The quantizer of activations, with its gradients.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace lbllm {
 
-// The piecewise quantizer of lbllm.activations, value for value; bits 0: none. For `apply`, `size` features of a token
-// share a range.
+// The piecewise quantizer. It gives exactly the values of ActQuantizer, the same quantizer in Python. With 0 bits
+// nothing is quantized. `size` is the number of features that share a range in `apply`.
 struct Quantizer {
   int bits = 0, tail = 0;
   float knee = 0, clip_low = 0, clip_high = 0;
@@ -17,11 +17,11 @@ struct Quantizer {
 
   bool operator==(const Quantizer&) const = default;
 
-  // One token's grid.
+  // The grid of one range.
   struct Grid {
     float body, zero, span, low, high, tails;
   };
-  // A token's least value, or zero, and its greatest.
+  // The minimum and maximum of the values and zero.
   static std::pair<float, float> range(const float* x, int64_t features) {
     float least = 0, most = 0;
     for (int64_t i = 0; i < features; ++i) {
@@ -40,7 +40,7 @@ struct Quantizer {
     return {body, zero, span, low, high, tails};
   }
 
-  // A value's codes: the body's, and the steps into the tails that lie at its ends.
+  // The codes of a value: of the body, and the steps into the tail below and above it.
   struct Place {
     float code, below, above;
   };
@@ -52,13 +52,13 @@ struct Quantizer {
     return {code, code == -grid.zero ? below : 0.0f, code == grid.span ? above : 0.0f};
   }
 
-  // One token's values on its grids.
+  // Quantizes one token, range by range.
   void apply(const float* x, float* out, int64_t features) const {
     for (int64_t first = 0; first < features; first += size)
       apply_one(x + first, out + first, std::min(size, features - first));
   }
 
-  // The same where all features share a range.
+  // Quantizes features that share one range.
   void apply_one(const float* x, float* out, int64_t features) const {
     const Grid on = grid(range(x, features));
     if (!tail) {
@@ -72,27 +72,27 @@ struct Quantizer {
     }
   }
 
-  // The same as codes: x is steps[0] body + steps[1] below + steps[2] above, with below <= 0 <= above. False where x is
-  // not finite. At most 4 bits.
+  // The same, but gives codes: x is steps[0] body + steps[1] below + steps[2] above, with below <= 0 <= above. Needs a
+  // quantizer of at most 4 bits. Returns false if a value of x is not finite.
   bool encode(const float* x, int64_t features, int8_t* body_codes, int8_t* below_codes, int8_t* above_codes,
               float* steps) const {
     const Grid on = grid(range(x, features));
     steps[0] = on.body;
     steps[1] = on.low;
     steps[2] = on.high;
-    int strange = 0;
+    int not_finite = 0;
     for (int64_t i = 0; i < features; ++i) {
-      strange |= !(std::abs(x[i]) <= std::numeric_limits<float>::max());
+      not_finite |= !(std::abs(x[i]) <= std::numeric_limits<float>::max());
       const auto [code, below, above] = place(x[i], on);
       body_codes[i] = static_cast<int8_t>(static_cast<int>(code));
       below_codes[i] = static_cast<int8_t>(-static_cast<int>(below));
       above_codes[i] = static_cast<int8_t>(static_cast<int>(above));
     }
-    return !strange;
+    return !not_finite;
   }
 
-  // The gradients that one token's values on its grid send back: to x, and added to `act` those of knee and clips.
-  // The formulas are lbllm.activations'; `tau` is the soft mask's temperature.
+  // The gradients of quantized features that share one range: to x, and to knee and clips, which are added to `act`
+  // (3,). ActQuantizer in Python has the same formulas. `tau` is the temperature of the soft mask.
   void backward(const float* x, const float* grad, float* to_x, double* act, float tau, int64_t features) const {
     const auto [least, most] = range(x, features);
     const Grid on = grid({least, most});
@@ -110,7 +110,8 @@ struct Quantizer {
       float slope = code - (value >= dense_first && value <= dense_last ? value / body : 0.0f);
       if (tail) {
         const float edge = code * body;
-        // Moving an edge hands values near it from the tail's grid to the body's, by the soft mask's slope.
+        // If an edge moves, values near it change from the tail's grid to the body's. The slope of the soft mask says
+        // how fast.
         const float over = value - upper, under = value - lower;
         const float to_upper = (edge - upper - high * above) * bell(over / width) * (span / width);
         const float to_lower = (edge - lower + low * below) * bell(under / width) * (zero / width);
@@ -122,7 +123,7 @@ struct Quantizer {
       by_body += grad[i] * slope;
       to_x[i] = value >= first && value <= last ? grad[i] : 0.0f;
     }
-    // From the steps to what the grid is made of; where it is cut off at nothing, no gradient passes.
+    // From the gradients of the steps to those of knee and clips. Where a step was clamped, no gradient passes.
     const float steps = span + zero, share = tail ? knee : 1.0f, bottom = clip_low * least, top = clip_high * most;
     if (tail) {
       by_low = -zero * body - bottom >= 0 ? by_low / tails : 0.0f;
@@ -136,13 +137,14 @@ struct Quantizer {
   }
 
  private:
-  // m (1 - m) for m = sigmoid(t).
+  // m (1 - m) with m = sigmoid(t).
   static INLINE float bell(float t) {
     const float e = exponential(-std::abs(t));
     return e / ((1 + e) * (1 + e));
   }
 };
 
+// The quantizer with the settings that an operator receives.
 inline Quantizer quantizer_of(int64_t bits, int64_t tail, double knee, double clip_low, double clip_high) {
   return {static_cast<int>(bits), static_cast<int>(tail), static_cast<float>(knee), static_cast<float>(clip_low),
           static_cast<float>(clip_high)};

@@ -17,11 +17,12 @@
 
 namespace lbllm {
 
-// f(0), f(1), .. f(N - 1) with constants, so that arrays which only such indices reach live in registers.
+// Calls f(0), f(1), .. f(N - 1) with compile-time constants. An array that is indexed only by them stays in registers.
 template <int N, class F>
 INLINE void each(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>{}), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 #if defined(__F16C__)
@@ -40,7 +41,7 @@ INLINE float half_to_float(uint16_t value) {
 }
 #endif
 
-// One register of floats, of words, and of levels, for the instructions that this file is compiled for.
+// One register of floats, of words, and of levels, for the instruction set that this file is compiled for.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 using Word = __m512i;
@@ -130,7 +131,8 @@ INLINE float total(const Floats& sum) {
 }
 #endif
 
-// e^x for x <= 0, 0 where it is too small to matter. By hand, since a call would keep a loop from being vectorized.
+// e^x for x <= 0. Below -80 it gives e^-80. Written out, because a call would keep the compiler from vectorizing a
+// loop.
 INLINE float exponential(float x) {
   const float bounded = std::max(x, -80.0f), n = std::nearbyint(bounded * 1.44269504f);
   const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;

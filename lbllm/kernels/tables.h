@@ -1,4 +1,4 @@
-// The tables of a token's 4-bit codes, which packed bits are looked up in: see lookup.h.
+// The lookup tables of a token with 4-bit codes; lookup.h describes the method.
 
 #pragma once
 
@@ -8,20 +8,20 @@
 
 namespace lbllm {
 
-constexpr int ENTRIES = 16;  // of a table
+constexpr int ENTRIES = 16;  // per table
 
 // The tables of one token's codes.
 class Lookup {
  public:
-  // The codes of x (columns,), which `quantizer` puts on its grid; groups of `length` columns.
+  // Quantizes x (columns,) and builds the tables of its codes, for groups of `length` columns.
   void build(const Quantizer& quantizer, const float* x, int64_t columns, int64_t length) {
     quads_ = columns / 4;
     per_group_ = length / 4;
     const int64_t groups = (columns + length - 1) / length;
     codes_.resize(3 * columns);
     int8_t *body = codes_.data(), *below = body + columns, *above = below + columns;
-    const bool sound = quantizer.encode(x, columns, body, below, above, steps);
-    if (!sound) steps[0] = std::numeric_limits<float>::quiet_NaN();  // and so is every product with them
+    const bool finite = quantizer.encode(x, columns, body, below, above, steps);
+    if (!finite) steps[0] = std::numeric_limits<float>::quiet_NaN();  // this makes every product NaN
     tables_.resize(quads_ * ENTRIES);
     totals_.resize(3 * groups);
     int most = 0, most_tail = 1;
@@ -62,28 +62,29 @@ class Lookup {
   }
 
   const int8_t* quad(int64_t index) const { return tables_.data() + index * ENTRIES; }
-  // A group's sum of codes: of the body (0), below it (1), above it (2).
+  // The sum of a group's codes. part 0: body, 1: lower tail, 2: upper tail.
   int32_t total(int64_t group, int part) const { return totals_[3 * group + part]; }
 
-  // f(quad, table) for the quads of a group with codes below (0) or above (1) the body.
+  // Calls f(quad, table) for each quad of a group that has codes in the lower (side 0) or upper (side 1) tail.
   template <class F>
   INLINE void each_tail(int side, int64_t group, F f) const {
     const Tails& tails = tails_[side];
-    for (int32_t i = tails.first[group]; i < tails.first[group + 1]; ++i) f(tails.quads[i], tails.tables.data() + i * ENTRIES);
+    for (int32_t i = tails.first[group]; i < tails.first[group + 1]; ++i)
+      f(tails.quads[i], tails.tables.data() + i * ENTRIES);
   }
   bool has_tail(int side, int64_t group) const { return tails_[side].first[group] < tails_[side].first[group + 1]; }
 
-  float steps[3];       // of body, lower and upper tail
-  bool narrow = false;  // four quads' sums fit into a byte
-  int together = 1;     // so many tail quads' sums do
+  float steps[3];       // step sizes of the body, the lower and the upper tail
+  bool narrow = false;  // the sums of four quads fit into a byte
+  int together = 1;     // the number of tail quads whose sums fit into a byte
 
  private:
   struct Tails {
-    std::vector<int32_t> quads, first;  // quads with such codes, and each group's first one in `quads`
+    std::vector<int32_t> quads, first;  // quads with codes in this tail; where each group starts in `quads`
     std::vector<int8_t> tables;
   };
 
-  // The largest sum of four codes, whatever their signs.
+  // The largest sum of four codes over all signs.
   static int bound(const int8_t* codes) {
     return std::abs(codes[0]) + std::abs(codes[1]) + std::abs(codes[2]) + std::abs(codes[3]);
   }

@@ -1,4 +1,4 @@
-// How much work is worth another thread.
+// How much work justifies another thread. Waking a thread takes about 0.1 ms.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace lbllm {
 
-constexpr int64_t WORK = 1 << 21;      // weights times tokens that are worth waking an idle thread for, some 0.1 ms
-constexpr int64_t EACH = 1 << 16;      // weights to expand, or values to quantize, that are worth the same
+constexpr int64_t WORK = 1 << 21;  // weights times tokens that a thread multiplies
+constexpr int64_t EACH = 1 << 16;  // weights that a thread expands, or values that it quantizes
 
 }  // namespace lbllm
