@@ -6,13 +6,10 @@
 #pragma once
 
 #include "simd.h"
-#include "work.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
 #include <limits>
-#include <vector>
 
 namespace lbllm {
 
@@ -48,17 +45,6 @@ float forward_kl_row(const T* student, const T* teacher, T* grad, float factor, 
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) grad[i] = static_cast<T>(q[i] * by_q - p[i] * by_p);
   return dot / sum_p - std::log(sum_p) + std::log(sum_q);
-}
-
-template <class T>
-void forward_kl_rows(const T* student, const T* teacher, T* grad, float* loss, int64_t tokens, int64_t count) {
-  const float factor = 1.0f / static_cast<float>(tokens);
-  at::parallel_for(0, tokens, std::max<int64_t>(1, EACH / count), [&](int64_t begin, int64_t end) {
-    std::vector<float> room(4 * count);
-    for (int64_t token = begin; token < end; ++token)
-      loss[token] = forward_kl_row(student + token * count, teacher + token * count, grad + token * count, factor,
-                                   count, room.data());
-  });
 }
 
 }  // namespace lbllm

@@ -19,8 +19,9 @@
 #pragma once
 
 #include "tables.h"
+#include "work.h"
 
-#include <ATen/core/Tensor.h>
+#include <ATen/Parallel.h>
 
 namespace lbllm {
 
@@ -42,9 +43,6 @@ struct Tiles {
 
 // The row of a tile that a byte belongs to.
 inline int row_of(int place) { return place % 2 * 16 + place / 2; }
-
-// The packed layer in these tensors. Throws c10::Error if they don't fit.
-Tiles tiles_of(const at::Tensor& tiles, const at::Tensor& params, int64_t columns, int64_t length);
 
 #if defined(__AVX2__)
 
@@ -229,9 +227,6 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
 
 #endif
 
-// Computes y (rows,) for the tiles [begin, end). Defined in linear.cpp, so the templates above are compiled only once.
-void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, float* y);
-
 // Expands the weights of one tile to floats (TILE, columns).
 template <int BITS>
 void expand_tile(const Tiles& w, int64_t tile, float* out) {
@@ -267,5 +262,12 @@ void expand_tile(const Tiles& w, int64_t tile, float* out) {
     }
   }
 }
+
+// Defined in linear.cpp, so the templates above are compiled only once.
+
+// Computes y (rows,) for the tiles [begin, end).
+void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, float* y);
+// Expands the tiles [begin, end) to floats ((end - begin) TILE, columns).
+void expand_tiles(const Tiles& w, int64_t begin, int64_t end, float* out);
 
 }  // namespace lbllm

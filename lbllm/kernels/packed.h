@@ -15,9 +15,7 @@
 #include "work.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
 
 namespace lbllm {
@@ -50,10 +48,6 @@ struct Weights {
   const uint32_t* words;  // (rows, shape.words, LANES)
   Params params;
 };
-
-// The packed weights in these tensors, as pack_words and a checkpoint give them. Throws c10::Error if they don't fit.
-Weights weights_of(const at::Tensor& words, const at::Tensor& params, const std::optional<at::Tensor>& scale,
-                   int64_t columns, int64_t length);
 
 // Prefetches memory. The rows of a layer are too short for the processor to predict the next one; without this, a third
 // of a token's time is spent waiting for memory.
@@ -156,9 +150,6 @@ void some_tokens(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
   }
 }
 
-// Computes the rows [begin, end) of a job. Defined in linear.cpp, so the templates above are compiled only once.
-void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens);
-
 // x (tokens, columns) in the order of the words: x itself if it has this order, else a copy in `room`.
 inline const float* laid_out(const Shape& shape, const float* x, int64_t tokens, std::vector<float>& room) {
   if (shape.filled()) return x;
@@ -197,14 +188,24 @@ void expand_row(const Weights& w, int64_t row, float* out, float* room) {
     });
 }
 
-// Expands the rows [begin, end) to floats (end - begin, columns).
 template <int BITS>
-void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
+void expand_some_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
   at::parallel_for(begin, end, std::max<int64_t>(1, EACH / w.shape.columns), [&](int64_t first, int64_t last) {
     std::vector<float> room(w.shape.filled() ? 0 : w.shape.padded());
     for (int64_t row = first; row < last; ++row)
       expand_row<BITS>(w, row, out + (row - begin) * w.shape.columns, room.data());
   });
 }
+
+// Defined in linear.cpp, so the templates above are compiled only once.
+
+// Computes the rows [begin, end) of a job.
+void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens);
+// Expands the rows [begin, end) to floats (end - begin, columns).
+void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out);
+// From planes (rows, bits, ceil(columns / 8)) to words (rows, shape.words, LANES), which are zero before.
+void pack(const Shape& shape, int bits, int64_t rows, const uint8_t* planes, uint32_t* words);
+// The inverse of pack. The planes are zero before.
+void unpack(const Shape& shape, int bits, int64_t rows, const uint32_t* words, uint8_t* planes);
 
 }  // namespace lbllm
