@@ -1,12 +1,12 @@
-"""Kernels that compute from packed bits: C++ for the CPU, compiled for this machine at first use and kept.
+"""Kernels that compute from packed bits. Those for the CPU are C++, compiled for this machine at first use.
 
-    ready()             compiles if need be, loads; False where it can't, which is then said once
-    packed_linear(...)  and the other operators: torch.ops.lbllm
-    on_gpu()            the module of Triton kernels, None where they can't be used, which is then said once
+    ready()     loads the library and compiles it first if necessary; False, with one warning, if that fails
+    on_gpu()    the module of Triton kernels; None, with one warning, if they can't be used
 
-The library is built by the system's C++ compiler (CXX, else c++ or g++ or clang++) for the widest of the instruction
-sets that PyTorch finds (AVX-512, AVX2, or portable code) and lies under LBLLM_HOME/kernels, named by the hash of
-everything that it depends on. Without a compiler the layers compute in PyTorch, slowly: the results are the same.
+The operators, for example packed_linear, are in torch.ops.lbllm once ready() has returned True; operators.h lists them.
+The system's C++ compiler (CXX, else c++, g++ or clang++) builds the library for the widest instruction set that PyTorch
+finds (AVX-512, AVX2, or portable code). The library is kept in LBLLM_HOME/kernels under a name with the hash of
+everything that it depends on. Without a compiler the layers compute in PyTorch, slowly, with the same results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
@@ -27,23 +30,22 @@ import torch
 from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
+from lbllm.places import home
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("operators.cpp", "packed.h", "lookup.h", "attention.h", "team.h", "divergence.h")
-)
+# Every .cpp is a translation unit of its own.
+SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
 InstructionSet = Literal["avx512", "avx2", "portable"]
 _FLAGS: dict[InstructionSet, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-# The quantizer has to round where PyTorch does, so a product and a sum stay two operations.
+# The quantizer must round exactly as PyTorch does, so the compiler may not fuse a product and a sum.
 _ALWAYS = (
     "-O3",
     "-std=c++20",
     "-fPIC",
-    "-shared",
+    "-fvisibility=hidden",
     "-fopenmp-simd",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -52,11 +54,11 @@ _ALWAYS = (
 
 
 class BuildError(LbllmError):
-    """There is no compiler, or it failed."""
+    """There is no compiler, or compilation failed."""
 
 
 def instruction_set() -> InstructionSet:
-    """The widest set that this processor has, or the one that LBLLM_KERNELS names."""
+    """The widest instruction set of this processor, or the one in LBLLM_KERNELS."""
     named = os.environ.get("LBLLM_KERNELS", "")
     if named in get_args(InstructionSet):
         return named  # type: ignore[return-value]
@@ -65,53 +67,59 @@ def instruction_set() -> InstructionSet:
 
 
 def build(folder: Path, instructions: InstructionSet) -> Path:
-    """The library for these instructions in ``folder``, compiled if it isn't there yet. Raises BuildError."""
+    """The library for these instructions in ``folder``; compiles it if it is missing. Raises BuildError."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    # PyTorch's loops over threads are OpenMP's, by GCC's runtime; another compiler's would be a second one beside it.
+    # PyTorch runs its threads with GCC's OpenMP runtime. With another compiler there would be a second runtime.
     threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [*_ALWAYS, *_FLAGS[instructions], *threads, abi]
-    text = b"".join(source.read_bytes() for source in SOURCES)
-    key = hashlib.sha256(text + repr((flags, torch.__version__, compiler)).encode()).hexdigest()[:16]
-    library = folder / f"operators-{instructions}-{key}.so"
+    library = folder / f"operators-{instructions}-{_key(SOURCES, flags, torch.__version__, compiler)}.so"
     if library.exists():
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes at once one compiles
-            if library.exists():
-                return library
-            made = library.with_suffix(".tmp")
-            command = [
-                compiler,
-                *flags,
-                *includes,
-                str(SOURCES[0]),
-                "-o",
-                str(made),
-                *libraries,
-                "-lc10",
-                "-ltorch_cpu",
-            ]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")
-            made.rename(library)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes only one compiles
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as made:
+                    _compile(compiler, flags, Path(made) / library.name).rename(library)
     except OSError as error:
         raise BuildError(f"{folder} can't be written ({error})") from error
     return library
 
 
+def _key(sources: Iterable[Path], *others: object) -> str:
+    """The hash of the files' names and contents and of ``others``."""
+    parts = [(source.name, source.read_bytes()) for source in sources]
+    return hashlib.sha256(repr((parts, others)).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: Sequence[str], library: Path) -> Path:
+    """Compile the units in parallel, one per core, and link them to ``library``. Raises BuildError."""
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    places = [f"-L{path}" for path in cpp_extension.library_paths()]
+    units = [source for source in SOURCES if source.suffix == ".cpp"]
+    objects = [str(library.with_name(f"{unit.stem}.o")) for unit in units]
+    commands = [
+        [compiler, *flags, *includes, "-c", str(unit), "-o", made] for unit, made in zip(units, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    _run([compiler, *flags, "-shared", *objects, "-o", str(library), *places, "-lc10", "-ltorch_cpu"])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"{command[0]} failed: {result.stderr.strip()[-600:]}")
+
+
 @functools.cache
 def ready() -> bool:
-    """Whether torch.ops.lbllm can be used; compiles it first where that was never done. Warns once where it can't."""
-    from lbllm.places import home
-
+    """Whether torch.ops.lbllm can be used. Compiles the library if it is missing; warns once if that fails."""
     if os.environ.get("LBLLM_KERNELS") == "none":
         return False
     try:
@@ -127,14 +135,14 @@ def ready() -> bool:
 
 @functools.cache
 def on_gpu() -> ModuleType | None:
-    """``lbllm.kernels.gpu`` where it works on this machine's GPU, tried once; warns once where it doesn't."""
+    """``lbllm.kernels.gpu`` if it works on this machine's GPU, else None. Tried once; warns once if it doesn't work."""
     if os.environ.get("LBLLM_KERNELS") == "none" or not torch.cuda.is_available():
         return None
     try:
         from lbllm.kernels import gpu
 
         reason = None if gpu.works() else "Triton's results are wrong"
-    except Exception as error:  # whatever a driver or a compiler of this machine stumbles over
+    except Exception as error:  # a driver or a compiler can fail in any way
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return gpu

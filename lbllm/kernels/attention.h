@@ -1,14 +1,14 @@
-// Attention of one token over keys and values that lie in 4, 8 or 16 bits, and the output head's dot product.
+// Attention of one token over keys and values stored in 4, 8 or 16 bits.
 
 #pragma once
 
-#include "packed.h"
+#include "simd.h"
 
 #include <c10/util/Half.h>
 
-namespace {
+namespace lbllm {
 
-// x's half-rotated copy turned by the position's angles (Su et al. 2021), head by head, in place.
+// Rotary position embedding by halves (Su et al. 2021): rotates x (heads, dim) by the angles of a position, in place.
 inline void rotate(float* x, int64_t heads, int64_t dim, const float* cosine, const float* sine) {
   for (int64_t head = 0; head < heads; ++head, x += dim)
     for (int64_t i = 0; i < dim / 2; ++i) {
@@ -29,9 +29,9 @@ inline void half_to_floats(const uint16_t* halves, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = half_to_float(halves[i]);
 }
 
-// Keys or values of (kv_heads, room) tokens in 4, 8 or 16 bits. In 4 and 8: codes, of 4 bits two a byte, the even column
-// low, and scale (kv_heads, room, 2), minimum and step. In 16: float16 values. The same numbers as
-// lbllm.activations.encode_kv.
+// The keys or the values of (kv_heads, room) tokens in 4, 8 or 16 bits. With 4 and 8 bits: codes, and `scale`
+// (kv_heads, room, 2) with minimum and step. Two 4-bit codes share a byte; the even column is in the lower half. With
+// 16 bits: float16 values. The numbers equal those of encode_kv in Python.
 struct Cache {
   int bits;
   void* kept;
@@ -66,7 +66,8 @@ struct Cache {
       for (int64_t i = 0; i < dim / 2; ++i) bytes[i] = static_cast<uint8_t>(code(x[2 * i]) | code(x[2 * i + 1]) << 4);
   }
 
-  // A token's columns; of 4 bits the even ones into out[0 .. dim / 2), the odd ones behind them.
+  // Reads the columns of a token. With 4 bits the even columns come first, in out[0 .. dim / 2), and the odd ones after
+  // them.
   void read(int64_t head, int64_t position, float* out) const {
     const uint8_t* bytes = codes(head, position);
     if (bits == 16) {
@@ -83,11 +84,11 @@ struct Cache {
     for (int64_t i = 0; i < dim / 2; ++i) out[dim / 2 + i] = static_cast<float>(bytes[i] >> 4) * step + low;
   }
 
-  // Where read() puts column i.
+  // The index in `out` where read() puts column i.
   int64_t place(int64_t i) const { return bits == 4 ? i / 2 + i % 2 * (dim / 2) : i; }
 };
 
-// Sums in eight strands, which the compiler keeps in registers.
+// A dot product in eight partial sums, which the compiler keeps in registers.
 inline float dot(const float* a, const float* b, int64_t count) {
   float sums[8] = {};
   int64_t i = 0;
@@ -99,10 +100,11 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// softmax(q K^T scaling) V over `tokens` tokens, for the queries of one head of keys and values: q and out (heads, dim).
-// `room`: attention_room() floats.
+// The number of floats that attend() needs as working memory.
 inline int64_t attention_room(int64_t tokens, int64_t dim, int64_t group) { return dim + group * (2 * dim + tokens); }
 
+// softmax(q K^T scaling) V over `tokens` tokens, for the `group` query heads of key and value head `kv`. q and out have
+// the shape (heads, dim); `room` has attention_room() floats.
 inline void attend(const float* q, const Cache& keys, const Cache& values, int64_t kv, int64_t tokens, int64_t group,
                    float scaling, float* room, float* out) {
   const int64_t dim = keys.dim;
@@ -132,30 +134,4 @@ inline void attend(const float* q, const Cache& keys, const Cache& values, int64
     for (int64_t i = 0; i < dim; ++i) out[(kv * group + g) * dim + i] = sums[g * dim + values.place(i)];
 }
 
-// A row of bfloat16 weights times x.
-inline float dot_bfloat16(const uint16_t* weight, const float* x, int64_t columns) {
-  float sum = 0;
-  int64_t i = 0;
-#if defined(__AVX2__)
-  __m256 sums[4];
-  each<4>([&](auto k) { sums[k] = _mm256_setzero_ps(); });
-  for (; i + 32 <= columns; i += 32)
-    each<4>([&](auto k) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + i + 8 * k));
-      const __m256 values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-      sums[k] = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + i + 8 * k), sums[k]);
-    });
-  float lanes[8];
-  _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
-  for (float lane : lanes) sum += lane;
-#endif
-  for (; i < columns; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(weight[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    sum += value * x[i];
-  }
-  return sum;
-}
-
-}  // namespace
+}  // namespace lbllm

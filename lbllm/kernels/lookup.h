@@ -1,165 +1,65 @@
-// Linear layers whose 4-bit activations meet the packed bits by table lookup.
+// Linear layers with 4-bit activations, computed by table lookup.
 //
-// Of a token's codes c the sums +-c_0 +-c_1 +-c_2 +-c_3 of four neighbouring columns have 16 values. One byte shuffle looks up
-// those of 32 rows at once, by four bits of a bit plane of each (T-MAC, Wei et al. 2024, and before it the Four Russians).
-// With s = 2B - 1 and g = 2G - 1 the sum over the members of one level, B = G = 1 for example, is
+// The sums +-c_0 +-c_1 +-c_2 +-c_3 of a token's codes c in four neighbouring columns (a quad) have 16 values: a table.
+// One byte shuffle looks up the sums of 32 rows at once; the index is four bits of each row's bit plane (T-MAC, Wei et
+// al. 2024; the idea is the Method of Four Russians). With s = 2B - 1 and g = 2G - 1, the sum over the members of one
+// level, for example B = G = 1, is
 //
 //     1/4 [X + X_s + X_g + X_sg],   X_p = sum_j p_j x_j,
 //
-// so three lookups a column quad do, for B, G and B xor G; the group's four levels enter once. The sums are whole numbers:
-// exact, and a level without members adds nothing, however large it is. Activations beyond the knee have a second code
-// with a step of its own, and their quads second tables.
+// so three lookups per quad are enough: for B, G and B xor G. The four levels of a group are applied once per group.
+// The sums are integers and therefore exact. A level without members adds nothing, however large it is. Activations
+// beyond the knee have a second code with a step of its own, and a second table per quad.
 //
-// In memory a layer is tiles of 32 rows: of 8 columns in turn, for each plane, 32 bytes. Byte 2 i is row i of the tile,
-// byte 2 i + 1 row 16 + i, its bits the columns as in a checkpoint. The parameters lie tile by tile as well: of each group in
-// turn alpha_0 of the 32 rows, then mu_0 and so on, so that a tile is read from beginning to end.
+// In memory a layer is a list of tiles of 32 rows. A tile holds 32 bytes per plane for each 8 columns: byte 2 i is row
+// i of the tile, byte 2 i + 1 is row 16 + i, and the bits of a byte are the columns, in the order of a checkpoint. The
+// parameters are stored by tile as well: for each group alpha_0 of the 32 rows, then mu_0 and so on. A tile is read
+// from start to end.
 
 #pragma once
 
-#include "packed.h"
+#include "tables.h"
+#include "work.h"
 
-namespace {
+#include <ATen/Parallel.h>
 
-constexpr int TILE = 32;     // rows
-constexpr int QUADS = 2;     // column quads in a byte
-constexpr int ENTRIES = 16;  // of a table
+namespace lbllm {
 
-// A layer's bits in tiles.
+constexpr int TILE = 32;  // rows per tile
+constexpr int QUADS = 2;  // quads per byte
+
+// A packed layer in tiles.
 struct Tiles {
   const uint8_t* bytes;    // (rows / TILE, columns / 8, bits, TILE)
   const uint16_t* params;  // float16 (rows / TILE, groups, 2 bits, TILE)
   int64_t columns, length, groups;
   int bits;
 
-  // The k-th parameter of a group, of all rows of a tile.
+  // The k-th parameter of a group, for all rows of a tile.
   const uint16_t* params_at(int64_t tile, int64_t group, int k) const {
     return params + ((tile * groups + group) * 2 * bits + k) * TILE;
   }
 };
 
+// The row of a tile that a byte belongs to.
 inline int row_of(int place) { return place % 2 * 16 + place / 2; }
 
-// The tables of one token's codes.
-class Lookup {
- public:
-  // The codes of x (columns,), which `quantizer` puts on its grid; groups of `length` columns.
-  void build(const Quantizer& quantizer, const float* x, int64_t columns, int64_t length) {
-    quads_ = columns / 4;
-    per_group_ = length / 4;
-    const int64_t groups = (columns + length - 1) / length;
-    codes_.resize(3 * columns);
-    int8_t *body = codes_.data(), *below = body + columns, *above = below + columns;
-    const bool sound = quantizer.encode(x, columns, body, below, above, steps);
-    if (!sound) steps[0] = std::numeric_limits<float>::quiet_NaN();  // and so is every product with them
-    tables_.resize(quads_ * ENTRIES);
-    totals_.resize(3 * groups);
-    int most = 0, most_tail = 1;
-    for (int64_t quad = 0; quad < quads_; ++quad) {
-      table(body + 4 * quad, tables_.data() + quad * ENTRIES);
-      most = std::max(most, bound(body + 4 * quad));
-    }
-    narrow = most <= 31;
-    for (int64_t group = 0; group < groups; ++group) {
-      int32_t* totals = totals_.data() + 3 * group;
-      std::fill_n(totals, 3, 0);
-      for (int64_t j = group * length; j < std::min(columns, (group + 1) * length); ++j) {
-        totals[0] += body[j];
-        totals[1] += below[j];
-        totals[2] += above[j];
-      }
-    }
-    for (int side = 0; side < 2; ++side) {
-      const int8_t* codes = side ? above : below;
-      Tails& tails = tails_[side];
-      tails.quads.clear();
-      tails.tables.clear();
-      tails.first.assign(groups + 1, 0);
-      for (int64_t quad = 0; quad < quads_; ++quad) {
-        int32_t four;
-        std::memcpy(&four, codes + 4 * quad, sizeof four);
-        if (four) {
-          most_tail = std::max(most_tail, bound(codes + 4 * quad));
-          tails.quads.push_back(static_cast<int32_t>(quad));
-          tails.tables.resize(tails.tables.size() + ENTRIES);
-          table(codes + 4 * quad, tails.tables.data() + tails.tables.size() - ENTRIES);
-        }
-        if ((quad + 1) % per_group_ == 0 || quad + 1 == quads_)
-          tails.first[quad / per_group_ + 1] = static_cast<int32_t>(tails.quads.size());
-      }
-    }
-    together = 127 / most_tail;
-  }
-
-  const int8_t* quad(int64_t index) const { return tables_.data() + index * ENTRIES; }
-  // A group's sum of codes: of the body (0), below it (1), above it (2).
-  int32_t total(int64_t group, int part) const { return totals_[3 * group + part]; }
-
-  // f(quad, table) for the quads of a group with codes below (0) or above (1) the body.
-  template <class F>
-  INLINE void each_tail(int side, int64_t group, F f) const {
-    const Tails& tails = tails_[side];
-    for (int32_t i = tails.first[group]; i < tails.first[group + 1]; ++i) f(tails.quads[i], tails.tables.data() + i * ENTRIES);
-  }
-  bool has_tail(int side, int64_t group) const { return tails_[side].first[group] < tails_[side].first[group + 1]; }
-
-  float steps[3];       // of body, lower and upper tail
-  bool narrow = false;  // four quads' sums fit into a byte
-  int together = 1;     // so many tail quads' sums do
-
- private:
-  struct Tails {
-    std::vector<int32_t> quads, first;  // quads with such codes, and each group's first one in `quads`
-    std::vector<int8_t> tables;
-  };
-
-  // The largest sum of four codes, whatever their signs.
-  static int bound(const int8_t* codes) {
-    return std::abs(codes[0]) + std::abs(codes[1]) + std::abs(codes[2]) + std::abs(codes[3]);
-  }
-
-  static void table(const int8_t* codes, int8_t* out) {
-#if defined(__AVX2__)
-    alignas(16) static const int8_t SIGNS[4][ENTRIES] = {
-        {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1},
-        {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1},
-        {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1},
-        {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1}};
-    __m128i sum = _mm_setzero_si128();
-    each<4>([&](auto j) {
-      const __m128i signs = _mm_load_si128(reinterpret_cast<const __m128i*>(SIGNS[j]));
-      sum = _mm_add_epi8(sum, _mm_sign_epi8(_mm_set1_epi8(codes[j]), signs));
-    });
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sum);
-#else
-    for (int entry = 0; entry < ENTRIES; ++entry) {
-      int sum = 0;
-      for (int j = 0; j < 4; ++j) sum += entry >> j & 1 ? codes[j] : -codes[j];
-      out[entry] = static_cast<int8_t>(sum);
-    }
-#endif
-  }
-
-  int64_t quads_ = 0, per_group_ = 1;
-  std::vector<int8_t> codes_, tables_;
-  std::vector<int32_t> totals_;
-  Tails tails_[2];
-};
-
 #if defined(__AVX2__)
 
-// Sums of 32 rows for P planes as whole numbers: rows 0 .. 15 and 16 .. 31.
+// The integer sums of 32 rows for P planes: rows 0 .. 15 and 16 .. 31.
 template <int P>
 struct Whole {
   __m256i first[P], second[P];
   INLINE Whole() {
     each<P>([&](auto p) { first[p] = second[p] = _mm256_setzero_si256(); });
   }
-  // Bytes, one a row.
+  // Adds bytes, one per row.
   INLINE void add(int p, __m256i bytes) {
     first[p] = _mm256_add_epi16(first[p], _mm256_maddubs_epi16(_mm256_set1_epi16(1), bytes));
     second[p] = _mm256_add_epi16(second[p], _mm256_maddubs_epi16(_mm256_set1_epi16(256), bytes));
   }
-  // Of rows 8 Q .. 8 Q + 7 the sums over each level's members, as many times as there are levels; `total`: over all.
+  // For rows 8 Q .. 8 Q + 7, the sum over the members of each level, times the number of levels. `total` is the sum
+  // over all columns.
   template <int Q>
   INLINE void members(int32_t total, __m256* out) const {
     __m256i sum[P];
@@ -185,7 +85,7 @@ INLINE __m256i table_of(const int8_t* table) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }
 
-// y (TILE,) of one tile.
+// Computes y (TILE,) for one tile.
 template <int BITS, bool NARROW>
 void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) {
   constexpr int P = BITS == 2 ? 3 : 1;
@@ -195,14 +95,14 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
   const auto plane = [&](int64_t block, int bit) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + (block * BITS + bit) * TILE));
   };
-  // The bits of one quad of a block, for each plane.
+  // The bits of one quad of a block of 8 columns, for each plane.
   const auto nibbles = [&](const __m256i* loaded, int odd, __m256i* out) __attribute__((always_inline)) {
     each<BITS>([&](auto bit) {
       out[bit] = _mm256_and_si256(odd ? _mm256_srli_epi16(loaded[bit], 4) : loaded[bit], low_bits);
     });
     if constexpr (BITS == 2) out[2] = _mm256_xor_si256(out[0], out[1]);
   };
-  // Sums over a block, a byte a row.
+  // The sums over a block, one byte per row.
   const auto block_sums = [&](int64_t block, __m256i* sums) __attribute__((always_inline)) {
     __m256i loaded[BITS], index[2][P];
     each<BITS>([&](auto bit) { loaded[bit] = plane(block, bit); });
@@ -277,7 +177,8 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
       });
     });
   }
-  each<4>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_mul_ps(result[q], _mm256_set1_ps(BITS == 1 ? 0.5f : 0.25f))); });
+  const __m256 share = _mm256_set1_ps(BITS == 1 ? 0.5f : 0.25f);
+  each<4>([&](auto q) { _mm256_storeu_ps(y + 8 * q, _mm256_mul_ps(result[q], share)); });
 }
 
 #else
@@ -326,18 +227,7 @@ void look_up_tile(const Tiles& w, int64_t tile, const Lookup& lookup, float* y) 
 
 #endif
 
-// y (rows,) for the tiles [begin, end).
-inline void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, float* y) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    float* to = y + tile * TILE;
-    if (w.bits == 2)
-      lookup.narrow ? look_up_tile<2, true>(w, tile, lookup, to) : look_up_tile<2, false>(w, tile, lookup, to);
-    else
-      lookup.narrow ? look_up_tile<1, true>(w, tile, lookup, to) : look_up_tile<1, false>(w, tile, lookup, to);
-  }
-}
-
-// The weights of one tile as floats (TILE, columns).
+// Expands the weights of one tile to floats (TILE, columns).
 template <int BITS>
 void expand_tile(const Tiles& w, int64_t tile, float* out) {
   const int64_t blocks = w.columns / 8;
@@ -348,7 +238,8 @@ void expand_tile(const Tiles& w, int64_t tile, float* out) {
     for (int64_t block = 0; block < blocks; ++block, to += 8) {
       if (block % (w.length / 8) == 0) {
         float p[2 * BITS];
-        for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params_at(tile, block / (w.length / 8), k)[row_of(place)]);
+        const int64_t group = block / (w.length / 8);
+        for (int k = 0; k < 2 * BITS; ++k) p[k] = half_to_float(w.params_at(tile, group, k)[row_of(place)]);
         for (int code = 0; code < 4; ++code) {
           const float* pair = BITS == 2 && code < 2 ? p + 2 : p;
           levels[code] = code % 2 ? pair[1] + pair[0] : pair[1] - pair[0];
@@ -359,10 +250,10 @@ void expand_tile(const Tiles& w, int64_t tile, float* out) {
 #if defined(__AVX2__)
       const __m256i shifts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
       __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(sign)), shifts), one);
-      if constexpr (BITS == 2)
-        code = _mm256_or_si256(
-            code, _mm256_slli_epi32(
-                      _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bitmap)), shifts), one), 1));
+      if constexpr (BITS == 2) {
+        const __m256i second = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bitmap)), shifts);
+        code = _mm256_or_si256(code, _mm256_slli_epi32(_mm256_and_si256(second, one), 1));
+      }
       const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels));
       _mm256_storeu_ps(to, _mm256_permutevar_ps(four, code));
 #else
@@ -372,4 +263,11 @@ void expand_tile(const Tiles& w, int64_t tile, float* out) {
   }
 }
 
-}  // namespace
+// Defined in linear.cpp, so the templates above are compiled only once.
+
+// Computes y (rows,) for the tiles [begin, end).
+void look_up(const Tiles& w, int64_t begin, int64_t end, const Lookup& lookup, float* y);
+// Expands the tiles [begin, end) to floats ((end - begin) TILE, columns).
+void expand_tiles(const Tiles& w, int64_t begin, int64_t end, float* out);
+
+}  // namespace lbllm

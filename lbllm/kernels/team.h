@@ -1,9 +1,8 @@
-// Threads that go through many short stages together.
+// Threads that work through many short stages together.
 //
-// Waking a thread takes some 0.1 ms, longer than most layers of a small model. So all stages of a token run within one
-// parallel region: the first thread follows the program and publishes each stage as a number of pieces, and every
-// thread takes the next piece that nobody has. Nobody waits for a thread that the system keeps from running, only for
-// pieces that were begun.
+// Waking a thread takes about 0.1 ms, longer than most layers of a small model. So all stages of a token run in one
+// parallel region. The first thread runs the program and publishes each stage as a number of pieces; every thread takes
+// the next free piece. If the system suspends a thread, the others wait for it only if it has started a piece.
 
 #pragma once
 
@@ -19,14 +18,14 @@
 #include <sched.h>
 #endif
 
-namespace {
+namespace lbllm {
 
 inline void pause_a_little(int& spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
 #if defined(__unix__) || defined(__APPLE__)
-  // Some 20 microseconds of waiting: let others have the core.
+  // After about 20 microseconds of waiting, give the core to another thread.
   if (++spins > 500) sched_yield();
 #endif
 }
@@ -35,8 +34,8 @@ class Team {
  public:
   explicit Team(bool alone) : alone_(alone) {}
 
-  // work(begin, end) for the pieces of [0, total), `size` or fewer each; returns when all of it is done. Only the first
-  // thread calls this.
+  // Calls work(begin, end) for the pieces of [0, total), normally of `size` or less, and returns when all are done.
+  // Only the first thread calls this.
   template <class Work>
   void share(int64_t total, int64_t size, const Work& work) {
     const int64_t pieces = std::min<int64_t>((total + size - 1) / size, MOST);
@@ -54,7 +53,7 @@ class Team {
     while (done_.load(std::memory_order_acquire) < pieces) pause_a_little(spins);
   }
 
-  // What every other thread does.
+  // Every other thread runs this.
   void help() {
     int spins = 0;
     while (!over_.load(std::memory_order_acquire))
@@ -69,13 +68,13 @@ class Team {
  private:
   static constexpr int64_t MOST = 0xffff;
 
-  // Take a piece of the present stage and do it; false where there is none left.
+  // Takes a piece of the current stage and runs it. Returns false if no piece is left.
   bool take() {
     uint64_t state = state_.load(std::memory_order_acquire);
     do {
       if ((state & MOST) >= (state >> 16 & MOST)) return false;
     } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire));
-    // The stage can't end, nor the next one begin, before this piece is counted as done.
+    // The stage can't end, and the next one can't begin, before this piece counts as done.
     const int64_t begin = static_cast<int64_t>(state & MOST) * size_, end = std::min(total_, begin + size_);
     if (begin < end) call_(context_, begin, end);
     done_.fetch_add(1, std::memory_order_release);
@@ -83,7 +82,7 @@ class Team {
   }
 
   const bool alone_;
-  std::atomic<uint64_t> state_{0};  // stage << 32 | its pieces << 16 | pieces taken
+  std::atomic<uint64_t> state_{0};  // stage << 32 | number of pieces << 16 | pieces taken
   std::atomic<int64_t> done_{0};
   std::atomic<bool> over_{false};
   uint64_t stage_ = 0;
@@ -92,7 +91,7 @@ class Team {
   int64_t total_ = 0, size_ = 1;
 };
 
-// program(team) on this thread, with PyTorch's other threads as helpers.
+// Runs program(team) on this thread, with PyTorch's other threads as helpers.
 template <class Program>
 void with_team(const Program& program) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -110,4 +109,4 @@ void with_team(const Program& program) {
   if (failure) std::rethrow_exception(failure);
 }
 
-}  // namespace
+}  // namespace lbllm

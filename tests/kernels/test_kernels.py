@@ -283,6 +283,26 @@ def test_without_a_compiler_it_computes_all_the_same_and_says_so_once(tmp_path: 
     assert missing.split() == ["1", "True"]
 
 
+def test_every_source_file_decides_about_the_library(tmp_path: Path) -> None:
+    """A library that is kept must not be used after a file was changed, added or renamed."""
+    assert {"library.cpp", "packed.h"} <= {source.name for source in kernels.SOURCES}
+    sources = [tmp_path / "a.cpp", tmp_path / "b.h"]
+    for source in sources:
+        source.write_text(source.name)
+    names = [kernels._key(sources, "flags"), kernels._key(sources, "other flags"), kernels._key(sources[:1], "flags")]
+    sources[1].write_text("changed")
+    names.append(kernels._key(sources, "flags"))
+    names.append(kernels._key([sources[0], sources[1].rename(tmp_path / "c.h")], "flags"))
+    assert len(set(names)) == len(names)
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(kernels.BuildError, match="false failed"):
+        kernels.build(tmp_path, "portable")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 @pytest.mark.skipif("PYTEST_PORTABLE" in os.environ, reason="this is that process")
 @pytest.mark.parametrize("instructions", get_args(kernels.InstructionSet))
 def test_other_instruction_sets_compute_the_same(instructions: str) -> None:
