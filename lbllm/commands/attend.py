@@ -79,26 +79,33 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {out}: the folder {parent} is not writable; choose another place")
 
 
-def attend(store: RunStore, run: Run, expected: Mapping[Stage, float], console: Console, out: Path | None) -> Outcome:
+def attend(
+    store: RunStore, run: Run, console: Console, out: Path | None, expected: Mapping[Stage, float] | None = None
+) -> Outcome:
     """Start a queued run, or resume one that ended early, and show it on ``console`` until it ends.
 
-    ``expected``: the estimated seconds of each stage. The checkpoint is copied to ``out`` if given. Raises RunError
-    where the run ends before it is done, StoppedByUser where Ctrl-C stopped it, ResourceError where the checkpoint
-    can't be copied to ``out``.
+    The checkpoint is copied to ``out`` if given. ``expected``: the estimated seconds of each stage; None: estimate them
+    here. Raises RunError where the run ends before it is done, StoppedByUser where Ctrl-C stopped it, ResourceError
+    where the checkpoint can't be copied to ``out``.
     """
-    display = RunDisplay(console, RunView(run.id), expected)
+    view = RunView(run.id)
     active = next((other.id for other in store.all() if other.state == "running"), None)
     if active is not None:
         plain(console, f"waiting until run {active} ends: one works at a time")
     # A resumed run's earlier events count, but are not shown again.
-    with display.view.caught_up(store):
+    with view.caught_up(store):
         pass
-    if run.state == "queued":
-        store.start(run.id)
-    else:
-        store.resume(run.id)
-    asked = _follow(store, display)
-    outcome = _outcome(store.get(run.id), display.view, asked, out)
+    with interrupts() as pressed:
+        if run.state == "queued":
+            store.start(run.id)
+        else:
+            store.resume(run.id)
+        if expected is None:
+            from lbllm.measure.estimate import expected_seconds  # late: the worker needn't wait for torch
+
+            expected = expected_seconds(run)
+        asked = _follow(store, RunDisplay(console, view, expected), pressed)
+    outcome = _outcome(store.get(run.id), view, asked, out)
     if out is None:
         return outcome
     deliver(outcome.path, out)
@@ -119,11 +126,11 @@ def _outcome(run: Run, view: RunView, asked: bool, out: Path | None) -> Outcome:
     raise RunError(f"run {run.id} is {run.state}" + (f". {again}" if run.state == "stopped" else ""))
 
 
-def _follow(store: RunStore, display: RunDisplay) -> bool:
-    """Show a run until it ends. Ctrl-C asks it to stop; returns whether that happened."""
+def _follow(store: RunStore, display: RunDisplay, pressed: list[float]) -> bool:
+    """Show a run until it ends. Ctrl-C, which is in ``pressed``, asks it to stop; returns whether that happened."""
     asked = False
     run_id = display.view.run_id
-    with display, interrupts() as pressed:
+    with display:
         while True:
             # The state first: what was written before the end is then among the events read after it.
             over = store.get(run_id).state not in ACTIVE

@@ -62,9 +62,8 @@ def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
         elif isinstance(one.event, StageDone | Evaluated | RunDone):
             plain(console, str(line(view, one.event, {})))
     if found.state == "running" and stored:
-        from lbllm.measure.estimate import expected_seconds
-
-        console.print(render(view, time.time(), expected_seconds(found)))
+        # Without an estimate, which takes seconds: the time left is shown where the finished blocks tell it.
+        console.print(render(view, time.time(), {}))
 
 
 def runs_resume(
@@ -79,9 +78,7 @@ def runs_resume(
         check_out(out)
     if found.state == "queued":
         raise RunError(f"run {run} is queued and can't be resumed; only runs that ended early can")
-    from lbllm.measure.estimate import expected_seconds
-
-    print_outcome(attend(store, found, expected_seconds(found), notices(quiet=as_json), out), as_json=as_json)
+    print_outcome(attend(store, found, notices(quiet=as_json), out), as_json=as_json)
 
 
 def runs_stop(run: RunArgument, as_json: JsonOption = False) -> None:

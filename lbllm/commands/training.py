@@ -84,7 +84,7 @@ def _quantize(
             raise ResourceError(f"{error}; --ignore-memory starts it all the same") from None
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
-    return attend(store, run, result.stage_seconds, console, out)
+    return attend(store, run, console, out, result.stage_seconds)
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
@@ -135,7 +135,6 @@ def demo(
     A checkpoint that lies in --out already is used as it is; an unfinished run of the same settings is resumed.
     """
     from lbllm.checkpoints.hf import is_checkpoint
-    from lbllm.measure.estimate import expected_seconds
 
     config = run_config(model, preset)
     console = notices()
@@ -150,7 +149,7 @@ def demo(
         if unfinished:
             check_out(out)
             plain(console, f"resuming run {unfinished[-1].id}")
-            outcome = attend(store, unfinished[-1], expected_seconds(unfinished[-1]), console, out)
+            outcome = attend(store, unfinished[-1], console, out)
         else:
             outcome = _quantize(store, config, out, console)
         print_outcome(outcome, as_json=False)
