@@ -18,7 +18,7 @@ STAGE_LABELS: dict[Stage, str] = {
     "e2e": "4 End to end",
 }
 WORKING = "#F0E442"
-# Each stage's own colour, the block in work, a diverged one, and what is still to come.
+# Blocks that wait, those finished in each stage, the current one, and diverged ones.
 _CELLS = ["--st-border-color-light", *(COLOURS[stage] for stage in STAGES), WORKING, COLOURS["bad"]]
 
 Chosen = tuple[Stage, int]
@@ -26,7 +26,7 @@ Figure = dict[str, Any]
 
 
 def timeline(view: RunView, chosen: Chosen | None) -> Figure:
-    """One row a stage, one cell a block; the block in work is yellow, the chosen one has a frame."""
+    """One row per stage, one cell per block; the current block is yellow, the chosen one has a frame."""
     started = view.started
     if started is None:
         return {"data": [], "layout": {"height": 40}}
@@ -102,7 +102,7 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
     if steps:
         layout["xaxis"] |= {"autorange": False, "range": [0, steps + 1]}
     if not losses:
-        layout["annotations"] = [_note(f"{place_name(chosen)}: not begun")]
+        layout["annotations"] = [_note(f"{place_name(chosen)}: not started yet")]
     return {"data": data, "layout": layout}
 
 
@@ -244,7 +244,7 @@ def _cell_text(view: RunView, stage: Stage, block: int) -> str:
     cell, place = view.cell(stage, block), place_name((stage, block))
     found = view.blocks.get((stage, 0 if stage == "e2e" else block))
     if found is None or found.done is None:
-        return f"{place}: {'in work' if cell == 'working' else 'to come'}"
+        return f"{place}: {'in progress' if cell == 'working' else 'not started yet'}"
     done = found.done
     losses = f"loss {number_text(done.loss_before)} to {number_text(done.loss_after)} in {time_text(done.seconds)}"
     return f"{place}: {losses}" + (", diverged: kept as before" if done.diverged else "")

@@ -1,6 +1,6 @@
-"""A run attended from a terminal: checked beforehand, started or resumed, shown to its end, its checkpoint delivered.
+"""Follow a run from a terminal: start or resume it, show it until it ends, copy its checkpoint to a folder.
 
-The worker is a process of its own and goes on when the terminal is gone; Ctrl-C asks it to stop and keep its work.
+The worker is a process of its own and continues when the terminal is closed. Ctrl-C asks it to stop and keep its work.
 """
 
 from __future__ import annotations
@@ -10,19 +10,47 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from lbllm.commands.output import plain
 from lbllm.errors import ConfigError, ResourceError, RunError
-from lbllm.events import Event, RunDone, RunFailed
-from lbllm.runs.progress import RunDisplay, RunProgress
+from lbllm.events import (
+    Acknowledged,
+    BlockDone,
+    Evaluated,
+    Event,
+    LayerDone,
+    RunDone,
+    RunLoading,
+    RunStarted,
+    StageDone,
+    StageStarted,
+    StepMetric,
+    StoredEvent,
+    stage_parts,
+)
+from lbllm.labels import STAGE_NAMES
 from lbllm.runs.store import ACTIVE, Run, RunStore
+from lbllm.runs.view import Phase, RunView
+from lbllm.sections import Stage
+from lbllm.units import duration, size
 
 POLL_SECONDS = 0.1
+WAITING: dict[Phase, str] = {
+    "new": "waiting for the worker",
+    "queued": "waiting for its turn",
+    "loading": "loading model and text",
+}
+ENDING = {"stop": "stopping", "cancel": "cancelling"}
 
 
 class StoppedByUser(RunError):
@@ -31,7 +59,8 @@ class StoppedByUser(RunError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run. ``path``: its packed checkpoint; ``disk_bytes``: its weights file; ``seconds``: its last part."""
+    """A finished run. ``path``: its packed checkpoint; ``disk_bytes``: the size of its weights file; ``seconds``: how
+    long its last worker took."""
 
     run: str
     path: Path
@@ -41,7 +70,7 @@ class Outcome:
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before hours of work, a target that can't take the checkpoint. Raises ConfigError, OSError."""
+    """Check before hours of work that ``out`` can take the checkpoint. Raises ConfigError, OSError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not an empty folder; choose another name or remove it")
     parent = out.absolute().parent
@@ -50,54 +79,62 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {out}: the folder {parent} is not writable; choose another place")
 
 
-def attend(store: RunStore, run: Run, progress: RunProgress, console: Console, out: Path | None) -> Outcome:
+def attend(
+    store: RunStore, run: Run, console: Console, out: Path | None, expected: Mapping[Stage, float] | None = None
+) -> Outcome:
     """Start a queued run, or resume one that ended early, and show it on ``console`` until it ends.
 
-    The checkpoint is copied to ``out`` if given. Raises RunError where the run doesn't get to its end, StoppedByUser
-    where Ctrl-C asked for that, ResourceError where ``out`` can't take the checkpoint.
+    The checkpoint is copied to ``out`` if given. ``expected``: the estimated seconds of each stage; None: estimate them
+    here. Raises RunError where the run ends before it is done, StoppedByUser where Ctrl-C stopped it, ResourceError
+    where the checkpoint can't be copied to ``out``.
     """
-    display = RunDisplay(console, progress)
-    working = next((other.id for other in store.all() if other.state == "running"), None)
-    if working is not None:
-        display.say(f"waiting until run {working} ends: one works at a time")
-    earlier = store.events(run.id)
-    after_seq = earlier[-1].seq if earlier else 0
-    if run.state == "queued":
-        store.start(run.id)
-    else:
-        store.resume(run.id)
-    asked = _follow(store, run.id, display, after_seq)
-    outcome = _outcome(store.get(run.id), [stored.event for stored in store.events(run.id, after_seq)], asked, out)
+    view = RunView(run.id)
+    active = next((other.id for other in store.all() if other.state == "running"), None)
+    if active is not None:
+        plain(console, f"waiting until run {active} ends: one works at a time")
+    # A resumed run's earlier events count, but are not shown again.
+    with view.caught_up(store):
+        pass
+    with interrupts() as pressed:
+        if run.state == "queued":
+            store.start(run.id)
+        else:
+            store.resume(run.id)
+        if expected is None:
+            from lbllm.measure.estimate import expected_seconds  # late: the worker needn't wait for torch
+
+            expected = expected_seconds(run)
+        asked = _follow(store, RunDisplay(console, view, expected), pressed)
+    outcome = _outcome(store.get(run.id), view, asked, out)
     if out is None:
         return outcome
     deliver(outcome.path, out)
-    return Outcome(outcome.run, out, outcome.bpw, outcome.disk_bytes, outcome.seconds)
+    return replace(outcome, path=out)
 
 
-def _outcome(run: Run, events: list[Event], asked: bool, out: Path | None) -> Outcome:
+def _outcome(run: Run, view: RunView, asked: bool, out: Path | None) -> Outcome:
     again = f"Go on with: python -m lbllm runs resume {run.id}" + (f" --out {shlex.quote(str(out))}" if out else "")
-    last = next((event for event in reversed(events) if isinstance(event, RunDone | RunFailed)), None)
-    if run.state == "done" and isinstance(last, RunDone):
-        return Outcome(run.id, Path(last.path), last.bpw, last.disk_bytes, last.seconds)
+    if run.state == "done" and view.result is not None:
+        return Outcome(run.id, Path(view.result.path), view.result.bpw, view.result.disk_bytes, view.result.seconds)
     if run.state == "stopped" and asked:
         raise StoppedByUser(f"run {run.id} is stopped, its finished blocks are kept. {again}")
-    if run.state == "failed" and isinstance(last, RunFailed):
-        raise RunError(f"run {run.id} failed: {last.message}. {again}")
+    if run.state == "failed" and view.failure is not None:
+        raise RunError(f"run {run.id} failed: {view.failure}. {again}")
     if run.state == "interrupted":
         log = run.folder / "worker.log"
         raise RunError(f"run {run.id}: its worker ended without a word, perhaps killed; {log} may say more. {again}")
     raise RunError(f"run {run.id} is {run.state}" + (f". {again}" if run.state == "stopped" else ""))
 
 
-def _follow(store: RunStore, run_id: str, display: RunDisplay, after_seq: int) -> bool:
-    """Show a run until it ends. Ctrl-C asks it to stop; returns whether that happened."""
+def _follow(store: RunStore, display: RunDisplay, pressed: list[float]) -> bool:
+    """Show a run until it ends. Ctrl-C, which is in ``pressed``, asks it to stop; returns whether that happened."""
     asked = False
-    with display, interrupts() as pressed:
+    run_id = display.view.run_id
+    with display:
         while True:
             # The state first: what was written before the end is then among the events read after it.
             over = store.get(run_id).state not in ACTIVE
-            for stored in store.events(run_id, after_seq):
-                after_seq = stored.seq
+            for stored in store.events(run_id, display.view.seq):
                 display.take(stored)
             display.draw(time.time())
             if over:
@@ -111,7 +148,7 @@ def _follow(store: RunStore, run_id: str, display: RunDisplay, after_seq: int) -
 
 @contextmanager
 def interrupts() -> Iterator[list[float]]:
-    """While open, Ctrl-C is noted in the list with its time; a second one is a KeyboardInterrupt."""
+    """While open, Ctrl-C adds its time to the list; a second one raises KeyboardInterrupt."""
     pressed: list[float] = []
 
     def note(number: int, frame: object) -> None:
@@ -127,7 +164,7 @@ def interrupts() -> Iterator[list[float]]:
 
 
 def deliver(checkpoint: Path, out: Path) -> None:
-    """Copy a finished checkpoint to ``out``, which appears under its name only when complete. Raises ResourceError."""
+    """Copy a finished checkpoint to ``out`` atomically. Raises ResourceError."""
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -141,3 +178,122 @@ def deliver(checkpoint: Path, out: Path) -> None:
             f"the checkpoint is finished and lies in {checkpoint}, but it can't be copied to {out} ({error}); "
             "free some space there or copy it elsewhere"
         ) from error
+
+
+class RunDisplay:
+    """Shows a run on a console: live in a terminal, otherwise a line for each event that is worth one.
+
+    ``expected``: the estimated seconds of each stage. Use as a context manager: ``take`` each event, ``draw`` as often
+    as the terminal should be redrawn.
+    """
+
+    def __init__(self, console: Console, view: RunView, expected: Mapping[Stage, float]) -> None:
+        self.console = console
+        self.view = view
+        self.expected = expected
+        self.live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self.context: AbstractContextManager[object] = self.live or nullcontext()
+
+    def __enter__(self) -> RunDisplay:
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(*error)  # type: ignore[arg-type]
+
+    def take(self, stored: StoredEvent) -> None:
+        """Take in an event of the run."""
+        self.view.update(stored)
+        text = line(self.view, stored.event, self.expected) if self.live is None else None
+        if text is not None:
+            plain(self.console, text)
+
+    def draw(self, now: float) -> None:
+        """Redraw a terminal's display; ``now``: seconds since the epoch."""
+        if self.live is not None:
+            self.live.update(render(self.view, now, self.expected), refresh=True)
+
+
+def line(view: RunView, event: Event, expected: Mapping[Stage, float]) -> str | None:
+    """One plain line about the event that the view took in last; None where it isn't worth one."""
+    match event:
+        case RunLoading():
+            return WAITING["loading"]
+        case RunStarted():
+            resumed = f", {event.resumed_blocks} finished blocks taken over" if event.resumed_blocks else ""
+            return (
+                f"{event.blocks} blocks, {event.layers} layers, {event.weights:,} weights at {event.bpw:.3f} bits, "
+                f"{event.tokens:,} tokens, on {event.device}{resumed}"
+            )
+        case StageStarted():
+            return STAGE_NAMES[event.stage]
+        case BlockDone():
+            left = view.seconds_left(view.last_time, expected)
+            return _losses(view, event) + (f", about {duration(left)} left" if left else "")
+        case Evaluated():
+            return f"{event.what}: perplexity {event.perplexity:.2f} on {event.text}"
+        case StageDone():
+            return f"{STAGE_NAMES[event.stage]}: {duration(event.seconds)}"
+        case Acknowledged():
+            return f"{ENDING[event.request]} after the current step"
+        case RunDone():
+            return f"done in {duration(event.seconds)}: {size(event.disk_bytes)} at {event.bpw:.3f} bits per weight"
+    return None
+
+
+def render(view: RunView, now: float, expected: Mapping[Stage, float]) -> RenderableType:
+    """What a terminal shows of a run; ``now``: seconds since the epoch."""
+    started, stage = view.started, view.stage
+    if started is None or stage is None:
+        return Group(Text(_activity(view), style="yellow"))
+    head = Text()
+    head.append(STAGE_NAMES[stage], style="bold")
+    head.append(f"  ({started.stages.index(stage) + 1} of {len(started.stages)})", style="dim")
+    if _activity(view) != "running":
+        head.append(f"  {_activity(view)}", style="yellow")
+    blocks, done, left = stage_parts(stage, started.blocks), view.blocks_done(stage), view.seconds_left(now, expected)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(
+        ProgressBar(total=blocks, completed=done + view.part_done, width=40),
+        f"block {min(done + 1, blocks)}/{blocks}",
+        duration(view.elapsed(now)),
+        f"about {duration(left)} left" if left is not None else "",
+    )
+    rows: list[RenderableType] = [head, grid]
+    detail = _detail(view)
+    if detail:
+        rows.append(Text(detail, style="cyan"))
+    last = view.last_done
+    if last is not None and last.stage == stage:
+        rows.append(Text(_losses(view, last), style="yellow" if last.diverged else "dim"))
+    return Group(*rows)
+
+
+def _activity(view: RunView) -> str:
+    """What the run does now, in a few words."""
+    if view.asked is not None and view.phase in ("queued", "loading", "running"):
+        return ENDING[view.asked]
+    return WAITING.get(view.phase, view.phase)
+
+
+def _losses(view: RunView, event: BlockDone) -> str:
+    blocks = view.started.blocks if view.started else "?"
+    place = "whole model" if event.stage == "e2e" else f"block {event.block + 1}/{blocks}"
+    text = f"{place}: loss {event.loss_before:.4g} -> {event.loss_after:.4g}"
+    text += f", {duration(event.seconds)}, {size(event.memory_bytes)}"
+    return text + (", diverged: its state from before is kept" if event.diverged else "")
+
+
+def _detail(view: RunView) -> str:
+    """The latest step or layer of the current block."""
+    last = view.current.last if view.current is not None else None
+    match last:
+        case StepMetric():
+            reg = f" + {last.reg:.2g} polarization" if last.reg else ""
+            return (
+                f"step {last.step}/{view.steps[last.stage]}: loss {last.loss:.4g}{reg}, "
+                f"{last.tokens_per_second:,.0f} tokens/s"
+            )
+        case LayerDone():
+            return f"{last.layer}: output error {last.error:.2f}%"
+    return ""

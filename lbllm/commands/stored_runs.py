@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +11,14 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lbllm.commands.attend import attend, check_out
+from lbllm.commands.attend import attend, check_out, line, render
 from lbllm.commands.options import JsonOption, RunArgument
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.commands.training import print_outcome
 from lbllm.errors import RunError
 from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
-from lbllm.runs.progress import RunProgress
 from lbllm.runs.store import Request, Run, RunStore
+from lbllm.runs.view import RunView
 
 
 def runs_list(as_json: JsonOption = False) -> None:
@@ -53,15 +54,16 @@ def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
     plain(console, f"{found.id}  {found.name}  {found.state}")
     plain(console, str(found.folder))
     plain(console, f"model {config.model}, text {config.corpus}, preset {config.preset}")
-    progress = RunProgress()
+    view = RunView(run)
     for one in stored:
-        progress.update(one)
+        view.update(one)
         if isinstance(one.event, RunFailed):
             plain(console, one.event.message, style="red")
         elif isinstance(one.event, StageDone | Evaluated | RunDone):
-            plain(console, str(progress.line(one.event)))
+            plain(console, str(line(view, one.event, {})))
     if found.state == "running" and stored:
-        console.print(progress.render(stored[-1].time))
+        # Without an estimate, which takes seconds: the time left is shown where the finished blocks tell it.
+        console.print(render(view, time.time(), {}))
 
 
 def runs_resume(
@@ -69,14 +71,14 @@ def runs_resume(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also copy the finished checkpoint here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a stopped, failed or interrupted run from its last finished block."""
+    """Continue a stopped, failed or interrupted run from its last finished block."""
     store = RunStore()
     found = store.get(run)
     if out is not None:
         check_out(out)
     if found.state == "queued":
         raise RunError(f"run {run} is queued and can't be resumed; only runs that ended early can")
-    print_outcome(attend(store, found, RunProgress(), notices(quiet=as_json), out), as_json=as_json)
+    print_outcome(attend(store, found, notices(quiet=as_json), out), as_json=as_json)
 
 
 def runs_stop(run: RunArgument, as_json: JsonOption = False) -> None:

@@ -34,7 +34,6 @@ from lbllm.commands.options import (
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.runs.progress import RunProgress
 from lbllm.runs.store import RESUMABLE, Run, RunStore
 from lbllm.units import duration, size
 
@@ -60,7 +59,7 @@ def quantize(
 ) -> None:
     """Binarize a model: all stages with live progress, then the packed checkpoint in --out.
 
-    Ctrl-C stops the run and keeps its finished blocks; `runs resume` goes on from them.
+    Ctrl-C stops the run and keeps its finished blocks; `runs resume` continues from them.
     """
     settings = run_config(
         model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
@@ -85,7 +84,7 @@ def _quantize(
             raise ResourceError(f"{error}; --ignore-memory starts it all the same") from None
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
-    return attend(store, run, RunProgress(result.stage_seconds), console, out)
+    return attend(store, run, console, out, result.stage_seconds)
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
@@ -150,7 +149,7 @@ def demo(
         if unfinished:
             check_out(out)
             plain(console, f"resuming run {unfinished[-1].id}")
-            outcome = attend(store, unfinished[-1], RunProgress(), console, out)
+            outcome = attend(store, unfinished[-1], console, out)
         else:
             outcome = _quantize(store, config, out, console)
         print_outcome(outcome, as_json=False)

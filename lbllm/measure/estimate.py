@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lbllm.config import RunConfig
-from lbllm.errors import ResourceError
+from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory
 from lbllm.models.blocks import FORWARD_TOKENS, check_length, check_supported, linear_weight
 from lbllm.models.teacher import skeleton
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.runs.store import Run
 from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.aar import CLIPS, KNEES
 
@@ -126,6 +127,14 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
         dense_weights=model.num_parameters() - weights,
         blocks=len(blocks),
     )
+
+
+def expected_seconds(run: Run) -> dict[Stage, float]:
+    """The estimated seconds of each stage of a stored run on this machine; empty where they can't be estimated."""
+    try:
+        return estimate(run.config).stage_seconds
+    except LbllmError:
+        return {}
 
 
 def check_memory(result: Estimate, device: str = "auto") -> None:

@@ -1,11 +1,11 @@
-"""A run as a page draws it: its events folded into curves, cells and figures, a few at a time.
+"""The state of a run, folded from its events: for pages and the terminal alike.
 
     view = RunView(run_id)
     with view.caught_up(store):
         points(view.blocks["wat", 3].losses)
 
-A view holds nothing that the store doesn't: it is built from event 1 by whoever opens the run and then reads what came
-after ``seq``. So a reload, a second reader and a new process all show the same.
+A view holds nothing that the store doesn't: each reader builds its own from event 1, then reads what came after
+``seq``. So a reload, a second reader and a new process all show the same.
 """
 
 from __future__ import annotations
@@ -36,23 +36,26 @@ from lbllm.events import (
     stage_parts,
 )
 from lbllm.runs.database import LIFECYCLE
-from lbllm.runs.progress import RunProgress
-from lbllm.runs.store import RunStore
+from lbllm.runs.store import Request, RunStore
 from lbllm.sections import Stage
 
 MAX_POINTS = 800
 HEAT_COLUMNS = 40
-HEAT_SECONDS = 15.0  # how long a long block's row in the heat map may stay as it is
-# All that a list of runs shows; the steps in between are most of a run's events.
+HEAT_SECONDS = 15.0  # between two redraws of a long block's row in the heat map
+RECENT_BLOCKS = 5  # whose mean time predicts that of the next block
+# Enough for a list of runs; the other kinds, the steps above all, are most of a run's events.
 SUMMARY_KINDS: tuple[str, ...] = (*LIFECYCLE, "stage_started", "block_started", "block_done", "evaluated")
 Cell = Literal["waiting", "working", "done", "diverged"]
+# Before its first event a run is "new".
+Phase = Literal["new", "queued", "loading", "running", "done", "stopped", "cancelled", "failed"]
+WITH_WORKER: tuple[Phase, ...] = ("loading", "running")
 
 
 def points(values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[int], list[float | None]]:
-    """At most ``limit`` points (step, value) that keep every peak: of each bin of steps its least and greatest value.
+    """At most ``limit`` points (step, value), with every peak: the least and the greatest value of each bin of steps.
 
-    Steps count from 1. A bin is a fixed range of steps, a power of two long, so new values change the last bin alone
-    until the number of steps has doubled. What is not finite becomes None, a gap.
+    Steps count from 1. A bin is a fixed range of steps. Its length is a power of two, so new values change only the
+    last bin until the number of steps has doubled. A value that is not finite becomes None, a gap.
     """
     width = 1
     while math.ceil(len(values) / width) * min(width, 2) > limit:
@@ -71,13 +74,13 @@ def points(values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[int],
 
 
 def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """A running mean that forgets over ``share`` of the steps, at least 4; what is not finite is left out."""
+    """A running mean over about ``share`` of the steps, at least 4; it skips values that are not finite."""
     weight = 1 / max(4.0, share * len(values))
     mean = total = 0.0
     result = []
     for value in values:
         if math.isfinite(value):
-            # Early values are averaged over those that there are, not pulled towards zero.
+            # The first values are averaged over their number, or they would be pulled towards zero.
             total += weight * (1 - total)
             mean += (value - mean) * weight / total
         result.append(mean if total else math.nan)
@@ -85,13 +88,16 @@ def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 def column_width(steps: int) -> int:
-    """Steps in a column of the heat map, of a stage with ``steps`` steps a block."""
+    """Steps per column of the heat map, for a stage with ``steps`` steps per block."""
     return math.ceil(max(steps, 1) / HEAT_COLUMNS)
 
 
 @dataclass
 class BlockView:
-    """One block in one stage. ``losses``, ``rates``: one a step; ``layers``: error in percent by layer, in stage 1."""
+    """One block in one stage. ``losses``, ``rates``: one per step; ``layers``: error in percent by layer, in stage 1.
+
+    ``last``: its latest step or layer; ``worked``: seconds of work on it until the run's last event.
+    """
 
     stage: Stage
     block: int
@@ -99,14 +105,15 @@ class BlockView:
     losses: list[float] = field(default_factory=list)
     layers: dict[str, float] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
+    last: StepMetric | LayerDone | None = None
     done: BlockDone | None = None
+    worked: float = 0.0
     _row: tuple[int, list[float | None]] = (0, [])
 
     def relative(self, steps: int) -> list[float | None]:
-        """The loss in each of at most ``HEAT_COLUMNS`` equal ranges of the stage's ``steps``, over that of the first
-        step.
+        """The mean loss in each of at most ``HEAT_COLUMNS`` equal ranges of ``steps``, divided by the first step's.
 
-        None where nothing is known yet.
+        None where that is not finite.
         """
         if self._row[0] != len(self.losses):
             width = column_width(steps)
@@ -121,74 +128,82 @@ class BlockView:
 
 
 class RunView:
-    """Everything that is shown of one run. Threads may share a view: read it inside ``caught_up``."""
+    """Everything that a reader shows of one run. Threads may share a view: read it inside ``caught_up``."""
 
     def __init__(self, run_id: str, kinds: tuple[str, ...] = ()) -> None:
         self.run_id = run_id
         self.seq = 0
-        self.progress = RunProgress()
+        self.last_time = 0.0  # of the last event, in seconds since the epoch
+        self.phase: Phase = "new"
+        self.asked: Request | None = None
+        self.started: RunStarted | None = None
+        self.stage: Stage | None = None
         self.steps: dict[Stage, int] = {}
         self.blocks: dict[tuple[Stage, int], BlockView] = {}
         self.working: tuple[Stage, int] | None = None
         self.latest: tuple[Stage, int] | None = None
+        self.last_done: BlockDone | None = None
         self.evaluations: list[Evaluated] = []
         self.result: RunDone | None = None
         self.failure: str | None = None
-        self.asked: Literal["stop", "cancel"] | None = None
-        self.memory_bytes = 0
-        self._kinds = kinds
-        self._worked = 0.0
-        self._began: float | None = None
-        self._last = 0.0
         self.heated = 0
         self._heated_at = 0.0
+        self._worked = 0.0
+        self._kinds = kinds
         self._lock = threading.RLock()
 
     @contextmanager
     def caught_up(self, store: RunStore) -> Iterator[None]:
-        """Take in what the store has beyond ``seq``, and keep other threads out meanwhile."""
+        """Take in the store's events after ``seq``, and keep other threads out until the end of the block."""
         with self._lock:
             for stored in store.events(self.run_id, self.seq, self._kinds):
                 self.update(stored)
             yield
 
     def update(self, stored: StoredEvent) -> None:
-        """Take in one event; those already taken in are passed over."""
+        """Take in one event; events come in order, and those taken in before are skipped."""
         if stored.seq <= self.seq:
             return
-        self.seq = stored.seq
-        self.progress.update(stored)
+        # A killed worker leaves no event at its end, so its work counts until its last event.
+        if not isinstance(stored.event, RunQueued):
+            passed = self._since_last(stored.time)
+            self._worked += passed
+            if self.working is not None:
+                self.blocks[self.working].worked += passed
+        self.seq, self.last_time = stored.seq, stored.time
         match stored.event:
             case RunQueued():
-                # After an end that left no event, the work lasted until the last event there is.
-                self._rest(self._last)
+                self._end_work("queued")
                 self.failure = self.asked = None
             case RunLoading():
-                self._began = stored.time
+                self.phase = "loading"
+            case RunStarted() as event:
+                self.started, self.phase = event, "running"
             case StageStarted() as event:
+                self.stage = event.stage
                 self.steps[event.stage] = event.steps
             case BlockStarted() as event:
-                # A block that is begun again after a resume begins from nothing.
+                # After a resume an unfinished block begins again from nothing.
                 self.latest = self.working = (event.stage, event.block)
                 self.blocks[self.working] = BlockView(event.stage, event.block, stored.seq)
                 self._heated_at = stored.time
             case LayerDone() as event:
-                block = self._block(event.stage, event.block, stored.seq)
+                block = self._block(event.stage, event.block)
                 block.layers[event.layer] = event.error
+                block.last = event
             case StepMetric() as event:
-                block = self._block(event.stage, event.block, stored.seq)
+                block = self._block(event.stage, event.block)
                 # A resumed stage 4 begins in the middle and repeats the steps since it was last saved.
                 self.latest = self.working = (event.stage, event.block)
                 del block.losses[event.step - 1 :], block.rates[event.step - 1 :]
                 block.losses.append(event.loss)
                 block.rates.append(event.tokens_per_second)
+                block.last = event
                 if stored.time - self._heated_at >= HEAT_SECONDS:
                     self.heated += 1
                     self._heated_at = stored.time
             case BlockDone() as event:
-                block = self._block(event.stage, event.block, stored.seq)
-                block.done = event
-                self.memory_bytes = event.memory_bytes
+                self._block(event.stage, event.block).done = self.last_done = event
                 self.working = None
             case Evaluated() as event:
                 self.evaluations.append(event)
@@ -196,31 +211,23 @@ class RunView:
                 self.working = None
             case Acknowledged() as event:
                 self.asked = event.request
-            case RunFailed() as event:
-                self.failure = event.message
-                self._rest(stored.time)
             case RunDone() as event:
                 self.result = event
-                self._rest(stored.time)
-            case RunStopped():
-                self._rest(stored.time)
-            case RunStarted():
-                pass
-        self._last = stored.time
-
-    @property
-    def started(self) -> RunStarted | None:
-        """What is known since the model was loaded."""
-        return self.progress.started
+                self._end_work("done")
+            case RunStopped() as event:
+                self._end_work("stopped" if event.request == "stop" else "cancelled")
+            case RunFailed() as event:
+                self.failure = event.message
+                self._end_work("failed")
 
     @property
     def news(self) -> tuple[object, ...]:
-        """Changes with everything but the steps and layers of the block in work, and now and then with its steps."""
+        """Changes with every event, except that the steps and layers of one block change it only now and then."""
         known = (self.started is not None, len(self.evaluations), self.asked, self.heated)
         return (*known, self.latest, len(self.finished), len(self.steps))
 
     def cell(self, stage: Stage, block: int) -> Cell:
-        """Where a block is in a stage; in stage 4 all are where the whole model is."""
+        """What has been done with a block in a stage; in stage 4 all blocks are one."""
         block = min(block, stage_parts(stage, block + 1) - 1)
         view = self.blocks.get((stage, block))
         if view is not None and view.done is not None:
@@ -236,16 +243,42 @@ class RunView:
 
     @property
     def diverged(self) -> list[BlockView]:
+        """The finished blocks that keep their state from before the stage."""
         return [view for view in self.finished if view.done is not None and view.done.diverged]
 
     @property
+    def current(self) -> BlockView | None:
+        """The block of the current stage that was worked on last."""
+        view = self.blocks.get(self.latest) if self.latest is not None else None
+        return view if view is not None and view.stage == self.stage else None
+
+    def blocks_done(self, stage: Stage) -> int:
+        """How many blocks of a stage are finished. Blocks go in order: those before the latest one are."""
+        known = (view for view in self.blocks.values() if view.stage == stage)
+        return max((view.block + (view.done is not None) for view in known), default=0)
+
+    @property
+    def part_done(self) -> float:
+        """The share of its steps that the current block has done, 0 where it is finished or has no steps."""
+        view = self.current
+        if view is None or view.done is not None or not isinstance(view.last, StepMetric):
+            return 0.0
+        steps = self.steps.get(view.stage, 0)
+        return min(1.0, view.last.step / steps) if steps else 0.0
+
+    @property
     def tokens_per_second(self) -> float | None:
-        """The middle of the last steps' rates; None before the first step."""
+        """The median rate of the last steps; None before the first step."""
         view = self.blocks.get(self.latest) if self.latest is not None else None
         if view is None or not view.rates:
             return None
         recent = sorted(view.rates[-9:])
         return recent[len(recent) // 2]
+
+    @property
+    def memory_bytes(self) -> int:
+        """The worker's peak memory when it finished its last block; 0 before the first."""
+        return self.last_done.memory_bytes if self.last_done is not None else 0
 
     @property
     def perplexities(self) -> dict[str, Evaluated]:
@@ -257,34 +290,63 @@ class RunView:
 
     def elapsed(self, now: float) -> float:
         """Seconds that the run's workers have worked; ``now``: seconds since the epoch, or the end of a dead worker."""
-        return self._worked + (max(0.0, now - self._began) if self._began is not None else 0.0)
-
-    @property
-    def last_time(self) -> float:
-        """When the last event came, in seconds since the epoch."""
-        return self._last
+        return self._worked + self._since_last(now)
 
     def seconds_left(self, now: float, expected: Mapping[Stage, float]) -> float | None:
-        """Time left, once a first block is done. ``expected``: how long the stages take relative to each other.
+        """Seconds until the run's last block is done; None where they aren't known or the run isn't working.
 
-        The finished blocks say how long that is in seconds here and now.
+        The last finished blocks of a stage tell the time of its next ones; before the first, the current block's steps
+        do. Other stages take ``expected``, the estimated seconds of each stage, times the ratio of real to expected
+        time of the finished blocks of all stages.
         """
-        if self.started is None:
+        if self.started is None or self.stage is None or self.phase != "running" or self.asked is not None:
             return None
-        blocks = self.started.blocks
-        planned = sum(expected.get(view.stage, math.nan) / stage_parts(view.stage, blocks) for view in self.finished)
-        taken = sum(view.done.seconds for view in self.finished if view.done is not None)
-        pace = taken / planned if planned else math.nan
-        self.progress.expected = {stage: pace * share for stage, share in expected.items()} if pace == pace else {}
-        return self.progress.seconds_left(now)
+        stages = self.started.stages
+        total = 0.0
+        for stage in stages[stages.index(self.stage) :]:
+            left = stage_parts(stage, self.started.blocks) - self.blocks_done(stage)
+            if left <= 0:
+                continue
+            seconds = self._block_seconds(stage, now, expected)
+            if seconds is None:
+                return None
+            total += left * seconds
+            if self.working is not None and self.working[0] == stage:
+                total -= min(self._worked_on_block(now), seconds)
+        return max(0.0, total)
 
-    def _block(self, stage: Stage, block: int, seq: int) -> BlockView:
+    def _block_seconds(self, stage: Stage, now: float, expected: Mapping[Stage, float]) -> float | None:
+        """The seconds that the next block of a stage takes; None where they aren't known."""
+        recent = [view.done.seconds for view in self.finished if view.stage == stage and view.done is not None]
+        if recent:
+            # The first block of a process is slower; the next block takes about as long as the latest ones.
+            recent = recent[-RECENT_BLOCKS:]
+            return sum(recent) / len(recent)
+        if self.working is not None and self.working[0] == stage and self.part_done > 0:
+            return self._worked_on_block(now) / self.part_done
+        if stage in expected and self.started is not None:
+            return self._pace(expected) * expected[stage] / stage_parts(stage, self.started.blocks)
+        return None
+
+    def _pace(self, expected: Mapping[Stage, float]) -> float:
+        """The ratio of real to expected time of all finished blocks; 1 before the first."""
+        blocks = self.started.blocks if self.started is not None else 1
+        known = [view.done for view in self.finished if view.done is not None and view.stage in expected]
+        planned = sum(expected[done.stage] / stage_parts(done.stage, blocks) for done in known)
+        return sum(done.seconds for done in known) / planned if planned else 1.0
+
+    def _worked_on_block(self, now: float) -> float:
+        return self.blocks[self.working].worked + self._since_last(now) if self.working is not None else 0.0
+
+    def _since_last(self, now: float) -> float:
+        """Seconds of work since the last event; 0 where no worker is at work."""
+        return max(0.0, now - self.last_time) if self.phase in WITH_WORKER else 0.0
+
+    def _block(self, stage: Stage, block: int) -> BlockView:
         view = self.blocks.setdefault((stage, block), BlockView(stage, block))
-        view.seq = seq
+        view.seq = self.seq
         return view
 
-    def _rest(self, moment: float) -> None:
-        """No worker works from here on."""
-        if self._began is not None:
-            self._worked += max(0.0, moment - self._began)
-        self._began = self.working = None
+    def _end_work(self, phase: Phase) -> None:
+        """Stop the clock: no worker is active."""
+        self.phase, self.working = phase, None

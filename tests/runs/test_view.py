@@ -1,4 +1,4 @@
-"""What a page shows of a run: its events folded into curves and cells, and thinned out to few points."""
+"""A run's events folded into its state: curves, cells, times and figures; and curves thinned out to few points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lbllm.config import make_config
 from lbllm.events import (
     Acknowledged,
-    BlockDone,
     BlockStarted,
     Evaluated,
     Event,
@@ -22,73 +21,16 @@ from lbllm.events import (
     RunFailed,
     RunLoading,
     RunQueued,
-    RunStarted,
     RunStopped,
     StageDone,
     StageStarted,
-    StepMetric,
-    StoredEvent,
 )
 from lbllm.runs.store import RunStore
 from lbllm.runs.view import HEAT_SECONDS, MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
 from lbllm.sections import PAPER_STAGES, Stage
+from tests.helpers.run_events import STEPS, block, done, feed, folded, started, step, whole_run
 
-STEPS = 6
-
-
-def started(blocks: int = 2) -> RunStarted:
-    return RunStarted(
-        stages=PAPER_STAGES,
-        blocks=blocks,
-        layers=2 * blocks,
-        weights=1000,
-        device="cpu",
-        corpus_hash="0",
-        tokens=512,
-        bpw=3.25,
-    )
-
-
-def step(stage: Stage, block: int, number: int, loss: float) -> StepMetric:
-    return StepMetric(stage=stage, block=block, step=number, loss=loss, lr=0.01, tokens_per_second=100 + number)
-
-
-def done(stage: Stage, block: int, *, seconds: float = 10, diverged: bool = False) -> BlockDone:
-    return BlockDone(
-        stage=stage,
-        block=block,
-        loss_before=0.5,
-        loss_after=0.25,
-        seconds=seconds,
-        memory_bytes=10**9,
-        diverged=diverged,
-    )
-
-
-def block(stage: Stage, number: int) -> list[Event]:
-    """All events of one block."""
-    inner: list[Event] = [LayerDone(stage="ptq", block=number, layer=name, error=5) for name in ("a.q", "a.k")]
-    if stage != "ptq":
-        inner = [step(stage, number, k, 1 / k) for k in range(1, STEPS + 1)]
-    return [BlockStarted(stage=stage, block=number), *inner, done(stage, number)]
-
-
-def whole_run() -> list[Event]:
-    """A run with a stop and a resume in the middle of a block."""
-    events: list[Event] = [RunQueued(), RunLoading(), started(), StageStarted(stage="ptq", steps=0)]
-    events += [*block("ptq", 0), *block("ptq", 1), StageDone(stage="ptq", seconds=20)]
-    events += [StageStarted(stage="wat", steps=STEPS), *block("wat", 0), *block("wat", 1)[:4]]
-    events += [Acknowledged(request="stop"), RunStopped(request="stop")]
-    events += [RunQueued(), RunLoading(), started(), StageStarted(stage="wat", steps=STEPS), *block("wat", 1)]
-    events += [StageStarted(stage="aar", steps=STEPS), *block("aar", 0), *block("aar", 1)]
-    return [*events, RunDone(path="x", bpw=3.25, disk_bytes=10**8, seconds=50)]
-
-
-def folded(*events: tuple[float, Event]) -> RunView:
-    view = RunView("run")
-    for seq, (time, event) in enumerate(events, start=1):
-        view.update(StoredEvent(seq=seq, time=time, event=event))
-    return view
+EXPECTED: dict[Stage, float] = {"ptq": 100.0, "wat": 1000.0}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -144,15 +86,15 @@ def test_cells_of_the_timeline() -> None:
     assert [view.cell("ptq", 0), view.cell("ptq", 1), view.cell("wat", 0)] == ["diverged", "working", "waiting"]
     assert [block.block for block in view.diverged] == [0]
     news = view.news
-    view.update(StoredEvent(seq=7, time=10, event=LayerDone(stage="ptq", block=1, layer="q", error=3)))
+    feed(view, (10, LayerDone(stage="ptq", block=1, layer="q", error=3)))
     assert view.news == news
-    view.update(StoredEvent(seq=8, time=11, event=done("ptq", 1)))
+    feed(view, (11, done("ptq", 1)))
     assert view.news != news
     assert view.cell("ptq", 1) == "done"
 
 
 def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() -> None:
-    events: list[Event] = [RunStarted(**(started().model_dump() | {"stages": ("ptq", "e2e")}))]
+    events: list[Event] = [started(stages=("ptq", "e2e"))]
     events += [
         *block("ptq", 0),
         *block("ptq", 1),
@@ -161,14 +103,13 @@ def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() ->
     ]
     events += [step("e2e", 0, number, 1 / number) for number in (1, 2, 3, 4)]
     # Killed after its last saving, which was after step 2.
-    resumed = [RunQueued(), RunLoading(), events[0], StageStarted(stage="e2e", steps=5)]
+    resumed: list[Event] = [RunQueued(), RunLoading(), events[0], StageStarted(stage="e2e", steps=5)]
     again = [step("e2e", 0, number, 2 / number) for number in (3, 4)]
     view = folded(*((float(k), event) for k, event in enumerate([*events, *resumed, *again])))
     assert view.blocks["e2e", 0].losses == [1, 1 / 2, 2 / 3, 2 / 4]
     assert [view.cell("e2e", block) for block in (0, 1)] == ["working", "working"]
     assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) is not None
-    end = StoredEvent(seq=view.seq + 1, time=50.0, event=done("e2e", 0))
-    view.update(end)
+    feed(view, (50.0, done("e2e", 0)))
     assert [view.cell("e2e", block) for block in (0, 1)] == ["done", "done"]
     assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) == 0
 
@@ -176,28 +117,117 @@ def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() ->
 def test_time_counts_while_a_worker_works() -> None:
     view = folded((100, RunQueued()), (110, RunLoading()), (120, started()), (130, RunStopped(request="stop")))
     assert view.elapsed(1000) == 20
-    view.update(StoredEvent(seq=5, time=500, event=RunQueued()))
-    view.update(StoredEvent(seq=6, time=600, event=RunLoading()))
+    feed(view, (500, RunQueued()))
+    feed(view, (600, RunLoading()))
     assert view.elapsed(605) == 25
     # Killed after its last event, and resumed much later.
-    view.update(StoredEvent(seq=7, time=610, event=started()))
-    view.update(StoredEvent(seq=8, time=900, event=RunQueued()))
+    feed(view, (610, started()))
+    feed(view, (900, RunQueued()))
     assert view.elapsed(1000) == 30
-    view.update(StoredEvent(seq=9, time=1000, event=RunLoading()))
-    view.update(StoredEvent(seq=10, time=1001, event=RunFailed(message="no room")))
+    feed(view, (1000, RunLoading()))
+    feed(view, (1001, RunFailed(message="no room")))
     assert view.elapsed(5000) == 31
     assert view.failure == "no room"
 
 
+def test_time_left_of_this_stage_and_of_the_next_ones() -> None:
+    view = RunView("run")
+    assert view.seconds_left(0, EXPECTED) is None
+    feed(view, (0, RunLoading()), (5, started(4, ("ptq", "wat"))), (5, StageStarted(stage="ptq", steps=0)))
+    assert view.seconds_left(5, EXPECTED) == 1100  # all as expected
+    feed(view, (5, BlockStarted(stage="ptq", block=0)), (15, done("ptq", 0)))
+    feed(view, (15, BlockStarted(stage="ptq", block=1)))
+    # A block took 10 s instead of 25 s, so the next stage takes 400 s instead of 1000 s.
+    assert view.seconds_left(15, EXPECTED) == 30 + 400
+    assert view.seconds_left(19, EXPECTED) == 26 + 400
+    assert view.seconds_left(99, EXPECTED) == 20 + 400  # this block takes longer than the others did
+    feed(view, (25, done("ptq", 1)), (35, StageDone(stage="ptq", seconds=30)))
+    feed(view, (40, StageStarted(stage="wat", steps=8)), (40, BlockStarted(stage="wat", block=0)))
+    assert view.seconds_left(40, EXPECTED) == 400
+    feed(view, (60, step("wat", 0, 2, 0.1)))
+    assert view.seconds_left(60, EXPECTED) == pytest.approx(4 * 80 - 20)  # a quarter of the block took 20 s
+
+
+def test_time_left_after_a_resume_and_without_expectation() -> None:
+    view = folded((0, started(4, ("ptq", "wat"), resumed=3)), (0, StageStarted(stage="wat", steps=8)))
+    assert view.seconds_left(0, {}) is None
+    feed(view, (0, BlockStarted(stage="wat", block=2)), (10, done("wat", 2)))
+    assert view.seconds_left(10, {}) == 10
+
+
+def test_a_resumed_worker_passes_finished_stages_and_blocks_in_no_time() -> None:
+    expected: dict[Stage, float] = {"ptq": 20.0, "wat": 20.0, "aar": 40.0}
+    events = whole_run()
+    resumed = events.index(started(resumed=3))
+    view = folded(*((float(k), event) for k, event in enumerate(events[: resumed + 2])))
+    assert (view.stage, view.blocks_done("ptq"), view.blocks_done("wat")) == ("ptq", 2, 1)
+    # The finished blocks took 10 s each, as was expected of them; of stage 2 one is left.
+    assert view.seconds_left(view.last_time, expected) == 10 + 40
+
+
+def test_the_time_between_two_workers_is_not_work_on_the_block_that_stage_4_continues() -> None:
+    begun: list[Event] = [RunLoading(), started(stages=("e2e",)), StageStarted(stage="e2e", steps=10)]
+    view = folded(*((0, event) for event in (*begun, BlockStarted(stage="e2e", block=0))), (20, step("e2e", 0, 2, 1.0)))
+    assert view.seconds_left(20, {}) == 100 - 20
+    feed(view, *((5000, event) for event in (RunQueued(), *begun)), (5050, step("e2e", 0, 3, 1.0)))
+    feed(view, (5060, step("e2e", 0, 4, 1.0)))
+    assert view.seconds_left(5060, {}) == pytest.approx(75 - 30)
+
+
 def test_time_left_follows_the_pace_of_the_finished_blocks() -> None:
-    shares: dict[Stage, float] = {"ptq": 1.0, "wat": 3.0, "aar": 2.0}
+    expected: dict[Stage, float] = {"ptq": 1.0, "wat": 3.0, "aar": 2.0}
     events: list[tuple[float, Event]] = [(0, RunLoading()), (0, started()), (0, StageStarted(stage="ptq", steps=0))]
     view = folded(*events, (0, BlockStarted(stage="ptq", block=0)))
-    assert view.seconds_left(0, shares) is None
+    assert view.seconds_left(0, expected) == 6
+    assert view.seconds_left(0, {}) is None
     view = folded(*events, (0, BlockStarted(stage="ptq", block=0)), (10, done("ptq", 0, seconds=10)))
     # One of two blocks of stage 1 took 10 s, so the stages take 20, 60 and 40 s.
-    assert view.seconds_left(10, shares) == pytest.approx(10 + 60 + 40)
+    assert view.seconds_left(10, expected) == pytest.approx(10 + 60 + 40)
     assert view.seconds_left(10, {}) is None
+
+
+def test_no_time_is_left_after_the_last_block_and_none_is_known_of_a_run_that_ends() -> None:
+    begun: list[Event] = [RunLoading(), started(2, ("ptq", "wat")), StageStarted(stage="wat", steps=4)]
+    view = folded(*((0.0, event) for event in (*begun, BlockStarted(stage="wat", block=0))), (10.0, done("wat", 0)))
+    assert view.seconds_left(10, EXPECTED) == 10
+    feed(view, (10.0, BlockStarted(stage="wat", block=1)), (20.0, done("wat", 1)))
+    assert view.seconds_left(20, EXPECTED) == 0
+    feed(view, (20.0, Acknowledged(request="stop")))
+    assert view.seconds_left(20, EXPECTED) is None
+
+
+def test_phases_of_a_run_and_what_was_asked_of_it() -> None:
+    view = RunView("run")
+    phases = [(view.phase, view.asked)]
+    for event in (
+        RunQueued(),
+        RunLoading(),
+        Acknowledged(request="stop"),
+        started(),
+        RunStopped(request="stop"),
+        RunQueued(),
+        RunLoading(),
+        RunFailed(message="no room"),
+        RunQueued(),
+        RunStopped(request="cancel"),
+    ):
+        feed(view, (0.0, event))
+        phases.append((view.phase, view.asked))
+    assert phases == [
+        ("new", None),
+        ("queued", None),
+        ("loading", None),
+        ("loading", "stop"),
+        ("running", "stop"),  # while the model is loaded, too, a request counts
+        ("stopped", "stop"),
+        ("queued", None),
+        ("loading", None),
+        ("failed", None),
+        ("queued", None),
+        ("cancelled", None),
+    ]
+    feed(view, (0.0, RunDone(path="x", bpw=3.0, disk_bytes=1, seconds=1)))
+    assert (view.phase, view.failure) == ("done", None)
 
 
 @given(st.integers(0, 9000), st.integers(0, 1000))
@@ -245,7 +275,7 @@ def test_smoothing_follows_the_level_and_drops_the_noise() -> None:
 def test_a_row_of_the_heat_map() -> None:
     view = folded((0, started()), (0, BlockStarted(stage="wat", block=0)))
     for number, loss in enumerate((4.0, 2.0, 1.0, 1.0, 6.0), start=1):
-        view.update(StoredEvent(seq=2 + number, time=number, event=step("wat", 0, number, loss)))
+        feed(view, (number, step("wat", 0, number, loss)))
     block_view = view.blocks["wat", 0]
     assert block_view.relative(steps=80) == [0.75, 0.25, 1.5]  # two steps a column
     assert view.tokens_per_second == 103
@@ -255,7 +285,7 @@ def test_a_long_blocks_row_of_the_heat_map_is_drawn_before_the_block_is_done() -
     view = folded((0, started()), (0, BlockStarted(stage="wat", block=0)))
     seen = [view.news]
     for number in range(1, 101):
-        view.update(StoredEvent(seq=2 + number, time=float(number), event=step("wat", 0, number, 1.0)))
+        feed(view, (float(number), step("wat", 0, number, 1.0)))
         if view.news != seen[-1]:
             seen.append(view.news)
     assert len(seen) == 1 + math.floor(100 / HEAT_SECONDS)
