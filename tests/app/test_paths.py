@@ -1,10 +1,11 @@
 """Paths from a page stay under one root."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from app.paths import corpus_name, model_name, resolve_under_root
+from app.paths import corpus_name, model_name, resolve_under_root, teacher_name
 from lbllm.errors import ConfigError
 
 
@@ -62,10 +63,16 @@ def test_a_folder_of_the_current_directory_is_no_way_round_the_root(
         model_name("secret/model")
 
 
-@pytest.mark.parametrize("name", [corpus_name, model_name])
-def test_what_is_not_there_is_said(root: Path, name: object) -> None:
-    assert callable(name)
-    with pytest.raises(ConfigError, match="neither known nor a path under"):
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (corpus_name, "neither known nor a path under"),
+        (model_name, r"not known; give .*looks for paths under"),
+        (teacher_name, r"not known; give .*looks for paths under"),
+    ],
+)
+def test_what_is_not_there_is_said(root: Path, name: Callable[[str], str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
         name("nothing.txt")
     with pytest.raises(ConfigError, match="is chosen"):
         name(" ")
