@@ -64,7 +64,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
     else:
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         network = open_teacher(model, dtype=dtype).model
-    ids = torch.arange(1000, 1000 + PROMPT)[None]
+    ids = torch.arange(1000, 1000 + PROMPT)[None] % network.config.vocab_size
 
     class NoEnd(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
