@@ -17,19 +17,15 @@ from lbllm.runs.store import Run
 from tests.helpers.named_models import PACKED, TEACHERS, NamedModels, named_models
 
 Kinds = tuple[str, ...]
+SHORT = ["--set", "seq_len=32", "--set", "e2e.seq_len=32"]
 # The command's words before and after the name, and the kinds of names that it takes.
 COMMANDS: dict[str, tuple[list[str], list[str], Kinds]] = {
     "chat": (["chat", "--model"], ["--prompt", "Hello", "--max-new-tokens", "2"], TEACHERS + PACKED),
     "evaluate": (["evaluate", "--model"], ["--text", "TEXT", "--seq-len", "32", "--limit", "1"], TEACHERS + PACKED),
-    "evaluate beside": (
-        ["evaluate", "--model", "packed", "--teacher"],
-        ["--text", "TEXT", "--seq-len", "32", "--limit", "1"],
-        TEACHERS + PACKED,
-    ),
-    "estimate": (["estimate", "--model"], ["--preset", "preview"], TEACHERS),
-    "estimate from": (["estimate", "--from"], [], PACKED),
-    "quantize": (["quantize", "--preset", "preview", "--out", "OUT", "--model"], [], TEACHERS),
-    "quantize from": (["quantize", "--out", "OUT", "--from"], [], PACKED),
+    "estimate": (["estimate", "--model"], ["--group-size", "16", *SHORT], TEACHERS),
+    "estimate from": (["estimate", "--from"], SHORT, PACKED),
+    "quantize": (["quantize", "--out", "OUT", "--model"], ["--group-size", "16", *SHORT], TEACHERS),
+    "quantize from": (["quantize", "--out", "OUT", "--from"], SHORT, PACKED),
     "corpora sample": (
         ["corpora", "sample", "--tokens", "32", "--length", "16", "--batch", "2", "--out", "OUT.jsonl.gz", "--model"],
         [],
@@ -110,6 +106,17 @@ def test_a_hub_id_is_a_teachers(call: Any, command: str) -> None:
     assert code == 1
 
 
+@pytest.mark.parametrize("name", ["shipped", "copied", "./qwen3-0.6b", "shiped"])
+def test_evaluate_beside_another_model(models: NamedModels, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "packed", "--teacher", name, "--text", models.text, "--seq-len", "32"]
+    code = main([*words, "--limit", "1", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    if name == "shiped":
+        assert (code, document["error"].startswith("model 'shiped' is not known")) == (1, True)
+    else:
+        assert (code, document["teacher"]) == (0, name)
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_run_keeps_a_name_of_its_start_that_leads_there_again(
     models: NamedModels, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -121,7 +128,7 @@ def test_a_run_keeps_a_name_of_its_start_that_leads_there_again(
     (config,) = seen
     assert config.start is not None
     assert config.model == models.run.config.model
-    again = ["estimate", "--from", config.start, "--json"]
+    again = ["estimate", "--from", config.start, *SHORT, "--json"]
     capsys.readouterr()
     assert main(again) == 0
     assert json.loads(capsys.readouterr().out)["blocks"] == 2
