@@ -6,10 +6,14 @@ it names is looked for under the root alone, symbolic links resolved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from lbllm.errors import ConfigError
-from lbllm.models.catalogue import HUB_ID, MODELS
+from lbllm.checkpoints.find import FoundCheckpoint, find_model, find_teacher
+from lbllm.config import SHIPPED
+from lbllm.errors import ConfigError, ModelError
+from lbllm.models.catalogue import MODELS
+from lbllm.models.source import ModelSource
 from lbllm.places import root
 from lbllm.texts.catalogue import TEXTS
 
@@ -33,33 +37,53 @@ def resolve_under_root(text: str) -> Path:
 
 
 def model_name(text: str) -> str:
-    """What a page calls a model, as the engine takes it: catalogue ids and hub ids as they are, paths resolved.
+    """What a page calls a model, as the engine takes it: ``shipped``, catalogue ids and hub ids as they are, the folder
+    of its checkpoint for a run's id, paths resolved.
 
-    Raises ConfigError for paths outside the root.
+    Raises ConfigError for paths outside the root, and what ``find_model`` raises.
     """
+    return _model(text, find_model)
+
+
+def teacher_name(text: str) -> str:
+    """The same where only a teacher can be used, with the errors of ``find_teacher``."""
+    return _model(text, find_teacher)
+
+
+def _model(text: str, find: Callable[[str], ModelSource | FoundCheckpoint]) -> str:
     name = text.strip()
-    if any(entry.id == name.lower() for entry in MODELS):
+    if not name:
+        raise ConfigError("no model is chosen")
+    if name == SHIPPED or any(entry.id == name.lower() for entry in MODELS):
+        find(name)
         return name
-    # A folder of the current directory would win over the hub: only one under the root may.
-    if HUB_ID.fullmatch(name) and not (root() / name).exists() and not Path(name).exists():
-        return name
-    return _existing(name, "model")
+    path = resolve_under_root(name)
+    if path.exists():
+        found = find(str(path))
+        # In a run's folder the checkpoint may be a link that leaves the root.
+        return str(resolve_under_root(str(found.folder)) if isinstance(found, FoundCheckpoint) else path)
+    # A path of the current directory would win over a hub id or a run's id: only one under the root may.
+    if Path(name).exists():
+        raise ConfigError(f"model {name!r} is neither known nor a path under {root()}")
+    try:
+        found = find(name)
+    except ModelError as error:
+        raise ConfigError(f"{error}. A page looks for paths under {root()}") from None
+    return str(found.folder) if isinstance(found, FoundCheckpoint) else name
 
 
 def corpus_name(text: str) -> str:
     """The same for texts: catalogue ids, also several joined by "+", as they are; a path resolved."""
     name = text.strip()
     ids = {entry.id for entry in TEXTS}
-    return name if set(name.split("+")) <= ids else _existing(name, "text")
-
-
-def _existing(name: str, what: str) -> str:
+    if set(name.split("+")) <= ids:
+        return name
     if not name:
-        raise ConfigError(f"no {what} is chosen")
+        raise ConfigError("no text is chosen")
     path = resolve_under_root(name)
     if not path.exists():
         raise ConfigError(
-            f"{what} {name!r} is neither known nor a path under {root()}; choose one from the list, or give a "
-            f"{'hub id (owner/name), a folder or a .gguf file' if what == 'model' else '.txt or .jsonl file or folder'}"
+            f"text {name!r} is neither known nor a path under {root()}; choose one from the list, or give a .txt or "
+            ".jsonl file or folder"
         )
     return str(path)

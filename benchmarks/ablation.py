@@ -25,9 +25,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.one_block import Made, OneBlock
+from lbllm.checkpoints.find import open_teacher
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.machine import float32_products
-from lbllm.models.teacher import load_teacher
 from lbllm.sections import AarConfig, ParamBits, PtqConfig, WatConfig
 from lbllm.texts.corpus import load_corpus
 
@@ -260,7 +260,7 @@ def main() -> None:
     results: dict[int, list[Result]] = {}
     try:
         parts, numbers = chosen(options.parts, options.blocks)
-        teacher = load_teacher(options.model)
+        teacher = open_teacher(options.model)
         load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
         trained = load(tokens=options.tokens).sequences
         judged = load(tokens=options.judge_tokens, part="tune").sequences

@@ -14,7 +14,7 @@ from datetime import date
 
 from lbllm.chat.settings import REPETITION_PENALTY
 from lbllm.chat.stream import stream
-from lbllm.commands.opening import open_model
+from lbllm.checkpoints.find import open_model
 from lbllm.errors import LbllmError
 
 PROMPTS = (
@@ -33,11 +33,11 @@ PROMPTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="catalogue ids, folders, packed checkpoints")
+    parser.add_argument("models", nargs="+", help="teachers or packed checkpoints, as `lbllm chat` takes them")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     given = parser.parse_args()
     try:
-        opened = [(name, *open_model(name, "cpu")) for name in given.models]
+        opened = [(name, *open_model(name)) for name in given.models]
     except LbllmError as error:
         raise SystemExit(str(error)) from None
     print(f"Greedy, repetition penalty {REPETITION_PENALTY}, at most {given.tokens} tokens, {date.today()}")

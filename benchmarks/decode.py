@@ -25,6 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from lbllm.errors import LbllmError
+
 PROMPT, TOKENS = 64, 128
 
 
@@ -37,8 +39,8 @@ def measure(kind: str, model: str) -> dict[str, float]:
     from transformers import LogitsProcessor
     from transformers.generation.streamers import BaseStreamer
 
-    import lbllm
-    from lbllm.models.teacher import load_teacher
+    from lbllm.checkpoints.find import find_checkpoint, open_teacher
+    from lbllm.checkpoints.hf import load
     from lbllm.quant.packed_layer import PackedLinear
 
     libraries = psutil.Process().memory_info().rss
@@ -55,14 +57,14 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
     network: Any
     if kind.startswith("packed"):
-        network, _ = lbllm.load(model)
+        network, _ = load(find_checkpoint(model).folder)
         for layer in network.modules():
             if kind == "packed16" and isinstance(layer, PackedLinear):
                 layer.quantizer = None
     else:
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        network = load_teacher(model, dtype=dtype).model
-    ids = torch.arange(1000, 1000 + PROMPT)[None]
+        network = open_teacher(model, dtype=dtype).model
+    ids = torch.arange(1000, 1000 + PROMPT)[None] % network.config.vocab_size
 
     class NoEnd(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -87,6 +89,14 @@ def measure(kind: str, model: str) -> dict[str, float]:
     }
 
 
+def check_names(checkpoint: str, teacher: str) -> None:
+    """Raise LbllmError where a name leads to no such model: before anything is measured."""
+    from lbllm.checkpoints.find import find_checkpoint, find_teacher
+
+    find_checkpoint(checkpoint)
+    find_teacher(teacher)
+
+
 def llama_cpp(folder: str) -> list[str]:
     """The command that measures the embedded model's file in llama.cpp."""
     import torch
@@ -100,16 +110,20 @@ def llama_cpp(folder: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a packed checkpoint's folder")
+    parser.add_argument("checkpoint", help="packed: its folder, a finished run's id, or shipped")
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="where npm has installed node-llama-cpp")
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.kind:
-        name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
-        print(json.dumps(measure(arguments.kind, name)))
-        return
+    try:
+        if arguments.kind:
+            name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
+            print(json.dumps(measure(arguments.kind, name)))
+            return
+        check_names(arguments.checkpoint, arguments.teacher)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
     kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
     kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
     if arguments.llama_cpp:
@@ -120,8 +134,10 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:], "--kind", kind]
             if kind == "llama.cpp":
                 command = llama_cpp(arguments.llama_cpp)
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[kind].append(json.loads(output.splitlines()[-1]))
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{kinds[kind]}: {done.stderr.strip()}")
+            results[kind].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{arguments.rounds} rounds, {date.today()}")
     print("| | tokens/s | first token, ms | resident, MB | of that model, MB |\n| --- | --- | --- | --- | --- |")
     for kind, label in kinds.items():

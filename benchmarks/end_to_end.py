@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm.checkpoints.find import open_teacher
 from lbllm.config import RunConfig, parse_config
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.events import BlockDone
 from lbllm.measure.perplexity import Divergence, divergence
-from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.models.teacher import Teacher
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.run import run
 from lbllm.pipeline.start import settings_to_go_on
@@ -104,7 +105,7 @@ def chosen(only: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of a packed checkpoint")
+    parser.add_argument("checkpoint", help="packed: its folder, a finished run's id, or shipped")
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--tokens", type=int, default=20_480, help="to train on")
     parser.add_argument("--judge-tokens", type=int, default=8_192)
@@ -116,7 +117,7 @@ def main() -> None:
         shared = {"corpus": options.corpus, "seq_len": options.seq_len}
         e2e = {"tokens": options.tokens, "seq_len": options.seq_len}
         config = parse_config(settings_to_go_on(options.checkpoint) | shared | {"e2e": e2e})
-        teacher = load_teacher(config.model)
+        teacher = open_teacher(config.model)
         load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
         judged = load(tokens=options.judge_tokens, part="tune").sequences
         # In another order than the stages before read it: a run takes its training back where it made the first of its

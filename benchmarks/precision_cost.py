@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lbllm.commands.opening import windows
 from lbllm.config import RunConfig, parse_config
 from lbllm.errors import ConfigError, LbllmError, RunError
 from lbllm.labels import STAGE_NAMES
@@ -36,6 +35,7 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import RunStore
 from lbllm.sections import Origin, ParamBits
+from lbllm.texts.windows import evaluation_windows
 
 PROBE = 8  # tokens that tell which layers read the same input
 PARTS = 4  # of the depth
@@ -204,7 +204,7 @@ def main() -> None:
     try:
         config, folder = opened(options.run)
         teacher = load_teacher(config.model)
-        sequences = windows(options.text, teacher.model, teacher.tokenizer, options.window, options.limit)
+        sequences = evaluation_windows(options.text, teacher.model, teacher.tokenizer, options.window, options.limit)
         precision = Precision(config, folder, teacher, sequences, lambda line: print(line, file=sys.stderr, flush=True))
         found = tables(precision)
     except LbllmError as error:

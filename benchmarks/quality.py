@@ -46,9 +46,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import lbllm
 from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
+from lbllm.checkpoints.find import find_checkpoint, find_teacher, open_teacher
+from lbllm.checkpoints.hf import load
 from lbllm.config import make_config
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.events import RunStarted
@@ -95,7 +96,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table. ``name``: a method's, or the folder of a checkpoint."""
+    """One model of the table. ``name``: a method's, or any name of a checkpoint."""
 
     kind: Literal["teacher", "baseline", "own", "outside", "checkpoint"]
     name: str
@@ -141,7 +142,7 @@ def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[s
 def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
     """The row's model, quantized now or read. Raises LbllmError."""
     if row.kind == "checkpoint":
-        model, tokenizer = lbllm.load(row.name)
+        model, tokenizer = load(find_checkpoint(row.name).folder)
         layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
         for layer in layers:
             layer.keep_dense(torch.float32)
@@ -149,7 +150,7 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
         quant = stored.quant
         label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, {named_groups(layers)}"
         return Made(model, tokenizer, label, bpw=stored.bpw, act_bits=quant["act_bits"])
-    teacher = load_teacher(options.teacher)
+    teacher = open_teacher(options.teacher)
     if row.kind == "teacher":
         return Made(teacher.model, teacher.tokenizer, f"Teacher, {teacher.precision}")
     corpus = load_corpus(options.corpus, teacher.tokenizer, seq_len=options.seq_len, tokens=options.tokens)
@@ -300,7 +301,8 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
     parser.add_argument("--methods", default="rtn,gptq,billm,arb,bwa", help=", ".join((*METHODS, *OWN, *OUTSIDE)))
     parser.add_argument("--group-sizes", default="128", help="joined by commas; -1: the whole row")
-    parser.add_argument("--checkpoint", action="append", default=[], metavar="DIR", help="packed; may be repeated")
+    packed = "packed: its folder, a finished run's id, or shipped; may be repeated"
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="CHECKPOINT", help=packed)
     parser.add_argument("--corpus", default="embedded", help="to calibrate on")
     parser.add_argument("--tokens", type=int, default=24_576, help="to calibrate on")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence that is calibrated on")
@@ -332,6 +334,9 @@ def main() -> None:
             print(json.dumps(found))
             return
         rows = rows_of(given.methods, given.group_sizes, given.checkpoint, given.outside)
+        find_teacher(options.teacher)
+        for name in given.checkpoint:
+            find_checkpoint(name)
     except LbllmError as error:
         raise SystemExit(str(error)) from None
     threads = f"{torch.get_num_threads()} threads" + (f" a row, {given.jobs} rows at once" if given.jobs > 1 else "")

@@ -18,8 +18,8 @@ import tempfile
 import venv
 from pathlib import Path
 
-from lbllm.checkpoints.find import find
-from lbllm.runs.store import RunStore
+from lbllm.checkpoints.find import find_checkpoint
+from lbllm.errors import LbllmError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
@@ -57,7 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="shipped", help="a packed folder, a run, or shipped")
     checkpoint = parser.parse_args().checkpoint
-    before = find(checkpoint, RunStore()).folder.resolve()
+    try:
+        before = find_checkpoint(checkpoint).folder.resolve()
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
     with tempfile.TemporaryDirectory() as scratch:
         folder, environment = Path(scratch) / "exported", Path(scratch) / "environment"
         command = ["-m", "lbllm", "export", str(before), "--to", "packed", "--out", str(folder)]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from gradio_client import Client
 
-from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.checkpoints.find import find_checkpoint
+from lbllm.errors import LbllmError
 from lbllm.share.space import write_space
 from tests.helpers.ports import free_port
 
@@ -67,13 +68,16 @@ def talk(url: str, server: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="folder of a packed checkpoint")
+    parser.add_argument("checkpoint", nargs="?", default="shipped", help="a packed folder, a run, or shipped")
     parser.add_argument("--teacher", help="as of `python -m lbllm showcase`")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         space, home, place = root / "space", root / "home", root / "environment"
-        write_space(arguments.checkpoint or shipped_checkpoint(), space, teacher=arguments.teacher)
+        try:
+            write_space(find_checkpoint(arguments.checkpoint).folder, space, teacher=arguments.teacher)
+        except LbllmError as error:
+            raise SystemExit(str(error)) from None
         listed = sorted(path.name + "/" * path.is_dir() for path in space.iterdir())
         say(f"Space: {folder_bytes(space) / 1e6:.0f} MB: {' '.join(listed)}")
         home.mkdir()

@@ -20,7 +20,9 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lbllm.checkpoints.find import open_teacher
 from lbllm.config import make_config
+from lbllm.errors import LbllmError
 from lbllm.machine import make_accelerator
 from lbllm.models.blocks import (
     all_inputs,
@@ -32,7 +34,6 @@ from lbllm.models.blocks import (
     run_batches,
     share_copy,
 )
-from lbllm.models.teacher import load_teacher
 from lbllm.stages.block_state import collect, restore
 from lbllm.stages.ptq import ptq_block, to_layer
 from lbllm.stages.wat import wat_block
@@ -66,7 +67,10 @@ def main() -> None:
     options = parser.parse_args()
     config = make_config("quick")
     wat = config.wat.model_copy(update={"epochs": 2})
-    teacher = load_teacher(options.model)
+    try:
+        teacher = open_teacher(options.model)
+    except LbllmError as error:
+        raise SystemExit(str(error)) from None
     accelerator = make_accelerator("auto")
     _, blocks = decoder_blocks(teacher.model)
     block = blocks[options.block]

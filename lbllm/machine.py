@@ -121,6 +121,20 @@ def check_device(device: str) -> None:
         raise ConfigError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
 
 
+def device_named(name: str) -> str:
+    """The torch device that auto, cpu, cuda or cuda:N means. Raises ConfigError where this machine has no such
+    device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no CUDA device is visible here; use cpu")
+    return name
+
+
 def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     """The accelerator for ``auto``, ``cpu`` or ``cuda``; ``precision``: ``no`` or ``bf16``, by the device when it is
     None.

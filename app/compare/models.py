@@ -64,7 +64,8 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
         format_func=lambda value: offered[value].label if value in offered else str(value),
         accept_new_options=True,
         persist_state="session",
-        help="Choose a checkpoint or a model of the catalogue, or type a folder or a hub id (owner/name).",
+        help="Choose a checkpoint or a model of the catalogue, or type a run's id, a folder, a .gguf file or a hub id "
+        "(owner/name).",
     )
     value = str(value or TEACHER)
     st.session_state[seen] = value

@@ -8,7 +8,7 @@ import pandas
 import streamlit as st
 from transformers import PreTrainedModel
 
-from app.paths import model_name
+from app.paths import teacher_name
 from app.quantize import form
 from app.quantize.facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
 from app.quantize.preview import show_preview
@@ -71,7 +71,7 @@ def _picker() -> str:
 def _described(text: str) -> PreTrainedModel | None:
     """What is known of the model; returns its skeleton."""
     try:
-        name = model_name(text)
+        name = teacher_name(text)
     except LbllmError as error:
         st.error(sentence(error))
         return None

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pandas
 import streamlit as st
 
-from app.paths import corpus_name, model_name
+from app.paths import corpus_name, teacher_name
 from app.view import store
 from lbllm.config import FROM_CHECKPOINT, TO_ACTIVATIONS, RunConfig, make_config, parse_config, read_settings
 from lbllm.errors import ConfigError, LbllmError
@@ -235,7 +235,7 @@ def read(overrides: pandas.DataFrame) -> RunConfig:
         if value is None:
             raise ConfigError(f"{setting.label} has no value")
         _put(document, setting.path, list(value) if isinstance(value, tuple) else value)
-    document["model"] = model_name(st.session_state[MODEL_KEY] or "")
+    document["model"] = teacher_name(st.session_state[MODEL_KEY] or "")
     document["corpus"] = corpus_name(st.session_state[CORPUS_KEY] or "")
     document["quant"]["skip"] = list(st.session_state[SKIP_KEY])
     document["quant"]["overrides"] = _overrides(overrides)

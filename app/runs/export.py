@@ -8,7 +8,7 @@ import streamlit as st
 
 from app.paths import resolve_under_root
 from app.view import guard, path_text, sentence, size_text
-from lbllm.checkpoints.find import find
+from lbllm.checkpoints.find import find_checkpoint
 from lbllm.errors import LbllmError
 from lbllm.places import root
 from lbllm.runs.store import Run, RunStore
@@ -67,6 +67,6 @@ def _section(runs: RunStore, run: Run) -> None:
 def _try_export(runs: RunStore, run: Run, kind: ExportKind, folder: str) -> Exported | str:
     """What was written, or why nothing was, as a sentence."""
     try:
-        return export(find(run.id, runs), kind, resolve_under_root(folder))
+        return export(find_checkpoint(str(run.folder), runs), kind, resolve_under_root(folder))
     except LbllmError as error:
         return sentence(error)

@@ -16,19 +16,17 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import kernels
-from lbllm.checkpoints.hf import LbllmConfig, is_checkpoint, load
-from lbllm.checkpoints.shipped import shipped_checkpoint
-from lbllm.config import SHIPPED
+from lbllm.checkpoints.find import FoundCheckpoint, find_model
+from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import FORMAT_NAMES
-from lbllm.machine import free_memory
+from lbllm.machine import device_named, free_memory
 from lbllm.models.teacher import load_teacher, skeleton
 from lbllm.quant.packed_layer import PackedLinear, named_groups
 
@@ -125,8 +123,7 @@ class ModelPool:
     def get(self, name: str) -> Slot:
         """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
 
-        ``name``: ``SHIPPED``, a packed checkpoint's folder, or whatever ``load_teacher`` takes. A failed load is tried
-        again.
+        ``name``: whatever ``find_model`` takes. A failed load is tried again.
         """
         with self._mutex:
             slot = self._slots.get(name)
@@ -141,20 +138,22 @@ class ModelPool:
 
 
 def _open(name: str) -> Loaded:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == SHIPPED:
-        name = str(shipped_checkpoint())
-    packed = is_checkpoint(name)
-    expand = packed and not (kernels.on_gpu() if device == "cuda" else kernels.ready())
-    _check_memory(name, packed, expand, device)
-    if not packed:
+    device = device_named("auto")
+    found = find_model(name)
+    if not isinstance(found, FoundCheckpoint):
+        _check_memory(name, 4 * skeleton(name).num_parameters(), device)
         teacher = load_teacher(name, device=device)
         stored = _bytes(teacher.model)
         weights = teacher.model.num_parameters()
         return Loaded(
             teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights
         )
-    model, tokenizer = load(name, device=device)
+    expand = not (kernels.on_gpu() if device == "cuda" else kernels.ready())
+    folder = found.folder
+    # Two bits and the parameters become 32 bits.
+    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * (10 if expand else 1)
+    _check_memory(name, needed, device)
+    model, tokenizer = load(folder, device=device)
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     stored = _bytes(model)
     stated: LbllmConfig = model.config.quantization_config
@@ -170,14 +169,8 @@ def _open(name: str) -> Loaded:
     return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
 
 
-def _check_memory(name: str, packed: bool, expand: bool, device: str) -> None:
-    """Raises ResourceError where the model would not fit: better than the kernel ending the whole process."""
-    if packed:
-        needed = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-        # Two bits and the parameters become 32 bits.
-        needed *= 10 if expand else 1
-    else:
-        needed = 4 * skeleton(name).num_parameters()
+def _check_memory(name: str, needed: int, device: str) -> None:
+    """Raises ResourceError where so many bytes are not free: better than the kernel ending the whole process."""
     free = free_memory(device)
     if needed > free:
         raise ResourceError(

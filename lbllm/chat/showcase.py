@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from lbllm.chat.duel import Answer, Duel, Side
@@ -26,13 +25,11 @@ from lbllm.chat.pool import ModelPool, Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, VoteStore, tally
-from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.find import find_checkpoint, find_teacher
 from lbllm.checkpoints.record import provenance
-from lbllm.checkpoints.shipped import ASSET_FOLDER as ASSET_CHECKPOINT
 from lbllm.config import SHIPPED
-from lbllm.errors import CheckpointError, LbllmError, ModelError
+from lbllm.errors import LbllmError, ModelError
 from lbllm.models.catalogue import model_title
-from lbllm.models.source import hub_id
 from lbllm.places import home
 from lbllm.runs.store import RunStore
 
@@ -280,27 +277,29 @@ class Showcase:
             duel.wait()
 
 
-def open_showcase(
-    checkpoint: str | None = None, teacher: str | None = None, *, limits: Limits | None = None
-) -> Showcase:
-    """The showcase of a packed checkpoint's folder (default: the one that comes with the project) and its teacher
-    (default: the model it was made from); both begin to load. Votes are kept in home()/showcase.
+def open_showcase(checkpoint: str = SHIPPED, teacher: str | None = None, *, limits: Limits | None = None) -> Showcase:
+    """The showcase of a packed checkpoint, by any of its names, and its teacher (default: the model it was made from);
+    both begin to load. Votes are kept in home()/showcase.
 
-    Raises CheckpointError, ModelError.
+    Raises CheckpointError, ModelError, RunError.
     """
-    if checkpoint is not None and not is_checkpoint(checkpoint):
-        raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
-    folder = ASSET_CHECKPOINT if checkpoint is None else Path(checkpoint)
-    made_from = provenance(folder).get("model")
-    if teacher is None:
-        if made_from is None:
-            raise ModelError(f"{folder} does not say which model it was made from; give it with --teacher")
-        if not (hub_id(made_from) or Path(made_from).exists()):
-            raise ModelError(f"{folder} was made from {made_from}, which is not here; give its place with --teacher")
+    found = find_checkpoint(checkpoint)
+    made_from = provenance(found.stated).get("model")
+    if teacher is not None:
+        find_teacher(teacher)
+    elif made_from is None:
+        raise ModelError(f"{checkpoint} does not say which model it was made from; give it with --teacher")
+    else:
+        try:
+            find_teacher(made_from)
+        except LbllmError:
+            raise ModelError(
+                f"{checkpoint} was made from {made_from}, which is not here; give its place with --teacher"
+            ) from None
         teacher = made_from
-    student = f"{model_title(made_from or str(folder))} binarized"
+    student = f"{model_title(made_from or found.name)} binarized"
     pool = ModelPool()
-    slots = pool.get(teacher), pool.get(SHIPPED if checkpoint is None else checkpoint)
+    slots = pool.get(teacher), pool.get(found.name)
     return Showcase(slots, (model_title(teacher), student), RunStore(home() / "showcase"), limits)
 
 

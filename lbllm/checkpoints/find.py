@@ -1,53 +1,186 @@
-"""Find a packed checkpoint by its folder, a run's id, or the name of the shipped one."""
+"""Find a model by any of its names, and open it: the one place where commands, pages and benchmarks look names up.
+
+A name is looked up in this order, and the first that fits counts:
+
+    1. ``shipped``, the packed checkpoint that comes with the project
+    2. a catalogue id, in small or capital letters
+    3. a .gguf file, or a folder: a teacher as save_pretrained writes it, a packed checkpoint, or a run's folder
+    4. a hub id, owner/name
+    5. the id of a finished run in the run store
+
+So a folder that is called like a catalogue id is given as ./name. A checkpoint's own files are not searched for further
+names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lbllm.checkpoints.hf import is_checkpoint
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lbllm.checkpoints.hf import is_checkpoint, load
 from lbllm.checkpoints.record import RunRecord, read_record
-from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
-from lbllm.errors import CheckpointError, RunError
+from lbllm.errors import CheckpointError, ModelError, RunError
 from lbllm.events import Evaluated
+from lbllm.models.catalogue import MODELS
+from lbllm.models.source import TEACHERS, ModelSource, find_source, unknown_name
+from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.places import home
 from lbllm.runs.store import RunStore
+
+CHECKPOINTS = f"{SHIPPED!r}, the id of a finished run (see `lbllm runs list`), or the folder of a checkpoint or a run"
+_CATALOGUE = {entry.id: entry.id for entry in MODELS}
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A packed checkpoint's folder and what is known of the run that made it."""
+    """A packed checkpoint.
 
-    folder: Path
-    record: RunRecord
+    ``stated``: the folder with its config.json and record; of the shipped one that is not the folder with the weights.
+    ``run`` and ``evaluations``: the run of the store that it was found by, and what was measured of that run.
+    """
+
+    stated: Path
+    shipped: bool = False
+    run: str | None = None
+    evaluations: tuple[Evaluated, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder to load from. The shipped one is put together at the first call. Raises CheckpointError,
+        ModelError."""
+        return shipped_checkpoint() if self.shipped else self.stated
+
+    @property
+    def name(self) -> str:
+        """A name that ``find_model`` finds this checkpoint by, and that a run keeps as its setting ``start``."""
+        name = str(self.stated)
+        if self.shipped:
+            return SHIPPED
+        return f"./{name}" if name == SHIPPED or name.lower() in _CATALOGUE else name
+
+    @property
+    def record(self) -> RunRecord:
+        """What is known of the run that made it. Raises CheckpointError where its files can't be read."""
+        record = read_record(self.stated)
+        return record if self.run is None else record.with_evaluations(list(self.evaluations), self.run)
 
 
-def find(name: str, store: RunStore) -> FoundCheckpoint:
-    """The checkpoint that ``name`` means: its folder, a run's folder or id, or "shipped", the one that comes with the
-    project. Raises RunError, CheckpointError."""
-    folder = Path(name).expanduser()
-    if is_checkpoint(folder):
-        return FoundCheckpoint(folder, read_record(folder))
+def find_model(name: str, store: RunStore | None = None) -> ModelSource | FoundCheckpoint:
+    """Where the name of a teacher or of a packed checkpoint leads. Nothing is loaded or downloaded.
+
+    ``store``: where runs are looked up, by default the usual one, opened only if the name is not found before. Raises
+    ModelError, CheckpointError, RunError.
+    """
+    found = _find(name, store)
+    if found is None:
+        known = {SHIPPED: SHIPPED} | _CATALOGUE | _finished(store)
+        raise unknown_name(name, known, f"{TEACHERS}, {CHECKPOINTS}")
+    return found
+
+
+def find_teacher(name: str, store: RunStore | None = None) -> ModelSource:
+    """The same where only a teacher, a full-precision model, can be used. Raises ModelError, RunError."""
+    found = _find(name, store)
+    if found is None:
+        raise unknown_name(name, _CATALOGUE, TEACHERS)
+    if isinstance(found, FoundCheckpoint):
+        raise ModelError(f"{name} is already quantized, a packed checkpoint; a teacher is needed here: give {TEACHERS}")
+    return found
+
+
+def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint:
+    """The same where only a packed checkpoint can be used. Raises CheckpointError, ModelError, RunError."""
+    found = _find(name, store)
+    if found is None:
+        raise unknown_name(name, {SHIPPED: SHIPPED} | _finished(store), CHECKPOINTS)
+    if isinstance(found, ModelSource):
+        raise CheckpointError(f"{name} is no packed checkpoint; give {CHECKPOINTS}")
+    return found
+
+
+def find_run(name: str, store: RunStore | None = None) -> FoundCheckpoint | None:
+    """The checkpoint of the run with this id; None where the store has no such run. Raises RunError where the run is
+    not finished, CheckpointError where its checkpoint is gone."""
+    with _opened(store) as runs:
+        try:
+            run = runs.get(name)
+        except RunError:
+            return None
+        if run.state != "done":
+            raise RunError(f"run {run.id} is {run.state}; only a finished run has a checkpoint")
+        checkpoint = run.folder / "checkpoint"
+        if not is_checkpoint(checkpoint):
+            raise CheckpointError(f"run {run.id} is done, but its checkpoint {checkpoint} is gone; use a copy of it")
+        events = (stored.event for stored in runs.events(run.id, kinds=("evaluated",)))
+        measured = tuple(event for event in events if isinstance(event, Evaluated))
+    return FoundCheckpoint(checkpoint, run=run.id, evaluations=measured)
+
+
+def open_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a teacher or a packed checkpoint by any name that ``find_model`` takes. Raises LbllmError."""
+    found = find_model(name)
+    if isinstance(found, FoundCheckpoint):
+        return load(found.folder, device=device, dtype=dtype)
+    teacher = load_teacher(name, device=device, dtype=dtype)
+    return teacher.model, teacher.tokenizer
+
+
+def open_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
+    """Load a teacher; the name of a packed checkpoint is refused. Raises LbllmError."""
+    find_teacher(name)
+    return load_teacher(name, device=device, dtype=dtype)
+
+
+def _find(name: str, store: RunStore | None) -> ModelSource | FoundCheckpoint | None:
     if name == SHIPPED:
-        folder = shipped_checkpoint()
-        return FoundCheckpoint(folder, read_record(folder))
+        check_assets()
+        return FoundCheckpoint(ASSET_FOLDER, shipped=True)
+    source = find_source(name)
+    if source is None:
+        return find_run(name, store) if name.strip() else None
+    if source.kind != "folder":
+        return source
+    return _in_folder(Path(source.place), store) or source
+
+
+def _in_folder(folder: Path, store: RunStore | None) -> FoundCheckpoint | None:
+    """The packed checkpoint that a folder is, or that lies in it because it is a run's folder."""
+    if is_checkpoint(folder):
+        return FoundCheckpoint(folder)
+    if folder.resolve().parent == (store.root if store is not None else (home() / "runs").resolve()):
+        found = find_run(folder.resolve().name, store)
+        if found is not None:
+            return found
+    # A run's folder has no weights of its own; a teacher's has, whatever else lies in it.
+    if is_checkpoint(folder / "checkpoint") and not any(folder.glob("*.safetensors")):
+        return FoundCheckpoint(folder / "checkpoint")
+    return None
+
+
+def _finished(store: RunStore | None) -> dict[str, str]:
+    """What a message calls the finished runs, by their ids and by the names that people gave them."""
+    with _opened(store) as runs:
+        done = [run for run in runs.all() if run.state == "done"]
+    return {key: f"{run.id} ({run.name})" for run in done for key in (run.name, run.id)}
+
+
+@contextmanager
+def _opened(store: RunStore | None) -> Iterator[RunStore]:
+    """The store, or the usual one for as long as it is needed."""
+    if store is not None:
+        yield store
+        return
+    usual = RunStore()
     try:
-        # Both names of a run's folder lead to its id; that of another store is no name of ours.
-        run = store.get(folder.name if folder.resolve().parent == store.root else name)
-    except RunError:
-        if folder.is_dir():
-            raise CheckpointError(
-                f"{name} is no packed checkpoint and no run's folder; give the folder that `quantize --out` wrote"
-            ) from None
-        raise RunError(
-            f"{name!r} is neither a packed checkpoint's folder nor a run in {store.root}; `python -m lbllm runs list` "
-            f"shows the runs, {SHIPPED!r} is the checkpoint that comes with the project"
-        ) from None
-    if run.state != "done":
-        raise RunError(f"run {run.id} is {run.state}; only a finished run has a checkpoint to export")
-    checkpoint = run.folder / "checkpoint"
-    if not is_checkpoint(checkpoint):
-        raise CheckpointError(f"run {run.id} is done, but its checkpoint {checkpoint} is gone; export a copy of it")
-    events = (stored.event for stored in store.events(run.id, kinds=("evaluated",)))
-    measured = [event for event in events if isinstance(event, Evaluated)]
-    return FoundCheckpoint(checkpoint, read_record(checkpoint).with_evaluations(measured, run.id))
+        yield usual
+    finally:
+        usual.close()

@@ -33,14 +33,19 @@ _PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act"
 
 def shipped_checkpoint() -> Path:
     """The folder of the whole checkpoint, put together at the first call. Raises CheckpointError, ModelError."""
-    config = ASSET_FOLDER / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{config} is missing; get the project's assets again, or binarize a model by a run")
-    stated = json.loads(config.read_text())["quantization_config"]
+    check_assets()
+    stated = json.loads((ASSET_FOLDER / "config.json").read_text())["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
     if not is_checkpoint(target):
         assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
     return target
+
+
+def check_assets() -> None:
+    """Raise CheckpointError where the project's assets lack the checkpoint."""
+    config = ASSET_FOLDER / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{config} is missing; get the project's assets again, or binarize a model by a run")
 
 
 def strip(checkpoint: Path, target: Path) -> None:

@@ -59,7 +59,7 @@ def corpora_sample(
     as_json: JsonOption = False,
 ) -> None:
     """Let a model write a training text: conversations and documents on varied seeds. Goes on where it was ended."""
-    from lbllm.models.teacher import load_teacher
+    from lbllm.checkpoints.find import open_teacher
     from lbllm.texts.documents import read_lines
     from lbllm.texts.sampling import sample_corpus
 
@@ -68,7 +68,7 @@ def corpora_sample(
         raise CorpusError(f"{questions} has no questions; give a text file with one a line")
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    teacher = load_teacher(model or DEFAULT_MODEL)
+    teacher = open_teacher(model or DEFAULT_MODEL)
     done = 0
     with counter(notices(quiet=as_json)) as show:
         for done in sample_corpus(

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from lbllm.chat.settings import REPETITION_PENALTY, TOP_P
 from lbllm.commands.attend import interrupts
-from lbllm.commands.opening import open_model
 from lbllm.commands.options import DeviceOption, JsonOption
 from lbllm.commands.output import print_json
 
@@ -40,6 +39,9 @@ def chat(
         raise typer.BadParameter("--prompt is empty; give it a question, or leave it out to talk")
     if len(model) > 2:
         raise typer.BadParameter(f"--model was given {len(model)} times; one or two models can answer")
+    from lbllm.checkpoints.find import open_model
+    from lbllm.machine import device_named
+
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -47,7 +49,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    opened = [(name, *open_model(name, device)) for name in model]
+    opened = [(name, *open_model(name, device=device_named(device))) for name in model]
     begin = [{"role": "system", "content": system}] if system else []
     talks = [list(begin) for _ in opened]
     out = Console(quiet=as_json)

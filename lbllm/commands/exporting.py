@@ -13,7 +13,6 @@ from lbllm.commands.attend import check_out
 from lbllm.commands.options import JsonOption
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.errors import ConfigError
-from lbllm.runs.store import RunStore
 from lbllm.units import size
 
 
@@ -46,10 +45,10 @@ def export(
 
         check_repository(push)
         token = _token(may_ask=not as_json)
-    from lbllm.checkpoints.find import find
+    from lbllm.checkpoints.find import find_checkpoint
     from lbllm.share.export import export
 
-    exported = export(find(checkpoint, RunStore()), to, out)
+    exported = export(find_checkpoint(checkpoint), to, out)
     document = asdict(exported)
     if not as_json:
         what = "`python app.py` in it starts the showcase" if to == "space" else "with a model card (README.md)"

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lbllm.commands.opening import device_named, open_model, windows
 from lbllm.commands.options import (
     DeviceOption,
     JsonOption,
@@ -47,20 +46,24 @@ def evaluate(
 ) -> None:
     """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text, or its accuracy in tasks, beside
     another model's."""
+    from lbllm.checkpoints.find import open_model
+    from lbllm.machine import device_named
     from lbllm.measure.perplexity import divergence, perplexity
+    from lbllm.texts.windows import evaluation_windows
 
     if tasks is not None:
         evaluate_tasks(model, teacher, tasks, limit, device, as_json)
         return
-    student, tokenizer = open_model(model, device)
-    sequences = windows(text, student, tokenizer, seq_len, limit)
+    place = device_named(device)
+    student, tokenizer = open_model(model, device=place)
+    sequences = evaluation_windows(text, student, tokenizer, seq_len, limit)
     document: dict[str, Any] = {"model": model, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}
     with counter(notices(quiet=as_json)) as show:
         if teacher is None:
             result = perplexity(student, sequences, on_progress=lambda done, total: show(model, done, total))
             document |= asdict(result)
         else:
-            reference, other = open_model(teacher, device)
+            reference, other = open_model(teacher, device=place)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ModelError(f"{model} and {teacher} have different vocabularies and can't be compared")
             compared = divergence(
@@ -87,13 +90,15 @@ def evaluate(
 
 def evaluate_tasks(model: str, teacher: str | None, tasks: str, limit: int | None, device: str, as_json: bool) -> None:
     """Print the zero-shot accuracy of one or two models in tasks, and the averages over them."""
+    from lbllm.checkpoints.find import open_model
+    from lbllm.machine import device_named
     from lbllm.measure.zero_shot import task_names, zero_shot
 
     names = task_names(tasks)
     found: dict[str, dict[str, Score]] = {}
     with counter(notices(quiet=as_json)) as show:
         for one in (model,) if teacher is None else (model, teacher):
-            network, tokenizer = open_model(one, device)
+            network, tokenizer = open_model(one, device=device_named(device))
             shown = partial(_show_task, show, one)
             found[one] = {s.task: s for s in zero_shot(network, tokenizer, names, limit=limit, on_progress=shown)}
             del network
@@ -153,20 +158,22 @@ def evaluate_run(
 
     Without a ``text`` it is WikiText-2, or the embedded text's held-out part where WikiText-2 can't be had.
     """
+    from lbllm.checkpoints.find import open_teacher
+    from lbllm.machine import device_named
     from lbllm.measure.table import stages_table
-    from lbllm.models.teacher import load_teacher
     from lbllm.pipeline.packed_model import stage_model
+    from lbllm.texts.windows import evaluation_windows
 
-    teacher = load_teacher(run.config.model, device=device_named(run.config.device))
+    teacher = open_teacher(run.config.model, device=device_named(run.config.device))
     try:
-        sequences = windows(text or "wikitext2", teacher.model, teacher.tokenizer, seq_len, limit)
+        sequences = evaluation_windows(text or "wikitext2", teacher.model, teacher.tokenizer, seq_len, limit)
         text = text or "wikitext2"
     except CorpusError as error:
         if text is not None:
             raise
         plain(console, f"{error}. Evaluating on the embedded text's held-out part")
         text = "embedded"
-        sequences = windows(text, teacher.model, teacher.tokenizer, seq_len, limit)
+        sequences = evaluation_windows(text, teacher.model, teacher.tokenizer, seq_len, limit)
     measured_on = f"{text}, {len(sequences)} windows of {sequences.shape[1]} tokens"
     stages = {stage: stage_model(run.config, run.folder, stage, teacher) for stage in run.config.origins}
     with counter(console) as show:

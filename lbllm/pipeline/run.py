@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lbllm import memory
+from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.hf import WEIGHTS
 from lbllm.checkpoints.record import RunRecord
 from lbllm.config import RunConfig
@@ -34,7 +35,7 @@ from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import Ended, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
 from lbllm.pipeline.packed_model import save_checkpoint, stage_model
-from lbllm.pipeline.start import checkpoint_blocks, checkpoint_record
+from lbllm.pipeline.start import checkpoint_blocks
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
@@ -127,7 +128,7 @@ def run(
         corpus_hash=corpus.hash,
         corpus_tokens=corpus.tokens,
         evaluations=tuple(_evaluations(state, held_out)),
-        start=checkpoint_record(config.start) if config.start is not None else None,
+        start=find_checkpoint(config.start).record if config.start is not None else None,
     )
     save_checkpoint(config, folder, teacher, target, record)
     yield RunDone(

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm.checkpoints.hf import LbllmConfig, is_checkpoint, load
-from lbllm.checkpoints.record import RunRecord, read_record
-from lbllm.checkpoints.shipped import shipped_checkpoint
-from lbllm.config import FROM_CHECKPOINT, SHIPPED, RunConfig
-from lbllm.errors import CheckpointError, ConfigError
+from lbllm.checkpoints.find import find_checkpoint
+from lbllm.checkpoints.hf import LbllmConfig, load
+from lbllm.config import FROM_CHECKPOINT, RunConfig
+from lbllm.errors import ConfigError
 from lbllm.models.blocks import decoder_blocks
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline.block_store import BlockStore
@@ -26,23 +25,13 @@ from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
 
 
-def checkpoint_folder(start: str) -> Path:
-    """The folder of the checkpoint that ``RunConfig.start`` names."""
-    return shipped_checkpoint() if start == SHIPPED else Path(start)
-
-
-def checkpoint_record(start: str) -> RunRecord:
-    """What is known of how that checkpoint was made. Raises CheckpointError."""
-    return read_record(checkpoint_folder(start))
-
-
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
     """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
     from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
     into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
     format is another one otherwise, or the checkpoint not of this teacher."""
     assert config.start is not None
-    folder = checkpoint_folder(config.start)
+    folder = find_checkpoint(config.start).folder
     model, _ = load(folder, dtype=torch.bfloat16)
     stated: LbllmConfig = model.config.quantization_config
     different = _differences(stated.format, config.precision("start"))
@@ -123,16 +112,16 @@ def _stored_as(tensor: Tensor, stored: Tensor) -> bool:
 
 
 def settings_to_go_on(start: str) -> dict[str, Any]:
-    """The settings document of a run that goes on from a checkpoint: stage 4 alone, its model, its format. Raises
-    CheckpointError where it is none."""
-    folder = checkpoint_folder(start)
-    if not is_checkpoint(folder):
-        raise CheckpointError(f"{folder} is no packed checkpoint; give the folder that `quantize --out` wrote")
-    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    """The settings document of a run that goes on from a checkpoint: stage 4 alone, its model, its format.
+
+    ``start``: any name that ``find_checkpoint`` takes. Raises CheckpointError, ModelError, RunError.
+    """
+    checkpoint = find_checkpoint(start)
+    stated = json.loads((checkpoint.stated / "config.json").read_text())["quantization_config"]
     found = QuantConfig.model_validate(stated["quant"])
     quant = found.model_dump(mode="json")  # with what it doesn't state: it is no preset's
     if found.weights_alone:  # how activations are quantized is open still
         quant["act_group_size"] = ACT_GROUP_SIZE
-    document = {"start": start, "stages": list(FROM_CHECKPOINT), "quant": quant}
+    document = {"start": checkpoint.name, "stages": list(FROM_CHECKPOINT), "quant": quant}
     model = stated.get("provenance", {}).get("model")
     return document if model is None else document | {"model": model}

@@ -1,7 +1,7 @@
 """A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card; or as
 a Space that shows it.
 
-    source = find("20261122-103041-1d371b", store)       or a packed folder, or "shipped"
+    source = find_checkpoint("20261122-103041-1d371b")       or a packed folder, or "shipped"
     export(source, "gguf", Path("exports/mine"))
 
 The folder appears under its name only when everything in it is written.

@@ -17,12 +17,12 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from lbllm.checkpoints.find import find_teacher
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
-from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError
+from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.files import appearing
-from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, MODELS, model_title
-from lbllm.models.source import embedded_file
+from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
 
@@ -126,25 +126,23 @@ def write_space(
 
 def _put_teacher(name: str, out: Path) -> str:
     """Copy the teacher's files, if they are here; returns its place in the Space, or the name to load it by."""
-    entry = next((entry for entry in MODELS if entry.id == name), None)
-    embedded = entry is not None and entry.hub_id is None
-    source = embedded_file() if embedded else Path(name).expanduser()
-    if source.is_dir():
-        target = out / _TEACHER / source.resolve().name
-        ignored = {path.name for path in source.iterdir() if not any(path.match(kind) for kind in _MODEL_FILES)}
-        shutil.copytree(source, target, ignore=lambda folder, names: ignored & set(names))
+    try:
+        source = find_teacher(name)
+    except LbllmError as error:
+        raise ModelError(f"the Space's teacher: {error}") from None
+    place = Path(source.place)
+    if source.kind == "folder":
+        target = out / _TEACHER / place.resolve().name
+        ignored = {path.name for path in place.iterdir() if not any(path.match(kind) for kind in _MODEL_FILES)}
+        shutil.copytree(place, target, ignore=lambda folder, names: ignored & set(names))
         return target.relative_to(out).as_posix()
-    if source.suffix.lower() == ".gguf" and source.is_file():
+    if source.kind in ("embedded", "gguf"):
         # The showcase calls it by its file's name.
-        target = out / _TEACHER / (f"{model_title(name)}.gguf" if embedded else source.name)
+        target = out / _TEACHER / (f"{model_title(name)}.gguf" if source.kind == "embedded" else place.name)
         target.parent.mkdir()
-        shutil.copyfile(source, target)
+        shutil.copyfile(place, target)
         return target.relative_to(out).as_posix()
-    if entry is not None or HUB_ID.fullmatch(name):
-        return name
-    raise ModelError(
-        f"the teacher {name} is neither a folder or GGUF file here nor a hub id; name the model to compare with"
-    )
+    return name
 
 
 def _put_source(out: Path) -> None:

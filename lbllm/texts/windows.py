@@ -6,12 +6,37 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.errors import CorpusError
-from lbllm.texts.catalogue import find_text
+from lbllm.models.blocks import check_length, context_length
+from lbllm.texts.catalogue import TEXTS, find_text
+from lbllm.texts.corpus import load_corpus
 from lbllm.texts.documents import read_text
 from lbllm.texts.sources import wikitext_rows_of
+
+WINDOW = 2048  # tokens
+CATALOGUE_WINDOWS = 100  # of a catalogue text, which has no end of its own
+
+
+def evaluation_windows(
+    text: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Windows (n, T) of token ids to evaluate a model on, the first ``limit`` of them: of wikitext2, of a file, or of
+    the held-out part of a catalogue text.
+
+    ``seq_len``: T, by default 2048, or the model's context if that is shorter. Raises ConfigError, CorpusError.
+    """
+    length = seq_len or min(WINDOW, context_length(model) or WINDOW)
+    check_length(model, length, "--seq-len")
+    if text != "wikitext2" and text in (entry.id for entry in TEXTS):
+        wanted = (limit or CATALOGUE_WINDOWS) * length
+        return load_corpus(text, tokenizer, seq_len=length, tokens=wanted, part="heldout").sequences
+    return evaluation_tokens(text, tokenizer, seq_len=length, limit=limit)
 
 
 def evaluation_tokens(

@@ -1,11 +1,15 @@
 """Paths from a page stay under one root."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from app.paths import corpus_name, model_name, resolve_under_root
-from lbllm.errors import ConfigError
+from app.paths import corpus_name, model_name, resolve_under_root, teacher_name
+from lbllm.errors import ConfigError, LbllmError, RunError
+from lbllm.runs.store import RunStore
+from tests.helpers.finished_run import finished_run
 
 
 @pytest.fixture
@@ -62,10 +66,52 @@ def test_a_folder_of_the_current_directory_is_no_way_round_the_root(
         model_name("secret/model")
 
 
-@pytest.mark.parametrize("name", [corpus_name, model_name])
-def test_what_is_not_there_is_said(root: Path, name: object) -> None:
-    assert callable(name)
-    with pytest.raises(ConfigError, match="neither known nor a path under"):
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (corpus_name, "neither known nor a path under"),
+        (model_name, r"not known; give .*looks for paths under"),
+        (teacher_name, r"not known; give .*looks for paths under"),
+    ],
+)
+def test_what_is_not_there_is_said(root: Path, name: Callable[[str], str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
         name("nothing.txt")
     with pytest.raises(ConfigError, match="is chosen"):
         name(" ")
+
+
+def test_runs_and_the_shipped_checkpoint_are_named_on_pages(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    store = RunStore()
+    run = finished_run(store, tmp_path, ("ptq",))
+    waiting = store.create(run.config)
+    store.close()
+    checkpoint = run.folder / "checkpoint"
+    assert model_name("shipped") == "shipped"
+    assert model_name(run.id) == str(checkpoint)
+    with pytest.raises(RunError, match=f"{waiting.id} is queued"):
+        model_name(waiting.id)
+    with pytest.raises(ConfigError, match=rf"close names: {run.id} \(tiny one\).*looks for paths under"):
+        model_name(run.id[:-1])
+    for name in ("shipped", run.id):
+        with pytest.raises(LbllmError, match="already quantized"):
+            teacher_name(name)
+    with pytest.raises(ConfigError, match="outside"):  # the same folder, but named by its path
+        model_name(str(run.folder))
+
+    shutil.copytree(checkpoint, root / "copied" / "checkpoint")
+    assert model_name("copied") == str(root / "copied" / "checkpoint")
+    (root / "linked").mkdir()
+    (root / "linked" / "checkpoint").symlink_to(checkpoint)
+    with pytest.raises(ConfigError, match="outside"):
+        model_name("linked")
+
+    # A folder of the current directory with a run's name is no way round the root.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(checkpoint, elsewhere / run.id)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(ConfigError, match="neither known nor a path"):
+        model_name(run.id)

@@ -20,7 +20,7 @@ from lbllm.chat.pool import Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.showcase import Limits, Showcase, Turn, VisitorError, open_showcase
 from lbllm.chat.votes import VoteStore
-from lbllm.checkpoints.find import find
+from lbllm.checkpoints.find import find_checkpoint
 from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, LbllmError, ModelError, ResourceError
 from lbllm.models.catalogue import model_title
@@ -254,9 +254,14 @@ def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch:
     assert base.names[0] == "base"
     with pytest.raises(CheckpointError, match="no packed checkpoint"):
         open_showcase(str(teacher))
-    missing = open_showcase(str(checkpoint), str(tmp_path / "missing"))
-    with pytest.raises(LbllmError, match="missing"):
-        missing.wait()
+    with pytest.raises(ModelError, match="missing does not exist"):
+        open_showcase(str(checkpoint), str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match="already quantized"):
+        open_showcase(str(checkpoint), str(checkpoint))
+    (tmp_path / "empty").mkdir()
+    empty = open_showcase(str(checkpoint), str(tmp_path / "empty"))
+    with pytest.raises(LbllmError, match=r"empty has no config\.json"):
+        empty.wait()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_a_model_is_titled_by_its_name(name: str, shown: str) -> None:
 
 
 def test_a_teacher_that_is_not_here_is_asked_for(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    given = export(find(str(folders[1]), RunStore(tmp_path / "store")), "packed", tmp_path / "given").path
+    given = export(find_checkpoint(str(folders[1])), "packed", tmp_path / "given").path
     with pytest.raises(ModelError, match=r"given was made from teacher.*--teacher"):
         open_showcase(str(given))
 
@@ -291,11 +296,12 @@ def test_the_command_names_what_is_wrong(
     assert f"{tmp_path} is no packed checkpoint" in capsys.readouterr().err
     assert main(["showcase", "--port", "70000"]) == 2
     # What shows only while it loads ends the server.
-    missing = ["showcase", str(folders[1]), "--teacher", str(tmp_path / "none"), "--port", str(free_port())]
-    assert main(missing) == 1
+    (tmp_path / "empty").mkdir()
+    empty = ["showcase", str(folders[1]), "--teacher", str(tmp_path / "empty"), "--port", str(free_port())]
+    assert main(empty) == 1
     shown = capsys.readouterr().err
     assert "LBLLM Showcase: http://127.0.0.1:" in shown
-    assert str(tmp_path / "none") in shown
+    assert str(tmp_path / "empty") in shown
 
 
 # ------------------------------------------------------------------------------------------------ the server

@@ -33,9 +33,8 @@ from benchmarks.answers import PROMPTS
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.stream import stream
 from lbllm.chat.votes import Vote, VoteStore
-from lbllm.checkpoints.shipped import shipped_checkpoint
+from lbllm.checkpoints.find import open_model
 from lbllm.commands.main import build, main
-from lbllm.commands.opening import open_model
 from lbllm.config import RunConfig, make_config
 from lbllm.events import BlockDone, RunLoading, RunQueued
 from lbllm.pipeline import run as pipeline
@@ -205,7 +204,7 @@ def documents() -> dict[str, Any]:
 
 def answers() -> list[str]:
     """What the shipped checkpoint answers to ten prompts, taking the likeliest token each time."""
-    model, tokenizer = open_model(str(shipped_checkpoint()), "cpu")
+    model, tokenizer = open_model("shipped")
     found = []
     for prompt in PROMPTS:
         messages = [{"role": "user", "content": prompt}]

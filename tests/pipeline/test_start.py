@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.kill_resume import hashes
 from lbllm import load
-from lbllm.checkpoints.find import find
+from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.hf import WEIGHTS, format_sha256
 from lbllm.checkpoints.record import read_record
 from lbllm.commands.options import run_config
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="its hash differs"):
         run_tiny(settings.model_copy(update={"start": str(damaged)}), tmp_path / "bytes", bfloat_teacher())
-    with pytest.raises(CheckpointError, match="is no packed checkpoint; give the folder"):
+    with pytest.raises(CheckpointError, match="is no packed checkpoint; give 'shipped'"):
         settings_to_go_on(str(tmp_path))
 
 
@@ -341,7 +341,7 @@ def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monke
     assert record.start.settings == first.config
     assert "start" in json.loads((run.folder / "config.json").read_text())
     out = tmp_path / "given"
-    export(find(str(run.folder / "checkpoint"), store), "packed", out)
+    export(find_checkpoint(str(run.folder / "checkpoint"), store), "packed", out)
     card = (out / "README.md").read_text()
     assert f"--from {first.id}" in card
     assert "Run 1 of 2" in card

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm
 from lbllm.checkpoints.dense import dense_copy
-from lbllm.checkpoints.find import FoundCheckpoint, find
-from lbllm.checkpoints.record import RECORD, RunRecord, read_record
+from lbllm.checkpoints.find import find_checkpoint
+from lbllm.checkpoints.record import RECORD, read_record
 from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError, RunError
 from lbllm.events import Evaluated, RunStarted
@@ -45,7 +45,7 @@ def run(store: RunStore, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def dense(store: RunStore, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(find(run.id, store), "dense", tmp_path_factory.mktemp("dense") / "out").path
+    return export(find_checkpoint(run.id, store), "dense", tmp_path_factory.mktemp("dense") / "out").path
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_the_record_still_has_its_settings(run: Run, tmp_pa
 def test_packed_is_the_same_checkpoint_with_all_that_was_measured(store: RunStore, run: Run, tmp_path: Path) -> None:
     later = Evaluated(what="aar", text="wikitext2, 3 windows of 32 tokens", perplexity=7.0, tokens=93, kl=0.5)
     store.append(run.id, later)
-    exported = export(find(run.id, store), "packed", tmp_path / "deep" / "out")
+    exported = export(find_checkpoint(run.id, store), "packed", tmp_path / "deep" / "out")
     before = run.folder / "checkpoint"
     for path in before.iterdir():
         if path.name not in (RECORD, "config.json"):
@@ -111,7 +111,7 @@ def test_packed_is_the_same_checkpoint_with_all_that_was_measured(store: RunStor
     assert exported.disk_bytes == sum(path.stat().st_size for path in exported.path.iterdir())
     assert torch.equal(logits(lbllm.load(exported.path)[0]), logits(lbllm.load(before)[0]))
     # What was exported can be exported again, by its folder's name.
-    again = export(find(str(exported.path), store), "packed", tmp_path / "again")
+    again = export(find_checkpoint(str(exported.path), store), "packed", tmp_path / "again")
     assert read_record(again.path) == record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "deep"]
 
@@ -123,7 +123,7 @@ def test_files_of_this_machine_are_named_by_their_last_part(
     text = Path(run.config.corpus)
     measured = f"{text}, 2 windows of 32 tokens"
     store.append(run.id, Evaluated(what="aar", text=measured, perplexity=7.0, tokens=62))
-    out = export(find(run.id, store), kind, tmp_path / "out").path
+    out = export(find_checkpoint(run.id, store), kind, tmp_path / "out").path
     for path in out.rglob("*"):
         if path.is_file():
             assert str(text.parent).encode() not in path.read_bytes(), path
@@ -191,7 +191,7 @@ def test_dense_answers_like_the_a16_model(architecture: str, tmp_path: Path) -> 
     if architecture == "gpt2":  # stored transposed
         name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear))
         assert torch.equal(dense_copy(model).get_submodule(name).weight, layer.dequantize().t().bfloat16())
-    path = export(find(str(tmp_path / "run" / "checkpoint"), RunStore(tmp_path)), "dense", tmp_path / "out").path
+    path = export(find_checkpoint(str(tmp_path / "run" / "checkpoint")), "dense", tmp_path / "out").path
     found = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     # Weights are rounded to bfloat16; another weight in one place would move logits by a part of their spread.
     assert float((found - wanted).std()) < 0.02 * float(wanted.std())
@@ -204,7 +204,7 @@ def test_what_is_there_is_not_touched(store: RunStore, run: Run, tmp_path: Path)
     (tmp_path / "file").write_text("mine")
     for name in ("out", "file"):
         with pytest.raises(ConfigError, match=name):
-            export(find(run.id, store), "dense", tmp_path / name)
+            export(find_checkpoint(run.id, store), "dense", tmp_path / name)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
@@ -215,14 +215,14 @@ def test_a_damaged_checkpoint_is_not_passed_on(store: RunStore, run: Run, kind: 
     weights[-3] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     with pytest.raises(CheckpointError, match="hash"):
-        export(find(str(folder), store), kind, tmp_path / "out")
+        export(find_checkpoint(str(folder), store), kind, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(
     store: RunStore, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = find(run.id, store)
+    source = find_checkpoint(run.id, store)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -239,19 +239,19 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 def test_names_that_lead_nowhere(store: RunStore, run: Run, tmp_path: Path) -> None:
-    assert find(str(run.folder), store) == find(run.id, store)
-    with pytest.raises(RunError, match=r"no-such-thing.*runs list"):
-        find("no-such-thing", store)
+    assert find_checkpoint(str(run.folder), store) == find_checkpoint(run.id, store)
+    with pytest.raises(ModelError, match=r"no-such-thing.*runs list"):
+        find_checkpoint("no-such-thing", store)
     with pytest.raises(CheckpointError, match=tmp_path.name):
-        find(str(tmp_path), store)
+        find_checkpoint(str(tmp_path), store)
     waiting = store.create(run.config)
     with pytest.raises(RunError, match=f"{waiting.id} is queued"):
-        find(waiting.id, store)
+        find_checkpoint(waiting.id, store)
 
 
 def test_gguf_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run_tiny(run_config(stages=["ptq"]), tmp_path / "run", tiny_teacher("gpt2"))
-    source = FoundCheckpoint(tmp_path / "run" / "checkpoint", RunRecord())
+    source = find_checkpoint(str(tmp_path / "run" / "checkpoint"))
     with pytest.raises(ModelError, match=r"gpt2.*dense"):
         export(source, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
