@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lbllm.errors import ConfigError, ResourceError, RunError
 from lbllm.events import Event, RunDone, RunFailed
+from lbllm.files import new_folder
 from lbllm.runs.progress import RunDisplay, RunProgress
 from lbllm.runs.store import ACTIVE, Run, RunStore
 
@@ -127,16 +128,11 @@ def interrupts() -> Iterator[list[float]]:
 
 
 def deliver(checkpoint: Path, out: Path) -> None:
-    """Copy a finished checkpoint to ``out``, which appears under its name only when complete. Raises ResourceError."""
-    part = out.with_name(f".{out.name}.part")
+    """Copy a finished checkpoint to ``out``, atomically. Raises ResourceError."""
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(checkpoint, part)
-        if out.is_dir():
-            out.rmdir()
-        part.rename(out)
-    except (OSError, shutil.Error) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        with new_folder(out) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    except OSError as error:
         raise ResourceError(
             f"the checkpoint is finished and lies in {checkpoint}, but it can't be copied to {out} ({error}); "
             "free some space there or copy it elsewhere"

@@ -11,7 +11,6 @@ everything that it depends on. Without a compiler the layers compute in PyTorch,
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -27,6 +26,7 @@ import torch
 from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
+from lbllm.files import locked, new_file
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
@@ -81,27 +81,24 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     if library.exists():
         return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes at once one compiles
+        with locked(folder / "lock"):  # of several processes at once one compiles
             if library.exists():
                 return library
-            made = library.with_suffix(".tmp")
-            command = [
-                compiler,
-                *flags,
-                *includes,
-                str(SOURCES[0]),
-                "-o",
-                str(made),
-                *libraries,
-                "-lc10",
-                "-ltorch_cpu",
-            ]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")
-            made.rename(library)
+            with new_file(library) as made:
+                command = [
+                    compiler,
+                    *flags,
+                    *includes,
+                    str(SOURCES[0]),
+                    "-o",
+                    str(made),
+                    *libraries,
+                    "-lc10",
+                    "-ltorch_cpu",
+                ]
+                result = subprocess.run(command, capture_output=True, text=True)
+                if result.returncode != 0:
+                    raise BuildError(f"{compiler} failed: {result.stderr.strip()[-600:]}")
     except OSError as error:
         raise BuildError(f"{folder} can't be written ({error})") from error
     return library
