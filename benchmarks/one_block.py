@@ -35,7 +35,7 @@ from lbllm.sections import WHOLE_ROW, AarConfig, Format, LayerFormat, ParamBits,
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import collect, restore
 from lbllm.stages.distill import Step, binary_layers, distill, token_error
-from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import thaw_layers, wat_block
 
 BATCH = 4
@@ -108,10 +108,10 @@ class OneBlock:
             formats |= {name: self._format(kind, size, param_bits) for name in formats if name.endswith(end)}
         meant = all_inputs(block, self.meant[0], call, BATCH)
         latents: dict[str, Tensor] = {}
-        for name, result in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):
-            student.set_submodule(name, to_layer(block.get_submodule(name), formats[name], result))
+        for name, result, layer in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):
+            student.set_submodule(name, layer)
             latents[name] = result.latent
-        return _rounded(Made(student, latents))
+        return Made(student, latents)
 
     @torch.no_grad()
     def cluster(self, kind: Format = "w1+1") -> Made:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lbllm.files import write_atomic
+from lbllm.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "lbllm")
@@ -67,7 +67,7 @@ def _out_path(text: str) -> Path:
 
 
 def write_report(path: Path, benchmark: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the file of a run that this process has made, whole or not at all; ``benchmark`` is the module's name.
+    """Write the file of a run that this process has made, atomically; ``benchmark`` is the module's name.
 
     NaN becomes null, infinity the string "inf" or "-inf". Raises OSError.
     """
@@ -85,7 +85,7 @@ def write_report(path: Path, benchmark: str, settings: Mapping[str, Any], rows: 
         "rows": [dict(row) for row in rows],
     }
     text = json.dumps(plain(content), ensure_ascii=False, indent=1, allow_nan=False)
-    write_atomic(path, f"{text}\n".encode())
+    write_file(path, f"{text}\n".encode())
 
 
 def read_report(path: Path) -> Report:

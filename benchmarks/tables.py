@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.report import ROOT, Report, read_report
+from lbllm.files import write_file
 
 DOCS = ROOT / "docs"
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?=<!-- end -->)", re.DOTALL)
@@ -174,7 +175,7 @@ def main() -> None:
         if options.check:
             print(f"{page.relative_to(options.docs)} differs from its data; run python -m benchmarks.tables")
         else:
-            page.write_text(texts[page], encoding="utf-8")
+            write_file(page, texts[page].encode())
             print(f"{page.relative_to(options.docs)} rendered")
     if options.check and stale:
         raise SystemExit(1)

@@ -35,7 +35,7 @@ from lbllm.models.blocks import (
     share_copy,
 )
 from lbllm.stages.block_state import collect, restore
-from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 from lbllm.texts.corpus import load_corpus
 
@@ -104,8 +104,8 @@ def main() -> None:
     tensors: dict[str, torch.Tensor] = {}
     latents: dict[str, torch.Tensor] = {}
     meant = all_inputs(block, inputs[:4], call, 4)
-    for name, result in ptq_block(block, student, call, inputs[:4], meant, wanted, config.ptq, 4):
-        tensors |= collect({name: to_layer(block.get_submodule(name), wanted[name], result)})
+    for name, result, layer in ptq_block(block, student, call, inputs[:4], meant, wanted, config.ptq, 4):
+        tensors |= collect({name: layer})
         latents[name] = result.latent
 
     def steps() -> float:

@@ -1,55 +1,199 @@
-"""Write files and folders atomically: they appear under their name complete, or not at all."""
+"""Write files and folders atomically: a reader finds the old one or the new one, complete, also after a crash.
+
+    write_file(path, data)          a file of these bytes
+    new_file(path), new_folder(path)   context managers: write to the path that they give, which ends up as ``path``
+    locked(file)                    of several processes at once one does the work, the others wait
+
+A writer works in a draft folder beside its target: ``.<name>.<8 hex digits>.new``. It flushes the new file or folder to
+disk and renames it. It holds the lock file in its draft as long as it lives, so a draft that nobody holds was left by
+a killed writer: the next writer of the same target removes it.
+
+A file replaces the old one by a rename. A folder that is not empty changes places with the new one in one step, where
+the system can do that (renameat2 on Linux). Elsewhere the old one is first moved into the draft as ``<name>.old``, so
+there is a moment without it. Where the writer is killed in that moment, the next writer of the target puts it back.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
 from lbllm.errors import ResourceError
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
+_FOLDER_EXISTS = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically. Its folder must exist. Raises OSError."""
+    with new_file(path) as file:
+        file.write_bytes(data)
+
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out``, which is missing or empty; it gets that name at the end, or is gone after an error.
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, by whatever means; at the end the file takes the name ``path``, after an exception it
+    is removed. Other files that are written beside it are removed in any case.
 
-    Raises ResourceError where a file can't be written or read.
+    It has the permissions that the umask leaves. Raises OSError.
     """
-    unfinished: Path | None = None
+    path = path.absolute()
+    with _draft(path) as (draft, mode):
+        file = draft / path.name
+        yield file
+        _flush(file, mode)
+        file.replace(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill; at the end it takes the name ``path``, after an exception it is removed.
+
+    ``path`` must be missing or an empty folder; with ``replace`` it may be any folder. Its parent is created. All in
+    it gets the permissions that the umask leaves. Raises OSError.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _draft(path) as (draft, mode):
+        folder = draft / path.name
+        folder.mkdir()
+        yield folder
+        for inner in (*folder.rglob("*"), folder):
+            _flush(inner, mode)
+        _place_folder(folder, path, replace)
+        _sync(path.parent)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise ResourceError, with the path and the way out, where a file can't be written or read."""
     try:
-        out = out.absolute()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield unfinished
-        # mkdtemp's folder is the user's own alone, and so are safetensors' files.
-        for path in (unfinished, *unfinished.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
+        yield
     except (OSError, SafetensorError) as error:
         raise ResourceError(
-            f"{out} can't be written ({error}); free some space there, or choose a folder that you may write to"
+            f"{path} can't be written ({error}); free some space there, or choose a folder that you may write to"
         ) from error
-    finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, also over a crash."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Wait for the exclusive lock on ``file`` and hold it. The file and its folder are created. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[tuple[Path, int]]:
+    """A draft folder for ``path`` and its mode, which the umask has formed. Removes the drafts of killed writers."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.new")
+    for draft in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        with suppress(OSError), _locked_draft(draft, path):
+            _remove(draft, path)
+    while True:
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+        draft.mkdir()
+        lock: AbstractContextManager[object]
+        try:
+            lock = _locked_draft(draft, path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer has just taken it for the draft of a killed one
+        except OSError:
+            lock = nullcontext()  # a file system without locks, where drafts of killed writers stay
+        break
+    with lock:
+        try:
+            yield draft, draft.stat().st_mode
+        finally:
+            _remove(draft, path)
+
+
+def _locked_draft(draft: Path, path: Path) -> IO[bytes]:
+    """The draft's lock file, open and locked. Raises BlockingIOError where another process holds it, FileNotFoundError
+    where the draft is gone."""
+    lock = (draft / f"{path.name}.lock").open("ab")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(draft))
     except OSError:
-        temporary.unlink(missing_ok=True)
+        lock.close()
         raise
+    return lock
+
+
+def _remove(draft: Path, path: Path) -> None:
+    """Remove a draft; a folder that was moved into it is put back where nothing has taken its place."""
+    old = _old(draft, path)
+    if old.exists():
+        with suppress(OSError):
+            if not path.exists():
+                old.rename(path)
+        if not path.exists():
+            return  # this is the only one left
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _old(draft: Path, path: Path) -> Path:
+    return draft / f"{path.name}.old"
+
+
+def _flush(path: Path, mode: int) -> None:
+    """Give a new file or folder the permissions of the folder mode ``mode``, and force it to disk."""
+    found = path.lstat().st_mode
+    if stat.S_ISLNK(found):
+        return
+    wanted = stat.S_IMODE(mode) if stat.S_ISDIR(found) else mode & (0o777 if found & stat.S_IXUSR else 0o666)
+    if stat.S_IMODE(found) != wanted:
+        path.chmod(wanted)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can't flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _place_folder(new: Path, path: Path, replace: bool) -> None:
+    """Rename the folder ``new`` to ``path``. What was there, if anything, is then in ``new``'s folder."""
+    while True:
+        try:
+            new.rename(path)  # also replaces an empty folder
+            return
+        except OSError as error:
+            if not replace or error.errno not in _FOLDER_EXISTS:
+                raise
+        if _exchange(new, path):
+            return
+        old = _old(new.parent, path)
+        shutil.rmtree(old, ignore_errors=True)  # of the round before: another writer's folder has taken its place
+        with suppress(FileNotFoundError):
+            path.rename(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system can't do that."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

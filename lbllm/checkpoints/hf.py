@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lbllm import memory
 from lbllm.checkpoints.decode import computing_dtype, speed_up
 from lbllm.errors import CheckpointError, ConfigError, ModelError
-from lbllm.files import write_atomic
+from lbllm.files import write_file
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.loading import quiet
 from lbllm.quant.kv_cache import PackedKVLayer, TrainingKVLayer, is_packed
@@ -217,7 +217,7 @@ def _seal(folder: Path, dtype: torch.dtype) -> None:
     document["dtype"] = str(dtype).removeprefix("torch.")
     document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
     document["transformers_weights"] = GUARD
-    write_atomic(path, (json.dumps(document, indent=2) + "\n").encode())
+    write_file(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def is_checkpoint(folder: str | Path) -> bool:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.events import Evaluated
-from lbllm.files import write_atomic
+from lbllm.files import write_file
 from lbllm.models.catalogue import catalogue_hub_id, last_part
 from lbllm.texts.catalogue import parts
 
@@ -100,12 +100,12 @@ def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
     if provenance.get("run") and record.settings is not None:
         named = record.settings.model_dump(include={"model", "corpus", "start"}, exclude_none=True)
         provenance["run"] |= named
-    write_atomic(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
+    write_file(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Put the record into a checkpoint folder."""
-    write_atomic(folder / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
+    write_file(folder / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_record(folder: Path) -> RunRecord:

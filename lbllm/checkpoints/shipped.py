@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint, tensors_sha256
 from lbllm.checkpoints.record import RECORD
 from lbllm.errors import CheckpointError
+from lbllm.files import locked, new_folder
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import ASSETS, home
 
@@ -37,7 +37,9 @@ def shipped_checkpoint() -> Path:
     stated = json.loads((ASSET_FOLDER / "config.json").read_text())["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
     if not is_checkpoint(target):
-        assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
+        with locked(target.with_name(f".{target.name}.lock")):
+            if not is_checkpoint(target):  # another process may have made it while this one waited
+                assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
     return target
 
 
@@ -50,13 +52,12 @@ def check_assets() -> None:
 
 def strip(checkpoint: Path, target: Path) -> None:
     """Write of a checkpoint folder what ``assemble`` can't take from the teacher."""
-    target.mkdir(parents=True, exist_ok=True)
-    with safe_open(checkpoint / WEIGHTS, "pt") as file:
+    with safe_open(checkpoint / WEIGHTS, "pt") as file, new_folder(target, replace=True) as folder:
         names = set(file.keys())
         layers = _packed_layers(names)
         kept = [n for n in names if n.endswith(_PACKED_ENDINGS) or n.removesuffix(".weight") in layers]
-        save_file({name: file.get_tensor(name) for name in kept}, target / PACKED)
-    _copy_small(checkpoint, target)
+        save_file({name: file.get_tensor(name) for name in kept}, folder / PACKED)
+        _copy_small(checkpoint, folder)
 
 
 def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
@@ -71,23 +72,15 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
         if name.removesuffix(".weight") not in layers and id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor.detach().bfloat16().contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
-        if tensors_sha256(unfinished / WEIGHTS) != expected:
+    with new_folder(target, replace=True) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if tensors_sha256(folder / WEIGHTS) != expected:
             raise CheckpointError(
                 f"{stripped / PACKED} does not give the checkpoint that it was taken from together with "
                 f"{teacher.name} ({teacher.precision}); get the project's assets again"
             )
-        teacher.tokenizer.save_pretrained(unfinished)
-        _copy_small(stripped, unfinished)
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.chmod(0o755)
-        unfinished.replace(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        teacher.tokenizer.save_pretrained(folder)
+        _copy_small(stripped, folder)
 
 
 def _packed_layers(names: Iterable[str]) -> set[str]:

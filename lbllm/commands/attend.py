@@ -38,6 +38,7 @@ from lbllm.events import (
     StoredEvent,
     stage_parts,
 )
+from lbllm.files import new_folder
 from lbllm.labels import STAGE_NAMES
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import Phase, RunView
@@ -165,15 +166,10 @@ def interrupts() -> Iterator[list[float]]:
 
 def deliver(checkpoint: Path, out: Path) -> None:
     """Copy a finished checkpoint to ``out`` atomically. Raises ResourceError."""
-    part = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(checkpoint, part)
-        if out.is_dir():
-            out.rmdir()
-        part.rename(out)
-    except (OSError, shutil.Error) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        with new_folder(out) as folder:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    except OSError as error:
         raise ResourceError(
             f"the checkpoint is finished and lies in {checkpoint}, but it can't be copied to {out} ({error}); "
             "free some space there or copy it elsewhere"

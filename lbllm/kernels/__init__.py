@@ -11,7 +11,6 @@ everything that it depends on. Without a compiler the layers compute in PyTorch,
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -30,6 +29,7 @@ import torch
 from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
+from lbllm.files import locked, new_file
 from lbllm.places import home
 
 # Every .cpp is a translation unit of its own.
@@ -79,12 +79,10 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     if library.exists():
         return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes only one compiles
+        with locked(folder / "lock"):  # of several processes at once one compiles
             if not library.exists():
-                with tempfile.TemporaryDirectory(dir=folder) as made:
-                    _compile(compiler, flags, Path(made) / library.name).rename(library)
+                with new_file(library) as made:
+                    _compile(compiler, flags, made)
     except OSError as error:
         raise BuildError(f"{folder} can't be written ({error})") from error
     return library

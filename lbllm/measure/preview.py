@@ -247,7 +247,6 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
                 raise LbllmError(f"{sample.path}.{error}") from error
             for name, result in solved.items():
                 layer = to_layer(sample.block.get_submodule(name), layer_format, result)
-                layer.round_params()
                 tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
     built = restore(sample.block, formats, tensors, config.quant.tail_steps)
     bpw = bits_per_weight([sample.block], [formats])

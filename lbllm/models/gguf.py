@@ -4,8 +4,7 @@
         config.json, model.safetensors (float32), tokenizer.json, ...
         source.json       what the weights are: precision, licence, the file's name and sha256
 
-The folder appears under its name only when it is complete and flushed to disk. A lock file beside it makes concurrent
-converters wait for the first one; what a killed converter left behind is removed by the next.
+The folder is written atomically. Of several processes that need it at once one converts, the others wait.
 """
 
 from __future__ import annotations
@@ -14,20 +13,19 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from lbllm.errors import ModelError, ResourceError
 from lbllm.extras import extra
+from lbllm.files import locked, new_folder
 
 # Vocabularies whose merges were learned with every digit on its own (llama.cpp gives these names the pattern \p{N}).
 # transformers builds them without that split, which changes runs of blanks before a digit.
@@ -83,25 +81,15 @@ def convert(file: Path, models: Path) -> Path:
     folder = converted_folder(file, models)
     if folder.is_dir():
         return folder
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f".{folder.name}.lock"):
-        if folder.is_dir():
-            return folder
-        unfinished = models / f".{folder.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            _write(file, unfinished)
-            for path in [*unfinished.iterdir(), unfinished]:
-                _flush(path)
-            unfinished.rename(folder)
-            _flush(models)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with locked(models / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            with new_folder(folder) as unfinished:
+                _write(file, unfinished, models)
     return folder
 
 
-def _write(file: Path, folder: Path) -> None:
+def _write(file: Path, folder: Path, models: Path) -> None:
+    """Write the model into ``folder``; messages name ``models``, where it ends up."""
     metadata = read_metadata(file)
     config = gguf_model_config(file)
     with torch.device("meta"):
@@ -109,7 +97,7 @@ def _write(file: Path, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
-            f"converting {file.name} needs {needed / 1e9:.2f} GB in {folder.parent}, {free / 1e9:.2f} GB are free; "
+            f"converting {file.name} needs {needed / 1e9:.2f} GB in {models}, {free / 1e9:.2f} GB are free; "
             "free some space or set LBLLM_HOME to a folder on another disk"
         )
     place = str(file.parent)
@@ -135,7 +123,7 @@ def _write(file: Path, folder: Path) -> None:
     except Exception as error:
         if not isinstance(error, OSError) and "No space left" not in str(error):
             raise
-        raise ResourceError(f"the converted model can't be written to {folder.parent}: {error}") from None
+        raise ResourceError(f"the converted model can't be written to {models}: {error}") from None
     source = {
         "file": file.name,
         "sha256": sha256(file),
@@ -143,12 +131,3 @@ def _write(file: Path, folder: Path) -> None:
         "licence": metadata.get("general.license", "not stated in the file"),
     }
     (folder / "source.json").write_text(json.dumps(source, indent=1))
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk, so that the rename can't survive a power cut that its content doesn't."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Crash-safe states of single blocks during a run: one file a stage and block, written whole or not at all.
+"""Crash-safe states of single blocks during a run: one file per stage and block, written atomically.
 
 A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
-from lbllm.files import write_atomic
+from lbllm.files import write_file
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
 
@@ -70,7 +70,7 @@ class BlockStore:
             "loss_after": repr(state.loss_after),
             "diverged": repr(state.diverged),
         }
-        write_atomic(self.path(stage, block), save(tensors, metadata))
+        write_file(self.path(stage, block), save(tensors, metadata))
 
     def load(self, stage: Origin, block: int) -> BlockState | None:
         """A block's state, or None where the block is not finished. Raises CheckpointError for a foreign or damaged

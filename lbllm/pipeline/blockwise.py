@@ -19,7 +19,7 @@ from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
 from lbllm.stages.distill import Step, binary_layers, block_error
-from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 
 
@@ -107,11 +107,10 @@ def _initialize(
     before = _probe(run, student, number, inputs, targets)
     tensors: dict[str, Tensor] = {}
     try:
-        for name, result in ptq_block(block, student, call, inputs, meant, run.formats[number], config.ptq, run.batch):
+        layers = ptq_block(block, student, call, inputs, meant, run.formats[number], config.ptq, run.batch)
+        for name, result, layer in layers:
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
             yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-            layer = to_layer(block.get_submodule(name), run.formats[number][name], result)
-            layer.round_params()
             tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
             run.check()
     except LbllmError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, attach_kv_cache, save_packed
 from lbllm.checkpoints.record import RunRecord, write_record
 from lbllm.config import RunConfig
+from lbllm.files import new_folder
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.pipeline.block_store import BlockStore
@@ -67,8 +67,8 @@ def packed_model(
 
 
 def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: Path, record: RunRecord) -> None:
-    """Write the packed checkpoint of a run's last stage: model.safetensors, config.json, tokenizer, and the record of
-    the run. Whole or not at all."""
+    """Write the packed checkpoint of a run's last stage atomically: model.safetensors, config.json, tokenizer, and the
+    record of the run."""
     model, quant = packed_model(config, folder, config.stages[-1], teacher, torch.bfloat16)
     model.config.dtype = torch.bfloat16
     provenance = {"model": config.model, "precision": teacher.precision, "licence": teacher.licence}
@@ -78,14 +78,7 @@ def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: P
         provenance=provenance | {"run": config.model_dump(mode="json", exclude={"device"})},
     )
     model.hf_quantizer = LbllmQuantizer(model.config.quantization_config)  # type: ignore[assignment]
-    unfinished = target.with_name(target.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        save_packed(model, unfinished)
-        teacher.tokenizer.save_pretrained(unfinished)
-        write_record(unfinished, record)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.replace(target)
+    with new_folder(target, replace=True) as checkpoint:
+        save_packed(model, checkpoint)
+        teacher.tokenizer.save_pretrained(checkpoint)
+        write_record(checkpoint, record)

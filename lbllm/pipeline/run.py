@@ -24,7 +24,7 @@ from lbllm.checkpoints.record import RunRecord
 from lbllm.config import RunConfig
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
-from lbllm.files import write_atomic
+from lbllm.files import write_file
 from lbllm.machine import make_accelerator
 from lbllm.measure.perplexity import perplexity
 from lbllm.models.blocks import capture_calls, check_length, check_supported, linear_weight, uncalled_layers
@@ -63,7 +63,7 @@ def run(
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config.device, _recorded_precision(folder))
-    write_atomic(folder / "precision", accelerator.mixed_precision.encode())
+    write_file(folder / "precision", accelerator.mixed_precision.encode())
     teacher = teacher or load_teacher(config.model)
     check_supported(teacher.model)
     check_length(teacher.model, config.seq_len, "seq_len")
@@ -163,7 +163,7 @@ def _evaluate(
         losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
     yield _evaluation(what, value, held_out)
-    write_atomic(_evaluated_path(run), json.dumps(known | {what: value}).encode())
+    write_file(_evaluated_path(run), json.dumps(known | {what: value}).encode())
 
 
 def _evaluated_path(run: RunContext) -> Path:

@@ -32,6 +32,7 @@ from typing import IO, Literal
 from lbllm.config import RunConfig, parse_config
 from lbllm.errors import ConfigError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
+from lbllm.files import write_file
 from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, Database
 
@@ -134,7 +135,7 @@ class RunStore:
         with self.database.transaction() as db:
             db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (run_id, name, created, str(Path.cwd())))
             folder.mkdir()
-            (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+            write_file(folder / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
         return self.get(run_id)
 
     def get(self, run_id: str) -> Run:
@@ -209,9 +210,7 @@ class RunStore:
         """
         run = self.get(run_id)
         if run.state == "running" or (run.state == "queued" and is_held(run.folder / "alive.lock")):
-            draft = run.folder / f"request.{secrets.token_hex(4)}"
-            draft.write_text(request)
-            draft.replace(run.folder / "request")
+            write_file(run.folder / "request", request.encode())
             return
         allowed: tuple[State, ...] = ("queued", *RESUMABLE) if request == "cancel" else ("queued",)
         verb = "cancelled" if request == "cancel" else "stopped"

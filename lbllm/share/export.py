@@ -23,7 +23,7 @@ from lbllm.checkpoints.hf import load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
-from lbllm.files import appearing
+from lbllm.files import new_folder, write_errors
 from lbllm.models.catalogue import last_part
 from lbllm.models.loading import quiet
 from lbllm.quant.packed_layer import PackedLinear
@@ -62,8 +62,8 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
         check_exportable(model.config, tokenizer)
     contents = _contents(model)
     needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
-    with appearing(out) as folder:
-        _check_space(folder, needed + _SPARE)
+    with write_errors(out), new_folder(out) as folder:
+        _check_space(out.absolute().parent, needed + _SPARE)
         if kind == "packed":
             copy_public(source.folder, source.record, folder)
         elif kind == "dense":
@@ -106,6 +106,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
-            f"the export needs {needed / 1e9:.2f} GB in {folder.parent}, {free / 1e9:.2f} GB are free; free some "
+            f"the export needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free; free some "
             "space or choose a folder on another disk"
         )

@@ -21,7 +21,7 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
-from lbllm.files import appearing
+from lbllm.files import new_folder, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
@@ -104,7 +104,7 @@ def write_space(
     if not teacher:
         raise ModelError(f"{checkpoint} does not say which model it was made from; give it as the teacher")
     requirements = _requirements()
-    with appearing(out) as folder:
+    with write_errors(out), new_folder(out) as folder:
         named = _put_teacher(teacher, folder)
         if hub_id is None:
             (folder / "checkpoint").mkdir()

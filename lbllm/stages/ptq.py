@@ -228,11 +228,14 @@ def _descend(
 
 
 def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLinear:
-    """The frozen layer that a result of stage 1 stands for, in the place of the dense layer ``source``."""
+    """The frozen layer of a result of stage 1, to replace the dense layer ``source``; its parameters are rounded to
+    what a checkpoint stores."""
     in_features = result.latent.shape[1]
     groups = to_groups(result.latent, group_length(fmt.group_size, in_features))
     index = from_groups(assign(groups, result.levels), in_features).contiguous()
-    return BinaryLinear(source, fmt, levels_to_params(result.levels), index, result.grid)
+    layer = BinaryLinear(source, fmt, levels_to_params(result.levels), index, result.grid)
+    layer.round_params()
+    return layer
 
 
 def ptq_block(
@@ -244,29 +247,28 @@ def ptq_block(
     formats: dict[str, LayerFormat],
     config: PtqConfig,
     batch: int,
-) -> Iterator[tuple[str, Binarized]]:
+) -> Iterator[tuple[str, Binarized, BinaryLinear]]:
     """Binarize a block's layers in their order of use; later layers see what the earlier ones have become.
 
     ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is what
     earlier, already binarized blocks deliver; ``meant`` has, in the same batches, what reaches the teacher's layers on
     its own stream, (tokens, in), at least for the first of those that read one input. ``formats`` names the layers to
-    binarize. Yields each layer's name and result.
+    binarize. Yields each layer's name, its result, and the layer of that result as a checkpoint stores it.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
         for fmt, names in by_format(sharing, formats):
             seen = layer_inputs(student, names[0], inputs, call, batch)
             hessian, drift = input_statistics(seen, meant[sharing[0]])
-            for name, layer in binarize_together(teacher, names, hessian, fmt, config, drift).items():
-                binary = to_layer(teacher.get_submodule(name), fmt, layer)
-                binary.round_params()
-                rounded = binary.weight().detach()
+            for name, result in binarize_together(teacher, names, hessian, fmt, config, drift).items():
+                layer = to_layer(teacher.get_submodule(name), fmt, result)
+                rounded = layer.weight().detach()
                 if not rounded.isfinite().all():
                     raise LbllmError(
-                        f"{name}: its levels reach {float(layer.levels.abs().max()):.2g}, and a checkpoint holds them "
+                        f"{name}: its levels reach {float(result.levels.abs().max()):.2g}, and a checkpoint holds them "
                         "in float16, up to 65504; its weights may be damaged, else keep it dense by quant.skip"
                     )
                 set_linear_weight(student.get_submodule(name), rounded)
-                yield name, layer
+                yield name, result, layer
 
 
 def by_format(sharing: list[str], formats: dict[str, LayerFormat]) -> Iterator[tuple[LayerFormat, list[str]]]:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.errors import CorpusError
+from lbllm.files import new_file, write_file
 from lbllm.machine import bfloat16_products
 from lbllm.models.blocks import check_length
 from lbllm.places import ASSETS
@@ -215,15 +216,18 @@ def sample_corpus(
                         temperature=temperature,
                     )
                 )
-                temporary = part.with_suffix(part.suffix + ".tmp")
-                temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                temporary.rename(part)
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_file(part, lines.encode())
         yield sum(part.exists() for part in parts) * batch * length
     with _lock_of(out).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(part.exists() for part in parts):
             return  # somebody else still works on one, or has just written the file
-        with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+        with (
+            new_file(out) as file,
+            file.open("wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+        ):
             for part in parts:
                 packed.write(part.read_bytes())
         for part in parts:

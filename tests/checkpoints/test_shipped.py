@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lbllm import load
+from lbllm.checkpoints.hf import is_checkpoint
 from lbllm.checkpoints.shipped import PACKED, assemble, shipped_checkpoint, strip
 from lbllm.errors import CheckpointError
 from lbllm.models.teacher import load_teacher
@@ -50,6 +52,20 @@ def test_taken_apart_and_put_together_it_is_the_same_file(checkpoint: Path, tmp_
     assemble(tmp_path / "stripped", tiny_teacher("llama"), tmp_path / "whole")
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     load(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stripped", "whole"]
+
+
+def test_put_together_twice_at_once_it_is_there_all_the_time(checkpoint: Path, tmp_path: Path) -> None:
+    strip(checkpoint, tmp_path / "stripped")
+    teacher, whole = tiny_teacher("llama"), tmp_path / "whole"
+    assemble(tmp_path / "stripped", teacher, whole)
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(assemble, tmp_path / "stripped", teacher, whole) for _ in range(6)]
+        while not all(one.done() for one in made):
+            assert is_checkpoint(whole)
+        for one in made:
+            one.result()
+    load(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stripped", "whole"]
 
 

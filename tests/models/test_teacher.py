@@ -230,9 +230,10 @@ def test_concurrent_conversions_and_leftovers(tmp_path: Path, own_home: Path) ->
     load_teacher(str(file))
     (folder,) = [path for path in (own_home / "models").iterdir() if path.is_dir()]
     # What a converter killed half-way leaves behind.
-    half = folder.with_name(f".{folder.name}.unfinished")
-    folder.rename(half)
-    (half / "model.safetensors").write_bytes(b"half")
+    half = folder.with_name(f".{folder.name}.01234567.new")
+    half.mkdir()
+    folder.rename(half / folder.name)
+    (half / folder.name / "model.safetensors").write_bytes(b"half")
     with ThreadPoolExecutor(3) as pool:
         teachers = list(pool.map(load_teacher, [str(file)] * 3))
     ids = torch.tensor([[5, 6, 7]])

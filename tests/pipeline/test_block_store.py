@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lbllm.errors import CheckpointError
-from lbllm.files import write_atomic
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat
@@ -85,17 +84,6 @@ def test_a_flipped_bit_in_a_state_is_noticed(tmp_path: Path) -> None:
     store.path("ptq", 0).write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match="is damaged"):
         store.load("ptq", 0)
-
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    write_atomic(path, b"first")
-    write_atomic(path, b"second")
-    assert path.read_bytes() == b"second"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write_atomic(tmp_path / "folder", b"third")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "state"]
 
 
 def test_the_fingerprint_is_of_all_that_a_block_depends_on() -> None:

@@ -27,7 +27,7 @@ from lbllm.quant.kv_cache import TrainingCache
 from lbllm.sections import AarConfig, LayerFormat, PtqConfig
 from lbllm.stages.aar import CLIPS, KNEES, aar_block, add_quantizers, search_grid
 from lbllm.stages.distill import binary_layers, block_error
-from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.ptq import ptq_block
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
 LENGTH = 16
@@ -136,8 +136,8 @@ class Problem:
         self.student: nn.Module = share_copy(block)
         meant = all_inputs(block, self.inputs, self.call, 32)
         stage_1 = ptq_block(block, share_copy(block), self.call, self.inputs, meant, formats, PtqConfig(), 32)
-        for name, result in list(stage_1):
-            self.student.set_submodule(name, to_layer(block.get_submodule(name), formats[name], result))
+        for name, _, layer in list(stage_1):
+            self.student.set_submodule(name, layer)
 
     def add_quantizers(self, kv_bits: int = 4) -> None:
         add_quantizers(self.student, self.sharing, self.call, self.inputs, CONFIG, tail=2, kv_bits=kv_bits, batch=32)

@@ -28,11 +28,14 @@ from lbllm.quant.levels import (
     fit_levels,
     from_groups,
     group_length,
+    levels_to_params,
     nearest_level,
     params_to_levels,
     take_levels,
     to_groups,
 )
+from lbllm.quant.packing import stored_params
+from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import Format, LayerFormat, PtqConfig
 from lbllm.stages.distill import block_error
 from lbllm.stages.ptq import Binarized, align, binarize_layer, input_statistics, ptq_block, to_layer
@@ -290,8 +293,10 @@ def stage_1(
     drifted: Tensor,
     stream: Tensor,
     formats: dict[str, LayerFormat],
-) -> dict[str, Binarized]:
-    return dict(ptq_block(block, student, call, drifted, all_inputs(block, stream, call, 8), formats, CONFIG, 8))
+) -> dict[str, tuple[Binarized, BinaryLinear]]:
+    meant = all_inputs(block, stream, call, 8)
+    layers = ptq_block(block, student, call, drifted, meant, formats, CONFIG, 8)
+    return {name: (result, layer) for name, result, layer in layers}
 
 
 def clustered(block: nn.Module, formats: dict[str, LayerFormat]) -> nn.Module:
@@ -317,15 +322,14 @@ def test_a_block_after_stage_1_beats_plain_clustering(architecture: str) -> None
     student: nn.Module = share_copy(block)
     results = stage_1(block, student, call, drifted, stream, formats)
     assert set(results) == set(formats)
-    for name, result in results.items():
+    for name, (result, layer) in results.items():
         weight = linear_weight(block.get_submodule(name))
         assert result.latent.shape == weight.shape
         assert (result.levels.diff(dim=-1) >= 0).all()
         assert float(result.error.sum() / result.energy.sum()) < 0.3
         # The student holds what a checkpoint will hold.
-        layer = to_layer(block.get_submodule(name), formats[name], result)
-        layer.round_params()
         assert torch.equal(linear_weight(student.get_submodule(name)), layer.weight())
+        assert torch.equal(layer.params, stored_params(levels_to_params(result.levels), 16))
     targets = torch.cat([run_block(block, part, call) for part in stream.split(8)]).detach()
     plain = block_error(clustered(block, formats), drifted, targets, call, 8)
     assert block_error(student, drifted, targets, call, 8) < 0.9 * plain
@@ -343,9 +347,9 @@ def test_layers_of_one_input_may_have_different_formats_and_some_stay_dense() ->
     student: nn.Module = share_copy(block)
     results = stage_1(block, student, call, drifted, stream, formats)
     assert set(results) == set(formats)
-    assert results["self_attn.q_proj"].levels.shape == (48, 3, 4)
-    assert results["self_attn.v_proj"].levels.shape == (24, 1, 2)
-    assert results["mlp.down_proj"].levels.shape == (48, 13, 4)
+    assert results["self_attn.q_proj"][0].levels.shape == (48, 3, 4)
+    assert results["self_attn.v_proj"][0].levels.shape == (24, 1, 2)
+    assert results["mlp.down_proj"][0].levels.shape == (48, 13, 4)
     assert linear_weight(student.get_submodule("self_attn.k_proj")) is linear_weight(
         block.get_submodule("self_attn.k_proj")
     )
@@ -360,8 +364,6 @@ def test_errors_of_4_bit_parameters_are_made_up_for() -> None:
     source = nn.Linear(64, 24)
     rounded = to_layer(source, layer_format(group_size=8, param_bits=4), last)
     chosen = to_layer(source, layer_format(group_size=8, param_bits=4), first)
-    for layer in (chosen, rounded):
-        layer.round_params()
     errors = [output_error(weight, layer.weight().detach(), hessian) for layer in (chosen, rounded)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -372,9 +374,10 @@ def test_layers_solved_together_get_what_they_would_get_alone() -> None:
     fmt = layer_format(group_size=16)
     together = stage_1(block, share_copy(block), call, drifted, stream, dict.fromkeys(names, fmt))
     for name in names:
-        alone = stage_1(block, share_copy(block), call, drifted, stream, {name: fmt})[name]
-        torch.testing.assert_close(params_to_levels(together[name].levels), params_to_levels(alone.levels))
-        torch.testing.assert_close(together[name].latent, alone.latent)
+        alone, _ = stage_1(block, share_copy(block), call, drifted, stream, {name: fmt})[name]
+        result, _ = together[name]
+        torch.testing.assert_close(params_to_levels(result.levels), params_to_levels(alone.levels))
+        torch.testing.assert_close(result.latent, alone.latent)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -24,7 +24,7 @@ from lbllm.models.blocks import (
 from lbllm.quant.levels import LEVELS
 from lbllm.sections import Format, LayerFormat, PtqConfig, WatConfig
 from lbllm.stages.distill import Step, batch_order, binary_layers, block_error, cosine, token_error
-from lbllm.stages.ptq import ptq_block, to_layer
+from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
@@ -137,10 +137,10 @@ def problem(
     formats = dict.fromkeys(linear_layers(block), fmt)
     student: nn.Module = share_copy(block)
     meant = all_inputs(block, inputs, call, 48)
-    results = dict(ptq_block(block, share_copy(block), call, inputs, meant, formats, PtqConfig(), 48))
-    for name, result in results.items():
-        student.set_submodule(name, to_layer(block.get_submodule(name), fmt, result))
-    return student, call, inputs, targets, {name: result.latent for name, result in results.items()}
+    results = list(ptq_block(block, share_copy(block), call, inputs, meant, formats, PtqConfig(), 48))
+    for name, _, layer in results:
+        student.set_submodule(name, layer)
+    return student, call, inputs, targets, {name: result.latent for name, result, _ in results}
 
 
 def train(
