@@ -19,12 +19,12 @@ from app.runs import charts as run_charts
 from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.runs.export import show_export
 from app.view import guard, number_text, path_text, plain, sentence, size_text, store, time_text
-from lbllm.config import FROM_CHECKPOINT, FURTHER
+from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
 from lbllm.errors import LbllmError
 from lbllm.measure.estimate import estimate
 from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore, State
 from lbllm.runs.view import SUMMARY_KINDS, RunView
-from lbllm.sections import PAPER_STAGES, STAGES, Stage
+from lbllm.sections import PAPER_STAGES, STAGES, Stage, stage_number
 
 POLL_SECONDS, LIST_SECONDS = 1.0, 3.0
 LISTED = 30
@@ -106,7 +106,7 @@ def perplexity_text(view: RunView) -> str:
     if not stages:
         return "–"
     teacher = f", teacher {number_text(known['teacher'].perplexity)}" if "teacher" in known else ""
-    return f"{number_text(known[stages[-1]].perplexity)} after stage {STAGES.index(stages[-1]) + 1}{teacher}"
+    return f"{number_text(known[stages[-1]].perplexity)} after stage {stage_number(stages[-1])}{teacher}"
 
 
 def elapsed(run: Run, view: RunView) -> float:
@@ -225,11 +225,11 @@ def figures(view: RunView) -> None:
     """The numbers that become known while the run goes on."""
     known = view.perplexities
     stages = view.started.stages if view.started is not None else ()
-    before = ("start",) if stages in FURTHER else PAPER_STAGES
+    before = ("start",) if stages in CONTINUATIONS else PAPER_STAGES
     measured = ("teacher", *dict.fromkeys((*before, *stages)))
     columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
     for column, what in zip(columns, measured, strict=False):
-        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {STAGES.index(what) + 1}"
+        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {stage_number(what)}"
         column.metric(label, number_text(known[what].perplexity) if what in known else "–")
     rate = view.tokens_per_second
     columns[-3].metric("Tokens a second", f"{rate:,.0f}" if rate is not None else "–")

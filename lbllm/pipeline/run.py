@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lbllm import memory
 from lbllm.checkpoints.hf import WEIGHTS
 from lbllm.checkpoints.record import RunRecord
-from lbllm.config import RunConfig
+from lbllm.config import RunConfig, setting_name
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_atomic
@@ -65,7 +65,7 @@ def run(
     write_atomic(folder / "precision", accelerator.mixed_precision.encode())
     teacher = teacher or load_teacher(config.model)
     check_supported(teacher.model)
-    check_length(teacher.model, config.seq_len, "seq_len")
+    check_length(teacher.model, config.seq_len, setting_name("seq_len"))
     path, blocks, formats = block_formats(teacher.model, config.quant)
     held_out = _held_out(config, teacher) if corpus is None else None
     corpus = corpus or load_corpus(
