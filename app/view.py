@@ -14,6 +14,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from lbllm.config import labels_alone
 from lbllm.errors import LbllmError
 from lbllm.places import ASSETS, home
 from lbllm.runs.store import RunStore
@@ -85,8 +86,8 @@ def plain(text: str) -> str:
 
 
 def sentence(error: Exception | str) -> str:
-    """A message of the engine's as a sentence on a page, harmless as ``plain`` makes it."""
-    text = str(error)
+    """A message of the engine's as a sentence on a page, settings by their labels, harmless as ``plain`` makes it."""
+    text = labels_alone(str(error))
     first = text.split(" ", 1)[0]
     return plain(text[:1].upper() + text[1:] if first.isalpha() else text)
 

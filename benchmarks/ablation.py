@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.one_block import Made, OneBlock
 from lbllm.checkpoints.find import open_teacher
+from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.machine import float32_products
 from lbllm.sections import AarConfig, ParamBits, PtqConfig, WatConfig
@@ -247,7 +248,7 @@ def chosen(parts: str, blocks: str) -> tuple[list[str], list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--blocks", default="2", help="numbers joined by commas")
     parser.add_argument("--before", type=int, default=2, help="binarized blocks before each of them")

@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import LbllmError
 
 PROMPT, TOKENS = 64, 128
@@ -111,7 +112,7 @@ def llama_cpp(folder: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="packed: its folder, a finished run's id, or shipped")
-    parser.add_argument("--teacher", default="smollm2-135m-instruct")
+    parser.add_argument("--teacher", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="where npm has installed node-llama-cpp")
     parser.add_argument("--kind", help=argparse.SUPPRESS)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lbllm.config import RunConfig, make_config
+from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
 from lbllm.events import Event, RunFailed, RunQueued, RunStarted, StoredEvent
 from lbllm.runs.store import RunStore
 
@@ -119,7 +119,7 @@ def compare(store: RunStore, config: RunConfig, kills: int, seed: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--preset", default="preview")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments")

@@ -14,6 +14,7 @@ import argparse
 import re
 from collections.abc import Iterator
 
+from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import LbllmError
 from lbllm.models.teacher import load_tokenizer
 from lbllm.texts.corpus import load_corpus
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("corpus", help="as `quantize --corpus` takes it")
     parser.add_argument("--text", default="wikitext2", help="to be judged on: wikitext2 or a file")
     parser.add_argument("--words", type=int, default=13)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="whose tokenizer reads both")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer reads both")
     given = parser.parse_args()
     try:
         tokenizer = load_tokenizer(given.model)

@@ -50,7 +50,7 @@ from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
 from lbllm.checkpoints.find import find_checkpoint, find_teacher, open_teacher
 from lbllm.checkpoints.hf import load
-from lbllm.config import make_config
+from lbllm.config import DEFAULT_MODEL, make_config
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.events import RunStarted
 from lbllm.measure.perplexity import perplexity
@@ -298,7 +298,7 @@ def own_process(row: Row) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="smollm2-135m-instruct")
+    parser.add_argument("--teacher", default=DEFAULT_MODEL)
     parser.add_argument("--methods", default="rtn,gptq,billm,arb,bwa", help=", ".join((*METHODS, *OWN, *OUTSIDE)))
     parser.add_argument("--group-sizes", default="128", help="joined by commas; -1: the whole row")
     packed = "packed: its folder, a finished run's id, or shipped; may be repeated"

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lbllm.checkpoints.find import open_teacher
-from lbllm.config import make_config
+from lbllm.config import DEFAULT_MODEL, make_config
 from lbllm.errors import LbllmError
 from lbllm.machine import make_accelerator
 from lbllm.models.blocks import (
@@ -60,7 +60,7 @@ def best_seconds(work: Callable[[], object], seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--block", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)

@@ -8,32 +8,56 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from lbllm.errors import ConfigError
 from lbllm.presets import PRESETS
 from lbllm.sections import (
+    ACTIVATION_BITS,
     ACTIVATION_SETTINGS,
+    GROUP_SETTINGS,
     PAPER_STAGES,
+    STAGES,
     AarConfig,
     E2eConfig,
+    LayerOverride,
     Origin,
     PtqConfig,
     QuantConfig,
     Section,
     Stage,
     WatConfig,
+    stage_name,
 )
 
 SCHEMA_VERSION = 1
 
+DEFAULT_MODEL, DEFAULT_PRESET = "smollm2-135m-instruct", "quick"
 SHIPPED = "shipped"  # names the checkpoint that comes with the project
 # The stages of a run that starts from a packed checkpoint: in its format, or from one with 16-bit activations to fewer.
 FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
 TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
-FURTHER = (FROM_CHECKPOINT, TO_ACTIVATIONS)
+# What such a run may change of the checkpoint's format: settings of QuantConfig, and those of a layer in ``overrides``.
+CONTINUATIONS: dict[tuple[Stage, ...], tuple[str, ...]] = {
+    FROM_CHECKPOINT: (*GROUP_SETTINGS, "overrides"),
+    TO_ACTIVATIONS: (*GROUP_SETTINGS, *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
+}
+# Options of the command line that set a setting; --set takes any.
+OPTIONS = {
+    "model": "--model",
+    "preset": "--preset",
+    "quant.format": "--format",
+    "quant.group_size": "--group-size",
+    "quant.act_bits": "--act-bits",
+    "quant.kv_bits": "--kv-bits",
+    "corpus": "--corpus",
+    "device": "--device",
+    "start": "--from",
+}
 
 
 class RunConfig(Section):
@@ -41,26 +65,60 @@ class RunConfig(Section):
     a path. With ``start``, the folder of a packed checkpoint of this model and format or "shipped", stage 4 alone goes
     on from there; stages 3 and 4 do where that checkpoint has 16-bit activations and KV cache, and ``quant`` fewer."""
 
-    schema_version: Literal[1] = 1
-    model: str = Field("smollm2-135m-instruct", min_length=1)
-    corpus: str = Field("embedded", min_length=1)
-    preset: str = "custom"
-    stages: tuple[Stage, ...] = PAPER_STAGES
-    start: str | None = Field(None, min_length=1, validate_default=True)
-    seq_len: int = Field(512, ge=8)
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: str = "auto"
-    quant: QuantConfig = QuantConfig()
-    ptq: PtqConfig = PtqConfig()
-    wat: WatConfig = WatConfig()
-    aar: AarConfig = AarConfig()
-    e2e: E2eConfig = E2eConfig()
+    schema_version: Literal[1] = Field(1, title="Schema version", description="Version of this document's form.")
+    model: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        title="Model",
+        description="The model to binarize: a catalogue id, a hub id (owner/name), a folder or a .gguf file.",
+    )
+    corpus: str = Field(
+        "embedded",
+        min_length=1,
+        title="Text",
+        description="What the student learns from: a catalogue id, the path of a .txt or .jsonl file or of a folder of "
+        "them, or several names joined by +.",
+    )
+    preset: str = Field(
+        "custom",
+        title="Preset",
+        description="A starting point for all other settings. preview: minutes, to see whether it works. quick: the "
+        "embedded model on two cores. standard: a real attempt. paper: the paper's amount of text, needs a GPU.",
+    )
+    stages: tuple[Stage, ...] = Field(
+        PAPER_STAGES,
+        title="Stages",
+        description="1 (ptq): initialization, in closed form. 2 (wat): each block learns to give the teacher's output, "
+        "by gradient descent. 3 (aar): the same with quantized activations and KV cache. 4 (e2e): the whole model "
+        "learns the teacher's distribution of next tokens.",
+    )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        validate_default=True,
+        title="Starting checkpoint",
+        description="A packed checkpoint to train further, by stage 4 alone: its folder, or 'shipped'; --from takes a "
+        "finished run's id, too. Model and format are the checkpoint's. If it has 16-bit activations and KV cache and "
+        "the run has fewer bits, stage 3 comes first.",
+    )
+    seq_len: int = Field(512, ge=8, title="Sequence length", description="Tokens in a sequence of the text.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, title="Seed", description="Decides the order of the text, and which parts of it."
+    )
+    device: str = Field(
+        "auto", title="Device", description="auto, cpu or cuda; auto is a GPU on a machine that has one, else the CPU."
+    )
+    quant: QuantConfig = Field(QuantConfig(), title="Format")
+    ptq: PtqConfig = Field(PtqConfig(), title=stage_name("ptq"))
+    wat: WatConfig = Field(WatConfig(), title=stage_name("wat"))
+    aar: AarConfig = Field(AarConfig(), title=stage_name("aar"))
+    e2e: E2eConfig = Field(E2eConfig(), title=stage_name("e2e"))
 
     @field_validator("stages")
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         blockwise = value[:-1] if value[-1:] == ("e2e",) else value
-        if value in FURTHER:
+        if value in CONTINUATIONS:
             return value
         if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
             raise ValueError(
@@ -72,18 +130,19 @@ class RunConfig(Section):
     @classmethod
     def _with_later_stages(cls, value: str | None, info: ValidationInfo) -> str | None:
         stages = info.data.get("stages", ())
-        if not stages or (value is not None) == (stages in FURTHER):
+        if not stages or (value is not None) == (stages in CONTINUATIONS):
             return value
         if value is None:
-            raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to go on from")
-        raise ValueError("a run goes on from a checkpoint with stage e2e alone, or with aar and e2e")
+            raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to start from")
+        raise ValueError("a run from a checkpoint has stage e2e alone, or aar and e2e")
 
     @field_validator("quant")
     @classmethod
-    def _with_bits_to_bring_down(cls, value: QuantConfig, info: ValidationInfo) -> QuantConfig:
+    def _with_bits_to_lower(cls, value: QuantConfig, info: ValidationInfo) -> QuantConfig:
         if info.data.get("stages") == TO_ACTIVATIONS and value.weights_alone:
             raise ValueError(
-                "stage aar has nothing to bring down: give act_bits or kv_bits below 16, or take e2e alone"
+                f"stage aar has no bits to lower: set {setting_name('quant.act_bits')} or "
+                f"{setting_name('quant.kv_bits')} below 16, or run e2e alone"
             )
         return value
 
@@ -101,6 +160,16 @@ class RunConfig(Section):
         checkpoint."""
         return self.stages if self.start is None else ("start", *self.stages)
 
+    def fixed_by_start(self) -> frozenset[str]:
+        """The settings, by their path, that the starting checkpoint decides: its model, its format except for what
+        ``CONTINUATIONS`` lists, and the settings of stages that this run doesn't have. Empty for a run from the
+        teacher."""
+        if self.start is None:
+            return frozenset()
+        free = {f"quant.{name}" for name in CONTINUATIONS[self.stages]}
+        sections = {"quant", *(stage for stage in STAGES if stage not in self.stages)}
+        return frozenset({"model", *(path for path in SETTINGS if path.partition(".")[0] in sections)} - free)
+
     @property
     def e2e_seq_len(self) -> int:
         """Tokens of a sequence in stage 4."""
@@ -110,6 +179,60 @@ class RunConfig(Section):
     def tokens(self) -> int:
         """Calibration tokens that the run reads from its corpus: the most that any of its stages asks for."""
         return max(getattr(self, stage).tokens for stage in self.stages)
+
+
+def _settings() -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, Section):
+            found |= {f"{name}.{key}": inner for key, inner in type(field.default).model_fields.items()}
+        else:
+            found[name] = field
+    return found
+
+
+# Every setting by its path: a key of RunConfig, or section.key. Its Field has label (title), help and bounds.
+SETTINGS: dict[str, FieldInfo] = _settings()
+
+
+def label(path: str) -> str | None:
+    """What people call a setting: "Group size", "Stage 2, tokens per step"; None where there is no setting of that
+    path. A path can also lead to a section, or into a list or the settings of single layers."""
+    section = path.partition(".")[0]
+    field = RunConfig.model_fields.get(path) or SETTINGS.get(path)
+    if field is not None:
+        title = str(field.title)
+        return f"{label(section)}, {_in_a_sentence(title)}" if section in STAGES and path != section else title
+    if path.startswith("quant.overrides."):
+        layers = path.removeprefix("quant.overrides.")
+        pattern, _, key = layers.rpartition(".")
+        if key not in LayerOverride.model_fields:
+            return f"Layers {layers}"
+        return f"Layers {pattern}, {_in_a_sentence(str(label(f'quant.{key}')))}"
+    above = path.rpartition(".")[0]
+    return label(above) if above in SETTINGS else None
+
+
+def _in_a_sentence(title: str) -> str:
+    """A title with a small first letter; an abbreviation keeps its capitals."""
+    return title[0].lower() + title[1:] if title[1].islower() else title
+
+
+def setting_name(path: str) -> str:
+    """A setting as messages name it, "quant.group_size (Group size)"; pages show the label alone (``labels_alone``)."""
+    known = label(path)
+    return path if known is None else f"{path} ({known})"
+
+
+def labels_alone(text: str) -> str:
+    """A message with each setting that ``setting_name`` gave in it by its label alone."""
+    return _NAMED.sub(r"\1", text)
+
+
+_NAMED = re.compile(
+    rf"(?<![^\s(])(?:{'|'.join(RunConfig.model_fields)})(?:\.\S+)? "
+    rf"\((Layers [^()]+|{'|'.join(re.escape(str(label(path))) for path in [*SETTINGS, *RunConfig.model_fields])})\)"
+)
 
 
 def _merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +262,7 @@ def _set(document: dict[str, Any], assignment: str) -> None:
 
 
 def make_config(
-    preset: str = "quick", changes: dict[str, Any] | None = None, assignments: tuple[str, ...] = ()
+    preset: str = DEFAULT_PRESET, changes: dict[str, Any] | None = None, assignments: tuple[str, ...] = ()
 ) -> RunConfig:
     """The preset with nested ``changes`` and then ``key=value`` assignments applied. Raises ConfigError."""
     if preset not in PRESETS:
@@ -166,6 +289,10 @@ def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str,
     return (named if named in PRESETS else None), document
 
 
+# What pydantic says in its own terms.
+_PROBLEMS = {"extra_forbidden": "is not a setting", "model_type": "a JSON object of settings is needed"}
+
+
 def parse_config(document: dict[str, Any]) -> RunConfig:
     """Check a settings document, e.g. one read from a file. Raises ConfigError naming each bad key and its value."""
     version = document.get("schema_version", SCHEMA_VERSION)
@@ -176,53 +303,35 @@ def parse_config(document: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"])
+            place = setting_name(".".join(str(part) for part in problem["loc"]))
+            said = _PROBLEMS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
-            known = (
-                "is not a setting"
-                if problem["type"] == "extra_forbidden"
-                else problem["msg"].removeprefix("Value error, ")
-            )
-            lines.append(f"{place}: {known}{given}")
+            lines.append(f"{place}: {said}{given}")
         raise ConfigError("bad settings: " + "; ".join(lines)) from None
 
 
 def arguments(config: RunConfig) -> list[str]:
     """The options that make ``run_config`` give ``config``: its preset, then each setting that differs from it."""
-    preset = config.preset if config.preset in PRESETS else "quick"
-    plain, given = _leaves(make_config(preset)), _leaves(config)
-    options = {
-        "model": "--model",
-        "quant.format": "--format",
-        "quant.group_size": "--group-size",
-        "quant.act_bits": "--act-bits",
-        "quant.kv_bits": "--kv-bits",
-        "corpus": "--corpus",
-        "device": "--device",
-        "start": "--from",
-    }
+    preset = config.preset if config.preset in PRESETS else DEFAULT_PRESET
+    plain, given = leaves(make_config(preset)), leaves(config)
     words = ["--model", config.model, "--preset", preset]
     if config.start is not None:
-        # Stages and format come along with the checkpoint, but for its groups and for bits that are brought down.
-        overrides = json.dumps(given["quant.overrides"])
+        # Stages and format are the checkpoint's. What can be changed of it is always given: left out, it would be the
+        # checkpoint's own.
+        for name in CONTINUATIONS[config.stages]:
+            words += _option(f"quant.{name}", given[f"quant.{name}"])
         given = {key: value for key, value in given.items() if key != "stages" and not key.startswith("quant.")}
-        words += ["--group-size", str(config.quant.group_size), "--set", f"quant.param_bits={config.quant.param_bits}"]
-        if config.stages == TO_ACTIVATIONS:
-            words += ["--act-bits", str(config.quant.act_bits), "--kv-bits", str(config.quant.kv_bits)]
-            for name in ACTIVATION_SETTINGS:
-                words += ["--set", f"quant.{name}={getattr(config.quant, name)}"]
-        words += ["--set", f"quant.overrides={overrides}"]  # left out they would be the checkpoint's own
     for key, value in given.items():
-        if key == "model" or plain[key] == value:
-            continue
-        if key in options:
-            words += [options[key], str(value)]
-        else:
-            words += ["--set", f"{key}={json.dumps(value)}"]
+        if key not in ("model", "preset") and plain[key] != value:
+            words += _option(key, value)
     return words
 
 
-def _leaves(config: RunConfig) -> dict[str, Any]:
+def _option(path: str, value: Any) -> list[str]:
+    return [OPTIONS[path], str(value)] if path in OPTIONS else ["--set", f"{path}={json.dumps(value)}"]
+
+
+def leaves(config: RunConfig) -> dict[str, Any]:
     """Every setting by its path, section.key."""
     leaves: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():

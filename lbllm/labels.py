@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from lbllm.config import RunConfig
-from lbllm.sections import Format, Origin
+from lbllm.config import SETTINGS, RunConfig
+from lbllm.sections import Format, Origin, Stage, stage_name, stage_number
 
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 
 STAGE_NAMES: dict[Origin, str] = {
-    "start": "The checkpoint gone on from",
-    "ptq": "Stage 1: PTQ initialization",
-    "wat": "Stage 2: weight-aware training",
-    "aar": "Stage 3: activation-aware refinement",
-    "e2e": "Stage 4: end to end",
+    "start": str(SETTINGS["start"].title),
+    "ptq": f"{stage_name('ptq')}: PTQ initialization",
+    "wat": f"{stage_name('wat')}: weight-aware training",
+    "aar": f"{stage_name('aar')}: activation-aware refinement",
+    "e2e": f"{stage_name('e2e')}: end to end",
 }
 
 CODE_BITS = {"w1+1": 2, "w1": 1}
+
+
+def stage_numbers(stages: tuple[Stage, ...]) -> str:
+    """Stages by their numbers: "1–3", "1–2, 4"."""
+    runs: list[list[int]] = []
+    for number in map(stage_number, stages):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def row_labels(config: RunConfig, teacher_precision: str) -> dict[str, str]:

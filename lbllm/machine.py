@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lbllm.errors import ConfigError
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place: str = "cpu") -> float:
     """FLOP a second of a square matrix product, the best of the repetitions that fit in ``seconds`` after one to
@@ -115,8 +117,8 @@ def _half_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def check_device(device: str) -> None:
     """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine that has a GPU."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not known; choose auto, cpu or cuda")
+    if device not in DEVICES:
+        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
 

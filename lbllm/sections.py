@@ -1,6 +1,8 @@
 """The parts of a run's settings, as frozen pydantic models: the deployed format and one section for each stage.
 
-Every value is checked when it is set, before anything is loaded; unknown keys are refused.
+Every value is checked when it is set, before anything is loaded; unknown keys are refused. A setting's label
+(``title``), help (``description``) and bounds stand in its Field alone: pages, command line and docs/settings.md read
+them from there.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 WHOLE_ROW = -1
 ACT_GROUP_SIZE = 64  # inputs of a token that share a range, where neither the paper nor a checkpoint says another
-# Settings of QuantConfig that only quantized activations read.
+# Settings of QuantConfig: of the groups, which can be made of larger ones; the bits that stage 3 lowers; and those that
+# only quantized activations read.
+GROUP_SETTINGS = ("group_size", "param_bits")
+ACTIVATION_BITS = ("act_bits", "kv_bits")
 ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
 
 Format = Literal["w1+1", "w1"]
@@ -23,6 +28,16 @@ Origin = Stage | Literal["start"]  # what a stage goes on from: one before it, o
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 PAPER_STAGES = STAGES[:3]
+
+
+def stage_number(stage: Stage) -> int:
+    """The number of a stage, as people count them: 1 for ``ptq``."""
+    return STAGES.index(stage) + 1
+
+
+def stage_name(stage: Stage) -> str:
+    """A stage by its number: "Stage 1"."""
+    return f"Stage {stage_number(stage)}"
 
 
 def _no_empty_group(value: int) -> int:
@@ -67,15 +82,56 @@ class QuantConfig(Section):
     matching patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
     """
 
-    format: Format = "w1+1"
-    group_size: GroupSize = Field(64, description="weights that share one set of levels; -1: the whole row")
-    param_bits: ParamBits = 16
-    act_bits: Literal[4, 8, 16] = 4
-    kv_bits: Literal[4, 8, 16] = 4
-    act_group_size: GroupSize = Field(WHOLE_ROW, description="inputs of a token that share a range; -1: all of them")
-    tail_steps: int = Field(3, ge=0, le=6, description="steps of the 16-level activation grid spent on each tail")
-    skip: tuple[str, ...] = ()
-    overrides: dict[str, LayerOverride] = {}
+    format: Format = Field(
+        "w1+1",
+        title="Weights",
+        description="w1+1, W(1+1): a sign bit and a bitmap bit for each weight, so a group has four levels. w1, W1: "
+        "the sign bit alone, two levels.",
+    )
+    group_size: GroupSize = Field(
+        64,
+        title="Group size",
+        description="How many neighbouring weights of a row share one set of levels; -1: the whole row. Small groups "
+        "fit better and cost more parameters.",
+    )
+    param_bits: ParamBits = Field(
+        16,
+        title="Parameter bits",
+        description="Bits of each group parameter (alpha and mu), which give the levels of a group. Groups of 16 with "
+        "4-bit parameters are as large as groups of 64 with 16-bit ones, and fit the weights much better.",
+    )
+    act_bits: Literal[4, 8, 16] = Field(
+        4,
+        title="Activation bits",
+        description="Bits of the numbers that flow between the layers; 16: they are not quantized. Stage 3 learns "
+        "where to clip them.",
+    )
+    kv_bits: Literal[4, 8, 16] = Field(
+        4,
+        title="KV cache bits",
+        description="Bits of the KV cache, which holds the keys and values of every token of a conversation; 16: it is "
+        "not quantized.",
+    )
+    act_group_size: GroupSize = Field(
+        WHOLE_ROW,
+        title="Inputs per activation range",
+        description="How many neighbouring inputs of a token share one range of 4-bit or 8-bit steps; -1: all of them, "
+        "as in the paper. A single outlier makes the steps of its whole range coarse.",
+    )
+    tail_steps: int = Field(
+        3, ge=0, le=6, title="Tail steps", description="Steps of a 4-bit activation range that each of its tails gets."
+    )
+    skip: tuple[str, ...] = Field(
+        (),
+        title="Layers to leave dense",
+        description="Name patterns of layers that are not binarized and keep 16 bits, for example *.down_proj.",
+    )
+    overrides: dict[str, LayerOverride] = Field(
+        {},
+        title="Settings per layer",
+        description="Other settings for layers whose names match a pattern. If several patterns match a layer, the "
+        "last one counts.",
+    )
 
     def weights_only(self) -> QuantConfig:
         """The same format of the weights with activations and KV cache left as they are."""
@@ -101,65 +157,181 @@ class QuantConfig(Section):
 
 
 class PtqConfig(Section):
-    """Stage 1. ``tokens`` calibrate the Hessians; ``damping`` is relative to the mean of a Hessian's diagonal."""
+    """Stage 1."""
 
-    tokens: int = Field(24_576, gt=0)
-    em_steps: int = Field(3, ge=1)
-    damping: float = Field(0.1, gt=0)
-    sweeps: int = Field(2, ge=0, description="coordinate-descent passes and level refits after the compensation")
-    align: float = Field(
-        1.0, ge=0, le=1, description="share of the drift of a layer's inputs that its weights make up for"
+    tokens: int = Field(
+        24_576,
+        gt=0,
+        title="Calibration tokens",
+        description="How much text shows which weights matter: the Hessians of the layers are computed from it.",
     )
-    align_damping: float = Field(1.0, gt=0)
+    em_steps: int = Field(
+        3,
+        ge=1,
+        title="EM steps",
+        description="How often the levels of a group are fitted and its weights assigned to them.",
+    )
+    damping: float = Field(
+        0.1,
+        gt=0,
+        title="Damping",
+        description="What is added to the diagonal of a layer's Hessian, relative to the mean of the diagonal.",
+    )
+    sweeps: int = Field(
+        2,
+        ge=0,
+        title="Sweeps",
+        description="Passes of coordinate descent after the error compensation; each also fits the levels again.",
+    )
+    align: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        title="Drift correction",
+        description="Share of the drift of a layer's inputs that its weights correct. The layers before it, which are "
+        "binarized already, cause the drift.",
+    )
+    align_damping: float = Field(
+        1.0,
+        gt=0,
+        title="Drift damping",
+        description="Damping of the drift correction, relative to the mean of the Hessian's diagonal.",
+    )
 
 
 class WatConfig(Section):
-    """Stage 2. Learning rates are relative: a step moves a latent weight by ``lr_weight`` times its row's weight
-    scale."""
+    """Stage 2. Learning rates of weights and levels are relative to the standard deviation of a layer's weights."""
 
-    tokens: int = Field(24_576, gt=0)
-    epochs: int = Field(1, ge=1)
-    batch_tokens: int = Field(512, gt=0)
-    lr_weight: float = Field(2e-2, ge=0)
-    lr_levels: float = Field(5e-3, ge=0)
-    lr_bitmap: float = Field(0.1, ge=0)
-    bitmap: Literal["coupled", "relaxed"] = "coupled"
-    reg_weight: float = Field(30.0, ge=0, description="lambda of the paper's bitmap polarization")
-    beta_start: float = Field(20.0, gt=0, description="power of the polarization, which goes evenly to beta_end")
-    beta_end: float = Field(2.0, gt=0)
-    loss: Literal["relative", "mse"] = "relative"
-    grad_clip: float = Field(0.3, gt=0)
+    tokens: int = Field(
+        24_576, gt=0, title="Training tokens", description="How much text stage 2 learns from. Its time grows with it."
+    )
+    epochs: int = Field(1, ge=1, title="Epochs", description="How many times the text is used.")
+    batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    lr_weight: float = Field(
+        2e-2,
+        ge=0,
+        title="Learning rate of weights",
+        description="Of the latent weights, relative to the standard deviation of a layer's weights.",
+    )
+    lr_levels: float = Field(
+        5e-3,
+        ge=0,
+        title="Learning rate of levels",
+        description="Of the group parameters, relative to the standard deviation of a layer's weights.",
+    )
+    lr_bitmap: float = Field(
+        0.1, ge=0, title="Learning rate of the bitmap", description="Of the relaxed bitmap; a coupled one has none."
+    )
+    bitmap: Literal["coupled", "relaxed"] = Field(
+        "coupled",
+        title="Bitmap",
+        description="coupled: sign and bitmap follow from the latent weight. relaxed: the bitmap is trained as numbers "
+        "between 0 and 1, as in the paper.",
+    )
+    reg_weight: float = Field(
+        30.0,
+        ge=0,
+        title="Polarization weight",
+        description="Weight of the loss that pushes a relaxed bitmap to 0 or 1: lambda in the paper.",
+    )
+    beta_start: float = Field(
+        20.0,
+        gt=0,
+        title="First polarization power",
+        description="Power in the polarization loss (beta in the paper) at the first step; it then changes evenly.",
+    )
+    beta_end: float = Field(
+        2.0, gt=0, title="Last polarization power", description="Power in the polarization loss at the last step."
+    )
+    loss: Literal["relative", "mse"] = Field(
+        "relative",
+        title="Loss",
+        description="relative: each token's squared error, divided by the larger squared norm of output and target. "
+        "mse: the mean squared error, as in the paper.",
+    )
+    grad_clip: float = Field(0.3, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")
 
 
 class AarConfig(Section):
-    """Stage 3. ``search_tokens`` choose each layer's first knee; the mask's temperature is relative to the body's
-    step."""
+    """Stage 3. The mask's temperature is relative to the body's step."""
 
-    tokens: int = Field(8_192, gt=0)
-    epochs: int = Field(2, ge=0)
-    batch_tokens: int = Field(512, gt=0)
-    search_tokens: int = Field(1_024, gt=0)
-    lr_levels: float = Field(5e-3, ge=0)
-    lr_act: float = Field(1e-2, ge=0)
-    temperature: float = Field(0.5, gt=0)
-    grad_clip: float = Field(0.3, gt=0)
+    tokens: int = Field(
+        8_192, gt=0, title="Training tokens", description="How much text stage 3 learns from. Its time grows with it."
+    )
+    epochs: int = Field(
+        2, ge=0, title="Epochs", description="How many times the text is used; 0: only the first knees are chosen."
+    )
+    batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    search_tokens: int = Field(
+        1_024, gt=0, title="Knee search tokens", description="How much of the text chooses each layer's first knee."
+    )
+    lr_levels: float = Field(
+        5e-3,
+        ge=0,
+        title="Learning rate of levels",
+        description="Of the group parameters, relative to the standard deviation of a layer's weights.",
+    )
+    lr_act: float = Field(
+        1e-2, ge=0, title="Learning rate of clips", description="Of the clips and knees of the activations."
+    )
+    temperature: float = Field(
+        0.5,
+        gt=0,
+        title="Mask temperature",
+        description="How softly body and tails of a range meet in training, relative to a step of the body.",
+    )
+    grad_clip: float = Field(0.3, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")
 
 
 class E2eConfig(Section):
     """Stage 4, which is optional. Learning rates as in stages 2 and 3; the loss compares the logits of both models.
 
     Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them.
-    ``feature_weight`` adds that much of the difference of the blocks' outputs to the loss. Memory goes with
-    ``seq_len``: the activations of the whole model are kept for one sequence."""
+    Memory goes with ``seq_len``: the activations of the whole model are kept for one sequence."""
 
-    tokens: int = Field(65_536, gt=0)
-    seq_len: int = Field(256, ge=8, description="longer sequences of the run are cut to this length")
-    epochs: int = Field(1, ge=1)
-    batch_tokens: int = Field(1_024, gt=0)
-    lr_weight: float = Field(0.0, ge=0)
-    lr_levels: float = Field(4e-3, ge=0)
-    lr_act: float = Field(2e-3, ge=0)
-    loss: LogitLoss = "forward_kl"
-    feature_weight: float = Field(0.0, ge=0)
-    start_share: float = Field(0.0, ge=0, lt=1, description="of the parameters begun with, in those that it ends with")
-    grad_clip: float = Field(1.0, gt=0)
+    tokens: int = Field(
+        65_536, gt=0, title="Training tokens", description="How much text stage 4 learns from. Its time grows with it."
+    )
+    seq_len: int = Field(
+        256,
+        ge=8,
+        title="Tokens per sequence",
+        description="Longer sequences of the text are cut to this length in stage 4. Memory grows with it.",
+    )
+    epochs: int = Field(1, ge=1, title="Epochs", description="How many times the text is used.")
+    batch_tokens: int = Field(1_024, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    lr_weight: float = Field(
+        0.0,
+        ge=0,
+        title="Learning rate of weights",
+        description="Of the latent weights, relative to the standard deviation of a layer's weights. 0: all weights "
+        "keep their bits.",
+    )
+    lr_levels: float = Field(
+        4e-3,
+        ge=0,
+        title="Learning rate of levels",
+        description="Of the group parameters, relative to the standard deviation of a layer's weights.",
+    )
+    lr_act: float = Field(
+        2e-3, ge=0, title="Learning rate of clips", description="Of the clips and knees of the activations."
+    )
+    loss: LogitLoss = Field(
+        "forward_kl",
+        title="Loss",
+        description="How the student's distribution of next tokens is compared with the teacher's.",
+    )
+    feature_weight: float = Field(
+        0.0,
+        ge=0,
+        title="Feature loss weight",
+        description="Weight of the difference between the blocks' outputs of student and teacher in the loss.",
+    )
+    start_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        title="Share of the starting weights",
+        description="At the end this share of the weights and levels before training is blended into the trained ones.",
+    )
+    grad_clip: float = Field(1.0, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")

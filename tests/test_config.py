@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from lbllm.config import make_config, parse_config, read_settings
+from lbllm.chat.settings import ChatSettings
+from lbllm.config import (
+    CONTINUATIONS,
+    DEFAULT_MODEL,
+    FROM_CHECKPOINT,
+    SETTINGS,
+    TO_ACTIVATIONS,
+    RunConfig,
+    label,
+    labels_alone,
+    make_config,
+    parse_config,
+    read_settings,
+    setting_name,
+)
 from lbllm.errors import ConfigError
 from lbllm.presets import PRESETS
+from lbllm.sections import STAGES, QuantConfig, Stage
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize(
@@ -59,3 +79,92 @@ def test_settings_of_an_older_run_stay_what_they_were() -> None:
     # A file of a few settings changes the preset that it names.
     named, settings = read_settings('{"preset": "quick", "quant": {"group_size": 64}}', "settings.json")
     assert (named, settings) == ("quick", {"quant": {"group_size": 64}})
+
+
+def test_every_setting_has_a_label_of_its_own_and_a_help_of_whole_sentences() -> None:
+    labels = Counter(label(path) for path in SETTINGS)
+    assert [name for name, count in labels.items() if count > 1 or not name] == []
+    assert [path for path, field in SETTINGS.items() if not (field.description or "").endswith(".")] == []
+    assert label("quant.param_bits") == "Parameter bits"
+    assert label("e2e.start_share") == "Stage 4, share of the starting weights"
+    assert label("ptq.em_steps") == "Stage 1, EM steps"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("seq_len", "Sequence length"),
+        ("wat", "Stage 2"),
+        ("stages.0", "Stages"),
+        ("quant.skip.1", "Layers to leave dense"),
+        ("quant.overrides.*.down_proj.group_size", "Layers *.down_proj, group size"),
+        ("quant.overrides.*.down_proj", "Layers *.down_proj"),
+        ("wat.nonsense", "wat.nonsense"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_messages_have_name_and_label_and_pages_the_label_alone(path: str, expected: str) -> None:
+    name = setting_name(path)
+    assert name.startswith(path)
+    assert (
+        labels_alone(f"bad settings: {name}: no; {name} 5 (given: 5)")
+        == f"bad settings: {expected}: no; {expected} 5 (given: 5)"
+    )
+    assert labels_alone(f"({name})") == f"({expected})"
+
+
+def test_other_words_before_a_parenthesis_stay() -> None:
+    text = "the model (llama) on this device (cpu), text (Text), wat.tokens (512)"
+    assert labels_alone(text) == text
+
+
+@pytest.mark.parametrize("stages", CONTINUATIONS)
+def test_a_checkpoint_fixes_model_format_and_the_stages_before(stages: tuple[Stage, ...]) -> None:
+    assert make_config().fixed_by_start() == frozenset()
+    config = make_config("quick", {"start": "somewhere", "stages": stages})
+    fixed = config.fixed_by_start()
+    assert {"model", "quant.format", "quant.skip", "ptq.tokens", "wat.bitmap"} <= fixed
+    assert not fixed & {"corpus", "seed", "seq_len", "device", "stages", "start", "e2e.lr_weight"}
+    lowers = stages == TO_ACTIVATIONS
+    assert ("quant.act_bits" in fixed, "quant.tail_steps" in fixed, "aar.epochs" in fixed) == (not lowers,) * 3
+    assert not fixed & {"quant.group_size", "quant.param_bits", "quant.overrides"}
+    assert fixed <= SETTINGS.keys()
+    assert set(CONTINUATIONS[stages]) <= QuantConfig.model_fields.keys()
+    assert set(CONTINUATIONS[FROM_CHECKPOINT]) <= set(CONTINUATIONS[stages])
+
+
+def _strings(folder: str) -> Iterator[tuple[Path, str]]:
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield file.relative_to(ROOT), node.value
+
+
+def test_labels_and_helps_stand_once() -> None:
+    """A label of one word, like Text, is a word that has other uses, too."""
+    fields = [*SETTINGS.values(), *ChatSettings.model_fields.values()]
+    texts = {str(field.description) for field in fields}
+    texts |= {str(field.title) for field in fields if " " in str(field.title)}
+    homes = {Path("lbllm/config.py"), Path("lbllm/sections.py"), Path("lbllm/chat/settings.py")}
+    found = [(file, text) for folder in ("lbllm", "app") for file, text in _strings(folder) if text in texts]
+    assert [(file, text) for file, text in found if file not in homes] == []
+
+
+def test_the_default_model_stands_once() -> None:
+    found = [
+        file for folder in ("lbllm", "app", "benchmarks") for file, text in _strings(folder) if text == DEFAULT_MODEL
+    ]
+    assert found == [Path("lbllm/config.py")]
+    assert RunConfig().model == DEFAULT_MODEL
+
+
+def test_the_order_of_the_stages_stands_once() -> None:
+    orders = []
+    for folder in ("lbllm", "app", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Tuple | ast.List):
+                    names = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+                    if len(names) > 2 and set(names) <= set(STAGES):
+                        orders.append(file.relative_to(ROOT))
+    assert set(orders) == {Path("lbllm/sections.py")}

@@ -8,13 +8,12 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.paths import model_name
-from app.view import checkpoints, plain, size_text, store
+from app.view import checkpoints, plain, sentence, size_text, store
 from lbllm.chat.pool import ModelPool, Slot
-from lbllm.config import SHIPPED
+from lbllm.config import DEFAULT_MODEL, SHIPPED
 from lbllm.models.catalogue import EMBEDDED_PRECISION, MODELS
 
 SIDES = ("left", "right")
-TEACHER = "smollm2-135m-instruct"
 
 
 @st.cache_resource
@@ -37,7 +36,9 @@ def choices() -> dict[str, Offer]:
     The checkpoint that comes with the project first, then those of finished runs, the embedded model, and what needs a
     download.
     """
-    found = {SHIPPED: Offer(f"{TEACHER} binarized, comes with the program", f"{TEACHER} binarized", SHIPPED)}
+    found = {
+        SHIPPED: Offer(f"{DEFAULT_MODEL} binarized, comes with the program", f"{DEFAULT_MODEL} binarized", SHIPPED)
+    }
     for label, folder in checkpoints(store()).items():
         found[folder.parent.name] = Offer(label, label, str(folder))
     for entry in sorted(MODELS, key=lambda entry: entry.hub_id is not None):
@@ -53,7 +54,7 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
     if asked and asked != st.session_state.get(seen):
         st.session_state[key] = asked
     elif key not in st.session_state:
-        st.session_state[key] = TEACHER if side == "left" else SHIPPED
+        st.session_state[key] = DEFAULT_MODEL if side == "left" else SHIPPED
     values = list(offered)
     if st.session_state[key] not in offered:
         values.append(st.session_state[key])
@@ -67,7 +68,7 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
         help="Choose a checkpoint or a model of the catalogue, or type a run's id, a folder, a .gguf file or a hub id "
         "(owner/name).",
     )
-    value = str(value or TEACHER)
+    value = str(value or DEFAULT_MODEL)
     st.session_state[seen] = value
     if st.query_params.get(side) != value:
         st.query_params[side] = value
@@ -114,7 +115,7 @@ def _follow(slot: Slot) -> None:
 def write_state(slot: Slot, place: DeltaGenerator) -> None:
     """A model's state as it is now, in a line."""
     if slot.state == "failed":
-        place.error(plain(slot.error))
+        place.error(sentence(slot.error))
     elif slot.state == "ready":
         place.caption(model_line(slot))
     else:

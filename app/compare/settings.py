@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
 from lbllm.chat.settings import ChatSettings
+from lbllm.fields import bounds
 
 _FIRST = ChatSettings()
+# What the widgets offer where that is less than what is allowed.
+_OFFERED: dict[str, tuple[float, float]] = {
+    "top_p": (0.05, 1.0),
+    "repetition_penalty": (1.0, 1.5),
+    "seed": (0, 2**31 - 1),
+}
 
 
 def settings() -> tuple[ChatSettings, ChatSettings, bool]:
@@ -40,81 +49,21 @@ def settings() -> tuple[ChatSettings, ChatSettings, bool]:
 
 
 def _controls(side: str) -> ChatSettings:
-    def key(name: str) -> str:
-        return f"compare_{name}_{side}"
+    def shared(name: str) -> dict[str, Any]:
+        """What a setting's widget has of any kind."""
+        field = ChatSettings.model_fields[name]
+        key = f"compare_{name}_{side}"
+        return {"label": field.title, "help": field.description, "key": key, "persist_state": "session"}
 
-    temperature = st.slider(
-        "Temperature",
-        0.0,
-        2.0,
-        _FIRST.temperature,
-        0.05,
-        key=key("temperature"),
-        persist_state="session",
-        help="How much chance there is in an answer. 0: always the most likely token.",
-    )
-    top_p = st.slider(
-        "Top-p",
-        0.05,
-        1.0,
-        _FIRST.top_p,
-        0.05,
-        key=key("top_p"),
-        persist_state="session",
-        help="Draw from the most likely tokens that together have this probability.",
-    )
-    repetition_penalty = st.slider(
-        "Repetition penalty",
-        1.0,
-        1.5,
-        _FIRST.repetition_penalty,
-        0.05,
-        key=key("repetition_penalty"),
-        persist_state="session",
-        help="Makes words that the answer has already less likely, so that it doesn't go in circles. 1: none.",
-    )
-    columns = st.columns(2)
-    seed = columns[0].number_input(
-        "Seed",
-        0,
-        2**31 - 1,
-        _FIRST.seed,
-        key=key("seed"),
-        persist_state="session",
-        help="The same seed gives the same answer again.",
-    )
-    length = columns[1].number_input(
-        "Longest answer",
-        1,
-        4096,
-        _FIRST.max_new_tokens,
-        8,
-        key=key("length"),
-        persist_state="session",
-        help="In tokens, about three quarters of a word each.",
-    )
-    system = st.text_area(
-        "System prompt",
-        key=key("system"),
-        persist_state="session",
-        height=80,
-        max_chars=4000,
-        placeholder="None",
-        help="What the model is told before the conversation. Base models are not given one.",
-    )
-    template = st.toggle(
-        "Chat template",
-        True,
-        key=key("template"),
-        persist_state="session",
-        help="Off: the model goes on with your text instead of answering it.",
-    )
-    return ChatSettings(
-        system=system or "",
-        template=template,
-        temperature=temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_new_tokens=length,
-    )
+    def number(name: str, step: float) -> dict[str, Any]:
+        least, greatest = _OFFERED.get(name) or bounds(ChatSettings.model_fields[name])
+        kind = type(step)
+        ends = {"min_value": kind(least), "max_value": kind(greatest)}  # type: ignore[arg-type]
+        return shared(name) | ends | {"value": getattr(_FIRST, name), "step": step}
+
+    chosen = {name: st.slider(**number(name, 0.05)) for name in ("temperature", "top_p", "repetition_penalty")}
+    for column, (name, step) in zip(st.columns(2), (("seed", 1), ("max_new_tokens", 8)), strict=True):
+        chosen[name] = column.number_input(**number(name, step))
+    system = st.text_area(**shared("system"), height=80, max_chars=4000, placeholder="None")
+    template = st.toggle(**shared("template"), value=_FIRST.template)
+    return ChatSettings(system=system or "", template=template, **chosen)

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from app.paths import teacher_name
 from app.quantize import form
+from app.quantize import settings as shown
+from app.quantize.controls import control, corpus_picker, layers_table
 from app.quantize.facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
 from app.quantize.preview import show_preview
 from app.view import guard, plain, sentence, store
 from lbllm.checkpoints.record import checkpoint_name
-from lbllm.config import RunConfig, arguments
+from lbllm.config import SETTINGS, RunConfig, arguments
 from lbllm.errors import LbllmError
 from lbllm.measure.estimate import Estimate, check_memory
 from lbllm.models.catalogue import MODELS
@@ -29,7 +31,7 @@ def page() -> None:
     form.start()
     left, right = st.columns([11, 14], gap="large")
     with left:
-        if form.goes_on():
+        if form.continues():
             _checkpoint()
         name = _picker()
     with right:
@@ -48,7 +50,7 @@ def _checkpoint() -> None:
     name = plain(checkpoint_name(st.session_state[form.DOCUMENT]["start"]))
     ways = "stage 4 alone, in that checkpoint's format"
     if form.free_to_lower():
-        ways += ", or stages 3–4, which bring its activations down to fewer bits"
+        ways += ", or stages 3–4, with fewer bits for its activations"
     said.info(f"Trains {name} further: {ways}. Its groups can be cut into smaller ones.")
     button.button("Begin anew", on_click=form.begin_anew, width="stretch", key="quantize anew")
 
@@ -58,12 +60,12 @@ def _picker() -> str:
     known = [entry.id for entry in MODELS]
     value = st.session_state[form.MODEL_KEY]
     chosen = st.selectbox(
-        "Model",
+        str(SETTINGS["model"].title),
         known if value is None or value in known else [value, *known],
         key=form.MODEL_KEY,
         accept_new_options=True,
-        disabled=form.goes_on(),
-        help=f"From the list, or type a hub id (owner/name), or a folder or .gguf file under {root()}.",
+        disabled=form.continues(),
+        help=f"{SETTINGS['model'].description} Folders and files must be under {root()}.",
     )
     return chosen or ""
 
@@ -86,38 +88,39 @@ def _described(text: str) -> PreTrainedModel | None:
 def _controls(names: list[str]) -> pandas.DataFrame:
     """All settings; returns the table per layer."""
     st.segmented_control(
-        "Preset",
+        str(SETTINGS["preset"].title),
         list(PRESETS),
         format_func=str.capitalize,
         key=form.PRESET,
         on_change=form.take_preset,
-        disabled=form.goes_on(),
-        help="A starting point: it sets everything below. Preview: minutes, to see whether it works. Quick: the "
-        "embedded model on two cores. Standard: a real attempt. Paper: the paper's amount of text, wants a GPU.",
+        disabled=form.continues(),
+        help=SETTINGS["preset"].description,
     )
-    quantized = "aar" in st.session_state[form.STAGE_SETTING.key]
-    for pair in ((form.FORMAT, form.STAGE_SETTING), (form.GROUP_SIZE, form.PARAM_BITS)):
+    quantized = "aar" in st.session_state[shown.STAGE_SETTING.key]
+    for pair in ((shown.FORMAT, shown.STAGE_SETTING), (shown.GROUP_SIZE, shown.PARAM_BITS)):
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
-                form.control(setting)
-    for column, setting in zip(st.columns([4, 5, 4]), form.ACTIVATIONS, strict=True):
+                control(setting)
+    for column, setting in zip(st.columns([4, 5, 4]), shown.ACTIVATIONS, strict=True):
         with column:
-            form.control(setting, disabled=not quantized)
+            control(setting, disabled=not quantized)
     text, tokens = st.columns([8, 5])
     with text:
-        form.corpus_picker()
+        corpus_picker()
     with tokens:
-        form.control(form.TOKENS)
-    with st.expander("Advanced", expanded=form.goes_on()):
+        control(shown.TOKENS)
+    with st.expander("Advanced", expanded=form.continues()):
         # What can be set comes first.
-        for title, settings in sorted(form.ADVANCED.items(), key=lambda item: all(map(form.brought, item[1]))):
+        for title, settings in sorted(
+            shown.ADVANCED.items(), key=lambda item: all(map(form.fixed_by_checkpoint, item[1]))
+        ):
             st.markdown(f"**{title}**")
             for first in range(0, len(settings), 2):
                 for column, setting in zip(st.columns(2), settings[first : first + 2], strict=False):
                     with column:
-                        form.control(setting)
+                        control(setting)
     with st.expander("Per layer"):
-        return form.layers_table(names)
+        return layers_table(names)
 
 
 def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfig | None:
@@ -140,7 +143,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
     if config.start is None:
         show_preview(config, result.blocks)
     else:
-        st.caption("A preview binarizes a block of the teacher; this run goes on from a checkpoint.")
+        st.caption("A preview binarizes a block of the teacher; this run starts from a checkpoint.")
     return config
 
 

@@ -15,7 +15,7 @@ from lbllm.measure.estimate import Estimate, estimate
 from lbllm.models.blocks import decoder_blocks, linear_layers
 from lbllm.models.catalogue import MODELS
 from lbllm.models.teacher import ModelSummary, skeleton, summary
-from lbllm.sections import STAGES
+from lbllm.sections import stage_number
 
 PART_NAMES = {
     "bits": "sign bits",
@@ -78,7 +78,7 @@ def show_unknown(name: str, message: str) -> None:
 
 def show_figures(config: RunConfig, result: Estimate) -> None:
     """Bits, disk, memory and time as large numbers, against 16 bits a weight."""
-    stages = {STAGES.index(stage) + 1: seconds for stage, seconds in result.stage_seconds.items()}
+    stages = {stage_number(stage): seconds for stage, seconds in result.stage_seconds.items()}
     longest = max(stages, key=stages.__getitem__)
     shown = (
         (

@@ -8,7 +8,7 @@ import json
 import plotly.graph_objects as go
 import streamlit as st
 
-from app.quantize.form import size_label
+from app.quantize.settings import size_label
 from app.view import COLOURS, guard, number_text
 from lbllm.baselines.methods import METHODS
 from lbllm.config import RunConfig

@@ -9,13 +9,13 @@ from typing import Any
 
 from app.view import COLOURS, number_text, time_text
 from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
-from lbllm.sections import STAGES, Stage
+from lbllm.sections import STAGES, Stage, stage_number
 
 STAGE_LABELS: dict[Stage, str] = {
-    "ptq": "1 Initialize",
-    "wat": "2 Train weights",
-    "aar": "3 Refine activations",
-    "e2e": "4 End to end",
+    "ptq": f"{stage_number('ptq')} Initialize",
+    "wat": f"{stage_number('wat')} Train weights",
+    "aar": f"{stage_number('aar')} Refine activations",
+    "e2e": f"{stage_number('e2e')} End to end",
 }
 WORKING = "#F0E442"
 # Blocks that wait, those finished in each stage, the current one, and diverged ones.
@@ -33,7 +33,7 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
     codes: list[list[float]] = []
     texts: list[list[str]] = []
     for stage in started.stages:
-        done = STAGES.index(stage) + 1
+        done = stage_number(stage)
         kinds = {"waiting": 0, "working": 5, "done": done, "diverged": 6}
         codes.append([kinds[view.cell(stage, block)] + 0.5 for block in range(started.blocks)])
         texts.append([_cell_text(view, stage, block) for block in range(started.blocks)])
@@ -172,7 +172,7 @@ def heat_map(view: RunView) -> Figure:
         )
         width = widths[index] / sum(widths) * (1 - gap * (len(stages) - 1))
         axis = {"domain": [left, left + width], "showgrid": False, "zeroline": False, "uirevision": stage}
-        axis |= {"title": {"text": f"step of stage {STAGES.index(stage) + 1}"}, "range": [0.5, max(steps, 1) + 0.5]}
+        axis |= {"title": {"text": f"step of stage {stage_number(stage)}"}, "range": [0.5, max(steps, 1) + 0.5]}
         layout[f"xaxis{suffix}"] = axis | {"anchor": f"y{suffix}", "showticklabels": steps > 0}
         layout[f"yaxis{suffix}"] = {
             "range": [started.blocks + 0.5, 0.5],

@@ -20,10 +20,10 @@ from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.runs.export import show_export
 from app.runs.state import BADGES, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
-from lbllm.config import FROM_CHECKPOINT, FURTHER
+from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
 from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore
 from lbllm.runs.view import RunView
-from lbllm.sections import PAPER_STAGES, STAGES
+from lbllm.sections import PAPER_STAGES, STAGES, stage_number
 
 POLL_SECONDS = 1.0
 
@@ -138,11 +138,11 @@ def figures(view: RunView) -> None:
     """The numbers that become known during the run."""
     known = view.perplexities
     stages = view.started.stages if view.started is not None else ()
-    before = ("start",) if stages in FURTHER else PAPER_STAGES
+    before = ("start",) if stages in CONTINUATIONS else PAPER_STAGES
     measured = ("teacher", *dict.fromkeys((*before, *stages)))
     columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
     for column, what in zip(columns, measured, strict=False):
-        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {STAGES.index(what) + 1}"
+        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {stage_number(what)}"
         column.metric(label, number_text(known[what].perplexity) if what in known else "–")
     rate = view.tokens_per_second
     columns[-3].metric("Tokens per second", f"{rate:,.0f}" if rate is not None else "–")

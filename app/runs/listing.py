@@ -11,7 +11,7 @@ from app.runs.state import BADGES, elapsed
 from app.view import number_text, plain, time_text
 from lbllm.runs.store import RunStore
 from lbllm.runs.view import SUMMARY_KINDS, RunView
-from lbllm.sections import STAGES
+from lbllm.sections import STAGES, stage_number
 
 LISTED = 30
 
@@ -56,4 +56,4 @@ def perplexity_text(view: RunView) -> str:
     if not stages:
         return "–"
     teacher = f", teacher {number_text(known['teacher'].perplexity)}" if "teacher" in known else ""
-    return f"{number_text(known[stages[-1]].perplexity)} after stage {STAGES.index(stages[-1]) + 1}{teacher}"
+    return f"{number_text(known[stages[-1]].perplexity)} after stage {stage_number(stages[-1])}{teacher}"

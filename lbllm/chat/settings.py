@@ -1,4 +1,4 @@
-"""How an answer is made: the settings of one side of a comparison."""
+"""How an answer is made: the settings of one side of a comparison. Label, help and bounds stand in each Field."""
 
 from __future__ import annotations
 
@@ -17,29 +17,51 @@ class ChatSettings(BaseModel):
     # What earlier versions could set besides is in the votes that they stored.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    system: str = ""
-    template: bool = True
-    temperature: float = Field(TEMPERATURE, ge=0, le=2)
-    top_p: float = Field(TOP_P, gt=0, le=1)
-    repetition_penalty: float = Field(REPETITION_PENALTY, ge=1, le=2)
-    seed: int = Field(0, ge=0)
-    max_new_tokens: int = Field(160, ge=1, le=4096)
+    system: str = Field(
+        "",
+        title="System prompt",
+        description="What the model is told before the conversation. Base models are not given one.",
+    )
+    template: bool = Field(
+        True,
+        title="Chat template",
+        description="Off: the model continues your text instead of answering it.",
+    )
+    temperature: float = Field(
+        TEMPERATURE,
+        ge=0,
+        le=2,
+        title="Temperature",
+        description="How much chance there is in an answer. 0: always the most likely token.",
+    )
+    top_p: float = Field(
+        TOP_P,
+        gt=0,
+        le=1,
+        title="Top-p",
+        description="Draw from the most likely tokens that together have this probability.",
+    )
+    repetition_penalty: float = Field(
+        REPETITION_PENALTY,
+        ge=1,
+        le=2,
+        title="Repetition penalty",
+        description="Makes tokens that the answer already has less likely, so that it does not repeat itself. 1: off.",
+    )
+    seed: int = Field(0, ge=0, title="Seed", description="The same seed gives the same answer again.")
+    max_new_tokens: int = Field(
+        160,
+        ge=1,
+        le=4096,
+        title="Longest answer",
+        description="The most tokens that an answer can have; a token is about three quarters of a word.",
+    )
 
     def apart_from(self, other: ChatSettings) -> str:
         """The settings in which this differs from another, in words: "temperature 0.2, top-p 1"."""
         mine, theirs = self.model_dump(), other.model_dump()
-        return ", ".join(f"{_WORDS[name]} {_short(mine[name])}" for name in mine if mine[name] != theirs[name])
-
-
-_WORDS = {
-    "system": "system prompt",
-    "template": "chat template",
-    "temperature": "temperature",
-    "top_p": "top-p",
-    "repetition_penalty": "repetition penalty",
-    "seed": "seed",
-    "max_new_tokens": "longest answer",
-}
+        titles = {name: str(field.title).lower() for name, field in type(self).model_fields.items()}
+        return ", ".join(f"{titles[name]} {_short(mine[name])}" for name in mine if mine[name] != theirs[name])
 
 
 def _short(value: object) -> str:

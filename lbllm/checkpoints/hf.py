@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm import memory
 from lbllm.checkpoints.decode import computing_dtype, speed_up
+from lbllm.config import setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
@@ -172,7 +173,7 @@ def _cache_holder(model: nn.Module) -> nn.Module:
         module = model.get_submodule(path)
         if "past_key_values" in inspect.signature(module.forward).parameters:
             return module
-    raise ModelError(f"{type(model).__name__} takes no past_key_values; set quant.kv_bits=16")
+    raise ModelError(f"{type(model).__name__} takes no past_key_values; set {setting_name('quant.kv_bits')} to 16")
 
 
 def _other_version(place: str, version: object) -> str:

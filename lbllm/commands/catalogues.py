@@ -10,8 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lbllm.commands.options import DEFAULT_MODEL, JsonOption, TeacherOption
+from lbllm.commands.options import JsonOption, TeacherOption
 from lbllm.commands.output import counter, notices, plain, print_json, results
+from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import CorpusError
 from lbllm.models.catalogue import MODELS
 from lbllm.units import size

@@ -9,26 +9,32 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lbllm.chat.settings import REPETITION_PENALTY, TOP_P
+from lbllm.chat.settings import REPETITION_PENALTY, TEMPERATURE, TOP_P, ChatSettings
 from lbllm.commands.attend import interrupts
 from lbllm.commands.options import DeviceOption, JsonOption
 from lbllm.commands.output import print_json
+from lbllm.fields import bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def _sets(name: str, *, capped: bool = False) -> Any:
+    """The option that sets a setting, with the setting's own help and least value, if ``capped`` its greatest, too."""
+    field = ChatSettings.model_fields[name]
+    least, greatest = bounds(field)
+    return typer.Option(min=least, max=greatest if capped else None, help=field.description)
+
+
 def chat(
     model: Annotated[list[str], typer.Option("--model", "-m", help="A teacher or a packed checkpoint; two compare.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end; else talk.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = TOP_P,
-    repetition_penalty: Annotated[float, typer.Option(min=1, help="1 lets an answer go in circles.")] = (
-        REPETITION_PENALTY
-    ),
-    seed: int = 0,
+    system: Annotated[str | None, _sets("system")] = None,
+    max_new_tokens: Annotated[int, _sets("max_new_tokens")] = 256,
+    temperature: Annotated[float, _sets("temperature")] = TEMPERATURE,
+    top_p: Annotated[float, _sets("top_p", capped=True)] = TOP_P,
+    repetition_penalty: Annotated[float, _sets("repetition_penalty")] = REPETITION_PENALTY,
+    seed: Annotated[int, typer.Option(help=ChatSettings.model_fields["seed"].description)] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lbllm.config import TO_ACTIVATIONS, RunConfig, make_config, read_settings
-from lbllm.presets import PRESETS
+from lbllm.config import (
+    DEFAULT_MODEL,
+    DEFAULT_PRESET,
+    OPTIONS,
+    SETTINGS,
+    TO_ACTIVATIONS,
+    RunConfig,
+    make_config,
+    read_settings,
+)
+from lbllm.fields import allowed, choices
+from lbllm.sections import ACTIVATION_BITS
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
-TeacherOption = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help=f"Catalogue id, hub id, folder or .gguf file. \\[default: {DEFAULT_MODEL}]"),
-]
+def _sets(path: str, *names: str, default: str = "", metavar: str | None = None) -> Any:
+    """The option that sets a setting, with the setting's own help; ``names``: further names of the option."""
+    field = SETTINGS[path]
+    values = f" Values: {allowed(field)}." if choices(field) else ""
+    note = f" \\[default: {default}]" if default else ""
+    return typer.Option(OPTIONS[path], *names, metavar=metavar, help=f"{field.description}{values}{note}")
+
+
+TeacherOption = Annotated[str | None, _sets("model", "-m", default=DEFAULT_MODEL)]
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="A teacher (catalogue id, hub id, folder, .gguf file) or a packed checkpoint."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-PresetOption = Annotated[str | None, typer.Option(help=f"Starting point: {', '.join(PRESETS)}. \\[default: quick]")]
-GroupSizeOption = Annotated[int | None, typer.Option(help="Weights that share a set of levels; -1: a whole row.")]
-FormatOption = Annotated[str | None, typer.Option("--format", help="w1+1, or w1 (signs only).")]
-ActBitsOption = Annotated[int | None, typer.Option(help="Bits of activations: 4, 8 or 16.")]
-KvBitsOption = Annotated[int | None, typer.Option(help="Bits of the KV cache: 4, 8 or 16.")]
-CorpusOption = Annotated[str | None, typer.Option(help="Catalogue id or path of the text to train on.")]
-RunDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+PresetOption = Annotated[str | None, _sets("preset", default=DEFAULT_PRESET)]
+GroupSizeOption = Annotated[int | None, _sets("quant.group_size")]
+FormatOption = Annotated[str | None, _sets("quant.format")]
+ActBitsOption = Annotated[int | None, _sets("quant.act_bits")]
+KvBitsOption = Annotated[int | None, _sets("quant.kv_bits")]
+CorpusOption = Annotated[str | None, _sets("corpus")]
+RunDeviceOption = Annotated[str | None, _sets("device")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. wat.epochs=4. Repeatable.")
 ]
@@ -38,15 +52,7 @@ HostOption = Annotated[
     str, typer.Option(envvar="LBLLM_HOST", help="Address to listen on; 0.0.0.0: every address, so the network, too.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `runs list` shows it.")]
-FromOption = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        metavar="CHECKPOINT",
-        help="Train a packed checkpoint further, by stage 4 alone: its folder, a finished run's id, or 'shipped'. It "
-        "brings model and format along. With --act-bits or --kv-bits, where it has 16, stage 3 comes before.",
-    ),
-]
+FromOption = Annotated[str | None, _sets("start", metavar="CHECKPOINT")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="New folder for the packed checkpoint.")]
 TextOption = Annotated[str, typer.Option("--text", help="wikitext2, a text file, or a catalogue text (held-out part).")]
 SeqLenOption = Annotated[
@@ -76,7 +82,7 @@ def run_config(
         from lbllm.pipeline.start import settings_to_go_on
 
         document |= settings_to_go_on(start)
-    base = preset or named or "quick"
+    base = preset or named or DEFAULT_PRESET
     options = {
         "model": model,
         "corpus": corpus,
@@ -89,8 +95,6 @@ def run_config(
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     given += assignments or []
     config = make_config(base, document, tuple(given))
-    if start is not None and any(
-        getattr(config.quant, key) != document["quant"][key] for key in ("act_bits", "kv_bits")
-    ):
+    if start is not None and any(getattr(config.quant, bits) != document["quant"][bits] for bits in ACTIVATION_BITS):
         return make_config(base, document | {"stages": list(TO_ACTIVATIONS)}, tuple(given))
     return config

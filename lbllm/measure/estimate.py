@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lbllm.checkpoints.find import find_teacher
-from lbllm.config import RunConfig
+from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory
 from lbllm.models.blocks import FORWARD_TOKENS, check_length, check_supported, linear_weight
@@ -106,7 +106,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
         find_teacher(config.model)
         model = skeleton(config.model)
     check_supported(model)
-    check_length(model, config.seq_len, "seq_len")
+    check_length(model, config.seq_len, setting_name("seq_len"))
     quant = config.precision(config.stages[-1])
     path, blocks, formats = block_formats(model, quant)
     layers = []
@@ -149,8 +149,8 @@ def check_memory(result: Estimate, device: str = "auto") -> None:
     listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
     raise ResourceError(
         f"the run needs about {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
-        f"Most of it goes to: {listed}. Free some, choose a smaller model, or lower seq_len, wat.batch_tokens, "
-        "aar.batch_tokens or the stages' tokens"
+        f"Most of it goes to: {listed}. Free some, choose a smaller model, less text, or lower values of "
+        f"{setting_name('seq_len')}, {setting_name('wat.batch_tokens')} or {setting_name('aar.batch_tokens')}"
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import StoredLayer, method, quantize_layer
-from lbllm.config import RunConfig
+from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.models.blocks import (
     BlockCall,
@@ -231,7 +231,9 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
     """
     formats = block_layers(sample, config, fmt, group_size)
     if not formats:
-        raise ConfigError(f"{sample.path} stays dense: quant.skip {list(config.quant.skip)} leaves out all its layers")
+        raise ConfigError(
+            f"{sample.path} stays dense: {setting_name('quant.skip')} {list(config.quant.skip)} has all its layers"
+        )
     settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
     tensors: dict[str, Tensor] = {}
     known: Sequence[tuple[Tensor, Tensor] | None]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lbllm.config import setting_name
 from lbllm.errors import ConfigError, ModelError
 
 BlockCall = dict[str, Any]
@@ -182,7 +183,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = No
         names = inspect.signature(block.forward).parameters
         name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
         if name is None:
-            raise ModelError(f"{type(block).__name__} takes no KV cache; set quant.kv_bits=16")
+            raise ModelError(f"{type(block).__name__} takes no KV cache; set {setting_name('quant.kv_bits')} to 16")
         call = call | {name: cache}
     output = block(hidden, **call)
     return output if isinstance(output, Tensor) else output[0]

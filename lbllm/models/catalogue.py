@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 
+from lbllm.config import DEFAULT_MODEL
+
 EMBEDDED_PRECISION = "dequantized Q4_1 (embedded copy)"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded copy was quantized from
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -37,7 +39,7 @@ _LICENCE_ON_HUB = "gated: accept the licence on the hub and log in with `hf auth
 _OPT = "OPT-175B License (research only)"
 
 MODELS: tuple[ModelEntry, ...] = (
-    ModelEntry("smollm2-135m-instruct", None, _APACHE, 134_515_008, f"{EMBEDDED_PRECISION}; no download"),
+    ModelEntry(DEFAULT_MODEL, None, _APACHE, 134_515_008, f"{EMBEDDED_PRECISION}; no download"),
     ModelEntry(
         "smollm2-135m-instruct-original",
         EMBEDDED_ORIGINAL,

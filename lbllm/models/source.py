@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ModelError
 from lbllm.models import hub
 from lbllm.models.catalogue import HUB_ID, MODELS, ModelEntry, catalogue_hub_id
@@ -131,6 +132,6 @@ def _hub_is_offline(hub_id: str) -> bool:
         raise ModelError(
             f"{hub_id} can't be downloaded: the hub is not reachable and no folder has that name. Download it "
             f"elsewhere (`hf download {hub_id} --local-dir FOLDER`) and give the folder, "
-            "or use smollm2-135m-instruct, which needs no download"
+            f"or use {DEFAULT_MODEL}, which needs no download"
         )
     return answer == "cached"

@@ -21,7 +21,7 @@ from lbllm import memory
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.hf import WEIGHTS
 from lbllm.checkpoints.record import RunRecord
-from lbllm.config import RunConfig
+from lbllm.config import RunConfig, setting_name
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_file
@@ -66,7 +66,7 @@ def run(
     write_file(folder / "precision", accelerator.mixed_precision.encode())
     teacher = teacher or load_teacher(config.model)
     check_supported(teacher.model)
-    check_length(teacher.model, config.seq_len, "seq_len")
+    check_length(teacher.model, config.seq_len, setting_name("seq_len"))
     path, blocks, formats = block_formats(teacher.model, config.quant)
     held_out = _held_out(config, teacher) if corpus is None else None
     corpus = corpus or load_corpus(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.hf import LbllmConfig, load
-from lbllm.config import FROM_CHECKPOINT, RunConfig
+from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
 from lbllm.errors import ConfigError
 from lbllm.models.blocks import decoder_blocks
 from lbllm.models.teacher import Teacher
@@ -23,6 +23,9 @@ from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
 from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
+
+# What every run from a checkpoint may change of the format. Stage 3 lowers the bits of activations that have 16.
+FREE = {*CONTINUATIONS[FROM_CHECKPOINT]}
 
 
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
@@ -37,18 +40,19 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
     different = _differences(stated.format, config.precision("start"))
     if different:
         if "aar" in config.stages:
-            way = "stage aar goes on from weights of this run's format with 16-bit activations and KV cache"
+            way = "stage aar needs weights of this run's format, with 16-bit activations and KV cache"
         else:
-            way = "a run keeps its checkpoint's format, but for smaller groups and other param_bits"
-        raise ConfigError(f"start: {config.start} was made with {different}; {way}")
+            changed = ", ".join(setting_name(f"quant.{key}") for key in FREE)
+            way = f"a run from a checkpoint can change only these settings of its format: {changed}"
+        raise ConfigError(f"{setting_name('start')}: {config.start} was made with {different}; {way}")
     kept = teacher.model.state_dict()
     for name, tensor in model.state_dict().items():
         # What stays dense must be the teacher's own; a packed layer's weight has another shape.
         if name in kept and tensor.is_floating_point() and not _stored_as(kept[name], tensor):
             made_from = stated.provenance.get("model", "another model")
             raise ConfigError(
-                f"start: {config.start} was not made from {config.model} ({name} differs), but from {made_from}; "
-                "choose that as the model"
+                f"{setting_name('start')}: {config.start} was not made from {config.model} ({name} differs), but from "
+                f"{made_from}; choose that as the model"
             )
     path, _ = decoder_blocks(teacher.model)
     for number, block in enumerate(model.get_submodule(path).children()):
@@ -57,7 +61,7 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
             if isinstance(layer, PackedLinear):
                 fmt = config.quant.layer(f"{path}.{number}.{name}")
                 assert fmt is not None
-                place = f"start: {config.start}: {path}.{number}.{name}"
+                place = f"{setting_name('start')}: {config.start}: {path}.{number}.{name}"
                 tensors[f"{name}.index"], tensors[f"{name}.params"], grid = _in_format(layer, fmt, place)
                 tensors |= grid_tensors(name, grid)
                 if layer.quantizer is not None:
@@ -84,8 +88,9 @@ def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tenso
     if layer.length % length:
         smaller = [size for size in range(1, layer.length) if layer.length % size == 0]
         raise ConfigError(
-            f"{place} has groups of {layer.length}, which can't be cut into groups of {length}; choose a group_size of "
-            f"{layer.length}, or one that divides it{f', for example {smaller[-1]}' if smaller else ''}"
+            f"{place} has groups of {layer.length}, which can't be cut into groups of {length}; choose for "
+            f"{setting_name('quant.group_size')} {layer.length}, or a divisor of it"
+            f"{f', for example {smaller[-1]}' if smaller else ''}"
         )
     params = params.repeat_interleave(layer.length // length, 1)[:, : -(-layer.in_features // length)]
     grid = (layer.grid or fit_grid(params)) if fmt.param_bits == 4 else None
@@ -94,16 +99,16 @@ def _in_format(layer: PackedLinear, fmt: LayerFormat, place: str) -> tuple[Tenso
 
 def _differences(found: QuantConfig, wanted: QuantConfig) -> str:
     """The settings of a format that are not the wanted ones, with their values; groups may be others."""
-    values, others = _without_groups(found), _without_groups(wanted)
-    return ", ".join(f"quant.{key}={value}" for key, value in values.items() if value != others[key])
+    values, others = _fixed(found), _fixed(wanted)
+    return ", ".join(f"{setting_name(f'quant.{key}')} {value}" for key, value in values.items() if value != others[key])
 
 
-def _without_groups(quant: QuantConfig) -> dict[str, Any]:
+def _fixed(quant: QuantConfig) -> dict[str, Any]:
+    """The settings of a format that no run from a checkpoint changes."""
     if quant.weights_alone:  # then nothing reads the settings of activations
         quant = quant.weights_only()
-    groups = {"group_size", "param_bits"}
-    document = quant.model_dump(mode="json", exclude={*groups, "overrides"})
-    overrides = {name: o.model_dump(exclude=groups, exclude_none=True) for name, o in quant.overrides.items()}
+    document = quant.model_dump(mode="json", exclude=FREE)
+    overrides = {name: o.model_dump(exclude=FREE, exclude_none=True) for name, o in quant.overrides.items()}
     return document | {"overrides": {name: kept for name, kept in overrides.items() if kept}}
 
 
@@ -112,7 +117,7 @@ def _stored_as(tensor: Tensor, stored: Tensor) -> bool:
 
 
 def settings_to_go_on(start: str) -> dict[str, Any]:
-    """The settings document of a run that goes on from a checkpoint: stage 4 alone, its model, its format.
+    """The settings document of a run that continues from a checkpoint: stage 4 alone, its model, its format.
 
     ``start``: any name that ``find_checkpoint`` takes. Raises CheckpointError, ModelError, RunError.
     """

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lbllm import memory
-from lbllm.config import RunConfig
+from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError
 from lbllm.events import Acknowledged, Event, RunDone, RunFailed, RunLoading, RunStopped
 from lbllm.runs.store import RESUMABLE, Request, Run, RunStore
@@ -108,9 +108,10 @@ def failure_message(error: Exception, config: RunConfig, folder: Path) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return (
             f"memory doesn't suffice ({text.splitlines()[0]}). Finished blocks are kept: free some memory and resume, "
-            f"or make a new run with a smaller seq_len ({config.seq_len}), wat.batch_tokens "
-            f"({config.wat.batch_tokens}) or aar.batch_tokens ({config.aar.batch_tokens}), or fewer tokens "
-            f"({config.tokens})"
+            "or make a new run with less text or lower values of "
+            f"{setting_name('seq_len')}, now {config.seq_len}, "
+            f"{setting_name('wat.batch_tokens')}, now {config.wat.batch_tokens}, or "
+            f"{setting_name('aar.batch_tokens')}, now {config.aar.batch_tokens}"
         )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or any(sign in text for sign in DISK_FULL_SIGNS):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from lbllm.config import setting_name
 from lbllm.errors import ConfigError
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.quant.levels import LEVELS, group_length
@@ -45,8 +46,8 @@ def block_formats(
             row = linear_weight(layer).shape[1]
             if fmt.group_size > row:
                 raise ConfigError(
-                    f"group_size {fmt.group_size} is longer than a row of {full}, which has {row} weights; "
-                    f"choose at most {row}, or -1 for one group a row"
+                    f"{setting_name('quant.group_size')} {fmt.group_size} is longer than a row of {full}, which has "
+                    f"{row} weights; choose at most {row}, or -1 for one group a row"
                 )
             formats[-1][name] = fmt
     for pattern in (*quant.skip, *quant.overrides):
@@ -54,7 +55,7 @@ def block_formats(
         if all(probe.layer(name) is not None for name in names):
             raise ConfigError(f"pattern {pattern!r} matches no layer; names look like {names[0]!r}")
     if not any(formats):
-        raise ConfigError(f"quant.skip {list(quant.skip)} leaves no layer to binarize")
+        raise ConfigError(f"{setting_name('quant.skip')} {list(quant.skip)} leaves no layer to binarize")
     return path, blocks, formats
 
 

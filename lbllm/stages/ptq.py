@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lbllm.config import setting_name
 from lbllm.errors import LbllmError
 from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
 from lbllm.quant.levels import (
@@ -64,8 +65,8 @@ class Binarized:
 
 def _degenerate(name: str) -> LbllmError:
     return LbllmError(
-        f"{name}: stage 1 met values that are not finite. The layer's inputs are degenerate for these texts: take "
-        "more tokens (ptq.tokens), other text, or a larger ptq.damping"
+        f"{name}: stage 1 met values that are not finite. The layer's inputs are degenerate for these texts: use "
+        f"other text, or raise {setting_name('ptq.tokens')} or {setting_name('ptq.damping')}"
     )
 
 
@@ -265,7 +266,8 @@ def ptq_block(
                 if not rounded.isfinite().all():
                     raise LbllmError(
                         f"{name}: its levels reach {float(result.levels.abs().max()):.2g}, and a checkpoint holds them "
-                        "in float16, up to 65504; its weights may be damaged, else keep it dense by quant.skip"
+                        "in float16, up to 65504; its weights may be damaged, else keep it dense: "
+                        f"{setting_name('quant.skip')}"
                     )
                 set_linear_weight(student.get_submodule(name), rounded)
                 yield name, result, layer

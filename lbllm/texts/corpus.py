@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lbllm.config import setting_name
 from lbllm.errors import CorpusError
 from lbllm.texts.catalogue import parts
 from lbllm.texts.documents import SHARES, Document, Part
@@ -107,7 +108,7 @@ def _sequences(
     if count == 0:
         raise CorpusError(
             f"corpus {name}: its {part} part has {len(ids)} tokens in {len(documents)} documents, "
-            f"one sequence takes {seq_len}; use a longer text or a smaller seq_len"
+            f"one sequence takes {seq_len}; use a longer text or lower {setting_name('seq_len')}"
         )
     sequences = torch.frombuffer(ids, dtype=torch.long)[: count * body].clone().view(count, body)
     if start is not None:

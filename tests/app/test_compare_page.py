@@ -47,7 +47,7 @@ def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
         for slot in page.session_state.get("compare_slots", ()):
             assert slot.wait(60)
         page.run()
-        page.number_input(key="compare_length_both").set_value(length).run()
+        page.number_input(key="compare_max_new_tokens_both").set_value(length).run()
         return page
 
     return open_page
@@ -136,7 +136,7 @@ def test_two_settings_on_one_model(opened: Open) -> None:
     page.toggle(key="compare_apart").set_value(True).run()
     for side, temperature in (("left", 0.0), ("right", 1.5)):
         page.slider(key=f"compare_temperature_{side}").set_value(temperature).run()
-        page.number_input(key=f"compare_length_{side}").set_value(8).run()
+        page.number_input(key=f"compare_max_new_tokens_{side}").set_value(8).run()
     ask(page)
     (exchange,) = talk(page).exchanges
     assert [settings.temperature for settings in exchange.settings] == [0.0, 1.5]

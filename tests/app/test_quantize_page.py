@@ -11,7 +11,7 @@ import pytest
 import typer
 from streamlit.testing.v1 import AppTest
 
-from app.quantize.form import ADVANCED, SETTINGS
+from app.quantize.settings import ADVANCED, WIDGETS
 from lbllm.commands.main import build
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
@@ -115,7 +115,7 @@ def test_a_local_model_under_the_root(app: AppTest, tmp_path: Path) -> None:
     widget(app, "seq_len").set_value(64).run()
     assert not app.error
     widget(app, "quant.group_size").set_value(64).run()
-    assert "group_size 64 is longer than a row" in said(app.error)
+    assert "Group size 64 is longer than a row" in said(app.error)
     assert start_is_disabled(app)
     widget(app, "quant.group_size").set_value(32).run()
     assert not app.error
@@ -140,7 +140,7 @@ def test_models_that_cannot_be_are_refused_with_a_way_out(app: AppTest) -> None:
 def test_too_little_memory_disables_start_and_says_what_takes_it(app: AppTest) -> None:
     widget(app, "wat.batch_tokens").set_value(100_000_000).run()
     assert "GB of memory" in said(app.warning)
-    assert "wat.batch_tokens" in said(app.warning)
+    assert "Stage 2, tokens per step" in said(app.warning)
     assert start_is_disabled(app)
 
 
@@ -177,11 +177,13 @@ def test_a_bad_file_gets_the_engines_message_and_changes_nothing(app: AppTest) -
         b"{": "not valid JSON",
         b"\xff\xfe": "not valid JSON",
         b"[1]": "holds a list",
-        b'{"quant": {"group_size": 0}}': "group has at least one member",
+        b'{"quant": {"group_size": 0}}': "Group size: a group has at least one member",
+        b'{"aar": {"epochs": -1}}': "Stage 3, epochs: Input should be greater than or equal to 0 (given: -1)",
+        b'{"quant": {"overrides": {"*.v_proj": {"act_bits": 5}}}}': "Layers *.v_proj, activation bits: Input should be",
         b'{"quantt": {}}': "is not a setting",
-        b'{"quant": 3}': "quant",
+        b'{"quant": 3}': "Format: a JSON object of settings is needed (given: 3)",
         b'{"schema_version": 99}': "schema version 99",
-        b'{"stages": ["wat"]}': "stages run in the order",
+        b'{"stages": ["wat"]}': "Stages: stages run in the order",
     }
     for content, message in bad.items():
         upload(app, content)
@@ -233,11 +235,11 @@ def test_every_setting_survives_the_command_line(preset: str) -> None:
 
 def test_every_widget_is_a_setting() -> None:
     document = make_config().model_dump()
-    for setting in SETTINGS:
+    for setting in WIDGETS:
         value: Any = document
         for part in setting.path.split("."):
             value = value[part]
-    assert len({setting.path for setting in SETTINGS}) == len(SETTINGS)
+    assert len({setting.path for setting in WIDGETS}) == len(WIDGETS)
     assert set(ADVANCED) == {"All stages", "Stage 1", "Stage 2", "Stage 3", "Stage 4"}
 
 

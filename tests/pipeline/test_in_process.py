@@ -100,7 +100,7 @@ def test_what_cannot_work_is_said() -> None:
             lbllm.quantize(model, tokenizer, run_config(), sequences=sequences)
     with pytest.raises(ConfigError, match="seq_len 257 is more than the model's context of 256 tokens"):
         lbllm.quantize(model, tokenizer, run_config(), sequences=token_ids().repeat(1, 9)[:, :257])
-    with pytest.raises(ConfigError, match="group_size 64 is longer than a row"):
+    with pytest.raises(ConfigError, match=r"Group size\) 64 is longer than a row"):
         lbllm.quantize(model, tokenizer, RunConfig(), sequences=token_ids())
     with pytest.raises(ModelError, match="experts"):
         lbllm.quantize(*tiny("qwen3_moe"), run_config(), sequences=token_ids())

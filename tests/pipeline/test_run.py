@@ -395,8 +395,8 @@ def test_what_stage_one_cannot_solve_is_told_by_its_layer(teacher: Teacher, tmp_
 @pytest.mark.parametrize(
     ("quant", "message"),
     [
-        ({"group_size": 49}, r"group_size 49 is longer than a row of model\.layers\.0\.self_attn\.q_proj, .* 48"),
-        ({"overrides": {"*.down_proj": {"group_size": 91}}}, r"group_size 91 .*down_proj, which has 90"),
+        ({"group_size": 49}, r"Group size\) 49 is longer than a row of model\.layers\.0\.self_attn\.q_proj, .* 48"),
+        ({"overrides": {"*.down_proj": {"group_size": 91}}}, r"Group size\) 91 .*down_proj, which has 90"),
         ({"skip": ["*.w1"]}, r"pattern '\*\.w1' matches no layer; names look like 'model\.layers\.0\."),
         ({"overrides": {"mlp": {"format": "w1"}}}, "pattern 'mlp' matches no layer"),
         ({"skip": ["*"]}, r"leaves no layer to binarize"),
