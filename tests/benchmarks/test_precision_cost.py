@@ -131,10 +131,12 @@ def test_a_run_that_leaves_activations_alone_has_group_parameters_to_tell_of(
         for config in (settings, settings.model_copy(update={"quant": QuantConfig(group_size=16, param_bits=8)}))
     )
     (only,) = precision.by_bits()
-    assert (only.label, only.perplexity) == ("A16KV16", pytest.approx(plain, rel=1e-6))
+    assert only.label == "A16KV16"
+    assert only.perplexity == pytest.approx(plain, rel=1e-6)
     rows = precision.by_params(plain)
     assert [row.label for row in rows] == [STAGE_NAMES[stage] for stage in stages if stage != "ptq" or len(stages) == 1]
-    assert (rows[-1].base, rows[-1].perplexity) == (plain, pytest.approx(narrow, rel=1e-6))
+    assert rows[-1].base == plain
+    assert rows[-1].perplexity == pytest.approx(narrow, rel=1e-6)
     lines = tables(measured_rows(precision), precision.act).splitlines()
     assert lines[-1].startswith(f"| {STAGE_NAMES[stages[-1]]} | {plain:,.2f} | {narrow:,.2f} |")
 

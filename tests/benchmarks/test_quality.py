@@ -91,7 +91,7 @@ def test_own_stages_and_the_teacher_stand_beside(options: Options) -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 8])
 def test_activations_get_sixteen_even_values_in_each_range(group_size: int) -> None:
-    model, _ = tiny("gpt2")
+    model: Any = tiny("gpt2")[0]
     layer = model.transformer.h[1].mlp.c_fc
     given: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []

@@ -153,7 +153,12 @@ def test_sizes(count: float, text: str) -> None:
 
 def test_after_the_last_block_no_time_left_is_told() -> None:
     progress = RunProgress(EXPECTED)
-    begun = [RunLoading(), started(blocks=2), StageStarted(stage="wat", steps=4), BlockStarted(stage="wat", block=0)]
+    begun: list[Event] = [
+        RunLoading(),
+        started(blocks=2),
+        StageStarted(stage="wat", steps=4),
+        BlockStarted(stage="wat", block=0),
+    ]
     feed(progress, *((0.0, event) for event in begun), (10.0, done("wat", 0)))
     assert "about 10 s left" in str(progress.line(done("wat", 0)))
     progress.update(StoredEvent(seq=6, time=10.0, event=BlockStarted(stage="wat", block=1)))
