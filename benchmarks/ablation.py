@@ -13,8 +13,6 @@ Training of weights and activations together has as many steps as stages 2 and 3
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +22,13 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, one_message, progress
 from benchmarks.one_block import Made, OneBlock
+from benchmarks.report import settings_of, write_report
 from lbllm.checkpoints.find import open_teacher
 from lbllm.config import DEFAULT_MODEL
-from lbllm.errors import ConfigError, LbllmError
+from lbllm.errors import ConfigError
 from lbllm.machine import float32_products
 from lbllm.sections import AarConfig, ParamBits, PtqConfig, WatConfig
 from lbllm.texts.corpus import load_corpus
@@ -96,9 +97,11 @@ Variant = tuple[str, str, Made]
 
 @dataclass(frozen=True)
 class Result:
-    """One variant on one block: its errors on the text that was trained on and on the other, or where it diverged."""
+    """One variant on one block: its errors on the text that was trained on and on the other, or where it diverged.
+    ``stages``: those that it went through, or the format that they made."""
 
     part: str
+    stages: str
     variant: str
     trained: float
     other: float
@@ -210,24 +213,37 @@ def measure(block: OneBlock, parts: list[str], report: Callable[[str], None]) ->
     ablation, results = Ablation(block), []
     began = time.perf_counter()
     for name in parts:
-        for part, variant, made in PARTS[name](ablation):
+        for stages, variant, made in PARTS[name](ablation):
             trained, other = block.errors(made)
             seconds = time.perf_counter() - began
-            results.append(Result(part, variant, trained, other, seconds, made.diverged))
-            report(f"block {block.number}, {part}, {variant}: {_cell(results[-1], other)} ({seconds:.0f} s)")
+            results.append(Result(name, stages, variant, trained, other, seconds, made.diverged))
+            report(f"block {block.number}, {stages}, {variant}: {_cell(results[-1], other)} ({seconds:.0f} s)")
             began = time.perf_counter()
     return results
 
 
 def table(results: dict[int, list[Result]], error: Literal["other", "trained"]) -> str:
     """The errors as a Markdown table with a column for each block."""
-    lines = ["| | variant | " + " | ".join(f"block {number}" for number in results) + " | seconds |"]
-    lines.append("|" + " --- |" * (len(results) + 3))
-    for rows in zip(*results.values(), strict=True):
-        cells = [_cell(row, getattr(row, error)) for row in rows]
-        seconds = sum(row.seconds for row in rows)
-        lines.append("| " + " | ".join([rows[0].part, rows[0].variant, *cells, f"{seconds:.0f}"]) + " |")
-    return "\n".join(lines)
+    lines = []
+    for same in zip(*results.values(), strict=True):
+        cells = [_cell(result, getattr(result, error)) for result in same]
+        seconds = sum(result.seconds for result in same)
+        lines.append([same[0].stages, same[0].variant, *cells, f"{seconds:.0f}"])
+    return markdown.table(["", "variant", *(f"block {number}" for number in results), "seconds"], lines)
+
+
+def rows(results: dict[int, list[Result]]) -> list[dict[str, Any]]:
+    """The results as ``--out`` keeps them: a row has the errors of all blocks, or where they diverged."""
+    kept: list[dict[str, Any]] = []
+    for same in zip(*results.values(), strict=True):
+        first = same[0]
+        row: dict[str, Any] = {"part": first.part, "format" if first.part == "stages" else "stages": first.stages}
+        row["variant"] = first.variant
+        for number, result in zip(results, same, strict=True):
+            row[f"block_{number}"] = result.diverged or result.other
+            row[f"block_{number}_trained"] = result.diverged or result.trained
+        kept.append(row | {"seconds": sum(result.seconds for result in same)})
+    return kept
 
 
 def _cell(result: Result, error: float) -> str:
@@ -246,8 +262,9 @@ def chosen(parts: str, blocks: str) -> tuple[list[str], list[int]]:
     return names, [int(number) for number in blocks.split(",")]
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--blocks", default="2", help="numbers joined by commas")
@@ -259,21 +276,20 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="joined by commas")
     options = parser.parse_args()
     results: dict[int, list[Result]] = {}
-    try:
-        parts, numbers = chosen(options.parts, options.blocks)
-        teacher = open_teacher(options.model)
-        load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
-        trained = load(tokens=options.tokens).sequences
-        judged = load(tokens=options.judge_tokens, part="tune").sequences
-        for number in numbers:
-            block = OneBlock(teacher, trained, judged, number, before=options.before, group_size=options.group_size)
-            with float32_products():
-                results[number] = measure(block, parts, lambda line: print(line, file=sys.stderr, flush=True))
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    parts, numbers = chosen(options.parts, options.blocks)
+    teacher = open_teacher(options.model)
+    load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
+    trained = load(tokens=options.tokens).sequences
+    judged = load(tokens=options.judge_tokens, part="tune").sequences
+    for number in numbers:
+        block = OneBlock(teacher, trained, judged, number, before=options.before, group_size=options.group_size)
+        with float32_products():
+            results[number] = measure(block, parts, progress)
     print(f"{options.corpus}, group size {options.group_size}, {torch.get_num_threads()} threads, {date.today()}")
     print(f"\nOn {judged.numel():,} tokens of other text:\n\n{table(results, 'other')}")
     print(f"\nOn the {trained.numel():,} tokens that were trained on:\n\n{table(results, 'trained')}")
+    if options.out:
+        write_report(options.out, "ablation", settings_of(options), rows(results))
 
 
 if __name__ == "__main__":

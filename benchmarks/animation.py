@@ -21,6 +21,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
 
+from benchmarks.command_line import one_message
 from benchmarks.screenshots import PATIENCE, settle
 from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import CHROMIUM, FLAGS, Server, wait_until
@@ -139,6 +140,7 @@ def end_runs(server: Server) -> None:
     wait_until(lambda: all(run.state not in ACTIVE for run in server.store.all()), seconds=PATIENCE / 1000)
 
 
+@one_message()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screens" / "workbench.webp")

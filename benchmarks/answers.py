@@ -9,13 +9,13 @@ Markdown.
 
 from __future__ import annotations
 
-import argparse
 from datetime import date
 
+from benchmarks.command_line import command_parser, one_message
+from benchmarks.report import settings_of, write_report
 from lbllm.chat.settings import REPETITION_PENALTY
 from lbllm.chat.stream import stream
 from lbllm.checkpoints.find import open_model
-from lbllm.errors import LbllmError
 
 PROMPTS = (
     "What is the capital of France?",
@@ -31,15 +31,14 @@ PROMPTS = (
 )
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("models", nargs="+", help="teachers or packed checkpoints, as `lbllm chat` takes them")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     given = parser.parse_args()
-    try:
-        opened = [(name, *open_model(name)) for name in given.models]
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    opened = [(name, *open_model(name)) for name in given.models]
+    rows = []
     print(f"Greedy, repetition penalty {REPETITION_PENALTY}, at most {given.tokens} tokens, {date.today()}")
     for number, prompt in enumerate(PROMPTS, 1):
         print(f"\n**{number}. {prompt}**")
@@ -50,6 +49,10 @@ def main() -> None:
             text = "".join(piece.text for piece in pieces).strip()
             print(f"\n*{name}*\n")
             print("\n".join(f"> {line}".rstrip() for line in text.splitlines()), flush=True)
+            rows.append({"prompt": prompt, "model": name, "answer": text})
+    if given.out:
+        decoding = {"repetition_penalty": REPETITION_PENALTY, "temperature": 0}
+        write_report(given.out, "answers", settings_of(given) | decoding, rows)
 
 
 if __name__ == "__main__":

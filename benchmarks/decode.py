@@ -16,6 +16,7 @@ puts a prebuilt one; node is needed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -25,8 +26,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message
+from benchmarks.llama_cpp import llama_cpp_command
+from benchmarks.report import settings_of, write_report
 from lbllm.config import DEFAULT_MODEL
-from lbllm.errors import LbllmError
 
 PROMPT, TOKENS = 64, 128
 
@@ -100,31 +104,35 @@ def check_names(checkpoint: str, teacher: str) -> None:
 
 def llama_cpp(folder: str) -> list[str]:
     """The command that measures the embedded model's file in llama.cpp."""
-    import torch
-
     from lbllm.models.source import embedded_file
 
-    script, gguf = Path(__file__).with_name("llama_cpp.mjs"), embedded_file()
-    numbers = [str(number) for number in (torch.get_num_threads(), PROMPT, TOKENS)]
-    return ["node", str(script), str(Path(folder).resolve()), str(gguf), *numbers]
+    return llama_cpp_command("llama_cpp.mjs", folder, embedded_file(), PROMPT, TOKENS)
 
 
+def row(label: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """A model's medians over the rounds, rounded to what they can be told to."""
+    rate, first, memory, libraries = (
+        statistics.median(one[key] for one in rounds)
+        for key in ("tokens_per_second", "first_token", "memory", "libraries")
+    )
+    sizes = {"resident_mb": round(memory / 1e6), "model_mb": round((memory - libraries) / 1e6)}
+    return {"label": label, "tokens_per_second": rate, "first_token_ms": round(1e3 * first)} | sizes
+
+
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", help="packed: its folder, a finished run's id, or shipped")
     parser.add_argument("--teacher", default=DEFAULT_MODEL)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="where npm has installed node-llama-cpp")
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    try:
-        if arguments.kind:
-            name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
-            print(json.dumps(measure(arguments.kind, name)))
-            return
-        check_names(arguments.checkpoint, arguments.teacher)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    if arguments.kind:
+        name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
+        print(json.dumps(measure(arguments.kind, name)))
+        return
+    check_names(arguments.checkpoint, arguments.teacher)
     kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
     kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
     if arguments.llama_cpp:
@@ -140,13 +148,16 @@ def main() -> None:
                 raise SystemExit(f"{kinds[kind]}: {done.stderr.strip()}")
             results[kind].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{arguments.rounds} rounds, {date.today()}")
-    print("| | tokens/s | first token, ms | resident, MB | of that model, MB |\n| --- | --- | --- | --- | --- |")
-    for kind, label in kinds.items():
-        rate, first, memory, libraries = (
-            statistics.median(one[key] for one in results[kind])
-            for key in ("tokens_per_second", "first_token", "memory", "libraries")
-        )
-        print(f"| {label} | {rate:.1f} | {1e3 * first:.0f} | {memory / 1e6:.0f} | {(memory - libraries) / 1e6:.0f} |")
+    rows = [row(label, results[kind]) for kind, label in kinds.items()]
+    rounded = ("first_token_ms", "resident_mb", "model_mb")
+    cells = [[one["label"], f"{one['tokens_per_second']:.1f}", *(str(one[key]) for key in rounded)] for one in rows]
+    print(markdown.table(["", "tokens/s", "first token, ms", "resident, MB", "of that model, MB"], cells))
+    if arguments.out:
+        weights = sum(path.stat().st_size for path in Path(arguments.checkpoint).glob("*.safetensors"))
+        if weights:
+            rows[list(kinds).index("packed")]["disk_mb"] = weights / 1e6
+        shape = {"prompt": PROMPT, "tokens": TOKENS, "triton": importlib.util.find_spec("triton") is not None}
+        write_report(arguments.out, "decode", settings_of(arguments, "kind") | shape, rows)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ perplexity, KL(teacher || student) in nats a token, and the share of tokens with
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, one_message, progress
+from benchmarks.report import settings_of, write_report
 from lbllm.checkpoints.find import open_teacher
 from lbllm.config import RunConfig, parse_config
-from lbllm.errors import ConfigError, LbllmError
+from lbllm.errors import ConfigError
 from lbllm.events import BlockDone
 from lbllm.measure.perplexity import Divergence, divergence
 from lbllm.models.teacher import Teacher
@@ -61,6 +62,10 @@ class Result:
     taken_back: bool
     seconds: float
 
+    @property
+    def label(self) -> str:
+        return f"{self.variant} (taken back)" if self.taken_back else self.variant
+
 
 def measure(config: RunConfig, teacher: Teacher, corpus: Corpus, judged: Tensor, variants: list[str]) -> list[Result]:
     """The checkpoint that ``config`` starts from as it is, then each variant trained from there on ``corpus``, judged
@@ -79,19 +84,28 @@ def measure(config: RunConfig, teacher: Teacher, corpus: Corpus, judged: Tensor,
             found = divergence(teacher.model, stage_model(changed, folder, "e2e", teacher), judged)
         taken_back = any(event.diverged for event in events if isinstance(event, BlockDone))
         results.append(Result(variant, found, taken_back, seconds))
-        print(f"{variant}: KL {found.kl:.4f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        progress(f"{variant}: KL {found.kl:.4f} ({seconds:.0f} s)")
     return results
 
 
 def table(results: list[Result]) -> str:
     """The results as a Markdown table."""
-    lines = ["| | perplexity | KL | same most likely token | seconds |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for result in results:
         found = result.found
-        label = f"{result.variant} (taken back)" if result.taken_back else result.variant
-        figures = f"{found.student_perplexity:.2f} | {found.kl:.4f} | {found.top1_agreement:.1%} | {result.seconds:.0f}"
-        lines.append(f"| {label} | {figures} |")
-    return "\n".join(lines)
+        figures = [f"{found.student_perplexity:.2f}", f"{found.kl:.4f}", f"{found.top1_agreement:.1%}"]
+        lines.append([result.label, *figures, f"{result.seconds:.0f}"])
+    return markdown.table(["", "perplexity", "KL", "same most likely token", "seconds"], lines)
+
+
+def rows(results: list[Result]) -> list[dict[str, Any]]:
+    """The results as ``--out`` keeps them."""
+    kept: list[dict[str, Any]] = []
+    for result in results:
+        found = result.found
+        figures = {"perplexity": found.student_perplexity, "kl": found.kl, "same_top": found.top1_agreement}
+        kept.append({"variant": result.label} | figures | {"seconds": round(result.seconds)})
+    return kept
 
 
 def chosen(only: str) -> list[str]:
@@ -103,8 +117,9 @@ def chosen(only: str) -> list[str]:
     return names
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", help="packed: its folder, a finished run's id, or shipped")
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--tokens", type=int, default=20_480, help="to train on")
@@ -112,23 +127,22 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants joined by commas")
     options = parser.parse_args()
-    try:
-        variants = chosen(options.only)
-        shared = {"corpus": options.corpus, "seq_len": options.seq_len}
-        e2e = {"tokens": options.tokens, "seq_len": options.seq_len}
-        config = parse_config(settings_to_go_on(options.checkpoint) | shared | {"e2e": e2e})
-        teacher = open_teacher(config.model)
-        load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
-        judged = load(tokens=options.judge_tokens, part="tune").sequences
-        # In another order than the stages before read it: a run takes its training back where it made the first of its
-        # text worse, and what those stages have fitted gets worse by learning anything else.
-        text = load(tokens=options.tokens, seed=1)
-        results = measure(config, teacher, text, judged, variants)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    variants = chosen(options.only)
+    shared = {"corpus": options.corpus, "seq_len": options.seq_len}
+    e2e = {"tokens": options.tokens, "seq_len": options.seq_len}
+    config = parse_config(settings_to_go_on(options.checkpoint) | shared | {"e2e": e2e})
+    teacher = open_teacher(config.model)
+    load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
+    judged = load(tokens=options.judge_tokens, part="tune").sequences
+    # In another order than the stages before read it: a run takes its training back where it made the first of its
+    # text worse, and what those stages have fitted gets worse by learning anything else.
+    text = load(tokens=options.tokens, seed=1)
+    results = measure(config, teacher, text, judged, variants)
     threads = f"{torch.get_num_threads()} threads, {date.today()}"
     print(f"{options.tokens:,} tokens of {options.corpus}, judged on {judged.numel():,} others, {threads}\n")
     print(table(results))
+    if options.out:
+        write_report(options.out, "end_to_end", settings_of(options), rows(results))
 
 
 if __name__ == "__main__":

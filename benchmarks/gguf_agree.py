@@ -15,7 +15,6 @@ puts a prebuilt llama.cpp; node is needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,9 +25,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.command_line import command_parser, one_message
+from benchmarks.environment import folder_bytes
+from benchmarks.llama_cpp import llama_cpp_command
+from benchmarks.report import ROOT, settings_of, write_report
 from lbllm.models.loading import quiet
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -50,9 +52,7 @@ def exported(checkpoint: str, kind: str, folder: Path) -> Path:
 
 def llama_cpp(modules: str, gguf: Path, texts: list[str], tokens: int) -> list[dict[str, list[int]]]:
     """What llama.cpp makes of each text: the ids of the prompt and of its answer."""
-    script = Path(__file__).with_name("llama_cpp_answers.mjs")
-    numbers = [str(number) for number in (torch.get_num_threads(), tokens)]
-    command = ["node", str(script), str(Path(modules).resolve()), str(gguf), *numbers]
+    command = llama_cpp_command("llama_cpp_answers.mjs", modules, gguf, tokens)
     result = subprocess.run(command, input=json.dumps(texts), stdout=subprocess.PIPE, text=True, check=True)
     answers: list[dict[str, list[int]]] = json.loads(result.stdout.splitlines()[-1])
     return answers
@@ -66,8 +66,9 @@ def as_asked(tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", default="shipped", help="a packed folder, a run, or shipped")
     parser.add_argument("--llama-cpp", metavar="FOLDER", required=True, help="where npm has installed node-llama-cpp")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
@@ -80,7 +81,8 @@ def main() -> None:
             network: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
         texts = [as_asked(tokenizer, prompt) for prompt in PROMPTS]
         theirs = llama_cpp(arguments.llama_cpp, gguf, texts, arguments.tokens)
-        same = total = alike = 0
+        sizes = {"dense_mb": round(folder_bytes(dense) / 1e6, 1), "gguf_mb": round(gguf.stat().st_size / 1e6, 1)}
+        same = total = alike = split_alike = 0
         for prompt, text, their in zip(PROMPTS, texts, theirs, strict=True):
             ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")["input_ids"]
             split = ids[0].tolist() == their["prompt"]
@@ -98,6 +100,7 @@ def main() -> None:
             common = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
             longest = max(len(ours), len(answer))
             same, total, alike = same + common, total + longest, alike + (split and ours == answer)
+            split_alike += split
             print(f"\n{prompt}  [prompt split {'alike' if split else 'DIFFERENTLY'}; {common} of {longest} tokens]")
             print(f"  transformers: {tokenizer.decode(ours, skip_special_tokens=True)!r}")
             print(f"  llama.cpp:    {tokenizer.decode(answer, skip_special_tokens=True)!r}")
@@ -106,6 +109,10 @@ def main() -> None:
                 first, second = (float(chances[one]) for one in pairs[common])
                 print(f"  they part where transformers gives its token {first:.3f} and llama.cpp's {second:.3f}")
     print(f"\n{alike} of {len(PROMPTS)} answers are the same; {same} of {total} tokens before the first difference")
+    if arguments.out:
+        prompts = {"prompts_split_alike": split_alike, "prompts": len(PROMPTS), "answers_same": alike}
+        row = {"label": arguments.checkpoint} | sizes | prompts | {"tokens_same": same, "tokens": total}
+        write_report(arguments.out, "gguf_agree", settings_of(arguments), [row])
 
 
 if __name__ == "__main__":

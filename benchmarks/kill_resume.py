@@ -4,13 +4,12 @@
 
 The uninterrupted run goes first and gives the timeline. Moments are drawn evenly over its time, so they fall into
 loading, training, writing and packing as these take time. Each one becomes "so long after that event"; the second run
-is killed by SIGKILL when it comes there, and resumed. Prints the tables for docs/results.md; exit code 1 where a file
-differs.
+is killed by SIGKILL when it comes there, and resumed. Printed are the kills and the checkpoint's files; the exit code
+is 1 where a file differs.
 """
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import hashlib
 import random
@@ -19,7 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, one_message
+from benchmarks.report import settings_of, write_report
 from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
 from lbllm.events import Event, RunFailed, RunQueued, RunStarted, StoredEvent
 from lbllm.runs.store import RunStore
@@ -79,8 +82,9 @@ def kill_at(
     return store.get(run_id).state == "interrupted"
 
 
-def compare(store: RunStore, config: RunConfig, kills: int, seed: int) -> bool:
-    """Run, run again with kills, print the tables and the verdict; whether all files are equal."""
+def compare(store: RunStore, config: RunConfig, kills: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
+    """Run, run again with kills, print the tables and the verdict; the seconds of the first run, and the rows of both
+    tables."""
     whole = store.create(config, "uninterrupted")
     timeline = finish(store, whole.id, store.start(whole.id))
     times = [stored.time - timeline[0].time for stored in timeline]
@@ -90,35 +94,56 @@ def compare(store: RunStore, config: RunConfig, kills: int, seed: int) -> bool:
     rng = random.Random(seed)
     killed = store.create(config, "killed and resumed")
     worker = store.start(killed.id)
-    rows = []
+    killings = []
     for moment in sorted(rng.uniform(0, times[-1]) for _ in range(kills)):
         index = bisect.bisect_right(times, moment) - 1
         if not kill_at(store, killed.id, worker, order, index, moment - times[index]):
             break
         last = store.events(killed.id)[-1]
-        rows.append((moment, last))
+        killings.append((moment, last))
         worker = store.resume(killed.id)
     events = finish(store, killed.id, worker)
 
-    print("\n| kill | at | last event before it | blocks found on resume |\n| --- | --- | --- | --- |")
-    for number, (moment, last) in enumerate(rows, 1):
-        end = rows[number][1].seq if number < len(rows) else events[-1].seq
+    rows: list[dict[str, Any]] = []
+    for number, (moment, last) in enumerate(killings, 1):
+        end = killings[number][1].seq if number < len(killings) else events[-1].seq
         started = [s.event for s in events[last.seq : end] if isinstance(s.event, RunStarted)]
-        found = str(started[0].resumed_blocks) if started else "killed before it looked"
-        print(f"| {number} | {moment / times[-1]:.0%} | {words(place(last.event))} | {found} |")
+        found = started[0].resumed_blocks if started else "killed before it looked"
+        kill = {"part": "kills", "label": str(number), "at": moment / times[-1], "last_event": words(place(last.event))}
+        rows.append(kill | {"blocks_found": found})
+    cells = [[row["label"], f"{row['at']:.0%}", row["last_event"], str(row["blocks_found"])] for row in rows]
+    print("\n" + markdown.table(["kill", "at", "last event before it", "blocks found on resume"], cells))
 
-    first, second = hashes(whole.folder / "checkpoint"), hashes(killed.folder / "checkpoint")
-    print("\n| file | uninterrupted | killed and resumed | |\n| --- | --- | --- | --- |")
+    files = compare_files(hashes(whole.folder / "checkpoint"), hashes(killed.folder / "checkpoint"))
+    cells = [
+        [file["label"], file["uninterrupted"], file["resumed"], "equal" if file["equal"] else "DIFFERENT"]
+        for file in files
+    ]
+    print("\n" + markdown.table(["file", "uninterrupted", "killed and resumed", ""], cells))
+    verdict = f"all {len(files)} files equal" if all_equal(files) else "NOT EQUAL"
+    print(f"\n{len(killings)} of {kills} kills; {verdict}")
+    return times[-1], rows + files
+
+
+def compare_files(first: dict[str, str], second: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each file of two checkpoints, with the beginning of its hash in each."""
+    rows: list[dict[str, Any]] = []
     for name in sorted(first | second):
         one, two = first.get(name, "missing"), second.get(name, "missing")
-        print(f"| {name} | {one[:12]} | {two[:12]} | {'equal' if one == two else 'DIFFERENT'} |")
-    equal = bool(first) and first == second
-    print(f"\n{len(rows)} of {kills} kills; " + (f"all {len(first)} files equal" if equal else "NOT EQUAL"))
-    return equal
+        rows.append({"part": "files", "label": name, "uninterrupted": one[:12], "resumed": two[:12]})
+        rows[-1]["equal"] = one == two
+    return rows
 
 
+def all_equal(rows: list[dict[str, Any]]) -> bool:
+    """Whether there are files, all of them equal."""
+    files = [row["equal"] for row in rows if row["part"] == "files"]
+    return bool(files) and all(files)
+
+
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--preset", default="preview")
@@ -129,8 +154,13 @@ def main() -> None:
     options = parser.parse_args()
     config = make_config(options.preset, {"model": options.model, "corpus": options.corpus}, tuple(options.assignments))
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as temporary:
-        equal = compare(RunStore(options.root or Path(temporary)), config, options.kills, options.seed)
-    sys.exit(0 if equal else 1)
+        store = RunStore(options.root or Path(temporary))
+        seconds, rows = compare(store, config, options.kills, options.seed)
+    if options.out:
+        write_report(
+            options.out, "kill_resume", settings_of(options) | {"uninterrupted_seconds": round(seconds, 1)}, rows
+        )
+    sys.exit(0 if all_equal(rows) else 1)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ of one core), and the run's steps a second with and without the page. Nothing el
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from playwright.sync_api import Page, sync_playwright
 
+from benchmarks.command_line import command_parser, count, one_message
+from benchmarks.report import figure, settings_of, write_report
 from lbllm.config import make_config
 from lbllm.events import StepMetric
 from lbllm.places import home
@@ -101,7 +103,8 @@ def measure(
     return turn
 
 
-def report(closed: list[Turn], opened: list[Turn]) -> None:
+def report(closed: list[Turn], opened: list[Turn]) -> list[dict[str, Any]]:
+    """Print the figures; the rows that ``--out`` keeps of them."""
     delays = sorted(delay for turn in opened for delay in turn.delays)
     p95 = delays[min(len(delays) - 1, round(0.95 * (len(delays) - 1)))]
     # Each turn with the page against the mean of the turns on either side of it.
@@ -109,21 +112,34 @@ def report(closed: list[Turn], opened: list[Turn]) -> None:
         100 * (1 - turn.rate / statistics.mean((closed[index].rate, closed[index + 1].rate)))
         for index, turn in enumerate(opened)
     ]
-    print(f"event to screen: p50 {statistics.median(delays):.2f} s, p95 {p95:.2f} s, max {delays[-1]:.2f} s")
+    median = statistics.median(delays)
+    print(f"event to screen: p50 {median:.2f} s, p95 {p95:.2f} s, max {delays[-1]:.2f} s")
     print(f"                 of {len(delays)} events in {len(opened)} turns")
+    kept = [figure("event to screen, median", round(median, 2), "s")]
+    kept.append(figure("event to screen, 95 of 100 events", round(p95, 2), "s"))
+    kept.append(figure("event to screen, the slowest event", round(delays[-1], 2), "s"))
+    kept.append(figure("events measured", len(delays)))
     for name in ("server", "browser"):
         watched, alone = (statistics.mean(getattr(turn, name) for turn in turns) for turns in (opened, closed))
         print(f"CPU of the {name}: {watched:.1f}% of one core, {alone:.1f}% with the page closed")
+        kept.append(figure(f"CPU of the {name}, page open", round(watched, 1), "% of one core"))
+        kept.append(figure(f"CPU of the {name}, page closed", round(alone, 1), "% of one core"))
     rates = [statistics.mean(turn.rate for turn in turns) for turns in (closed, opened)]
     spread = statistics.stdev(slower) if len(slower) > 1 else 0.0
     print(f"steps a second: {rates[0]:.3f} without the page, {rates[1]:.3f} with it")
     print(f"slow-down: {statistics.mean(slower):.1f}% (standard deviation {spread:.1f} over {len(slower)} turns)")
+    kept.append(figure("steps of the run a second, page closed", round(rates[0], 3)))
+    kept.append(figure("steps of the run a second, page open", round(rates[1], 3)))
+    kept.append(figure("slow-down of the run", round(statistics.mean(slower), 1), "%"))
+    kept.append(figure(f"slow-down, standard deviation over {len(slower)} turns", round(spread, 1), "%"))
+    return kept
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="length of a turn")
-    parser.add_argument("--turns", type=int, default=4, help="turns with the page open")
+    parser.add_argument("--turns", type=count, default=4, help="turns with the page open")
     options = parser.parse_args()
     changes = {
         "stages": ["ptq", "wat"],
@@ -157,7 +173,9 @@ def main() -> None:
             for _ in range(options.turns):
                 opened.append(measure(store, run, server, page, parts, options.seconds, watched=True))
                 closed.append(measure(store, run, server, page, parts, options.seconds, watched=False))
-            report(closed, opened)
+            rows = report(closed, opened)
+            if options.out:
+                write_report(options.out, "live", settings_of(options), rows)
         finally:
             if store.get(run.id).state in ACTIVE:
                 store.request(run.id, "cancel")

@@ -10,12 +10,12 @@ punctuation and WikiText's marks between characters don't count. Thirteen words 
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator
 
+from benchmarks.command_line import command_parser, count, one_message
+from benchmarks.report import settings_of, write_report
 from lbllm.config import DEFAULT_MODEL
-from lbllm.errors import LbllmError
 from lbllm.models.teacher import load_tokenizer
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.windows import evaluation_tokens
@@ -41,23 +41,24 @@ def _runs(found: list[str], length: int) -> Iterator[int]:
     return (hash(tuple(found[start : start + length])) for start in range(len(found) - length + 1))
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("corpus", help="as `quantize --corpus` takes it")
     parser.add_argument("--text", default="wikitext2", help="to be judged on: wikitext2 or a file")
-    parser.add_argument("--words", type=int, default=13)
+    parser.add_argument("--words", type=count, default=13)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer reads both")
     given = parser.parse_args()
-    try:
-        tokenizer = load_tokenizer(given.model)
-        trained = load_corpus(given.corpus, tokenizer, seq_len=SEQUENCE, tokens=EVERYTHING)
-        judged = evaluation_tokens(given.text, tokenizer, seq_len=SEQUENCE)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    tokenizer = load_tokenizer(given.model)
+    trained = load_corpus(given.corpus, tokenizer, seq_len=SEQUENCE, tokens=EVERYTHING)
+    judged = evaluation_tokens(given.text, tokenizer, seq_len=SEQUENCE)
     text, other = (str(tokenizer.decode(tokens.flatten())) for tokens in (trained.sequences, judged))
-    count, places = shared(text, other, given.words)
+    found, places = shared(text, other, given.words)
     print(f"{given.corpus}, {trained.tokens:,} tokens to train on")
-    print(f"{count:,} of the {places:,} runs of {given.words} words of {given.text} stand in it")
+    print(f"{found:,} of the {places:,} runs of {given.words} words of {given.text} stand in it")
+    if given.out:
+        row = {"label": given.corpus, "tokens": trained.tokens, "runs": places, "found": found}
+        write_report(given.out, "overlap", settings_of(given), [row])
 
 
 if __name__ == "__main__":

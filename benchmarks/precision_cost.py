@@ -12,20 +12,22 @@ all inputs in 4 bits but one group's, and with that group's alone.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.report import settings_of, write_report
 from lbllm.config import RunConfig, parse_config
-from lbllm.errors import ConfigError, LbllmError, RunError
+from lbllm.errors import ConfigError, RunError
 from lbllm.labels import STAGE_NAMES
 from lbllm.measure.perplexity import perplexity
 from lbllm.models.blocks import capture_calls, decoder_blocks, first_inputs, shared_inputs
@@ -50,9 +52,9 @@ class Measured:
     base: float
 
     @property
-    def change(self) -> str:
-        """In per cent of the base."""
-        return f"{100 * (self.perplexity / self.base - 1):+.1f}%"
+    def change(self) -> float:
+        """The perplexity's increase as a share of the base."""
+        return self.perplexity / self.base - 1
 
 
 class Precision:
@@ -172,45 +174,69 @@ def opened(name: str) -> tuple[RunConfig, Path]:
         raise RunError(f"{folder}: its settings can't be read from config.json ({error})") from None
 
 
-def tables(precision: Precision) -> str:
-    """All of it as Markdown."""
+def measured_rows(precision: Precision) -> list[dict[str, Any]]:
+    """All that is measured, as ``--out`` keeps it: parts ``bits``, ``params``, ``inputs`` and ``depth``."""
     bits = precision.by_bits()
     by_label = {row.label: row.perplexity for row in bits}
-    act, free, deployed = f"A{precision.act}", by_label[f"A16KV{precision.kv}"], bits[-1].perplexity
-    lines = [f"| activations, KV cache | perplexity | over {bits[0].label} |", "| --- | --- | --- |"]
-    lines += [f"| {row.label} | {row.perplexity:,.2f} | {row.change} |" for row in bits]
-    if params := precision.by_params(deployed):
-        lines += ["", "| group parameters | float16 | 8 bits | |", "| --- | --- | --- | --- |"]
-        lines += [f"| {row.label} | {row.base:,.2f} | {row.perplexity:,.2f} | {row.change} |" for row in params]
+    free, deployed = by_label[f"A16KV{precision.kv}"], bits[-1].perplexity
+    found: list[dict[str, Any]] = [
+        {"part": "bits", "label": row.label, "perplexity": row.perplexity, "change": row.change} for row in bits
+    ]
+    for row in precision.by_params(deployed):
+        figures = {"base": row.base, "perplexity": row.perplexity, "change": row.change}
+        found.append({"part": "params", "label": row.label} | figures)
     if precision.act == 16:
-        return "\n".join(lines)
+        return found
     layers = kinds(precision.teacher, precision.sequences[:1, :PROBE])
     names = set[str]().union(*layers.values())
-    for title, groups in (("inputs of", layers), ("depth", depths(precision.teacher, names))):
-        lines += ["", f"| {title} | all {act} but these | | only these {act} | |", "| --- | --- | --- | --- | --- |"]
+    for part, groups in (("inputs", layers), ("depth", depths(precision.teacher, names))):
         for without, alone in precision.by_group(groups, free, deployed):
-            left = f"{without.perplexity:,.2f} | {without.change}"
-            lines.append(f"| {without.label} | {left} | {alone.perplexity:,.2f} | {alone.change} |")
-    return "\n".join(lines)
+            figures = {"without": without.perplexity, "without_change": without.change}
+            figures |= {"alone": alone.perplexity, "alone_change": alone.change}
+            found.append({"part": part, "label": without.label} | figures)
+    return found
 
 
+def tables(found: list[dict[str, Any]], act: int) -> str:
+    """The rows as Markdown; ``act``: the run's activation bits."""
+    shown = []
+    columns = {
+        "bits": ["activations, KV cache", "perplexity", f"over {found[0]['label']}"],
+        "params": ["group parameters", "float16", "8 bits", ""],
+        "inputs": ["inputs of", f"all A{act} but these", "", f"only these A{act}", ""],
+        "depth": ["depth", f"all A{act} but these", "", f"only these A{act}", ""],
+    }
+    for part, heads in columns.items():
+        rows = [{key: value for key, value in row.items() if key != "part"} for row in found if row["part"] == part]
+        if rows:
+            shown.append(markdown.table(heads, [[_cell(*item) for item in row.items()] for row in rows]))
+    return "\n\n".join(shown)
+
+
+def _cell(key: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:+.1%}" if key.endswith("change") else f"{value:,.2f}"
+
+
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", help="a run's id or folder")
     parser.add_argument("--text", default="embedded", help="wikitext2, a file, or a corpus' held-out part")
-    parser.add_argument("--limit", type=int, default=2, help="windows")
+    parser.add_argument("--limit", type=count, default=2, help="windows")
     parser.add_argument("--window", type=int, help="tokens of each; 2,048 by default")
     options = parser.parse_args()
-    try:
-        config, folder = opened(options.run)
-        teacher = load_teacher(config.model)
-        sequences = evaluation_windows(options.text, teacher.model, teacher.tokenizer, options.window, options.limit)
-        precision = Precision(config, folder, teacher, sequences, lambda line: print(line, file=sys.stderr, flush=True))
-        found = tables(precision)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    config, folder = opened(options.run)
+    teacher = load_teacher(config.model)
+    sequences = evaluation_windows(options.text, teacher.model, teacher.tokenizer, options.window, options.limit)
+    precision = Precision(config, folder, teacher, sequences, progress)
+    found = measured_rows(precision)
     print(f"{options.text}, {len(sequences)} windows of {sequences.shape[1]} tokens, {date.today()}")
-    print(f"{torch.get_num_threads()} threads\n\n{found}")
+    print(f"{torch.get_num_threads()} threads\n\n{tables(found, precision.act)}")
+    if options.out:
+        facts = {"windows": len(sequences), "window": sequences.shape[1]}
+        write_report(options.out, "precision_cost", settings_of(options) | facts, found)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.report import settings_of, write_report
 from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
 from lbllm.checkpoints.find import find_checkpoint, find_teacher, open_teacher
@@ -70,6 +73,8 @@ from lbllm.texts.windows import evaluation_tokens
 OWN = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
 OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound", "gptqmodel": "GPTQModel"}
 ALL_WINDOWS = 128  # of a text without an end of its own
+# Keys of a measured row that are not its figures.
+ABOUT = ("label", "kind", "act_bits", "bits", "questions", "minutes", "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -116,27 +121,36 @@ class Made:
     act_bits: int = 16
 
 
-def measure(row: Row, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
-    """One row in this process: label, bpw, minutes, memory (bytes) and ``figures`` by column."""
+def measure(row: Row, options: Options, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One model in this process: a row for each number of activation bits, as ``--out`` keeps it. Perplexities stand
+    under the names of their texts, accuracies with their standard errors under those of their tasks."""
     made = make(row, options, report)
     for setting, tokens in (("--window", options.window), ("--seq-len", options.seq_len)):
         check_length(made.model, tokens, setting)
-    figures: dict[str, str] = {}
+    cost = {} if made.minutes is None else {"minutes": made.minutes}
+    cost |= {} if made.memory is None else {"memory_mb": round(made.memory / 1e6)}
+    rows: list[dict[str, Any]] = []
     own_bits = row.kind in ("own", "checkpoint")
     for act_bits in (made.act_bits,) if own_bits else options.act_bits:
-        suffix = "" if act_bits == 16 else f", A{act_bits}"
+        rows.append({"label": made.label, "kind": row.kind, "act_bits": act_bits, "bits": made.bpw})
         if act_bits < made.act_bits:
             quantize_inputs(made.model, act_bits, options.act_group_size)
         for text in options.texts:
-            report(f"perplexity on {text}{suffix}")
-            found = perplexity(made.model, windows(text, made.tokenizer, options))
-            figures[f"{text}{suffix}"] = f"{found.perplexity:,.2f}"
+            report(f"perplexity on {text}{suffix(act_bits)}")
+            rows[-1][text] = perplexity(made.model, windows(text, made.tokenizer, options)).perplexity
         scores = list(zero_shot(made.model, made.tokenizer, options.tasks, limit=options.task_limit))
-        figures |= {f"{score.task}{suffix}": f"{score.accuracy:.1%} ± {score.stderr:.1%}" for score in scores}
+        for score in scores:
+            rows[-1] |= {score.task: score.accuracy, f"{score.task}_stderr": score.stderr}
         if scores:
-            figures[f"average{suffix}"] = f"{fmean(score.accuracy for score in scores):.1%}"
-    named = {"label": made.label, "bpw": made.bpw, "minutes": made.minutes, "memory": made.memory}
-    return named | {"figures": figures}
+            average = fmean(score.accuracy for score in scores)
+            rows[-1] |= {"average": average, "questions": options.task_limit}
+        rows[-1] |= cost
+    return rows
+
+
+def suffix(act_bits: int) -> str:
+    """What the name of a column says of activation bits."""
+    return "" if act_bits == 16 else f", A{act_bits}"
 
 
 def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
@@ -246,19 +260,34 @@ def windows(text: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> 
     return load_corpus(text, tokenizer, seq_len=options.window, tokens=tokens, part=part).sequences
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as ``measure`` gives them as a markdown table; a column that a row has nothing for stays empty."""
-    columns = list(dict.fromkeys(column for row in rows for column in row["figures"]))
+def figures(row: dict[str, Any]) -> dict[str, str]:
+    """The figures of a measured row as they are printed, by their columns."""
+    found: dict[str, str] = {}
+    for key, value in row.items():
+        if key in ABOUT or key.endswith("_stderr"):
+            continue
+        error = row.get(f"{key}_stderr")
+        if error is not None:
+            cell = f"{value:.1%} ± {error:.1%}"
+        else:
+            cell = f"{value:.1%}" if key == "average" else f"{value:,.2f}"
+        found[f"{key}{suffix(row['act_bits'])}"] = cell
+    return found
+
+
+def table(models: list[list[dict[str, Any]]]) -> str:
+    """Models as ``measure`` gives them as a Markdown table of a line each; a column that a model has nothing for stays
+    empty."""
+    shown = [{column: cell for row in rows for column, cell in figures(row).items()} for rows in models]
+    columns = list(dict.fromkeys(column for cells in shown for column in cells))
     columns.sort(key=lambda column: column.endswith(", A4"))
-    lines = ["| | bits per weight | " + " | ".join([*columns, "minutes", "peak, MB"]) + " |"]
-    lines.append("|" + " --- |" * (len(columns) + 4))
-    for row in rows:
-        bpw = "" if row["bpw"] is None else f"{row['bpw']:.3f}"
-        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
-        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
-        cells = [row["label"], bpw, *(row["figures"].get(column, "") for column in columns), minutes, memory]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = []
+    for (row, *_), cells in zip(models, shown, strict=True):
+        bpw = "" if row["bits"] is None else f"{row['bits']:.3f}"
+        minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""
+        memory = f"{row['memory_mb']}" if "memory_mb" in row else ""
+        lines.append([row["label"], bpw, *(cells.get(column, "") for column in columns), minutes, memory])
+    return markdown.table(["", "bits per weight", *columns, "minutes", "peak, MB"], lines)
 
 
 def rows_of(methods: str, sizes: str, checkpoints: list[str], outside: str | None) -> list[Row]:
@@ -284,20 +313,21 @@ def size_of(text: str, setting: str) -> int:
     return int(text)
 
 
-def own_process(row: Row) -> dict[str, Any] | None:
+def own_process(row: Row) -> list[dict[str, Any]] | None:
     """What ``measure`` gives of a row, by this program called again with the same arguments; None where that failed."""
     command = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--row", json.dumps(asdict(row))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        print(f"{row.kind} {row.name} {row.group_size}: no row, see above", file=sys.stderr)
+        progress(f"{row.kind} {row.name} {row.group_size}: no row, see above")
         return None
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(table([found]), file=sys.stderr)  # hours may pass until all rows are there
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    progress(table([found]))  # hours may pass until all rows are there
     return found
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--teacher", default=DEFAULT_MODEL)
     parser.add_argument("--methods", default="rtn,gptq,billm,arb,bwa", help=", ".join((*METHODS, *OWN, *OUTSIDE)))
     parser.add_argument("--group-sizes", default="128", help="joined by commas; -1: the whole row")
@@ -316,33 +346,32 @@ def main() -> None:
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
-    parser.add_argument("--jobs", type=int, default=1, help="rows that are made at once, each in a process of its own")
+    parser.add_argument("--jobs", type=count, default=1, help="rows made at once, each in a process of its own")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    try:
-        options = Options(
-            **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-            **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
-            param_bits=given.param_bits,
-            act_group_size=size_of(given.act_group_size, "--act-group-size"),
-            act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
-            texts=tuple(given.texts.split(",")),
-            tasks=tuple(task_names(given.tasks)) if given.tasks else (),
-        )
-        if given.row:
-            found = measure(Row(**json.loads(given.row)), options, lambda text: print(text, file=sys.stderr))
-            print(json.dumps(found))
-            return
-        rows = rows_of(given.methods, given.group_sizes, given.checkpoint, given.outside)
-        find_teacher(options.teacher)
-        for name in given.checkpoint:
-            find_checkpoint(name)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    options = Options(
+        **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
+        **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+        param_bits=given.param_bits,
+        act_group_size=size_of(given.act_group_size, "--act-group-size"),
+        act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
+        texts=tuple(given.texts.split(",")),
+        tasks=tuple(task_names(given.tasks)) if given.tasks else (),
+    )
+    if given.row:
+        print(json.dumps(measure(Row(**json.loads(given.row)), options, progress)))
+        return
+    rows = rows_of(given.methods, given.group_sizes, given.checkpoint, given.outside)
+    find_teacher(options.teacher)
+    for name in given.checkpoint:
+        find_checkpoint(name)
     threads = f"{torch.get_num_threads()} threads" + (f" a row, {given.jobs} rows at once" if given.jobs > 1 else "")
     print(f"{given.tokens:,} tokens of {given.corpus}, {threads}, {date.today()}", flush=True)
     with ThreadPoolExecutor(given.jobs) as pool:
-        print(table([found for found in pool.map(own_process, rows) if found is not None]))
+        models = [found for found in pool.map(own_process, rows) if found is not None]
+    print(table(models))
+    if given.out:
+        write_report(given.out, "quality", settings_of(given, "row"), [row for model in models for row in model])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ file knows nothing of the rest of the project.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -105,12 +106,17 @@ def gptq(folder: Path, blocks: str, group_size: int) -> float:
 
 
 def main() -> None:
-    method, name, blocks, group_size = sys.argv[1:]
-    folder, size = Path(name), int(group_size)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=("hqq", "auto-round", "gptqmodel"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("blocks")
+    parser.add_argument("group_size", type=int)
+    given = parser.parse_args()
+    folder, blocks, size = given.folder, given.blocks, given.group_size
     began = time.perf_counter()
-    if method == "auto-round":
+    if given.method == "auto-round":
         bpw = auto_round(folder, size, blocks)
-    elif method == "gptqmodel":
+    elif given.method == "gptqmodel":
         bpw = gptq(folder, blocks, size)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)

@@ -66,8 +66,26 @@ def _out_path(text: str) -> Path:
     return path
 
 
-def write_report(path: Path, benchmark: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the file of a run that this process has made, atomically; ``benchmark`` is the module's name.
+def figure(label: str, value: float, unit: str = "") -> dict[str, Any]:
+    """The row of a benchmark whose rows are single figures; ``value`` is rounded as it is to be shown."""
+    return {"label": label, "value": value, "unit": unit}
+
+
+def settings_of(arguments: argparse.Namespace, *others: str) -> dict[str, Any]:
+    """The arguments as settings, without ``out`` and without ``others``."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("out", *others)}
+
+
+def write_report(
+    path: Path,
+    benchmark: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Write the file of a run that this process has made, whole or not at all; ``benchmark`` is the module's name,
+    ``threads`` how many computed, by default as many as torch takes.
 
     NaN becomes null, infinity the string "inf" or "-inf". Raises OSError.
     """
@@ -78,7 +96,7 @@ def write_report(path: Path, benchmark: str, settings: Mapping[str, Any], rows: 
         "commit": commit(),
         "date": date.today().isoformat(),
         "machine": machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "versions": versions(),
         "settings": dict(settings),
         "origin": "measured",

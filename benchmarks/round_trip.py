@@ -10,20 +10,20 @@ pip reads its own settings, e.g. PIP_FIND_LINKS for a folder of wheels. Both pro
 
 from __future__ import annotations
 
-import argparse
-import os
+import json
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
+from typing import Any
 
+from benchmarks.command_line import command_parser, one_message
+from benchmarks.environment import VARIABLES, folder_bytes, make_environment
+from benchmarks.report import ROOT, settings_of, write_report
 from lbllm.checkpoints.find import find_checkpoint
-from lbllm.errors import LbllmError
 
-ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
-import hashlib, sys
+import hashlib, json, sys
 from pathlib import Path
 import torch, transformers
 import lbllm
@@ -36,44 +36,46 @@ mask = torch.ones(1, 16, dtype=torch.long)
 answer = model.generate(ids[:, :16], attention_mask=mask, do_sample=False, max_new_tokens=16)
 digest = hashlib.sha256(logits.numpy().tobytes() + answer.numpy().tobytes()).hexdigest()
 versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-print(f"{digest} logits {tuple(logits.shape)} by {Path(lbllm.__file__).parent}, {versions}")
+by = f"{Path(lbllm.__file__).parent}, {versions}"
+shape = str(tuple(logits.shape))
+print(json.dumps({"digest": digest, "logits": shape, "answer_tokens": answer.shape[1] - 16, "by": by}))
 """
 
 
-# This user's variables, which registry pip asks maybe among them, and nothing that Python would find besides.
-VARIABLES = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
-def probe(python: str, folder: Path, cwd: Path) -> list[str]:
-    """The digest of what a model gives in an environment, and what computed it."""
+def probe(python: str, folder: Path, cwd: Path) -> dict[str, Any]:
+    """The digest of what a model gives in an environment, and what computed it. Exits with the reason where it can't be
+    loaded."""
     command = [python, "-c", PROBE, str(folder)]
     result = subprocess.run(command, cwd=cwd, env=VARIABLES, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{python} can't load {folder}:\n{result.stderr}")
-    return result.stdout.splitlines()[-1].split(" ", 1)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", default="shipped", help="a packed folder, a run, or shipped")
-    checkpoint = parser.parse_args().checkpoint
-    try:
-        before = find_checkpoint(checkpoint).folder.resolve()
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    options = parser.parse_args()
+    before = find_checkpoint(options.checkpoint).folder.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         folder, environment = Path(scratch) / "exported", Path(scratch) / "environment"
         command = ["-m", "lbllm", "export", str(before), "--to", "packed", "--out", str(folder)]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        venv.create(environment, with_pip=True)
-        python = str(environment / "bin" / "python")
-        install = [python, "-m", "pip", "install", "--quiet", str(ROOT)]
-        subprocess.run(install, cwd=scratch, env=VARIABLES, check=True)
-        here, about_here = probe(sys.executable, before, ROOT)  # python -c imports from the current folder first
-        there, about_there = probe(python, folder, Path(scratch))
-    same = here == there
-    print(f"here:  {about_here}\nthere: {about_there}")
-    print(f"{'bit-equal' if same else 'DIFFERENT'}: {here[:16]} here, {there[:16]} after export and installation")
+        exported = folder_bytes(folder)
+        python = make_environment(environment, str(ROOT), cwd=Path(scratch))
+        here = probe(sys.executable, before, ROOT)  # python -c imports from the current folder first
+        there = probe(python, folder, Path(scratch))
+    same = here["digest"] == there["digest"]
+    for name, found in (("here: ", here), ("there:", there)):
+        print(f"{name} logits {found['logits']} by {found['by']}")
+    result, digests = "bit-equal" if same else "DIFFERENT", [found["digest"][:16] for found in (here, there)]
+    print(f"{result}: {digests[0]} here, {digests[1]} after export and installation")
+    if options.out:
+        row = {"label": options.checkpoint, "disk_mb": round(exported / 1e6, 1), "logits": there["logits"]}
+        row |= {"answer_tokens": there["answer_tokens"], "result": result}
+        write_report(options.out, "round_trip", settings_of(options), [row], threads=1)
     sys.exit(0 if same else 1)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from app.showcase.page import serve
+from benchmarks.command_line import one_message
 from lbllm.chat.showcase import open_showcase
 from lbllm.places import home
 from lbllm.runs.store import RunStore
@@ -100,28 +101,43 @@ def visit(show: Callable[[Page, Server], None], server: Server, page: Page) -> N
     settle(page)
 
 
+def pixels(text: str) -> ViewportSize:
+    """The size that ``--size`` names. Raises ArgumentTypeError."""
+    width, _, height = text.partition("x")
+    if not width.isdigit() or not height.isdigit():
+        raise argparse.ArgumentTypeError(f"{text}: give width and height in pixels, as in 1280x720")
+    return ViewportSize(width=int(width), height=int(height))
+
+
+def named(text: str) -> list[str]:
+    """The pages that ``--pages`` names. Raises ArgumentTypeError."""
+    names = text.split(",")
+    for name in names:
+        if name not in (*PAGES, SHOWCASE):
+            raise argparse.ArgumentTypeError(f"{name}: choose from {', '.join((*PAGES, SHOWCASE))}")
+    return names
+
+
+@one_message()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screens")
-    parser.add_argument("--size", default="1280x720", help="width x height in pixels")
-    parser.add_argument("--pages", default=",".join([*PAGES, SHOWCASE]))
+    parser.add_argument("--size", type=pixels, default="1280x720", help="width x height in pixels")
+    parser.add_argument("--pages", type=named, default=",".join([*PAGES, SHOWCASE]), help="joined by commas")
     arguments = parser.parse_args()
-    width, height = map(int, arguments.size.split("x"))
-    size = ViewportSize(width=width, height=height)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = arguments.pages.split(",")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         server = Server(home())
         try:
-            for name in names:
+            for name in arguments.pages:
                 if name == SHOWCASE:
                     with serve(open_showcase(), host="127.0.0.1", port=free_port()) as address:
-                        take(browser, size, arguments.out / name, partial(showcase, address=address))
+                        take(browser, arguments.size, arguments.out / name, partial(showcase, address=address))
                     continue
                 if server.process is None:
                     server.start()
-                take(browser, size, arguments.out / name, partial(visit, PAGES[name], server))
+                take(browser, arguments.size, arguments.out / name, partial(visit, PAGES[name], server))
         finally:
             server.stop()
         browser.close()

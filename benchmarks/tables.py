@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks import markdown
 from benchmarks.report import ROOT, Report, read_report
 from lbllm.files import write_file
 
@@ -88,9 +89,9 @@ def chosen(table: Table, reports: dict[str, Report]) -> list[dict[str, Any]]:
 
 def grid(table: Table, rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
-    columns = [[head, "---", *(cell(template, row) for row in rows)] for head, template in table.columns]
-    columns = [column for column in columns if any(column[2:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
+    columns = [[head, *(cell(template, row) for row in rows)] for head, template in table.columns]
+    heads, *lines = zip(*(column for column in columns if any(column[1:])), strict=True)
+    return markdown.table(heads, lines)
 
 
 def answers(rows: list[dict[str, Any]]) -> str:

@@ -12,17 +12,15 @@ operator, from PyTorch's profiler).
 
 from __future__ import annotations
 
-import argparse
-import platform
-import time
-from collections.abc import Callable
-
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command_line import command_parser, one_message
+from benchmarks.report import machine, settings_of, write_report
+from benchmarks.timing import best_seconds
 from lbllm.checkpoints.find import open_teacher
 from lbllm.config import DEFAULT_MODEL, make_config
-from lbllm.errors import LbllmError
+from lbllm.errors import ConfigError
 from lbllm.machine import make_accelerator
 from lbllm.models.blocks import (
     all_inputs,
@@ -47,19 +45,9 @@ KINDS = {
 }
 
 
-def best_seconds(work: Callable[[], object], seconds: float) -> float:
-    """The fastest of the repetitions that fit in ``seconds``, after one to warm up."""
-    work()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded")
     parser.add_argument("--block", type=int, default=0)
@@ -67,12 +55,11 @@ def main() -> None:
     options = parser.parse_args()
     config = make_config("quick")
     wat = config.wat.model_copy(update={"epochs": 2})
-    try:
-        teacher = open_teacher(options.model)
-    except LbllmError as error:
-        raise SystemExit(str(error)) from None
+    teacher = open_teacher(options.model)
     accelerator = make_accelerator("auto")
     _, blocks = decoder_blocks(teacher.model)
+    if not 0 <= options.block < len(blocks):
+        raise ConfigError(f"--block {options.block}: {teacher.name} has blocks 0 to {len(blocks) - 1}")
     block = blocks[options.block]
     count = max(options.steps // 2, 4) * wat.batch_tokens
     text = load_corpus(options.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=count).sequences
@@ -132,12 +119,20 @@ def main() -> None:
     total = sum(spent.values())
 
     flops = 8 * weights * wat.batch_tokens
-    print(f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {dtype}")
+    row = {"tokens_per_second": round(wat.batch_tokens / step), "gflops_per_second": round(flops / allowed / 1e9)}
+    row |= {"allowed_tokens_per_second": round(wat.batch_tokens / allowed)}
+    print(f"machine: {machine()}, {torch.get_num_threads()} threads, {dtype}")
     print(f"block {options.block}: {weights:,} weights; batches of {wat.batch_tokens} tokens, length {config.seq_len}")
-    rate = f"{flops / allowed / 1e9:.0f} GFLOP/s"
-    print(f"matrix products alone: {rate}, which allows {wat.batch_tokens / allowed:,.0f} tokens/s")
-    print(f"stage 2: {wat.batch_tokens / step:,.0f} tokens/s a block, {allowed / step:.0%} of what is allowed")
+    rate = f"{row['gflops_per_second']} GFLOP/s"
+    print(f"matrix products alone: {rate}, which allows {row['allowed_tokens_per_second']:,} tokens/s")
+    print(f"stage 2: {row['tokens_per_second']:,} tokens/s a block, {allowed / step:.0%} of what is allowed")
     print("a step's time: " + ", ".join(f"{kind} {part / total:.0%}" for kind, part in spent.items()))
+    if options.out:
+        shares = {f"time_{kind.replace(' ', '_')}": part / total for kind, part in spent.items()}
+        facts = {"dtype": str(dtype), "batch_tokens": wat.batch_tokens, "seq_len": config.seq_len}
+        write_report(
+            options.out, "throughput", settings_of(options) | facts, [row | {"share": allowed / step} | shares]
+        )
 
 
 if __name__ == "__main__":

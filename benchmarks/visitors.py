@@ -10,7 +10,6 @@ server's numbers of arrival, the waits as the visitors see them, and the server'
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -18,15 +17,16 @@ import threading
 import time
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import psutil
 from gradio_client import Client
 
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message
+from benchmarks.report import ROOT, figure, settings_of, write_report
 from tests.helpers.ports import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120  # seconds for a request
 POLL = 0.05  # seconds
 SUBJECTS = ("the sea", "a lost key", "bread", "a bridge", "winter", "the Moon", "a small village")
@@ -144,11 +144,12 @@ def out_of_order(log: list[Asked]) -> tuple[int, int]:
     return sum(second < first - POLL for first, second in pairs), len(pairs)
 
 
+@one_message()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--visitors", type=int, default=20)
+    parser = command_parser(__doc__)
+    parser.add_argument("--visitors", type=count, default=20)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--answer-tokens", type=count, default=32)
     arguments = parser.parse_args()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -171,37 +172,61 @@ def main() -> None:
         for thread in threads:
             thread.join()
         held.append(memory(server))
-        report(arguments, log, time.monotonic() - began, held)
+        print(markdown.head(["", ""]))
+        figures = [
+            figure("visitors at once", arguments.visitors),
+            figure("time in which they ask", round(arguments.seconds), "s"),
+            figure("longest answer", arguments.answer_tokens, "tokens"),
+        ]
+        show("visitors", f"{arguments.visitors}, for {arguments.seconds:.0f} s")
+        show("longest answer", f"{arguments.answer_tokens} tokens")
+        figures += report(arguments.visitors, log, time.monotonic() - began, held)
         other, foreign, compared = disagreements(log, alone)
-        row("answers that are others when asked alone", f"{other} of {compared}")
-        row("streams with text that is not their answer's", f"{foreign} of {compared}")
-        row("server memory after that", f"{memory(server) / 1e6:.0f} MB")
+        show("answers that are others when asked alone", f"{other} of {compared}")
+        show("streams with text that is not their answer's", f"{foreign} of {compared}")
+        figures.append(figure(f"answers that are others when asked alone, of {compared}", other))
+        figures.append(figure(f"streams with text that is not their answer's, of {compared}", foreign))
+        held.append(memory(server))
+        show("server memory after that", f"{held[-1] / 1e6:.0f} MB")
+        figures.append(figure("server memory after that", round(held[-1] / 1e6), "MB"))
+        if arguments.out:
+            write_report(arguments.out, "visitors", settings_of(arguments), figures)
     finally:
         server.terminate()
         server.wait()
 
 
-def report(arguments: argparse.Namespace, log: list[Asked], took: float, held: list[int]) -> None:
-    """Print the part of the table that is known when all questions are answered."""
+def report(visitors: int, log: list[Asked], took: float, held: list[int]) -> list[dict[str, Any]]:
+    """Print the part of the table that is known when all questions are answered; its figures."""
     done = [asked for asked in log if asked.ended is not None and not asked.error]
     errors = [asked.error for asked in log if asked.error]
     waits = [asked.began - asked.arrived for asked in log if asked.began is not None] or [0.0]
     wrong, pairs = out_of_order(log)
-    each = [sum(asked.prompt.startswith(f"[visitor {n},") for asked in done) for n in range(arguments.visitors)]
-    print("| | |\n| --- | --- |")
-    row("visitors", f"{arguments.visitors}, for {arguments.seconds:.0f} s")
-    row("longest answer", f"{arguments.answer_tokens} tokens")
-    row("questions asked / answered", f"{len(log)} / {len(done)}, in {took:.0f} s")
-    row("errors", "; ".join(f"{errors.count(error)} x {error}" for error in sorted(set(errors))) or "0")
-    row("served out of order", f"{wrong} of {pairs} pairs")
-    row("answers a visitor got, least / most", f"{min(each)} / {max(each)}")
-    row("wait in the line, median / longest", f"{statistics.median(waits):.1f} s / {max(waits):.1f} s")
-    row("server memory at start / middle / end", " / ".join(f"{one / 1e6:.0f} MB" for one in held))
+    each = [sum(asked.prompt.startswith(f"[visitor {n},") for asked in done) for n in range(visitors)]
+    show("questions asked / answered", f"{len(log)} / {len(done)}, in {took:.0f} s")
+    show("errors", "; ".join(f"{errors.count(error)} x {error}" for error in sorted(set(errors))) or "0")
+    show("served out of order", f"{wrong} of {pairs} pairs")
+    show("answers a visitor got, least / most", f"{min(each)} / {max(each)}")
+    show("wait in the line, median / longest", f"{statistics.median(waits):.1f} s / {max(waits):.1f} s")
+    show("server memory at start / middle / end", " / ".join(f"{one / 1e6:.0f} MB" for one in held))
+    times = ("at the start", "in the middle", "at the end")
+    return [
+        figure("questions asked", len(log)),
+        figure("questions answered", len(done)),
+        figure("time until the last answer", round(took), "s"),
+        figure("errors", len(errors)),
+        figure(f"pairs served out of order, of {pairs:,}", wrong),
+        figure("answers per visitor, least", min(each)),
+        figure("answers per visitor, most", max(each)),
+        figure("wait in the queue, median", round(statistics.median(waits), 1), "s"),
+        figure("wait in the queue, longest", round(max(waits), 1), "s"),
+        *(figure(f"server memory {when}", round(one / 1e6), "MB") for when, one in zip(times, held, strict=True)),
+    ]
 
 
-def row(name: str, value: str) -> None:
+def show(name: str, value: str) -> None:
     """Print one row of the table."""
-    print(f"| {name} | {value} |", flush=True)
+    print(markdown.row([name, value]), flush=True)
 
 
 if __name__ == "__main__":

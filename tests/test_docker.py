@@ -11,6 +11,7 @@ import sys
 import threading
 import tomllib
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 import typer
@@ -106,7 +107,8 @@ def test_the_command_is_one_of_the_program_and_takes_these_options() -> None:
         json.loads(the("ENTRYPOINT"))[-1] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     )
     name, *options = json.loads(the("CMD"))
-    command = typer.main.get_command(build()).commands[name]
+    group: Any = typer.main.get_command(build())
+    command = group.commands[name]
     given = command.make_context(name, options).params
     assert given["port"] == int(PORT)
     host = next(parameter for parameter in command.params if parameter.name == "host")

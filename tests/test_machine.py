@@ -4,6 +4,7 @@ products."""
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -89,10 +90,11 @@ def test_products_for_evaluating_are_float32_ones(seed: int, shape: tuple[int, i
 
 
 def test_other_products_stay_as_they_were() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    onednn: Any = torch.backends.mkldnn  # whose type hints lack ``matmul``
+    before = onednn.matmul.fp32_precision
     with pytest.raises(KeyError), float32_products():
         raise KeyError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert onednn.matmul.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"
 
 

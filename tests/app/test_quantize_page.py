@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def type_in(app: AppTest, name: str, text: str) -> None:
     box.set_value(text).run()
 
 
-def said(elements: Sequence[Any]) -> str:
+def said(elements: Iterable[Any]) -> str:
     """Messages as they are read, their Markdown escapes taken out."""
     return re.sub(r"\\(.)", r"\1", "\n".join(element.value for element in elements))
 
@@ -73,7 +73,8 @@ def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
     assert figure(app, "On disk") == "96.9 MB"
     assert any("106M" in text.value and "will be binarized" in text.value for text in app.markdown)
     assert "Apache" in said(app.caption)
-    assert "sign bits 13.3 MB" in app.get("html")[0].value
+    markup: Any = app.get("html")[0]
+    assert "sign bits 13.3 MB" in markup.value
     assert not start_is_disabled(app)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.ablation import EIGHT_BITS, FOUR_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, table
+from benchmarks.ablation import EIGHT_BITS, FOUR_BITS, GROUP_SIZES, Ablation, Result, chosen, measure, rows, table
 from benchmarks.one_block import OneBlock
 from lbllm.errors import ConfigError
 from lbllm.models.blocks import linear_layers, linear_weight
@@ -32,7 +32,7 @@ def results(block: OneBlock) -> dict[str, Result]:
     found = measure(block, ["stages"], said.append)
     assert len(said) == len(found)
     assert said[0].startswith("block 1, W(1+1)A16, plain clustering: ")
-    return {f"{one.part} {one.variant}": one for one in found}
+    return {f"{one.stages} {one.variant}": one for one in found}
 
 
 def test_all_stages_are_better_than_what_they_start_from(results: dict[str, Result]) -> None:
@@ -88,8 +88,11 @@ def test_a_training_that_meets_no_number_is_said_to_diverge(block: OneBlock) -> 
     made = broken.train(start, WatConfig(batch_tokens=64))
     assert made.diverged == "diverged at step 1"
     assert broken.refine(made, AarConfig(epochs=0, search_tokens=64)).diverged == "diverged at step 1"
-    row = Result("2", "as shipped", 0.1, 0.2, 1.0, made.diverged)
-    assert "| diverged at step 1 | 0.50000 | 3 |" in table({2: [row], 3: [Result("2", "", 0, 0.5, 2.0, "")]}, "other")
+    row = Result("wat", "2", "as shipped", 0.1, 0.2, 1.0, made.diverged)
+    other = Result("wat", "2", "as shipped", 0.0, 0.5, 2.0, "")
+    assert "| diverged at step 1 | 0.50000 | 3 |" in table({2: [row], 3: [other]}, "other")
+    (kept,) = rows({2: [row], 3: [other]})
+    assert (kept["part"], kept["block_2"], kept["block_3"]) == ("wat", "diverged at step 1", 0.5)
 
 
 def test_every_setting_is_a_variant_of_its_stage(block: OneBlock) -> None:

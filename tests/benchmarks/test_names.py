@@ -77,7 +77,7 @@ def test_a_bad_name_is_one_line(
     models: NamedModels, words: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        call(*[words[0]], monkeypatch, *(name if word == "NAME" else word for word in words[1:]))
+        call(words[0], monkeypatch, *(name if word == "NAME" else word for word in words[1:]))
     message = str(end.value)
     assert name in message
     assert "\n" not in message

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.precision_cost import Precision, depths, kinds, opened, packed_layers, tables
+from benchmarks.precision_cost import Precision, depths, kinds, measured_rows, opened, packed_layers, tables
 from lbllm.errors import RunError
 from lbllm.labels import STAGE_NAMES
 from lbllm.measure.perplexity import perplexity
@@ -49,7 +49,7 @@ def test_bits_of_activations_and_cache(precision: Precision) -> None:
         assert layer.quantizer is not None
         layer.quantizer.act.data.fill_(1)  # the whole range of each token, as without the clips of four bits
     assert rows["A8KV4"].perplexity == pytest.approx(perplexity(model, WINDOWS).perplexity, rel=1e-5)
-    assert rows["A16KV16"].change == "+0.0%"
+    assert rows["A16KV16"].change == 0
 
 
 def test_group_parameters_in_eight_bits(precision: Precision) -> None:
@@ -94,7 +94,10 @@ def test_groups_take_the_activations_apart(precision: Precision) -> None:
 
 
 def test_tables_and_names(precision: Precision) -> None:
-    lines = tables(precision).splitlines()
+    found = measured_rows(precision)
+    assert [row["part"] for row in found] == ["bits"] * 5 + ["params"] * 2 + ["inputs"] * 4 + ["depth"] * 3
+    assert found[4]["change"] == pytest.approx(found[4]["perplexity"] / found[0]["perplexity"] - 1)
+    lines = tables(found, precision.act).splitlines()
     assert lines[0] == "| activations, KV cache | perplexity | over A16KV16 |"
     assert sum(line.startswith("| blocks ") for line in lines) == 3
     assert sum(line.startswith(("| mlp.", "| self_attn.")) for line in lines) == 4
@@ -128,11 +131,13 @@ def test_a_run_that_leaves_activations_alone_has_group_parameters_to_tell_of(
         for config in (settings, settings.model_copy(update={"quant": QuantConfig(group_size=16, param_bits=8)}))
     )
     (only,) = precision.by_bits()
-    assert (only.label, only.perplexity) == ("A16KV16", pytest.approx(plain, rel=1e-6))
+    assert only.label == "A16KV16"
+    assert only.perplexity == pytest.approx(plain, rel=1e-6)
     rows = precision.by_params(plain)
     assert [row.label for row in rows] == [STAGE_NAMES[stage] for stage in stages if stage != "ptq" or len(stages) == 1]
-    assert (rows[-1].base, rows[-1].perplexity) == (plain, pytest.approx(narrow, rel=1e-6))
-    lines = tables(precision).splitlines()
+    assert rows[-1].base == plain
+    assert rows[-1].perplexity == pytest.approx(narrow, rel=1e-6)
+    lines = tables(measured_rows(precision), precision.act).splitlines()
     assert lines[-1].startswith(f"| {STAGE_NAMES[stages[-1]]} | {plain:,.2f} | {narrow:,.2f} |")
 
 

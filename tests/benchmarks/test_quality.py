@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.quality import Options, Row, measure, quantize_inputs, rows_of, size_of, table
+from benchmarks.quality import Options, Row, figures, measure, quantize_inputs, rows_of, size_of, table
+from benchmarks.report import read_report
 from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, quantize_blocks
 from lbllm.errors import ConfigError
@@ -47,12 +49,12 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     )
 
 
-def row(kind: Any, name: str, options: Options) -> dict[str, Any]:
+def measured(kind: Any, name: str, options: Options) -> list[dict[str, Any]]:
     return measure(Row(kind, name, 16), options, lambda text: None)
 
 
 def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> None:
-    found = row("baseline", "gptq", options)
+    found, quantized = measured("baseline", "gptq", options)
     teacher = load_teacher(options.teacher)
     corpus = load_corpus(options.corpus, teacher.tokenizer, seq_len=32, tokens=256)
     stored = quantize_blocks(teacher.model, corpus.sequences, METHODS["gptq"], Settings(16))
@@ -61,33 +63,35 @@ def test_a_method_is_calibrated_and_evaluated_as_by_hand(options: Options) -> No
     quantize_inputs(teacher.model, 4, -1)
     both = perplexity(teacher.model, windows).perplexity
     assert found["label"] == "GPTQ, group 16"
-    assert found["bpw"] == stored.bpw == pytest.approx(4, abs=0.1)
-    assert found["figures"] == {options.texts[0]: f"{weights:,.2f}", f"{options.texts[0]}, A4": f"{both:,.2f}"}
+    assert found["bits"] == stored.bpw == pytest.approx(4, abs=0.1)
+    assert (found["act_bits"], quantized["act_bits"]) == (16, 4)
+    assert (found[options.texts[0]], quantized[options.texts[0]]) == (weights, both)
+    assert figures(quantized) == {f"{options.texts[0]}, A4": f"{both:,.2f}"}
     assert weights != both
-    alone = measure(Row("baseline", "gptq", 16), replace(options, act_bits=(4,)), lambda text: None)["figures"]
-    assert alone == {f"{options.texts[0]}, A4": f"{both:,.2f}"}
+    (alone,) = measured("baseline", "gptq", replace(options, act_bits=(4,)))
+    assert alone[options.texts[0]] == both
     assert found["minutes"] > 0
-    assert found["memory"] > 1e7
+    assert found["memory_mb"] > 10
 
 
 def test_own_stages_and_the_teacher_stand_beside(options: Options) -> None:
-    first, last, teacher = row("own", "stage1", options), row("own", "stage3", options), row("teacher", "", options)
-    assert 6 < first["bpw"] == last["bpw"] < 7  # four 16-bit numbers for each 16 weights
-    small = measure(Row("own", "stage1", 16), replace(options, param_bits=4), lambda text: None)
+    (first,), (last,) = measured("own", "stage1", options), measured("own", "stage3", options)
+    teacher = measured("teacher", "", options)
+    assert 6 < first["bits"] == last["bits"] < 7  # four 16-bit numbers for each 16 weights
+    (small,) = measured("own", "stage1", replace(options, param_bits=4))
     assert small["label"] == "Stage 1, 4-bit parameters, group 16"
-    assert small["bpw"] < first["bpw"] - 2
-    assert list(first["figures"]) == [options.texts[0]]
-    assert list(last["figures"]) == [f"{options.texts[0]}, A4"]
-    assert len(teacher["figures"]) == 2
-    lines = table([teacher, first, last]).splitlines()
+    assert small["bits"] < first["bits"] - 2
+    assert (first["act_bits"], last["act_bits"]) == (16, 4)
+    assert [row["act_bits"] for row in teacher] == [16, 4]
+    lines = table([teacher, [first], [last]]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[0].startswith(f"| | bits per weight | {options.texts[0]} | {options.texts[0]}, A4 | minutes")
-    assert lines[3].startswith(f"| Stage 1, group 16 | {first['bpw']:.3f} | {first['figures'][options.texts[0]]} |  |")
+    assert lines[0].startswith(f"|  | bits per weight | {options.texts[0]} | {options.texts[0]}, A4 | minutes")
+    assert lines[3].startswith(f"| Stage 1, group 16 | {first['bits']:.3f} | {first[options.texts[0]]:,.2f} |  |")
 
 
 @pytest.mark.parametrize("group_size", [-1, 8])
 def test_activations_get_sixteen_even_values_in_each_range(group_size: int) -> None:
-    model, _ = tiny("gpt2")
+    model: Any = tiny("gpt2")[0]
     layer = model.transformer.h[1].mlp.c_fc
     given: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
@@ -120,14 +124,25 @@ def test_rows_and_bad_arguments() -> None:
             size_of(size, "--act-group-size")
 
 
-def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Options) -> None:
+def test_accuracies_are_printed_with_their_errors() -> None:
+    row = {"label": "a", "kind": "own", "act_bits": 4, "bits": 3.0, "piqa": 0.624, "piqa_stderr": 0.022}
+    assert figures(row | {"average": 0.396, "questions": 200}) == {"piqa, A4": "62.4% ± 2.2%", "average, A4": "39.6%"}
+
+
+def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Options, tmp_path: Path) -> None:
     shared = {"--teacher": options.teacher, "--corpus": options.corpus, "--texts": options.texts[0]}
     numbers = {"--tokens": "256", "--seq-len": "32", "--window": "32", "--limit": "4", "--group-sizes": "16"}
     words = [word for pair in (shared | numbers).items() for word in pair]
-    words += ["--methods", "bwa,rtn", "--act-bits", "16,4", "--jobs", "3"]
+    words += ["--methods", "bwa,rtn", "--act-bits", "16,4", "--jobs", "3", "--out", str(tmp_path / "found.json")]
     command = [sys.executable, "-m", "benchmarks.quality", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     head, columns, _, *rows = done.stdout.splitlines()
     assert columns.count(f"{options.texts[0]}, A4") == 1
     assert ", 3 rows at once, " in head
     assert [row.split("|")[1].split(",")[0].strip() for row in rows] == ["Teacher", "BWA", "Round to nearest"]
+    kept = read_report(tmp_path / "found.json")
+    assert [(row["kind"], row["act_bits"]) for row in kept.rows] == [
+        (kind, bits) for kind in ("teacher", "baseline", "baseline") for bits in (16, 4)
+    ]
+    assert kept.settings["group_sizes"] == "16"
+    assert "row" not in kept.settings

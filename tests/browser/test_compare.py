@@ -99,7 +99,7 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
     download.value.save_as(saved)
     other = context.new_page()
     for scheme in ("light", "dark"):
-        other.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        other.emulate_media(color_scheme=scheme)
         other.goto(saved.as_uri())
         expect(other.get_by_text(HOSTILE)).to_be_visible()
     assert other.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 23, 29)"

@@ -6,6 +6,7 @@ import fcntl
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import IO
 
 import pytest
@@ -69,6 +70,10 @@ def view_of(store: RunStore, run: Run) -> RunView:
         return view
 
 
+def shown_by_block(page: Page, stage: Stage, wanted: list[float | None]) -> bool:
+    return bool(lines(page, BLOCKS)[stage] == pytest.approx(wanted, rel=1e-4))
+
+
 def shown_as_stored(page: Page, store: RunStore, run: Run) -> None:
     """The page's charts of a run at rest hold each of its events, once."""
     view = view_of(store, run)
@@ -79,9 +84,7 @@ def shown_as_stored(page: Page, store: RunStore, run: Run) -> None:
         wait_until(lambda: lines(page, CURVE)["raw"] == pytest.approx(wanted, rel=1e-4), seconds=10)
     for stage in view.started.stages if view.started is not None else ():
         wanted = [b.done.loss_after for b in view.finished if b.stage == stage and b.done is not None]
-        wait_until(
-            lambda stage=stage, wanted=wanted: lines(page, BLOCKS)[stage] == pytest.approx(wanted, rel=1e-4), seconds=10
-        )
+        wait_until(partial(shown_by_block, page, stage, wanted), seconds=10)
 
 
 def test_runs_are_watched_stopped_finished_resumed_and_cancelled(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def answer(architecture: str = "llama", **changes: object) -> str:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_greedy_answer_is_that_of_generate(architecture: str) -> None:
+    model: Any
     model, tokenizer = tiny(architecture)
     ids = prompt_ids(tokenizer, QUESTION)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
@@ -123,7 +125,7 @@ def test_an_answer_ends_at_the_context_length() -> None:
 def test_prompts_of_chat_and_base_models() -> None:
     _, chat = tiny("llama")
     _, base = tiny("gpt2")
-    assert chat.decode(prompt_ids(chat, QUESTION)[0]).endswith("<|start|>assistant\n")
+    assert str(chat.decode(prompt_ids(chat, QUESTION)[0])).endswith("<|start|>assistant\n")
     assert base.decode(prompt_ids(base, QUESTION)[0]) == QUESTION[0]["content"]
     with pytest.raises(ModelError, match="empty"):
         prompt_ids(base, [{"role": "user", "content": ""}])

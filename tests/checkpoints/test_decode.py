@@ -57,7 +57,12 @@ def test_a_token_gives_what_transformers_code_gives(checkpoint: Path, monkeypatc
     assert isinstance(model.model.forward, FusedForward)
     calls = []
     usual = type(model.model.layers[0]).forward
-    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda *a, **k: calls.append(1) or usual(*a, **k))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return usual(*args, **options)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", counted)
     ids = token_ids(1, seed=3)
     cache = model(ids[:, :20], use_cache=True).past_key_values
     prompt, parted = len(calls), []
@@ -100,7 +105,7 @@ def test_a_model_in_bfloat16_decodes_the_same_way(checkpoint: Path, monkeypatch:
 
 @torch.no_grad()
 def test_everything_else_takes_the_usual_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = lbllm.load(checkpoint)
+    model: Any = lbllm.load(checkpoint)[0]
     ids = token_ids(2, seed=4)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     mask = torch.ones_like(ids)
@@ -139,9 +144,9 @@ def test_sixteen_bits_are_what_float32_keeps_rounded_to_half(tmp_path: Path, mon
             assert 2 * mine.nbytes() == theirs.keys.nbytes + theirs.values.nbytes
     # A cache of one's own that is filled or that keeps other kinds of layers is left as it is.
     static = StaticCache(model.config, max_cache_len=64)
-    for cache in (exact, static):
-        model(ids[:, -1:] if cache is exact else ids, past_key_values=cache)
-        assert not any(isinstance(layer, PackedKVLayer) for layer in cache.layers)
+    for other in (exact, static):
+        model(ids[:, -1:] if other is exact else ids, past_key_values=other)
+        assert not any(isinstance(layer, PackedKVLayer) for layer in other.layers)
     first = model(ids[:, :4], use_cache=True).past_key_values
     steps = [model(ids[:, k : k + 1], past_key_values=first).logits for k in range(4, ids.shape[1])]
     torch.testing.assert_close(torch.cat(steps, 1), want[:, 4:], rtol=0, atol=2e-3 * float(want.abs().max()))
@@ -195,7 +200,7 @@ def test_a_hook_on_a_block_and_a_window_are_respected(checkpoint: Path) -> None:
 
 @torch.no_grad()
 def test_a_loaded_model_can_be_converted_and_asked_for_all_states(checkpoint: Path) -> None:
-    model, _ = lbllm.load(checkpoint)
+    model: Any = lbllm.load(checkpoint)[0]
     cache = model(token_ids(1, seed=3), use_cache=True).past_key_values
     output = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True, output_hidden_states=True)
     assert len(output.hidden_states) == len(model.model.layers) + 1
@@ -207,7 +212,7 @@ def test_a_loaded_model_can_be_converted_and_asked_for_all_states(checkpoint: Pa
 
 @torch.no_grad()
 def test_a_model_that_has_answered_is_saved_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
-    model, _ = lbllm.load(checkpoint)
+    model: Any = lbllm.load(checkpoint)[0]
     assert isinstance(model.lm_head.forward, HalfHead)
     model.generate(token_ids(1, seed=3)[:, :8], max_new_tokens=4)
     assert all(block.self_attn.q_proj.words is not None for block in model.model.layers)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import lbllm
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.errors import CheckpointError, ConfigError
+from lbllm.quant.kv_cache import PackedKVLayer
 from lbllm.quant.packed_layer import PackedLinear
 from tests.helpers import ROOT
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
@@ -154,14 +155,17 @@ def test_in_bfloat16_the_packed_parameters_keep_their_precision(checkpoint: Path
     tensors = exact.state_dict()
     for name, layer in rounded.named_modules():
         if isinstance(layer, PackedLinear):
-            assert torch.equal(layer.dequantize(), exact.get_submodule(name).dequantize())
+            same = exact.get_submodule(name)
+            assert isinstance(same, PackedLinear)
+            assert torch.equal(layer.dequantize(), same.dequantize())
+            assert layer.quantizer is not None
             assert torch.equal(layer.quantizer.act, tensors[f"{name}.quantizer.act"])
     assert logits(rounded).isfinite().all()
 
 
 def test_loading_neither_prints_nor_warns(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
-    model, _ = lbllm.load(checkpoint)
+    model: Any = lbllm.load(checkpoint)[0]
     model.generate(token_ids(1), max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
 
@@ -186,6 +190,11 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(bytes(data))
 
 
+def truncate_and_seal(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    seal(folder)
+
+
 LAYER = "model.layers.1.mlp.down_proj"
 DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("copied/config.json does not exist", "give the folder")),
@@ -202,7 +211,7 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
         (f"{WEIGHTS} is not the file that was saved",),
     ),
     "truncated and sealed": (
-        lambda f: ((f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), seal(f)),
+        truncate_and_seal,
         ("copied: can't be loaded", "again"),
     ),
     "no hash": (lambda f: edit(f, quantization_config={"tensors_sha256": None}), (f"{WEIGHTS} is not the file",)),
@@ -276,12 +285,13 @@ def test_a_cache_that_keeps_more_bits_is_refused(checkpoint: Path) -> None:
 
 
 def test_four_bits_take_a_quarter_of_the_cache_and_beams_share_it(checkpoint: Path) -> None:
-    model, _ = lbllm.load(checkpoint, dtype=torch.bfloat16)
+    model: Any = lbllm.load(checkpoint, dtype=torch.bfloat16)[0]
     ids = token_ids(1)
     cache = DynamicCache()
     model(ids, past_key_values=cache)
     heads, size = model.config.num_key_value_heads, model.config.head_dim
     # Two codes a byte, and a minimum and a step of two bytes each for every token and head.
+    assert isinstance(cache.layers[0], PackedKVLayer)
     assert cache.layers[0].nbytes() == 2 * ids.shape[1] * heads * (size // 2 + 4)
     greedy = model.generate(ids, max_new_tokens=4, num_beams=1, do_sample=False)
     beams = model.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False)

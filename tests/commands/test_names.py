@@ -53,7 +53,7 @@ def call(
     """Runs a command to the point where a worker or a server would be started; its exit code and what it printed."""
 
     def attend(store: object, run: Run, progress: object, console: object, out: Path) -> Outcome:
-        return Outcome(run.id, str(out), 0, 0.0, 0.0)
+        return Outcome(run.id, out, 0.0, 0, 0.0)
 
     def serve(showcase: Showcase, **_: object) -> None:
         showcase.wait()

@@ -217,8 +217,8 @@ def keep_files(target: Path) -> None:
     """Keep what a run leaves behind as test data: the run store, its settings, block states and checkpoint."""
     store = RunStore(Path("store"))
     run = store.create(make_config("preview", SETTINGS), "a run of its time")
-    for event in (RunQueued(), RunLoading()):
-        store.append(run.id, event)
+    for begun in (RunQueued(), RunLoading()):
+        store.append(run.id, begun)
     (run.folder / "precision").write_text("no")
     for event in pipeline.run(run.config, run.folder, request=lambda: None):
         store.append(run.id, event)

@@ -21,8 +21,8 @@ def finished_run(store: RunStore, folder: Path, stages: tuple[Stage, ...] = PAPE
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     run = store.create(config.model_copy(update={"corpus": str(text)}), "tiny one")
     (run.folder / "precision").write_text("no")  # measuring which one is faster would take longer than the run
-    for event in (RunQueued(), RunLoading()):
-        store.append(run.id, event)
+    for begun in (RunQueued(), RunLoading()):
+        store.append(run.id, begun)
     for event in pipeline.run(run.config, run.folder, request=lambda: None):
         store.append(run.id, event)
     return store.get(run.id)

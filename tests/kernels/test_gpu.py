@@ -34,10 +34,10 @@ def test_any_layer_gives_what_its_weights_say(
     layer = random_layer(rows, columns, fmt, bias=bias, seed=seed)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed + 1))
     wanted, scale = expected(layer, x)
-    parts = (layer.weight, layer.params, layer.affine(), layer.bias)
-    placed = [None if part is None else part.data.to(DEVICE) for part in parts]
+    weight, params = layer.weight.to(DEVICE), layer.params.data.to(DEVICE)
+    params_scale, added = (None if part is None else part.data.to(DEVICE) for part in (layer.affine(), layer.bias))
     for dtype, error in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
-        got = gpu.packed_linear(x.to(DEVICE, dtype), *placed, columns, layer.length).cpu()  # type: ignore[arg-type]
+        got = gpu.packed_linear(x.to(DEVICE, dtype), weight, params, params_scale, added, columns, layer.length).cpu()
         assert got.shape == wanted.shape
         assert got.dtype == dtype
         assert bool(((got - wanted).abs() <= error * scale + 1e-30).all())
@@ -45,9 +45,9 @@ def test_any_layer_gives_what_its_weights_say(
 
 def test_no_tokens_and_more_dimensions() -> None:
     layer = random_layer(5, 40, layer_format(8))
-    parts = [layer.weight.to(DEVICE), layer.params.to(DEVICE), None, None, 40, layer.length]
-    assert gpu.packed_linear(torch.randn(0, 40, device=DEVICE), *parts).shape == (0, 5)  # type: ignore[arg-type]
-    assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)  # type: ignore[arg-type]
+    parts = (layer.weight.to(DEVICE), layer.params.to(DEVICE), None, None, 40, layer.length)
+    assert gpu.packed_linear(torch.randn(0, 40, device=DEVICE), *parts).shape == (0, 5)
+    assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)
 
 
 @settings(deadline=None, max_examples=60)

@@ -69,8 +69,8 @@ def expected(layer: PackedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     if layer.quantizer is not None:
         x = layer.quantizer(x)
     weight, x = layer.dequantize().double(), x.double()
-    bias = 0 if layer.bias is None else layer.bias.double()
-    return x @ weight.t() + bias, x.abs() @ weight.abs().t() + abs(bias)
+    bias = torch.zeros(()) if layer.bias is None else layer.bias.double()
+    return x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs()
 
 
 @pytest.fixture(scope="module", autouse=True)

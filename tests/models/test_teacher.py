@@ -275,7 +275,8 @@ def test_embedded_model() -> None:
         )
     )
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    answer = teacher.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    model: Any = teacher.model
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     # Digits stand alone, and the blanks before them together, as in the original model's tokenizer.
     assert tokenizer.tokenize("12\n\n34  5") == ["1", "2", "ĊĊ", "3", "4", "ĠĠ", "5"]

@@ -48,7 +48,7 @@ class Deployed:
         with safe_open(self.checkpoint / "model.safetensors", "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
         return lbllm.load(self.checkpoint, dtype=dtype)[0]
 
 

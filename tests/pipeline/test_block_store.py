@@ -31,7 +31,8 @@ def block_state(**changes: Any) -> BlockState:
     tensors = {"0.params": torch.rand(6, 3, 4), "0.index": torch.randint(0, 4, (6, 20), dtype=torch.uint8)}
     tensors |= {"1.params": torch.rand(20, 1, 4), "1.index": torch.randint(0, 4, (20, 6), dtype=torch.uint8)}
     tensors |= {f"{name}.act": torch.tensor([0.25, 0.9, 1.0]) for name in "01"}
-    return BlockState(**{"tensors": tensors, "loss_before": 0.1, "loss_after": 1 / 3, "diverged": True} | changes)
+    values: dict[str, Any] = {"tensors": tensors, "loss_before": 0.1, "loss_after": 1 / 3, "diverged": True}
+    return BlockState(**values | changes)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:

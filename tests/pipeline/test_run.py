@@ -7,7 +7,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def state_file(folder: Path, stage: str, block: int) -> Path:
     return folder / "blocks" / f"{stage}-{block:04d}.safetensors"
 
 
-def started_again_from(folder: Path, target: Path, states: list[tuple[str, int]]) -> Path:
+def started_again_from(folder: Path, target: Path, states: Sequence[tuple[str, int]]) -> Path:
     """A new run folder that holds some finished blocks of another."""
     (target / "blocks").mkdir(parents=True)
     for stage, block in states:
@@ -209,7 +209,9 @@ def test_a_stop_is_obeyed_within_a_step_and_the_work_is_kept(
 ) -> None:
     moments = [index for index, event in enumerate(whole[1]) if isinstance(event, kind)]
     moment = moments[len(moments) // 2]
-    asked, after, before = False, [], []
+    after: list[Event] = []
+    before: list[Event] = []
+    asked = False
     (tmp_path / "precision").write_text("no")
     corpus = Corpus("given", sequences_hash(token_ids()), token_ids())
     run = pipeline.run(
@@ -347,11 +349,11 @@ def test_a_block_that_diverges_keeps_what_it_had(
     config = run_config(**{stage: {setting: rate}})
     events = run_tiny(config, tmp_path, teacher)
     done = done_blocks(events)
-    for (at, _), event in done.items():
-        assert math.isfinite(event.loss_before)
+    for (at, _), ended in done.items():
+        assert math.isfinite(ended.loss_before)
         if at == stage:
-            assert event.diverged
-            assert event.loss_after == event.loss_before
+            assert ended.diverged
+            assert ended.loss_after == ended.loss_before
     assert isinstance(events[-1], RunDone)
     with torch.no_grad():
         model = stage_model(config, tmp_path, stage, teacher)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.pipeline import run as pipeline
 from lbllm.pipeline.block_store import BlockStore
+from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.start import checkpoint_blocks, settings_to_go_on
 from lbllm.quant.levels import from_groups, params_to_levels, take_levels, to_groups
 from lbllm.quant.packed_layer import PackedLinear
@@ -135,11 +136,9 @@ def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_p
     stated = [model.config.quantization_config.format for model in (first, second)]
     assert [(quant.act_bits, quant.kv_bits) for quant in stated] == [(16, 16), (4, 4)]
     # It begins with the first checkpoint's weights; the activations then have their bits.
-    begun = pipeline.stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
+    begun = stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
     with torch.no_grad():
-        expected = pipeline.stage_model(
-            tiny_config(stages=["ptq", "wat", "e2e"]), tmp_path / "first", "e2e", bfloat_teacher()
-        )
+        expected = stage_model(tiny_config(stages=["ptq", "wat", "e2e"]), tmp_path / "first", "e2e", bfloat_teacher())
         assert torch.equal(begun(token_ids(2, seed=1)).logits, expected(token_ids(2, seed=1)).logits)
     assert all(layer.quantizer is not None for layer in second.modules() if isinstance(layer, PackedLinear))
 
@@ -166,8 +165,8 @@ def test_groups_may_be_cut_and_their_parameters_get_other_bits(
     settings = tiny_config(**document, e2e=E2E)
     run_tiny(settings, tmp_path / "second", bfloat_teacher())
     assert load(tmp_path / "second" / "checkpoint")[0].config.quantization_config.format == settings.quant
-    before = pipeline.stage_model(first, tmp_path / "first", "wat", bfloat_teacher())
-    begun = pipeline.stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
+    before = stage_model(first, tmp_path / "first", "wat", bfloat_teacher())
+    begun = stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
     with torch.no_grad():
         meant, found = (model(token_ids(2, seed=1)).logits for model in (before, begun))
     # Parts of a group have its levels; parameters in 8 bits are nearly the same, in 4 bits less so.

@@ -22,8 +22,9 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scalars(*values: float) -> list[Tensor]:
-    return [torch.tensor(value, dtype=torch.float64) for value in values]
+def scalars(knee: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    knees, lows, highs = torch.tensor([knee, low, high], dtype=torch.float64)
+    return knees, lows, highs
 
 
 def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
@@ -408,6 +409,8 @@ def test_the_packed_cache_takes_the_bits_it_says(bits: int, head_dim: int) -> No
     layer.update(states(2, 3, 10, head_dim), states(2, 3, 10, head_dim))
     vectors = 2 * 2 * 3 * 10
     assert layer.nbytes() == vectors * (math.ceil(head_dim * bits / 8) + 4)
+    assert layer.keys is not None
+    assert layer.values is not None
     assert layer.keys.numel() == layer.values.numel() == 0
 
 
@@ -423,13 +426,15 @@ def test_in_16_bits_the_cache_keeps_float16_and_no_infinity(dtype: torch.dtype) 
     assert torch.equal(got[1], values.clamp(-65504, 65504).half().to(dtype))
 
 
+def repeat_and_select(layer: DynamicLayer, k: int) -> None:
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([k, 3 - k]))
+
+
 OPERATIONS: dict[str, Callable[[DynamicLayer, int], object]] = {
     "crop": lambda layer, k: layer.crop(-k),
-    "reorder": lambda layer, k: layer.reorder_cache(torch.tensor([k % 2, (k + 1) % 2])),
-    "repeat and select": lambda layer, k: (
-        layer.batch_repeat_interleave(2),
-        layer.batch_select_indices(torch.tensor([k, 3 - k])),
-    ),
+    "reorder": lambda layer, k: layer.reorder_cache(torch.LongTensor([k % 2, (k + 1) % 2])),
+    "repeat and select": repeat_and_select,
     "reset": lambda layer, k: layer.reset(),
     "update": lambda layer, k: layer.update(fake_quant_kv(states(2, 2, k + 1, 8, seed=k), 4), states(2, 2, k + 1, 4)),
 }

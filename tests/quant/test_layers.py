@@ -85,10 +85,11 @@ def written_out(layer: BinaryLinear) -> Tensor:
     return weight
 
 
+KINDS: tuple[Format, ...] = ("w1+1", "w1")
 FORMATS = [
     layer_format(format_, group_size, param_bits, act_bits)
     for format_, (group_size, param_bits), act_bits in itertools.product(
-        ("w1+1", "w1"), ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
+        KINDS, ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
     )
 ] + [
     layer_format(group_size=8, param_bits=param_bits, act_bits=act_bits, act_group_size=size)
@@ -283,7 +284,7 @@ def test_4_bit_parameters_are_trained_as_they_are_deployed(mode: Mode, group_siz
     layer = binarized(source, layer_format(group_size=group_size, param_bits=4))
     layer.thaw(linear_weight(source), mode)
     with torch.no_grad():
-        layer.params += 0.02 * torch.randn(layer.params.shape, generator=random())  # off the grid, as by steps
+        layer.params.add_(0.02 * torch.randn(layer.params.shape, generator=random()))  # off the grid, as by steps
         if layer.bitmap is not None:
             layer.bitmap.round_()
     weight = layer.weight()

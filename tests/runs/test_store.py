@@ -183,12 +183,16 @@ def test_many_processes_append_without_a_gap_while_readers_follow(store: RunStor
         assert steps == list(range(150))
 
 
+def more_events(store: RunStore, run_id: str, before: int) -> bool:
+    return len(store.events(run_id)) > before
+
+
 def test_a_writer_killed_at_any_moment_leaves_whole_events(store: RunStore) -> None:
     run_id = store.create(RunConfig()).id
     for wait in (0.0, 0.013, 0.1):
         before = len(store.events(run_id))
         writer = python(APPENDER, store.root, run_id, 0, 10**9)
-        wait_until(lambda before=before: len(store.events(run_id)) > before)
+        wait_until(partial(more_events, store, run_id, before))
         time.sleep(wait)
         kill(writer)
     found = store.events(run_id)

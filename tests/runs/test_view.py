@@ -104,8 +104,8 @@ def test_the_whole_model_in_stage_4_is_one_block_whose_steps_may_come_again() ->
     events += [step("e2e", 0, number, 1 / number) for number in (1, 2, 3, 4)]
     # Killed after its last saving, which was after step 2.
     resumed: list[Event] = [RunQueued(), RunLoading(), events[0], StageStarted(stage="e2e", steps=5)]
-    again = [step("e2e", 0, number, 2 / number) for number in (3, 4)]
-    view = folded(*((float(k), event) for k, event in enumerate([*events, *resumed, *again])))
+    resumed += [step("e2e", 0, number, 2 / number) for number in (3, 4)]
+    view = folded(*((float(k), event) for k, event in enumerate(events + resumed)))
     assert view.blocks["e2e", 0].losses == [1, 1 / 2, 2 / 3, 2 / 4]
     assert [view.cell("e2e", block) for block in (0, 1)] == ["working", "working"]
     assert view.seconds_left(100.0, {"ptq": 10, "e2e": 10}) is not None

@@ -61,7 +61,7 @@ def test_front_matter() -> None:
     )
     assert data["datasets"] == ["Salesforce/wikitext"]
     assert "lbllm" in data["tags"]
-    assert card("gguf").data.library_name == "gguf"
+    assert card("gguf").data.to_dict()["library_name"] == "gguf"
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,16 @@ def test_front_matter() -> None:
 )
 def test_licences(licence: str | None, identifier: str | None, name: str | None) -> None:
     found = card(licence=licence)
-    assert (found.data.license, found.data.to_dict().get("license_name")) == (identifier, name)
+    data = found.data.to_dict()
+    assert (data.get("license"), data.get("license_name")) == (identifier, name)
     assert f"Licence: {licence or 'not known'}." in found.text
 
 
 def test_figures_stand_beside_the_commands_that_print_them() -> None:
     text = card().text
-    labels = row_labels(record().settings, "bfloat16")
+    settings = record().settings
+    assert settings is not None
+    labels = row_labels(settings, "bfloat16")
     found = rows(text.split("## Measured")[1].split("## Method")[0])
     assert [labels["teacher"], "11.96", "not measured", "not measured"] in found
     assert found.index([labels["teacher"], "11.96", "not measured", "not measured"]) < found.index(

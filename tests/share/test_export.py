@@ -190,7 +190,7 @@ def test_dense_answers_like_the_a16_model(architecture: str, tmp_path: Path) -> 
     wanted = logits(model)
     if architecture == "gpt2":  # stored transposed
         name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear))
-        assert torch.equal(dense_copy(model).get_submodule(name).weight, layer.dequantize().t().bfloat16())
+        assert torch.equal(dense_copy(model).get_parameter(f"{name}.weight"), layer.dequantize().t().bfloat16())
     path = export(find_checkpoint(str(tmp_path / "run" / "checkpoint")), "dense", tmp_path / "out").path
     found = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     # Weights are rounded to bfloat16; another weight in one place would move logits by a part of their spread.

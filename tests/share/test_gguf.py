@@ -69,7 +69,7 @@ def test_the_file_itself(tmp_path: Path) -> None:
     assert value["general.license"] == "mit"
     assert value["llama.rope.dimension_count"] == 12
     assert value["tokenizer.ggml.pre"] == "gpt-2"
-    assert value["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert value["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     assert value["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]  # three special tokens, then plain ones
     assert value["tokenizer.ggml.add_bos_token"] is False
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -150,5 +150,5 @@ def test_what_can_not_become_a_space_is_named(pair: tuple[Path, Path], tmp_path:
     ]
     for error, source, out, options, named in refused:
         with pytest.raises(error, match=named):
-            write_space(source, out, **options)  # type: ignore[arg-type]
+            write_space(source, out, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_it_is_causal_attention_and_so_are_its_gradients(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     sizes = [(batch, heads, tokens, width) for heads, width in ((shared * each, 4), (shared, 4), (shared, 6))]
-    inputs = [torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True) for size in sizes]
+    query, key, value = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
     weight = torch.randn(batch, tokens, shared * each, 6, generator=generator, dtype=torch.float64)
     found, _ = attention.causal_attention(nn.Module(), *inputs, None, scaling=1 / math.sqrt(3))
     wanted = written_out(*inputs, 1 / math.sqrt(3))
@@ -49,13 +51,13 @@ def test_under_autocast_it_computes_in_bfloat16_whatever_it_is_given() -> None:
     """The rotary embedding makes queries and keys float32 there, values stay bfloat16."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 20, 8, generator=generator) for heads in (4, 2, 2))
-    inputs = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]
+    inputs = (query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = attention.causal_attention(nn.Module(), *inputs, None, scaling=0.3)
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()
     exact = [one.detach().double().requires_grad_() for one in inputs]
-    wanted = written_out(*exact, 0.3)
+    wanted = written_out(exact[0], exact[1], exact[2], 0.3)
     wanted.square().sum().backward()
     torch.testing.assert_close(found.double(), wanted, rtol=0.02, atol=0.02)
     for mine, theirs in zip(inputs, exact, strict=True):
@@ -84,7 +86,12 @@ def test_windows_and_decoding_are_left_to_transformers(monkeypatch: pytest.Monke
     attention.attend_by_products(model)
     used: list[int] = []
     apply = attention._CausalAttention.apply
-    monkeypatch.setattr(attention._CausalAttention, "apply", lambda *args: used.append(1) or apply(*args))
+
+    def counted(*args: Any) -> Any:
+        used.append(1)
+        return apply(*args)
+
+    monkeypatch.setattr(attention._CausalAttention, "apply", counted)
     ids = torch.arange(10)[None]
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=True)

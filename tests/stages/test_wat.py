@@ -222,8 +222,8 @@ def test_the_power_of_the_polarization_goes_evenly_from_its_start_to_its_end(sta
 def test_training_is_reproducible_from_its_seed() -> None:
     states = []
     for seed in (3, 3, 4):
-        student, *rest = problem()
-        train(student, *rest, CONFIG.model_copy(update={"epochs": 1}), seed)
+        student, call, inputs, targets, latents = problem()
+        train(student, call, inputs, targets, latents, CONFIG.model_copy(update={"epochs": 1}), seed)
         states.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
