@@ -1,7 +1,9 @@
 # make run   open the workbench in the browser
 # make demo  binarize the embedded model, print the perplexity table, let teacher and student answer a prompt
 # make showcase  open the showcase: a binarized model beside its teacher, for an audience
-# make test  ruff, mypy, pytest
+# make test  ruff, mypy, import-linter, pytest
+# make quick-test  the same without the slow tests: the loop of a developer, under two minutes
+# make soak  what is too slow for every commit: many more random cases
 # All create .venv and install what is pinned in requirements*.txt, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -18,7 +20,7 @@ export LBLLM_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: run demo showcase test lint format clean
+.PHONY: run demo showcase test quick-test soak lint format clean
 .DELETE_ON_ERROR:
 
 run: .venv/installed
@@ -32,7 +34,13 @@ showcase: .venv/installed
 
 # Two tests at a time, each on one thread: most models in them are too small to gain from a second.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak"
+
+quick-test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not slow"
+
+soak: .venv/installed-dev
+	OMP_NUM_THREADS=1 LBLLM_SOAK=1 $(BIN)/python -m pytest -n 2 -m "soak or random"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

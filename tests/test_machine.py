@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import ConfigError
 from lbllm.machine import bfloat16_products, float32_products, make_accelerator, matmul_rate
+from tests.helpers.cases import cases
 from tests.helpers.tiny_runs import tiny_teacher, token_ids
 
 
@@ -76,7 +77,7 @@ def test_a_machine_that_others_use_has_the_same_matmul_rate(monkeypatch: pytest.
 
 
 @given(seed=st.integers(0, 1_000), shape=st.tuples(*[st.integers(1, 700)] * 3))
-@settings(max_examples=40, deadline=None)
+@cases(40)
 def test_products_for_evaluating_are_float32_ones(seed: int, shape: tuple[int, int, int]) -> None:
     rows, columns, inner = shape
     generator = torch.Generator().manual_seed(seed)

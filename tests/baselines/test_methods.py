@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from lbllm.errors import ConfigError, LbllmError
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.quant.levels import group_length
 from lbllm.stages.ptq import input_statistics
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import VOCABULARY, tiny
 from tests.stages.test_ptq import correlated_inputs
 
@@ -58,7 +59,7 @@ def grid(group: list[float], bits: int) -> list[float]:
 
 
 @given(group_size=GROUP_SIZES, bits=st.integers(1, 4), **SHAPES)
-@settings(deadline=None, max_examples=40)
+@cases(40)
 def test_rtn_takes_the_nearest_step_of_each_group(
     rows: int, columns: int, seed: int, group_size: int, bits: int
 ) -> None:
@@ -108,7 +109,7 @@ def slow_gptq(weight: Tensor, hessian: Tensor, group_size: int, damping: float) 
 
 
 @given(group_size=GROUP_SIZES, **SHAPES)
-@settings(deadline=None, max_examples=15)
+@cases(15)
 def test_gptq_equals_the_slow_way(rows: int, columns: int, seed: int, group_size: int) -> None:
     weight, hessian = normal(rows, columns, seed=seed), hessian_of(columns, seed)
     result = gptq(weight, hessian, Settings(group_size, damping=0.1))
@@ -130,7 +131,7 @@ def test_calibrated_methods_beat_rounding_where_inputs_are_correlated(name: str)
 
 
 @given(group_size=st.integers(1, 30), **SHAPES)
-@settings(deadline=None, max_examples=20)
+@cases(20)
 def test_later_blocks_absorb_all_of_a_blocks_error(rows: int, columns: int, seed: int, group_size: int) -> None:
     weight, hessian = normal(rows, columns, seed=seed), hessian_of(columns, seed)
     seen: list[Tensor] = []
@@ -164,7 +165,7 @@ def slow_plain(values: list[float]) -> float:
 
 
 @given(**SHAPES)
-@settings(deadline=None, max_examples=15)
+@cases(15)
 def test_break_point_is_the_best_of_all_tried(rows: int, columns: int, seed: int) -> None:
     part = normal(rows, columns, seed=seed)
     magnitudes = sorted(part.abs().flatten().tolist())
@@ -214,7 +215,7 @@ def test_billm_has_the_values_and_bits_of_its_format() -> None:
 
 
 @given(order=st.integers(1, 2), **SHAPES)
-@settings(deadline=None, max_examples=20)
+@cases(20)
 def test_no_round_of_refinement_raises_the_error(rows: int, columns: int, seed: int, order: int) -> None:
     weight = normal(rows, columns, seed=seed)
     mask = (normal(rows, columns, seed=seed + 1) > -0.5).double()
@@ -278,7 +279,7 @@ def test_bwa_keeps_outlier_channels_in_8_bits() -> None:
 
 
 @given(name=st.sampled_from(list(METHODS)), group_size=GROUP_SIZES, **SHAPES)
-@settings(deadline=None, max_examples=40)
+@cases(40)
 def test_any_shape_goes(name: str, rows: int, columns: int, seed: int, group_size: int) -> None:
     weight, hessian = normal(rows, columns, seed=seed).float(), hessian_of(columns, seed).float()
     if seed % 3 == 0:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat
+from tests.helpers.cases import cases
 from tests.kernels.test_kernels import expected, formats, layer_format, quantizer_cases, random_layer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
@@ -18,7 +19,7 @@ from lbllm.kernels import gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@settings(deadline=None, max_examples=40)
+@cases(40)
 @given(
     st.integers(1, 90),
     st.integers(1, 300),
@@ -50,7 +51,7 @@ def test_no_tokens_and_more_dimensions() -> None:
     assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)
 
 
-@settings(deadline=None, max_examples=60)
+@cases(60)
 @given(quantizer_cases(5))
 @torch.no_grad()
 def test_the_quantizer_gives_the_values_of_training(case: tuple[ActQuantizer, Tensor]) -> None:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from lbllm.quant.activations import ActQuantizer, decode, encode
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import LayerFormat
 from tests.helpers import ROOT
+from tests.helpers.cases import cases
 
 
 def random_layer(
@@ -78,7 +79,7 @@ def built() -> None:
     assert kernels.ready()
 
 
-@settings(deadline=None, max_examples=150)
+@cases(150)
 @given(
     st.integers(1, 40),
     st.integers(1, 300),
@@ -101,7 +102,7 @@ def test_any_layer_gives_what_its_weights_say(
     assert bool(((got - wanted).abs() <= 1e-5 * scale + 1e-30).all())
 
 
-@settings(deadline=None, max_examples=150)
+@cases(150)
 @given(
     st.integers(1, 4),
     st.integers(1, 60),
@@ -149,7 +150,7 @@ def test_a_value_that_is_no_number_is_not_lost_in_a_table() -> None:
         assert not bool(got[1].isfinite().any())
 
 
-@settings(deadline=None)
+@cases(100)
 @given(
     st.integers(1, 20) | st.sampled_from([32, 64]),
     st.integers(1, 300) | st.integers(1, 30).map(lambda blocks: 8 * blocks),
@@ -194,7 +195,7 @@ def quantizer_cases(tokens: int) -> st.SearchStrategy[tuple[ActQuantizer, Tensor
     )
 
 
-@settings(deadline=None)
+@cases(100)
 @given(quantizer_cases(9))
 @torch.no_grad()
 def test_the_quantizer_gives_the_very_values_of_the_formulas(case: tuple[ActQuantizer, Tensor]) -> None:
@@ -204,7 +205,7 @@ def test_the_quantizer_gives_the_very_values_of_the_formulas(case: tuple[ActQuan
     assert torch.equal(torch.ops.lbllm.quantize_activations(x, *quantizer.settings()), expected)
 
 
-@settings(deadline=None)
+@cases(100)
 @given(quantizer_cases(9), st.floats(0.05, 2))
 def test_the_quantizer_sends_back_the_same_gradients_with_and_without_a_compiler(
     case: tuple[ActQuantizer, Tensor], temperature: float

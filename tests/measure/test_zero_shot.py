@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
 from lbllm.measure.zero_shot import TASKS, likelihoods, normalized, task_names, zero_shot
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
 QUESTIONS = [
@@ -72,7 +73,7 @@ def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str,
 
 
 @given(seed=st.integers(0, 1_000), text=st.integers(1, 12), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None)
+@cases(15)
 def test_choices_behind_one_text_have_the_likelihoods_they_have_alone(seed: int, text: int, lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (text, *lengths)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -31,6 +31,7 @@ from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import RunStore
 from lbllm.sections import ACT_GROUP_SIZE, Stage
 from lbllm.share.export import export
+from tests.helpers.cases import cases
 from tests.helpers.finished_run import finished_run
 from tests.helpers.tiny_runs import bfloat_teacher, run_tiny, tiny_teacher, token_ids
 from tests.helpers.tiny_runs import run_config as tiny_config
@@ -256,7 +257,7 @@ def test_stage_4_alone_and_a_checkpoint_need_each_other(document: dict[str, Any]
     param_bits=st.sampled_from([4, 8, 16]),
     overrides=st.sampled_from([{}, {"*.down_proj": {"group_size": 32}}]),
 )
-@settings(deadline=None)
+@cases(100)
 def test_the_settings_survive_their_command(
     tokens: int, rate: float, seed: int, corpus: str, group_size: int, param_bits: int, overrides: dict[str, Any]
 ) -> None:

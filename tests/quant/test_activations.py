@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lbllm import kernels
 from lbllm.quant.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import PackedKVLayer, TrainingCache, decode_kv, encode_kv, fake_quant_kv
+from tests.helpers.cases import cases
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -57,7 +58,7 @@ def grid_values(
     st.floats(-3, 3),
     st.integers(0, 2**32),
 )
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_every_value_goes_to_the_nearest_of_its_tokens_grid(
     knee: float, clip_low: float, clip_high: float, kind: tuple[int, int], shift: float, seed: int
 ) -> None:
@@ -178,7 +179,7 @@ def test_computes_in_float32_and_returns_the_inputs_dtype() -> None:
     st.booleans(),
     st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_features_that_share_a_range_are_quantized_like_a_token_of_their_own(
     features: int, size: int, kind: tuple[int, int], dtype: torch.dtype, compiled: bool, seed: int
 ) -> None:
@@ -361,7 +362,7 @@ def test_kv_codes_are_off_by_half_a_step(bits: int) -> None:
 
 
 @given(st.floats(-9, 4), st.floats(-100, 100), st.sampled_from([4, 8]), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_fake_quantized_kv_is_what_the_cache_gives_back(size: float, offset: float, bits: int, seed: int) -> None:
     x = torch.randn(1, 2, 3, 8, generator=random(seed)) * 10**size + offset
     assert torch.equal(fake_quant_kv(x, bits), decode_kv(*encode_kv(x, bits), torch.float32))
@@ -441,7 +442,7 @@ OPERATIONS: dict[str, Callable[[DynamicLayer, int], object]] = {
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 3)), max_size=8))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_the_packed_cache_does_what_transformers_own_does(operations: list[tuple[str, int]]) -> None:
     ours, theirs = PackedKVLayer(), DynamicLayer()
     for name, argument in operations:

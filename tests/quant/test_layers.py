@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +28,7 @@ from lbllm.quant.packed_layer import PackedLinear, named_groups
 from lbllm.quant.plan import layer_bits
 from lbllm.quant.training_layer import BinaryLinear, Mode
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat
+from tests.helpers.cases import cases
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -121,7 +122,7 @@ def test_trained_and_packed_form_give_the_same_output(fmt: LayerFormat, kind: ty
     st.sampled_from([4, 8, 16]),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@cases(80)
 @torch.no_grad()
 def test_any_shape_is_packed_exactly_and_takes_the_bits_it_says(
     format_: Format, out_features: int, in_features: int, group_size: int, param_bits: int, bias: bool

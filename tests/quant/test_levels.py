@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from lbllm.quant.levels import (
     take_levels,
     to_groups,
 )
+from tests.helpers.cases import cases
 
 SHAPES = [(3, 12, 4), (2, 13, 4), (4, 7, -1), (1, 5, 5), (3, 6, 1), (2, 9, 64)]
 """(out, in, group_size): whole groups, a shorter last one, one a row, groups of one weight, longer than a row."""
@@ -127,7 +128,7 @@ def test_parameters_and_levels_are_inverses(count: int) -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 20), st.sampled_from([2, 4]), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_no_step_of_the_clustering_increases_the_error(
     rows: int, groups: int, length: int, count: int, seed: int
 ) -> None:
@@ -179,7 +180,7 @@ def test_the_clustering_comes_near_the_best_one(count: int) -> None:
 
 
 @given(st.integers(4, POINTS), st.sampled_from([2, 4]), st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@cases(40)
 def test_a_short_group_starts_at_the_best_clustering(length: int, count: int, seed: int) -> None:
     weights = torch.randn(2, 3, length, generator=random(seed), dtype=torch.float64)
     importance = torch.rand(2, 3, length, generator=random(seed + 1), dtype=torch.float64) + 0.01
@@ -234,7 +235,7 @@ def test_gradients_of_the_nearest_level(count: int) -> None:
     torch.testing.assert_close(gradients(nearest_level, groups, levels), gradients(dense, groups, levels))
 
 
-@settings(deadline=None)
+@cases(100)
 @given(
     st.sampled_from([2, 4]),
     st.integers(1, 5),
@@ -298,7 +299,7 @@ def test_polarization_is_zero_only_for_a_hard_bitmap() -> None:
 
 
 @given(st.floats(0.01, 0.99), st.floats(2, 20))
-@settings(deadline=None)
+@cases(100)
 def test_polarization_drives_the_bitmap_outwards(value: float, beta: float) -> None:
     bitmap = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(polarization(bitmap, beta), [bitmap])

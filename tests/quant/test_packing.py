@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lbllm.quant.packing import (
     unpack_nibbles,
     unpack_plane,
 )
+from tests.helpers.cases import cases
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -26,7 +27,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @given(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 70), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_unpack_is_the_exact_inverse_of_pack(outer: list[int], in_features: int, seed: int) -> None:
     plane = randn(*outer, in_features, seed=seed) > 0
     packed = pack_plane(plane)
@@ -36,7 +37,7 @@ def test_unpack_is_the_exact_inverse_of_pack(outer: list[int], in_features: int,
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
-@settings(deadline=None)
+@cases(100)
 def test_a_row_is_a_little_endian_number(bits: list[bool]) -> None:
     number = sum(bit << j for j, bit in enumerate(bits))
     packed = pack_plane(torch.tensor(bits))
@@ -55,7 +56,7 @@ def test_bits_past_the_end_of_a_row_are_zero() -> None:
     st.floats(1e-4, 1),
     st.integers(0, 2**32),
 )
-@settings(max_examples=200, deadline=None)
+@cases(200)
 def test_8_bit_parameters_are_off_by_half_a_step(
     rows: int, groups: int, count: int, mean: float, spread: float, seed: int
 ) -> None:
@@ -72,7 +73,7 @@ def test_8_bit_parameters_are_off_by_half_a_step(
 
 
 @given(st.integers(1, 5), st.integers(1, 12), st.floats(-1, 1), st.floats(1e-5, 1), st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@cases(200)
 def test_encoding_decoded_parameters_changes_nothing(
     rows: int, groups: int, mean: float, spread: float, seed: int
 ) -> None:
@@ -102,7 +103,7 @@ def test_float16_parameters_are_decoded_as_they_are() -> None:
 
 
 @given(st.lists(st.integers(0, 15), min_size=2, max_size=40).filter(lambda codes: len(codes) % 2 == 0))
-@settings(deadline=None)
+@cases(100)
 def test_two_codes_are_the_digits_of_a_byte(codes: list[int]) -> None:
     packed = pack_nibbles(torch.tensor(codes, dtype=torch.uint8))
     assert packed.tolist() == [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
@@ -117,7 +118,7 @@ def layer_params(rows: int, groups: int, count: int, seed: int) -> Tensor:
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from([2, 4]), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_4_bit_parameters_take_the_nearest_of_sixteen_values(rows: int, groups: int, count: int, seed: int) -> None:
     params = layer_params(rows, groups, count, seed)
     grid = fit_grid(params)
@@ -137,7 +138,7 @@ def test_4_bit_parameters_take_the_nearest_of_sixteen_values(rows: int, groups: 
 
 
 @given(st.integers(1, 6), st.integers(2, 60), st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@cases(50)
 def test_a_grid_fits_better_than_one_from_the_least_to_the_greatest(rows: int, groups: int, seed: int) -> None:
     params = layer_params(rows, groups, 4, seed)
     params[0, 0] *= 5  # one group that would spread the grid for all others

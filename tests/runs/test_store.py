@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from lbllm.config import RunConfig, make_config
@@ -34,6 +34,7 @@ from lbllm.events import (
 )
 from lbllm.runs.store import Request, RunStore, State
 from tests.helpers import ROOT, waiting
+from tests.helpers.cases import cases
 
 STARTED = RunStarted(
     stages=("ptq",), blocks=2, layers=14, weights=1000, device="cpu", corpus_hash="0", tokens=512, bpw=3.0
@@ -146,7 +147,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(written=st.lists(events, max_size=12), cursor=st.integers(0, 14))
 def test_a_cursor_reads_exactly_what_follows_it(store: RunStore, written: list[Event], cursor: int) -> None:
     run_id = store.create(RunConfig()).id

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lbllm.models.blocks import share_copy
 from lbllm.stages import attention
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import DENSE_ARCHITECTURES, VOCABULARY, tiny
 
 
@@ -30,7 +31,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Te
 
 
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@cases(30)
 def test_it_is_causal_attention_and_so_are_its_gradients(
     batch: int, shared: int, each: int, tokens: int, seed: int
 ) -> None:

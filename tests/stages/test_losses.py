@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.sections import LogitLoss
 from lbllm.stages.losses import LOSSES, feature_error
+from tests.helpers.cases import cases
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -79,7 +80,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: LogitLoss) -> None:
 @pytest.mark.parametrize("kind", list(LOSSES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(st.integers(1, 5), st.integers(2, 300), st.sampled_from([0.1, 3.0, 30.0]), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=30)
+@cases(30)
 def test_logits_of_any_precision_are_taken_as_the_numbers_that_they_are(
     dtype: torch.dtype, kind: LogitLoss, count: int, size: int, scale: float, seed: int
 ) -> None:

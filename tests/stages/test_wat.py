@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from lbllm.sections import Format, LayerFormat, PtqConfig, WatConfig
 from lbllm.stages.distill import Step, batch_order, binary_layers, block_error, cosine, token_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
 LENGTH = 16
@@ -56,7 +57,7 @@ def test_token_error_equals_loops(kind: str) -> None:
 
 
 @given(st.floats(-6, 6), st.floats(-6, 6), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_relative_token_error_is_at_most_four(output_size: float, target_size: float, seed: int) -> None:
     output, target = torch.randn(2, 3, 8, generator=random(seed))
     loss = float(token_error(output * 10**output_size, target * 10**target_size))
@@ -94,7 +95,7 @@ def test_tokens_of_zeros_have_no_error() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_every_epoch_covers_every_sequence_once(sequences: int, batch: int, epochs: int, seed: int) -> None:
     order = batch_order(sequences, batch, epochs, seed)
     assert len(order) == epochs * math.ceil(sequences / batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +23,7 @@ from lbllm.texts.catalogue import TEXTS, CorpusEntry, location
 from lbllm.texts.corpus import document_separator, load_corpus
 from lbllm.texts.documents import SHARES, Document, Part, read_documents, sections, wikitext_articles, wikitext_rows
 from lbllm.texts.windows import evaluation_tokens
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, tiny_tokenizer
 
 PARTS: tuple[Part, ...] = ("train", "tune", "heldout")
@@ -116,7 +117,7 @@ def test_same_text_is_in_the_same_part(text: str) -> None:
     assert Document(text, place="here").part == Document(f"\n {text}  ", place="there").part
 
 
-@settings(max_examples=200)
+@cases(200)
 @given(st.text(alphabet="ab \n", max_size=400), st.integers(4, 60))
 def test_sections_keep_the_text(text: str, limit: int) -> None:
     pieces = [piece.text for piece in sections(text, limit=limit)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import CorpusError
 from lbllm.texts.sampling import draw, sample_rows
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import tiny
 
 
-@settings(max_examples=20)
+@cases(20)
 @given(st.integers(1, 12), st.floats(0.3, 2), st.sampled_from([1e-4, 0.05, 0.5, 1.0]), st.integers(0, 2**32))
 def test_tokens_come_as_often_as_their_probability_says(
     vocabulary: int, temperature: float, min_p: float, seed: int

@@ -1,0 +1,25 @@
+"""How many random cases a property is tried on: some in `make test`, many more in `make soak`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import settings
+
+# `make soak` sets it.
+FACTOR = 20 if os.environ.get("LBLLM_SOAK") else 1
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def cases(count: int, **options: Any) -> Callable[[Test], Test]:
+    """Try a hypothesis test on ``count`` cases, in `make soak` on 20 times as many; ``options`` as of ``settings``."""
+
+    def apply(test: Test) -> Test:
+        tried: Test = settings(max_examples=count * FACTOR, deadline=None, **options)(test)
+        marked: Test = pytest.mark.random(tried)
+        return marked
+
+    return apply
