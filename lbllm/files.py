@@ -1,12 +1,13 @@
 """Write files and folders atomically: a reader finds the old one or the new one, complete, also after a crash.
 
-    write_file(path, data)          a file of these bytes
-    new_file(path), new_folder(path)   context managers: write to the path that they give, which ends up as ``path``
-    locked(file)                    of several processes at once one does the work, the others wait
+    write_file(path, data)    write these bytes
+    new_file(path)            context manager: write to the file that it names; at the end the file becomes ``path``
+    new_folder(path)          the same for a folder
+    locked(file)              context manager: of several processes at once one does the work, the others wait
 
 A writer works in a draft folder beside its target: ``.<name>.<8 hex digits>.new``. It flushes the new file or folder to
-disk and renames it. It holds the lock file in its draft as long as it lives, so a draft that nobody holds was left by
-a killed writer: the next writer of the same target removes it.
+disk and renames it. As long as it works, it holds the lock file in its draft. So a draft that nobody holds was left by
+a killed writer, and the next writer of the same target removes it.
 
 A file replaces the old one by a rename. A folder that is not empty changes places with the new one in one step, where
 the system can do that (renameat2 on Linux). Elsewhere the old one is first moved into the draft as ``<name>.old``, so
@@ -44,10 +45,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write a file to, by whatever means; at the end the file takes the name ``path``, after an exception it
-    is removed. Other files that are written beside it are removed in any case.
+    """Give the path of a file to write. At the end the file becomes ``path``; after an exception it is removed. Other
+    files that are written beside it are always removed.
 
-    It has the permissions that the umask leaves. Raises OSError.
+    The folder of ``path`` must exist. The file gets the permissions that the umask leaves. Raises OSError.
     """
     path = path.absolute()
     with _draft(path) as (draft, mode):
@@ -60,10 +61,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder to fill; at the end it takes the name ``path``, after an exception it is removed.
+    """Give a new folder to fill. At the end it becomes ``path``; after an exception it is removed.
 
-    ``path`` must be missing or an empty folder; with ``replace`` it may be any folder. Its parent is created. All in
-    it gets the permissions that the umask leaves. Raises OSError.
+    ``path`` must be missing or an empty folder; with ``replace`` it may be any folder. Its parent is created. The
+    folder and its files get the permissions that the umask leaves. Raises OSError.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
