@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from lbllm.commands.main import main
+from lbllm.chat.settings import ChatSettings
+from lbllm.commands.main import build, main
+from lbllm.config import OPTIONS, SETTINGS
 from lbllm.measure.perplexity import perplexity
 from lbllm.places import ASSETS
 from lbllm.texts.windows import evaluation_tokens
@@ -186,13 +189,36 @@ def test_evaluate_on_too_short_or_missing_text(terminal: Terminal, tmp_path: Pat
 
 
 def test_chat_one_shot(terminal: Terminal) -> None:
-    options = ["--prompt", "What is the capital of France?", "--max-new-tokens", "8"]
+    options = ["--prompt", "What is the capital of France?", "--max-new-tokens", "8", "--temperature", "0"]
     document = terminal("chat", "--model", terminal.model, *options, "--json").document
     (answer,) = document["answers"]
     assert answer["model"] == terminal.model
     assert answer["tokens"] <= 8
     assert answer["first_token_seconds"] > 0
     assert answer["answer"] in terminal("chat", "--model", terminal.model, *options).out
+
+
+def test_a_chat_has_one_temperature_on_the_command_line_and_on_pages() -> None:
+    chat = typer.main.get_command(build()).commands["chat"]  # type: ignore[attr-defined]
+    defaults = {parameter.name: parameter.default for parameter in chat.params}
+    usual = ChatSettings()
+    for name in ("temperature", "top_p", "repetition_penalty", "seed"):
+        assert defaults[name] == getattr(usual, name)
+    assert usual.temperature == 0.2
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_an_option_that_sets_a_setting_has_its_help(path: str) -> None:
+    commands = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
+    for command in ("quantize", "estimate"):
+        (option,) = (one for one in commands[command].params if OPTIONS[path] in one.opts)
+        assert option.help.startswith(SETTINGS[path].description)
+
+
+def test_bad_values_are_named_as_on_the_page_too(terminal: Terminal) -> None:
+    error = terminal("estimate", "--model", terminal.model, "--group-size", "0", "--set", "wat.epochs=0", "--json")
+    assert "quant.group_size (Group size): a group has at least one member" in error.document["error"]
+    assert "wat.epochs (Stage 2, epochs): Input should be greater than or equal to 1" in error.document["error"]
 
 
 def test_chat_with_two_models(terminal: Terminal, tmp_path: Path) -> None:
