@@ -97,8 +97,8 @@ class RunConfig(Section):
         min_length=1,
         validate_default=True,
         title="Starting checkpoint",
-        description="A packed checkpoint to train further, by stage 4 alone: its folder, or 'shipped'; --from takes a "
-        "finished run's id, too. Model and format are the checkpoint's. If it has 16-bit activations and KV cache and "
+        description="A packed checkpoint to train further, by stage 4 alone: its folder, a finished run's id, or "
+        "'shipped'. Model and format are the checkpoint's. If it has 16-bit activations and KV cache and "
         "the run has fewer bits, stage 3 comes first.",
     )
     seq_len: int = Field(512, ge=8, title="Sequence length", description="Tokens in a sequence of the text.")

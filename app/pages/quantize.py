@@ -101,7 +101,7 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
-    for column, setting in zip(st.columns([4, 5, 4]), shown.ACTIVATIONS, strict=True):
+    for column, setting in zip(st.columns([4, 5, 4], vertical_alignment="bottom"), shown.ACTIVATIONS, strict=True):
         with column:
             control(setting, disabled=not quantized)
     text, tokens = st.columns([8, 5])

@@ -28,7 +28,8 @@ from lbllm.fields import bounds, choices
 from lbllm.pipeline.start import settings_to_go_on
 from lbllm.texts.catalogue import TEXTS
 
-WIDTHS = {"format": 75, "group_size": 90, "param_bits": 115, "act_bits": 115}  # of the table's columns, in pixels
+# Of the table's columns, in pixels: each heading in full, after the icon that marks a column as editable.
+WIDTHS = {"pattern": 100, "format": 95, "group_size": 110, "param_bits": 135, "act_bits": 135}
 
 
 def control(setting: Setting, *, disabled: bool = False) -> None:
@@ -94,7 +95,7 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
         key=EDITOR_KEY,
         num_rows="dynamic",
         hide_index=True,
-        column_config={"pattern": st.column_config.TextColumn("Layers", width=115)}
+        column_config={"pattern": st.column_config.TextColumn("Layers", width=WIDTHS["pattern"])}
         | {name: _column(name) for name in COLUMNS[1:]},
     )
     field = SETTINGS["quant.skip"]

@@ -108,7 +108,7 @@ def failure_message(error: Exception, config: RunConfig, folder: Path) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return (
             f"memory doesn't suffice ({text.splitlines()[0]}). Finished blocks are kept: free some memory and resume, "
-            "or make a new run with less text or lower values of "
+            f"or make a new run with less text, now {config.tokens} tokens, or lower values of "
             f"{setting_name('seq_len')}, now {config.seq_len}, "
             f"{setting_name('wat.batch_tokens')}, now {config.wat.batch_tokens}, or "
             f"{setting_name('aar.batch_tokens')}, now {config.aar.batch_tokens}"

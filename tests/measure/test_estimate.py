@@ -116,7 +116,9 @@ def test_sequences_longer_than_the_models_context_are_refused(architecture: str,
     folder = save_tiny(tmp_path, architecture)
     config = _config(folder).model_copy(update={"seq_len": 256})
     assert estimate(config).blocks == 2
-    with pytest.raises(ConfigError, match="seq_len 257 is more than the model's context of 256 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"seq_len \(Sequence length\) 257 is more than the model's context of 256 tokens"
+    ):
         estimate(config.model_copy(update={"seq_len": 257}))
 
 

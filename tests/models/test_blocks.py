@@ -204,7 +204,7 @@ def test_a_block_without_a_cache_is_refused_with_the_way_out() -> None:
         def forward(self, hidden_states: Tensor) -> Tensor:
             return hidden_states
 
-    with pytest.raises(ModelError, match="kv_bits=16"):
+    with pytest.raises(ModelError, match=r"set quant\.kv_bits \(KV cache bits\) to 16"):
         run_block(Plain(), torch.zeros(1, 2, 4), {}, TrainingCache(4))
 
 

@@ -98,7 +98,9 @@ def test_what_cannot_work_is_said() -> None:
     for sequences in (token_ids()[0], token_ids()[:, :7]):
         with pytest.raises(CorpusError, match=r"sequences of shape .* \(n, T\)"):
             lbllm.quantize(model, tokenizer, run_config(), sequences=sequences)
-    with pytest.raises(ConfigError, match="seq_len 257 is more than the model's context of 256 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"seq_len \(Sequence length\) 257 is more than the model's context of 256 tokens"
+    ):
         lbllm.quantize(model, tokenizer, run_config(), sequences=token_ids().repeat(1, 9)[:, :257])
     with pytest.raises(ConfigError, match=r"Group size\) 64 is longer than a row"):
         lbllm.quantize(model, tokenizer, RunConfig(), sequences=token_ids())

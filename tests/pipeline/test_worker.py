@@ -162,9 +162,9 @@ def torch_out_of_memory() -> Exception:
 QUICK = make_config("quick")
 MEMORY = (
     "memory doesn't suffice",
-    f"seq_len ({QUICK.seq_len})",
-    f"wat.batch_tokens ({QUICK.wat.batch_tokens})",
-    "fewer tokens",
+    f"seq_len (Sequence length), now {QUICK.seq_len}",
+    f"wat.batch_tokens (Stage 2, tokens per step), now {QUICK.wat.batch_tokens}",
+    f"less text, now {QUICK.tokens} tokens",
     "blocks are kept",
 )
 DISK = ("no space left", "store/a-run", "blocks are kept", "resume")
