@@ -94,12 +94,13 @@ def measure(kind: str, model: str) -> dict[str, float]:
     }
 
 
-def check_names(checkpoint: str, teacher: str) -> None:
-    """Raise LbllmError where a name leads to no such model: before anything is measured."""
+def check_names(checkpoint: str, teacher: str) -> Path:
+    """The checkpoint's weights. Raises LbllmError where a name leads to no such model: before anything is measured."""
     from lbllm.checkpoints.find import find_checkpoint, find_teacher
+    from lbllm.checkpoints.hf import WEIGHTS
 
-    find_checkpoint(checkpoint)
     find_teacher(teacher)
+    return find_checkpoint(checkpoint).folder / WEIGHTS
 
 
 def llama_cpp(folder: str) -> list[str]:
@@ -132,7 +133,7 @@ def main() -> None:
         name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
         print(json.dumps(measure(arguments.kind, name)))
         return
-    check_names(arguments.checkpoint, arguments.teacher)
+    weights = check_names(arguments.checkpoint, arguments.teacher)
     kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
     kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
     if arguments.llama_cpp:
@@ -153,9 +154,7 @@ def main() -> None:
     cells = [[one["label"], f"{one['tokens_per_second']:.1f}", *(str(one[key]) for key in rounded)] for one in rows]
     print(markdown.table(["", "tokens/s", "first token, ms", "resident, MB", "of that model, MB"], cells))
     if arguments.out:
-        weights = sum(path.stat().st_size for path in Path(arguments.checkpoint).glob("*.safetensors"))
-        if weights:
-            rows[list(kinds).index("packed")]["disk_mb"] = weights / 1e6
+        rows[list(kinds).index("packed")]["disk_mb"] = weights.stat().st_size / 1e6
         shape = {"prompt": PROMPT, "tokens": TOKENS, "triton": importlib.util.find_spec("triton") is not None}
         write_report(arguments.out, "decode", settings_of(arguments, "kind") | shape, rows)
 

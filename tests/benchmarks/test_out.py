@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import end_to_end, kill_resume, layers, live, visitors
+from benchmarks import decode, end_to_end, kill_resume, layers, live, visitors
 from benchmarks.command_line import one_message
 from benchmarks.report import ROOT, read_report
 from benchmarks.tables import DOCS, read_tables
@@ -21,6 +23,7 @@ from tests.helpers.tiny_models import save_tiny
 OTHERS = {
     "animation": "makes a picture",
     "screenshots": "makes pictures",
+    "settings_page": "renders the page of settings",
     "tables": "renders the pages of results",
     "quality_outside": "is called by quality, by the Python of another environment",
 }
@@ -111,6 +114,31 @@ def test_the_figures_of_visitors() -> None:
     assert found["pairs served out of order, of 1"] == 0
     assert (found["wait in the queue, median"], found["wait in the queue, longest"]) == (1.5, 2.0)
     assert found["server memory in the middle"] == 20
+
+
+def test_decode_keeps_the_medians_of_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1.0, 2.0, 3.0, 4.0, 9.0, 8.0, 7.0, 6.0, 5.0, 5.0, 5.0, 5.0])
+
+    real = subprocess.run
+
+    def measured(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if command[0] == "git":
+            return real(command, **options)
+        figures = {"tokens_per_second": next(rates), "first_token": 0.25, "memory": 3e8, "libraries": 1e8}
+        return subprocess.CompletedProcess(command, 0, json.dumps(figures), "")
+
+    weights, out = tmp_path / "model.safetensors", tmp_path / "found.json"
+    weights.write_bytes(bytes(1_500_000))
+    monkeypatch.setattr(decode, "check_names", lambda *names: weights)
+    monkeypatch.setattr("benchmarks.decode.subprocess.run", measured)
+    called(monkeypatch, "decode", "shipped", "--out", str(out))
+    found = read_report(out)
+    assert [row["tokens_per_second"] for row in found.rows] == [5.0, 5.0, 5.0, 5.0]
+    packed = found.rows[-1]
+    assert shown("decode-shipped") | {"disk_mb"} == packed.keys()
+    assert (packed["first_token_ms"], packed["model_mb"], packed["disk_mb"]) == (250, 200, 1.5)
+    assert found.settings["rounds"] == 3
+    assert "kind" not in found.settings
 
 
 def test_the_rows_of_end_to_end() -> None:
