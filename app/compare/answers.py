@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
-
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
@@ -12,13 +10,11 @@ from app.view import plain, size_text
 from lbllm.chat.conversation import Exchange
 from lbllm.chat.duel import Answer
 from lbllm.chat.lens import first_difference
+from lbllm.templates import environment
 
 _STATES = {"waiting": "Waiting for its model", "reading": "Reading the prompt", "writing": "Writing"}
 Place = tuple[DeltaGenerator, DeltaGenerator]
-_FIGURE = (
-    '<div style="min-width:5.2em"><div style="font-size:1.45rem;font-weight:600;line-height:1.25;'
-    'font-variant-numeric:tabular-nums">{}</div><div style="font-size:.8rem;opacity:.72">{}</div></div>'
-)
+_TEMPLATES = environment(__file__)
 
 
 def show_prompt(prompt: str) -> None:
@@ -97,8 +93,7 @@ def figures_html(answer: Answer) -> str:
         (memory, "weights"),
         (bits, "bits a weight"),
     ]
-    cells = "".join(_FIGURE.format(escape(value), escape(label)) for value, label in figures)
-    return f'<div style="display:flex;flex-wrap:wrap;gap:.4rem 1.4rem;padding-top:.4rem">{cells}</div>'
+    return _TEMPLATES.get_template("figures.html.jinja").render(figures=figures)
 
 
 def show_earlier(exchanges: list[Exchange]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import streamlit as st
 from transformers import PreTrainedModel
 
@@ -16,7 +14,9 @@ from lbllm.models.blocks import decoder_blocks, linear_layers
 from lbllm.models.catalogue import MODELS
 from lbllm.models.teacher import ModelSummary, skeleton, summary
 from lbllm.sections import stage_number
+from lbllm.templates import environment
 
+_TEMPLATES = environment(__file__)
 PART_NAMES = {
     "bits": "sign bits",
     "bitmap": "bitmap",
@@ -111,39 +111,28 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
 
 
 def bar(result: Estimate) -> str:
-    """The checkpoint by part, full width, and below it its length against fp16, as HTML of our own words and numbers
-    alone."""
+    """The checkpoint by part, full width, and below it its length against fp16, as HTML."""
     parts = {name: size for name, size in result.parts.items() if size}
-    segments, legend = [], []
-    for name, size in parts.items():
-        share = 100 * size / result.disk_bytes
-        title = html.escape(f"{PART_NAMES[name]}: {size_text(size)}, {share:.0f} % of the file")
-        ink = "#10202E" if name in ("bitmap", "parameters", "embeddings", "output head") else "#FFFFFF"
-        # Of the narrowest bar, 600 pixels, a letter takes one percent and a bit.
-        text = html.escape(PART_NAMES[name]) if share > 1.3 * len(PART_NAMES[name]) + 1 else ""
+    segments = []
+    for part, size in parts.items():
+        name, share = PART_NAMES[part], 100 * size / result.disk_bytes
         segments.append(
-            f'<div title="{title}" style="width:{share:.3f}%;background:{COLOURS[name]};color:{ink};overflow:hidden;'
-            f'white-space:nowrap;text-align:center;line-height:34px;font-size:13px">{text}</div>'
+            {
+                "name": name,
+                "size": size_text(size),
+                "share": share,
+                "title": f"{name}: {size_text(size)}, {share:.0f} % of the file",
+                "colour": COLOURS[part],
+                "ink": "#10202E" if part in ("bitmap", "parameters", "embeddings", "output head") else "#FFFFFF",
+                # Of the narrowest bar, 600 pixels, a letter takes one percent and a bit.
+                "fits": share > 1.3 * len(name) + 1,
+            }
         )
-        legend.append(
-            f'<span style="white-space:nowrap"><span style="display:inline-block;width:10px;height:10px;'
-            f'border-radius:2px;margin-right:5px;background:{COLOURS[name]}"></span>{html.escape(PART_NAMES[name])} '
-            f"{size_text(size)}</span>"
-        )
-    width = 100 * result.disk_bytes / result.fp16_bytes
-    factor = result.fp16_bytes / result.disk_bytes
-    label = html.escape(", ".join(f"{PART_NAMES[name]} {size_text(size)}" for name, size in parts.items()))
-    scale = (
-        f'<div style="position:relative;height:6px;border-radius:3px;background:rgba(128,144,160,.28);margin-top:12px">'
-        f'<div style="width:{min(width, 100):.2f}%;height:6px;border-radius:3px;background:{COLOURS["bits"]}">'
-        "</div></div>"
-        f'<div style="display:flex;justify-content:space-between;font-size:13px;opacity:.75;margin-top:3px">'
-        f"<span>this file: {factor:.1f} times smaller than fp16</span>"
-        f"<span>fp16 {size_text(result.fp16_bytes)}</span></div>"
-    )
-    return (
-        f'<div role="img" aria-label="The file by part: {label}">'
-        f'<div style="display:flex;gap:2px;height:34px;border-radius:6px;overflow:hidden">{"".join(segments)}</div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin-top:7px">{"".join(legend)}</div>'
-        f"{scale}</div>"
+    return _TEMPLATES.get_template("bar.html.jinja").render(
+        label=", ".join(f"{PART_NAMES[part]} {size_text(size)}" for part, size in parts.items()),
+        segments=segments,
+        percent=min(100 * result.disk_bytes / result.fp16_bytes, 100),
+        scale_colour=COLOURS["bits"],
+        factor=result.fp16_bytes / result.disk_bytes,
+        fp16_size=size_text(result.fp16_bytes),
     )

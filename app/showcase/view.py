@@ -1,13 +1,12 @@
 """What the showcase shows of a turn, as small pieces of HTML.
 
-None of them holds what a visitor or a model wrote, which is shown in text boxes; all else is escaped.
+None of them holds what a visitor or a model wrote, which is shown in text boxes; the templates escape all else.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from html import escape
 
 import gradio as gr
 
@@ -16,6 +15,7 @@ from lbllm.chat.pool import Slot
 from lbllm.chat.showcase import Seen, Showcase
 from lbllm.chat.votes import CHOICES, Choice
 from lbllm.places import ASSETS
+from lbllm.templates import environment
 from lbllm.texts.prompts import PromptKind
 from lbllm.units import size
 
@@ -23,6 +23,7 @@ THEME = ASSETS / "theme"
 EXAMPLES = 6
 LETTERS = ("A", "B")
 VOTES: dict[Choice, str] = dict(zip(CHOICES, ("A is better", "B is better", "Tie", "Both bad"), strict=True))
+_TEMPLATES = environment(__file__)
 _SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 
 
@@ -90,14 +91,13 @@ def introduction(showcase: Showcase) -> str:
     sides = []
     for slot, name in zip(showcase.slots, showcase.names, strict=True):
         (memory, _), (bits, label) = _weights(slot)
-        sides.append(f"<li><b>{escape(name)}</b><span>{escape(f'{memory} in memory, {bits} {label}')}</span></li>")
-    answering = "go on with your text" if showcase.completes else "answer your question"
-    return f'<div class="introduction"><p>Two models {answering} at the same time:</p><ul>{"".join(sides)}</ul></div>'
+        sides.append((name, memory, f"{bits} {label}"))
+    return _html("introduction", completes=showcase.completes, sides=sides)
 
 
 def notice(text: str, *, kind: str = "") -> str:
     """A line about what goes on; ``kind`` "bad" is a refusal."""
-    return f'<p class="notice {kind}" role="status">{escape(text)}</p>' if text else ""
+    return _html("notice", text=text, kind=kind) if text else ""
 
 
 def status(showcase: Showcase, seen: Seen) -> str:
@@ -121,38 +121,33 @@ def status(showcase: Showcase, seen: Seen) -> str:
 
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
     """Which model a side is, or its letter while that is hidden."""
-    letter = f"<b>{LETTERS[side]}</b>" if seen is not None and seen.blind else ""
     names = showcase.names if seen is None else seen.names
-    name = f"<span>{escape(names[side])}</span>" if names is not None else ""
-    student = ' class="student"' if names is not None and names[side] == showcase.names[1] else ""
-    return f"<h2{student}>{letter}{name}</h2>"
+    return _html(
+        "heading",
+        letter=LETTERS[side] if seen is not None and seen.blind else "",
+        name=names[side] if names is not None else "",
+        student=names is not None and names[side] == showcase.names[1],
+    )
 
 
 def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
     """The figures that matter of a side's model and of its answer; none while they would give it away."""
     names = showcase.names if seen is None else seen.names
     if names is None:
-        return '<div class="figures"><p>Its figures are shown after your vote.</p></div>'
+        return _html("figures", hidden=True, figures=[])
     slot = showcase.slots[0 if names[side] == showcase.names[0] else 1]
-    if slot.state != "ready":
-        return '<div class="figures"></div>'
-    cells = "".join(
-        f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>"
-        for value, label in (*_speed(seen.answers[side] if seen is not None else None), *_weights(slot))
-    )
-    return f'<div class="figures">{cells}</div>'
+    answer = seen.answers[side] if seen is not None else None
+    shown = [*_speed(answer), *_weights(slot)] if slot.state == "ready" else []
+    return _html("figures", hidden=False, figures=shown)
 
 
 def tally_line(showcase: Showcase) -> str:
     """The blind votes so far."""
-    counted = showcase.tally()
-    if not counted.total:
-        return '<p class="tally">No blind votes yet</p>'
-    votes = "1 blind vote" if counted.total == 1 else f"{counted.total} blind votes"
-    first, second = (escape(name) for name in showcase.names)
-    cells = f"<span>{first} <b>{counted.left}</b></span><span>{second} <b>{counted.right}</b></span>"
-    cells += f"<span>tie <b>{counted.tie}</b></span><span>both bad <b>{counted.both_bad}</b></span>"
-    return f'<p class="tally"><span>{votes}:</span>{cells}</p>'
+    return _html("tally", tally=showcase.tally(), names=showcase.names)
+
+
+def _html(piece: str, **values: object) -> str:
+    return _TEMPLATES.get_template(f"{piece}.html.jinja").render(values)
 
 
 def _speed(answer: Answer | None) -> list[tuple[str, str]]:
