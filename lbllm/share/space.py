@@ -25,6 +25,7 @@ from lbllm.files import new_folder, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
+from lbllm.templates import environment
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ _NEEDED = (
     "accelerate",
     "gguf",
     "gradio",
+    "jinja2",
     "numpy",
     "protobuf",
     "psutil",
@@ -46,40 +48,7 @@ _NEEDED = (
 )
 _TEACHER = "teacher"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
-_APP = '''"""A binarized language model beside its teacher: the showcase of LBLLM Workbench."""
-
-import os
-{imports}
-# Idle threads that spin take the cores of a small machine from those that work; torch reads this when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from app.showcase.page import run
-from lbllm.chat.showcase import open_showcase
-
-HERE = Path(__file__).resolve().parent
-run(
-    open_showcase({checkpoint}, {teacher}),
-    host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-    share=False,
-    say=lambda line: print(line, flush=True),
-)
-'''
-_README = """---
-{settings}---
-
-# {title}
-
-The same question, answered at the same time by {teacher} and by its binarized copy, which has
-{bits} bits a weight in its blocks. In blind mode the names come after your vote. Made with LBLLM Workbench, an
-independent implementation of LBLLM ("LBLLM: Lightweight Binarization of Large Language Models via Three-Stage
-Distillation", ACL 2026).
-
-What the models write can be wrong. A vote keeps the question and both answers in the Space's own storage; without a
-vote nothing is kept.
-
-To run it elsewhere: `pip install -r requirements.txt`, `python app.py`, http://127.0.0.1:7860.
-"""
+_TEMPLATES = environment(__file__)
 
 
 def write_space(
@@ -169,16 +138,8 @@ def _requirements() -> list[str]:
 
 def _app(hub_id: str | None, teacher: str) -> str:
     """The text of app.py."""
-    imports = "from pathlib import Path\n"
-    checkpoint = 'str(HERE / "checkpoint")'
-    if hub_id is not None:
-        imports += "\nfrom huggingface_hub import snapshot_download\n"
-        checkpoint = f"snapshot_download({json.dumps(hub_id)})"
-    held = teacher.startswith(f"{_TEACHER}/")
-    return _APP.format(
-        imports=imports,
-        checkpoint=checkpoint,
-        teacher=f"str(HERE / {json.dumps(teacher)})" if held else json.dumps(teacher),
+    return _TEMPLATES.get_template("space_app.py.jinja").render(
+        hub_id=hub_id, teacher=teacher, teacher_is_here=teacher.startswith(f"{_TEACHER}/")
     )
 
 
@@ -203,7 +164,7 @@ def _readme(
     }
     if known is None:
         settings["license_name"] = licence or "not stated"
-    # A JSON value is a YAML value.
-    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
     stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    return _README.format(settings=lines, title=title, teacher=model_title(teacher), bits=f"{stated['bpw']:.2f}")
+    return _TEMPLATES.get_template("space_readme.md.jinja").render(
+        settings=settings, title=title, teacher=model_title(teacher), bpw=stated["bpw"]
+    )
