@@ -5,7 +5,7 @@ The Space has lbllm's own source in it: nothing but the public packages in its r
     README.md         the Space's settings and what it shows
     app.py            starts the showcase
     requirements.txt  what of this project's requirements a showcase needs; packages.txt: the compiler for its kernels
-    lbllm/, app/, assets/
+    lbllm/, app/, assets/, with LICENSE and NOTICE
     checkpoint/       unless it is named by its hub id
     teacher/          where the teacher is a folder or a GGUF file here; one from the hub is downloaded by the Space
 """
@@ -47,6 +47,7 @@ _NEEDED = (
     "typer",
 )
 _TEACHER = "teacher"
+_LICENCE_FILES = ("LICENSE", "NOTICE")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
 _TEMPLATES = environment(__file__)
 
@@ -115,13 +116,31 @@ def _put_teacher(name: str, out: Path) -> str:
 
 
 def _put_source(out: Path) -> None:
-    """Copy the engine, the showcase's page and what they read of the assets."""
+    """Copy the engine, the showcase's page, what they read of the assets, and the licence of all of it."""
     shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
     (out / "app").mkdir()
     shutil.copyfile(APP / "__init__.py", out / "app" / "__init__.py")
     shutil.copytree(APP / "showcase", out / "app" / "showcase", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ASSETS / "theme", out / "assets" / "theme")
     shutil.copyfile(ASSETS / "prompts.json", out / "assets" / "prompts.json")
+    for file in _licence_files():
+        shutil.copyfile(file, out / file.name)
+
+
+def _licence_files() -> list[Path]:
+    """LICENSE and NOTICE: in a checkout they are beside this package, an installed one has them in its metadata."""
+    found = [BUNDLE / name for name in _LICENCE_FILES if (BUNDLE / name).is_file()]
+    if found:
+        return found
+    try:
+        installed = metadata.files("lbllm") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        Path(str(file.locate()))
+        for file in installed
+        if file.parts[0].endswith(".dist-info") and file.name in _LICENCE_FILES
+    ]
 
 
 def _requirements() -> list[str]:

@@ -19,14 +19,14 @@ from lbllm.errors import ConfigError, CorpusError
 from lbllm.measure.zero_shot import TASKS, likelihoods, task_names, zero_shot
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"goal": SENTENCES[k][:20], "sol1": SENTENCES[k][20:], "sol2": SENTENCES[k - 1][10:], "label": k % 2}
     for k in range(8)
 ]
 PASSAGES = [{"passage": s, "question": s.lower().rstrip("."), "label": k % 2} for k, s in enumerate(SENTENCES)]
 
 
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"question": s[:15], "question_stem": s[:15], "choices": [s[15:], "a lamp", s[:9]], "label": k % 3}
     for k, s in enumerate(SENTENCES)
 ]
