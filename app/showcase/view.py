@@ -1,6 +1,6 @@
-"""What the showcase shows of a turn, as small pieces of HTML.
+"""The small pieces of HTML that the showcase shows for a turn.
 
-None of them holds what a visitor or a model wrote, which is shown in text boxes; the templates escape all else.
+The texts of visitors and models are not in them but in text boxes; the templates escape everything else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-ser
 
 
 def theme() -> gr.themes.Base:
-    """The project's colours for Gradio, with fonts that every system has: none is fetched from anywhere."""
+    """The project's colours for Gradio, with fonts that every system has, so that nothing is downloaded."""
     settings = tomllib.loads((THEME / "theme.toml").read_text())["theme"]
     light, dark = settings["light"], settings["dark"]
     roles = {
@@ -47,7 +47,7 @@ def theme() -> gr.themes.Base:
     for role, names in roles.items():
         for name in names.split():
             colours |= {name: light[role], f"{name}_dark": dark[role]}
-    # Gradio has this one for both, and the light screen's is legible on either.
+    # Gradio has one value for both themes; the light theme's is legible in both.
     del colours["color_accent_dark"]
     colours |= {
         "button_secondary_background_fill_hover": light["secondaryBackgroundColor"],
@@ -62,7 +62,7 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The showcase's own rules: large type, two columns, as high as the window."""
+    """The showcase's style sheet: large type, two columns, as high as the window."""
     return (THEME / "showcase.css").read_text()
 
 
@@ -71,21 +71,21 @@ def logo() -> str:
 
 
 def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list[str]:
-    """At most ``EXAMPLES`` prompts, others at each ``turn``: one of each kind, or for models without a chat template
-    those that begin a text."""
+    """At most ``EXAMPLES`` prompts, which change with ``turn``: one of each kind, or beginnings of texts for models
+    without a chat template."""
     if completes:
         return list(next(kind.prompts for kind in kinds if kind.kind == "Complete")[:EXAMPLES])
     return [kind.prompts[turn % len(kind.prompts)] for kind in kinds][:EXAMPLES]
 
 
 def loading_line(showcase: Showcase) -> str:
-    """How long the models have been loading, or nothing."""
+    """How long the models have been loading; empty once they are loaded."""
     waiting = [slot.elapsed for slot in showcase.slots if not slot.over]
     return f"Loading the models, {max(waiting):.0f} s so far. You can already ask." if waiting else ""
 
 
 def introduction(showcase: Showcase) -> str:
-    """Which two models answer, with the figures that set them apart; nothing before they are loaded."""
+    """The two models with the figures in which they differ; empty before they are loaded."""
     if not showcase.ready:
         return ""
     sides = []
@@ -96,18 +96,18 @@ def introduction(showcase: Showcase) -> str:
 
 
 def notice(text: str, *, kind: str = "") -> str:
-    """A line about what goes on; ``kind`` "bad" is a refusal."""
+    """A line about the state; ``kind`` "bad" is a refusal."""
     return _html("notice", text=text, kind=kind) if text else ""
 
 
 def status(showcase: Showcase, seen: Seen) -> str:
-    """What happens with the question now, in a line."""
+    """The state of the question, in one line."""
     if seen.state == "waiting":
         place = "next" if seen.position == 1 else f"number {seen.position}"
         return notice(f"Your question is {place} in the line.", kind="strong")
     if seen.state == "answering":
         if not all(slot.over for slot in showcase.slots):
-            return notice("The models are being loaded. Your question is the next.")
+            return notice("The models are being loaded. Your question is next.")
         return notice("Both models are answering.")
     if any(answer.state == "failed" for answer in seen.answers):
         return notice(next(answer.error for answer in seen.answers if answer.error), kind="bad")
@@ -120,7 +120,7 @@ def status(showcase: Showcase, seen: Seen) -> str:
 
 
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """Which model a side is, or its letter while that is hidden."""
+    """The name of a side's model, or its letter while the name is hidden."""
     names = showcase.names if seen is None else seen.names
     return _html(
         "heading",
@@ -131,7 +131,7 @@ def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
 
 
 def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """The figures that matter of a side's model and of its answer; none while they would give it away."""
+    """The main figures of a side's model and of its answer; hidden while they would reveal the model."""
     names = showcase.names if seen is None else seen.names
     if names is None:
         return _html("figures", hidden=True, figures=[])

@@ -1,7 +1,7 @@
-"""A comparison as one HTML file to share: prompts, answers, figures, the vote, the lens; readable in both themes.
+"""Write a comparison as one HTML file to share: prompts, answers, figures, vote and lens, for a light or dark screen.
 
-The file loads nothing and runs no script. Its template escapes every string that a person or a model wrote, and a
-content security policy forbids what escaping might miss.
+The file loads nothing and runs no script. Its template escapes every text of a person or a model, and a content
+security policy blocks whatever escaping might miss.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _VERDICTS: dict[Choice, str] = {
 
 @dataclass(frozen=True)
 class _Side:
-    """An answer as the page shows it. Its text is ``before``, ``marked`` and ``after``: ``marked`` is the word from
-    which on the other answer differs, if there is one. ``missing``: what is said in place of a text."""
+    """An answer as the page shows it. Its text is ``before``, ``marked`` and ``after``: ``marked`` is the first
+    word in which the answers differ, if they do. ``missing``: shown if there is no text."""
 
     name: str
     before: str
@@ -55,8 +55,8 @@ def comparison_page(
     votes: dict[str, Choice] | None = None,
     lens: tuple[Lens, tuple[str, str]] | None = None,
 ) -> str:
-    """The page, as text to be saved in UTF-8. ``votes`` by exchange id; ``lens``: one over the last exchange,
-    with the teacher's and the student's name."""
+    """The page as text, to be saved in UTF-8. ``votes`` by exchange id; ``lens``: the lens over the last exchange, with
+    the names of teacher and student."""
     shown, lens_names = lens if lens is not None else (None, None)
     return _TEMPLATES.get_template("comparison.html.jinja").render(
         names=" and ".join(dict.fromkeys(name for exchange in exchanges[-1:] for name in exchange.names)),
@@ -91,8 +91,8 @@ def _side(exchange: Exchange, side: int, at: int | None) -> _Side:
 
 
 def _parts(text: str, at: int | None) -> tuple[str, str, str]:
-    """The text before the first word that differs, which begins at ``at``, that word, and the text after it. A sign
-    marks the end of a text where the other one continues."""
+    """The text before the first word that differs (it begins at ``at``), that word, and the text after it. Where this
+    text ends and the other one continues, the word is a sign for the end."""
     if at is None:
         return text, "", ""
     rest = text[at:]

@@ -1,6 +1,7 @@
 """The model card of an exported checkpoint: what it was made from, how, what was measured, how to load it.
 
-Everything comes from the run's record and from the files; what neither knows is called not known or not measured.
+All content comes from the run's record and from the files. Where both lack something, the card says "not known" or
+"not measured".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint is made of: binarized and dense weights counted in elements, and its bytes when packed."""
+    """The size of a checkpoint: numbers of binarized and of dense weights, and bytes of the packed file."""
 
     architecture: str
     binarized: int
@@ -38,9 +39,9 @@ class Contents:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run as the card tells of it. ``texts``: the names of its texts with their entries in the catalogue, None where
-    the text is its maker's own; ``stages``, ``command``, ``document``: the stages, how to do it again, all settings.
-    All but the record are empty where the settings are not known."""
+    """A run as the card shows it. ``texts``: the names of its texts, each with its entry in the catalogue, or with
+    None if it has no entry. ``stages``, ``command``, ``document``: the stages, the command that repeats
+    the run, all settings. If the settings are not known, all of them are empty."""
 
     record: RunRecord
     texts: list[tuple[str, CorpusEntry | None]] | None = None
@@ -51,7 +52,8 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The figures on one text: rows of label, perplexity, KL and agreement, and the command that prints them."""
+    """The figures on one text: rows of label, perplexity, KL and agreement, and the command that prints them. They were
+    measured in the run or after it."""
 
     text: str
     rows: list[tuple[str, str, str, str]]
@@ -107,12 +109,12 @@ def _front_matter(record: RunRecord, kind: CardKind) -> str:
 
 
 def _runs(record: RunRecord) -> list[RunRecord]:
-    """The records of all runs that a checkpoint is the work of, the first one first."""
+    """The records of all runs that made a checkpoint, the first one first."""
     return [*(_runs(record.start) if record.start is not None else []), record]
 
 
 def _known_texts(record: RunRecord) -> list[CorpusEntry]:
-    """The entries of the catalogue that any of the runs was trained on."""
+    """The texts of the catalogue that any of the runs was trained on."""
     names = {name for run in _runs(record) if run.settings is not None for name in parts(run.settings.corpus)}
     return [entry for entry in TEXTS if entry.id in names]
 
@@ -149,7 +151,7 @@ def _measured(record: RunRecord, settings: RunConfig) -> list[_Measured]:
 
 
 def _table_command(record: RunRecord, text: str) -> str | None:
-    """The command that prints the figures on a text, or None where the run itself measured them."""
+    """The command that measured the figures on a text, or None if the run itself measured them."""
     found = _TABLE.fullmatch(text)
     if found is None or text.startswith("held-out part of "):
         return None

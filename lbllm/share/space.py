@@ -1,13 +1,14 @@
-"""A folder that runs as a Hugging Face Space as it stands: the showcase of one checkpoint and its teacher.
+"""Write a folder that runs as a Hugging Face Space: the showcase of one checkpoint and its teacher.
 
-The Space has lbllm's own source in it: nothing but the public packages in its requirements.txt is installed. It holds
+The Space contains lbllm's own source, so that it installs only the public packages in its requirements.txt:
 
     README.md         the Space's settings and what it shows
     app.py            starts the showcase
-    requirements.txt  what of this project's requirements a showcase needs; packages.txt: the compiler for its kernels
+    requirements.txt  the requirements of this project that a showcase needs
+    packages.txt      the compiler for its kernels
     lbllm/, app/, assets/, with LICENSE and NOTICE
-    checkpoint/       unless it is named by its hub id
-    teacher/          where the teacher is a folder or a GGUF file here; one from the hub is downloaded by the Space
+    checkpoint/       unless the Space downloads it from the hub
+    teacher/          if the teacher is a folder or a GGUF file here; otherwise the Space downloads it
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lbllm.templates import environment
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent.parent
-# What a showcase imports, of requirements.txt; gradio brings the rest.
+# The packages of requirements.txt that a showcase imports; gradio installs the rest.
 _NEEDED = (
     "accelerate",
     "gguf",
@@ -58,8 +59,8 @@ def write_space(
     """Write the Space of a packed checkpoint to the new or empty folder ``out``.
 
     ``teacher``: catalogue id, hub id, model folder or GGUF file (default: the model that the checkpoint was made from).
-    ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the Space holds the
-    checkpoint itself. Raises CheckpointError, ModelError, ConfigError, ResourceError.
+    ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the folder contains
+    the checkpoint. Raises CheckpointError, ModelError, ConfigError, ResourceError.
     """
     if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
         raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
@@ -81,13 +82,13 @@ def write_space(
             copy_public(checkpoint, read_record(checkpoint), folder / "checkpoint")
         _put_source(folder)
         readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
-        # The hub wants large files marked.
+        # The hub requires a mark on large files.
         lfs = "filter=lfs diff=lfs merge=lfs -text"
         for name, text in {
             "README.md": readme,
             "app.py": _app(hub_id, named),
             "requirements.txt": "\n".join(requirements) + "\n",
-            # Of the system: without a compiler the packed layers run expanded.
+            # Debian packages: without a compiler the packed layers run expanded.
             "packages.txt": "g++\n",
             ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
         }.items():
@@ -95,7 +96,7 @@ def write_space(
 
 
 def _put_teacher(name: str, out: Path) -> str:
-    """Copy the teacher's files, if they are here; returns its place in the Space, or the name to load it by."""
+    """Copy the teacher's files, if they are here; return its path in the Space, or the name to load it by."""
     try:
         source = find_teacher(name)
     except LbllmError as error:
@@ -107,7 +108,7 @@ def _put_teacher(name: str, out: Path) -> str:
         shutil.copytree(place, target, ignore=lambda folder, names: ignored & set(names))
         return target.relative_to(out).as_posix()
     if source.kind in ("embedded", "gguf"):
-        # The showcase calls it by its file's name.
+        # The showcase shows the name of its file.
         target = out / _TEACHER / (f"{model_title(name)}.gguf" if source.kind == "embedded" else place.name)
         target.parent.mkdir()
         shutil.copyfile(place, target)
@@ -116,7 +117,7 @@ def _put_teacher(name: str, out: Path) -> str:
 
 
 def _put_source(out: Path) -> None:
-    """Copy the engine, the showcase's page, what they read of the assets, and the licence of all of it."""
+    """Copy the engine, the showcase's page, the assets that they read, and the licence."""
     shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
     (out / "app").mkdir()
     shutil.copyfile(APP / "__init__.py", out / "app" / "__init__.py")
@@ -144,8 +145,8 @@ def _licence_files() -> list[Path]:
 
 
 def _requirements() -> list[str]:
-    """What of this project's requirements a showcase needs, with their versions. Raises ResourceError where they are
-    not known."""
+    """The requirements of this project that a showcase needs, with versions. Raises ResourceError if they are not
+    known."""
     file = BUNDLE / "requirements.txt"
     try:
         lines = file.read_text().split() if file.is_file() else metadata.requires("lbllm") or []
@@ -165,7 +166,7 @@ def _app(hub_id: str | None, teacher: str) -> str:
 def _readme(
     checkpoint: Path, teacher: str, hub_id: str | None, title: str, licence: str, requirements: list[str]
 ) -> str:
-    """The text of README.md: the Space's settings in front, then what it shows."""
+    """The text of README.md: the settings of the Space as front matter, then what it shows."""
     models = [name for name in (hub_id_of(teacher), hub_id) if name]
     known = HUB_LICENCES.get(licence.lower())
     settings: dict[str, object] = {

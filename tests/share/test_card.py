@@ -132,7 +132,7 @@ def test_paths_of_the_machine_are_not_in_it() -> None:
     assert "diary" not in text
     assert "embedded+2026.txt" in text
     assert "Text `embedded`: " in text
-    assert "Text: 2026.txt, its maker's own" in text
+    assert "Text: 2026.txt, a text of whoever made this checkpoint" in text
     assert "--text 2027.txt --seq-len 512" in text
     assert "base_model" not in card(settings=settings, base_model=None).data.to_dict()
 
@@ -148,7 +148,7 @@ def test_what_is_not_known_is_called_so() -> None:
     for said in ("The settings of the run are not known", "Not measured", "Text: not known", "SHA-256"):
         assert (said in text) == (said != "SHA-256")
     assert "None" not in text
-    assert "came without figures" in card(evaluations=()).text
+    assert "the checkpoint has no figures" in card(evaluations=()).text
 
 
 @pytest.mark.parametrize("kind", ["dense", "gguf"])
@@ -164,7 +164,7 @@ def test_a_run_of_weights_alone_says_so() -> None:
     settings: RunConfig = make_config("quick", {"stages": ["ptq", "wat"]})
     text = card(settings=settings, evaluations=()).text
     assert "W(1+1)A16" in text
-    assert "stage 3, which quantizes activations, was left out" in text
+    assert "the run had no stage 3, which quantizes activations" in text
     assert '"aar"' not in text
 
 

@@ -142,7 +142,7 @@ def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tm
     write_space(pair[1], tmp_path / "space", teacher="smollm2-135m-instruct", hub_id="somebody/smollm2")
     (file,) = (tmp_path / "space" / "teacher").iterdir()
     assert file.name == "SmolLM2-135M-Instruct.gguf"
-    assert "answered at the same time by SmolLM2-135M-Instruct and" in (tmp_path / "space" / "README.md").read_text()
+    assert "SmolLM2-135M-Instruct and its binarized copy answer" in (tmp_path / "space" / "README.md").read_text()
     assert file.stat().st_size == embedded_file().stat().st_size
     assert f'HERE / "teacher/{file.name}"' in (tmp_path / "space" / "app.py").read_text()
     assert settings(tmp_path / "space")["models"][0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
