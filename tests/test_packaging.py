@@ -107,11 +107,14 @@ def test_the_installed_program_finds_its_own_files(installed: Path, tmp_path: Pa
 import json, sys
 from lbllm import kernels, places
 from lbllm.commands import main
+from lbllm.share import space
 from lbllm.texts import prompts
 assert main.main(["corpora", "--json"]) == 0
 sys.path.insert(0, str(places.BUNDLE))
 from app.view import THEME
 files = [places.APP / "workbench.py", THEME / "theme.toml", places.ASSETS / "checkpoint" / "packed.safetensors"]
+files += space._licence_files()
+assert [file.name for file in files[-2:]] == ["LICENSE", "NOTICE"]
 print(json.dumps({"files": list(map(str, [*files, *kernels.SOURCES])), "prompts": len(prompts.example_prompts())}))
 """
     lines = run(installed, tmp_path, sys.executable, "-c", program).stdout.splitlines()

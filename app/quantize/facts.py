@@ -1,8 +1,6 @@
-"""What the Quantize page knows beforehand: what a model is made of, and what the settings give and take."""
+"""What the Quantize page knows before a run: the parts of the model, and the size, memory and time of the settings."""
 
 from __future__ import annotations
-
-import html
 
 import streamlit as st
 from transformers import PreTrainedModel
@@ -16,7 +14,9 @@ from lbllm.models.blocks import decoder_blocks, linear_layers
 from lbllm.models.catalogue import MODELS
 from lbllm.models.teacher import ModelSummary, skeleton, summary
 from lbllm.sections import stage_number
+from lbllm.templates import environment
 
+_TEMPLATES = environment(__file__)
 PART_NAMES = {
     "bits": "sign bits",
     "bitmap": "bitmap",
@@ -29,8 +29,8 @@ PART_NAMES = {
 
 @st.cache_resource(max_entries=4, ttl=300, show_spinner="Reading the model's description")
 def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
-    """The model's summary and its skeleton, or why there are none. Kept for a while, so that no slider waits for
-    them."""
+    """The model's summary and its skeleton, or the reason why they can't be read. Cached, so that sliders need not wait
+    for them."""
     try:
         return summary(name), skeleton(name)
     except LbllmError as error:
@@ -39,7 +39,7 @@ def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
 
 @st.cache_resource(ttl=600, show_spinner="Measuring this machine")
 def rate(device: str) -> float:
-    """The device's matmul rate, measured now and then."""
+    """The device's matmul rate, measured again every ten minutes."""
     return fastest_matmul_rate(device)
 
 
@@ -50,12 +50,12 @@ def layer_names(model: PreTrainedModel) -> list[str]:
 
 
 def estimated(config: RunConfig, model: PreTrainedModel) -> Estimate:
-    """The estimate of a config for a model that is known. Raises ConfigError, ModelError."""
+    """The estimate for a config and a known model. Raises ConfigError, ModelError."""
     return estimate(config, model=model, rate=rate(config.device))
 
 
 def show_model(facts: ModelSummary) -> None:
-    """What a model is, what of it will be binarized and what stays."""
+    """Show a model's size, and which parts will be binarized and which stay."""
     kept = ", ".join(f"{part} {count_text(count)}" for part, count in facts.kept.items())
     context = f"context {facts.context_length:,}, " if facts.context_length else ""
     st.markdown(
@@ -68,7 +68,7 @@ def show_model(facts: ModelSummary) -> None:
 
 
 def show_unknown(name: str, message: str) -> None:
-    """The same for a model that can't be read: why, and what the catalogue knows."""
+    """Show why a model can't be read, and what the catalogue knows about it."""
     st.error(sentence(message))
     entry = next((entry for entry in MODELS if entry.id == name), None)
     if entry is not None:
@@ -77,7 +77,7 @@ def show_unknown(name: str, message: str) -> None:
 
 
 def show_figures(config: RunConfig, result: Estimate) -> None:
-    """Bits, disk, memory and time as large numbers, against 16 bits a weight."""
+    """Show bits, disk, memory and time as large numbers, compared with 16 bits per weight."""
     stages = {stage_number(stage): seconds for stage, seconds in result.stage_seconds.items()}
     longest = max(stages, key=stages.__getitem__)
     shown = (
@@ -85,7 +85,7 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             "Bits a weight",
             f"{result.bpw:.2f}",
             "fp16: 16",
-            "Stored bits of a binarized weight, its share of the group's parameters counted.",
+            "Stored bits of a binarized weight, with its share of the group's parameters.",
         ),
         ("On disk", size_text(result.disk_bytes), f"fp16: {size_text(result.fp16_bytes)}", ""),
         (
@@ -101,7 +101,7 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
         (
             "Time here",
             time_text(result.seconds),
-            f"mostly stage {longest}" if len(stages) > 1 else f"stage {longest} alone",
+            f"mostly stage {longest}" if len(stages) > 1 else f"only stage {longest}",
             "From the speed of matrix products on this machine now. "
             + ", ".join(f"stage {number}: {time_text(seconds)}" for number, seconds in stages.items()),
         ),
@@ -111,39 +111,28 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
 
 
 def bar(result: Estimate) -> str:
-    """The checkpoint by part, full width, and below it its length against fp16, as HTML of our own words and numbers
-    alone."""
+    """The parts of the checkpoint at full width, and below them its size compared with fp16, as HTML."""
     parts = {name: size for name, size in result.parts.items() if size}
-    segments, legend = [], []
-    for name, size in parts.items():
-        share = 100 * size / result.disk_bytes
-        title = html.escape(f"{PART_NAMES[name]}: {size_text(size)}, {share:.0f} % of the file")
-        ink = "#10202E" if name in ("bitmap", "parameters", "embeddings", "output head") else "#FFFFFF"
-        # Of the narrowest bar, 600 pixels, a letter takes one percent and a bit.
-        text = html.escape(PART_NAMES[name]) if share > 1.3 * len(PART_NAMES[name]) + 1 else ""
+    segments = []
+    for part, size in parts.items():
+        name, share = PART_NAMES[part], 100 * size / result.disk_bytes
         segments.append(
-            f'<div title="{title}" style="width:{share:.3f}%;background:{COLOURS[name]};color:{ink};overflow:hidden;'
-            f'white-space:nowrap;text-align:center;line-height:34px;font-size:13px">{text}</div>'
+            {
+                "name": name,
+                "size": size_text(size),
+                "share": share,
+                "title": f"{name}: {size_text(size)}, {share:.0f} % of the file",
+                "colour": COLOURS[part],
+                "ink": "#10202E" if part in ("bitmap", "parameters", "embeddings", "output head") else "#FFFFFF",
+                # A letter takes a little more than one percent of the narrowest bar, 600 pixels.
+                "fits": share > 1.3 * len(name) + 1,
+            }
         )
-        legend.append(
-            f'<span style="white-space:nowrap"><span style="display:inline-block;width:10px;height:10px;'
-            f'border-radius:2px;margin-right:5px;background:{COLOURS[name]}"></span>{html.escape(PART_NAMES[name])} '
-            f"{size_text(size)}</span>"
-        )
-    width = 100 * result.disk_bytes / result.fp16_bytes
-    factor = result.fp16_bytes / result.disk_bytes
-    label = html.escape(", ".join(f"{PART_NAMES[name]} {size_text(size)}" for name, size in parts.items()))
-    scale = (
-        f'<div style="position:relative;height:6px;border-radius:3px;background:rgba(128,144,160,.28);margin-top:12px">'
-        f'<div style="width:{min(width, 100):.2f}%;height:6px;border-radius:3px;background:{COLOURS["bits"]}">'
-        "</div></div>"
-        f'<div style="display:flex;justify-content:space-between;font-size:13px;opacity:.75;margin-top:3px">'
-        f"<span>this file: {factor:.1f} times smaller than fp16</span>"
-        f"<span>fp16 {size_text(result.fp16_bytes)}</span></div>"
-    )
-    return (
-        f'<div role="img" aria-label="The file by part: {label}">'
-        f'<div style="display:flex;gap:2px;height:34px;border-radius:6px;overflow:hidden">{"".join(segments)}</div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin-top:7px">{"".join(legend)}</div>'
-        f"{scale}</div>"
+    return _TEMPLATES.get_template("bar.html.jinja").render(
+        label=", ".join(f"{PART_NAMES[part]} {size_text(size)}" for part, size in parts.items()),
+        segments=segments,
+        percent=min(100 * result.disk_bytes / result.fp16_bytes, 100),
+        scale_colour=COLOURS["bits"],
+        factor=result.fp16_bytes / result.disk_bytes,
+        fp16_size=size_text(result.fp16_bytes),
     )

@@ -1,13 +1,12 @@
-"""What the showcase shows of a turn, as small pieces of HTML.
+"""The small pieces of HTML that the showcase shows for a turn.
 
-None of them holds what a visitor or a model wrote, which is shown in text boxes; all else is escaped.
+The texts of visitors and models are not in them but in text boxes; the templates escape everything else.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from html import escape
 
 import gradio as gr
 
@@ -16,6 +15,7 @@ from lbllm.chat.pool import Slot
 from lbllm.chat.showcase import Seen, Showcase
 from lbllm.chat.votes import CHOICES, Choice
 from lbllm.places import ASSETS
+from lbllm.templates import environment
 from lbllm.texts.prompts import PromptKind
 from lbllm.units import size
 
@@ -23,11 +23,12 @@ THEME = ASSETS / "theme"
 EXAMPLES = 6
 LETTERS = ("A", "B")
 VOTES: dict[Choice, str] = dict(zip(CHOICES, ("A is better", "B is better", "Tie", "Both bad"), strict=True))
+_TEMPLATES = environment(__file__)
 _SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif")
 
 
 def theme() -> gr.themes.Base:
-    """The project's colours for Gradio, with fonts that every system has: none is fetched from anywhere."""
+    """The project's colours for Gradio, with fonts that every system has, so that nothing is downloaded."""
     settings = tomllib.loads((THEME / "theme.toml").read_text())["theme"]
     light, dark = settings["light"], settings["dark"]
     roles = {
@@ -46,7 +47,7 @@ def theme() -> gr.themes.Base:
     for role, names in roles.items():
         for name in names.split():
             colours |= {name: light[role], f"{name}_dark": dark[role]}
-    # Gradio has this one for both, and the light screen's is legible on either.
+    # Gradio has one value for both themes; the light theme's is legible in both.
     del colours["color_accent_dark"]
     colours |= {
         "button_secondary_background_fill_hover": light["secondaryBackgroundColor"],
@@ -61,7 +62,7 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The showcase's own rules: large type, two columns, as high as the window."""
+    """The showcase's style sheet: large type, two columns, as high as the window."""
     return (THEME / "showcase.css").read_text()
 
 
@@ -70,44 +71,43 @@ def logo() -> str:
 
 
 def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list[str]:
-    """At most ``EXAMPLES`` prompts, others at each ``turn``: one of each kind, or for models without a chat template
-    those that begin a text."""
+    """At most ``EXAMPLES`` prompts, which change with ``turn``: one of each kind, or beginnings of texts for models
+    without a chat template."""
     if completes:
         return list(next(kind.prompts for kind in kinds if kind.kind == "Complete")[:EXAMPLES])
     return [kind.prompts[turn % len(kind.prompts)] for kind in kinds][:EXAMPLES]
 
 
 def loading_line(showcase: Showcase) -> str:
-    """How long the models have been loading, or nothing."""
+    """How long the models have been loading; empty once they are loaded."""
     waiting = [slot.elapsed for slot in showcase.slots if not slot.over]
     return f"Loading the models, {max(waiting):.0f} s so far. You can already ask." if waiting else ""
 
 
 def introduction(showcase: Showcase) -> str:
-    """Which two models answer, with the figures that set them apart; nothing before they are loaded."""
+    """The two models with the figures in which they differ; empty before they are loaded."""
     if not showcase.ready:
         return ""
     sides = []
     for slot, name in zip(showcase.slots, showcase.names, strict=True):
         (memory, _), (bits, label) = _weights(slot)
-        sides.append(f"<li><b>{escape(name)}</b><span>{escape(f'{memory} in memory, {bits} {label}')}</span></li>")
-    answering = "go on with your text" if showcase.completes else "answer your question"
-    return f'<div class="introduction"><p>Two models {answering} at the same time:</p><ul>{"".join(sides)}</ul></div>'
+        sides.append((name, memory, f"{bits} {label}"))
+    return _html("introduction", completes=showcase.completes, sides=sides)
 
 
 def notice(text: str, *, kind: str = "") -> str:
-    """A line about what goes on; ``kind`` "bad" is a refusal."""
-    return f'<p class="notice {kind}" role="status">{escape(text)}</p>' if text else ""
+    """A line about the state; ``kind`` "bad" is a refusal."""
+    return _html("notice", text=text, kind=kind) if text else ""
 
 
 def status(showcase: Showcase, seen: Seen) -> str:
-    """What happens with the question now, in a line."""
+    """The state of the question, in one line."""
     if seen.state == "waiting":
         place = "next" if seen.position == 1 else f"number {seen.position}"
         return notice(f"Your question is {place} in the line.", kind="strong")
     if seen.state == "answering":
         if not all(slot.over for slot in showcase.slots):
-            return notice("The models are being loaded. Your question is the next.")
+            return notice("The models are being loaded. Your question is next.")
         return notice("Both models are answering.")
     if any(answer.state == "failed" for answer in seen.answers):
         return notice(next(answer.error for answer in seen.answers if answer.error), kind="bad")
@@ -120,39 +120,34 @@ def status(showcase: Showcase, seen: Seen) -> str:
 
 
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """Which model a side is, or its letter while that is hidden."""
-    letter = f"<b>{LETTERS[side]}</b>" if seen is not None and seen.blind else ""
+    """The name of a side's model, or its letter while the name is hidden."""
     names = showcase.names if seen is None else seen.names
-    name = f"<span>{escape(names[side])}</span>" if names is not None else ""
-    student = ' class="student"' if names is not None and names[side] == showcase.names[1] else ""
-    return f"<h2{student}>{letter}{name}</h2>"
+    return _html(
+        "heading",
+        letter=LETTERS[side] if seen is not None and seen.blind else "",
+        name=names[side] if names is not None else "",
+        student=names is not None and names[side] == showcase.names[1],
+    )
 
 
 def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """The figures that matter of a side's model and of its answer; none while they would give it away."""
+    """The main figures of a side's model and of its answer; hidden while they would reveal the model."""
     names = showcase.names if seen is None else seen.names
     if names is None:
-        return '<div class="figures"><p>Its figures are shown after your vote.</p></div>'
+        return _html("figures", hidden=True, figures=[])
     slot = showcase.slots[0 if names[side] == showcase.names[0] else 1]
-    if slot.state != "ready":
-        return '<div class="figures"></div>'
-    cells = "".join(
-        f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>"
-        for value, label in (*_speed(seen.answers[side] if seen is not None else None), *_weights(slot))
-    )
-    return f'<div class="figures">{cells}</div>'
+    answer = seen.answers[side] if seen is not None else None
+    shown = [*_speed(answer), *_weights(slot)] if slot.state == "ready" else []
+    return _html("figures", hidden=False, figures=shown)
 
 
 def tally_line(showcase: Showcase) -> str:
     """The blind votes so far."""
-    counted = showcase.tally()
-    if not counted.total:
-        return '<p class="tally">No blind votes yet</p>'
-    votes = "1 blind vote" if counted.total == 1 else f"{counted.total} blind votes"
-    first, second = (escape(name) for name in showcase.names)
-    cells = f"<span>{first} <b>{counted.left}</b></span><span>{second} <b>{counted.right}</b></span>"
-    cells += f"<span>tie <b>{counted.tie}</b></span><span>both bad <b>{counted.both_bad}</b></span>"
-    return f'<p class="tally"><span>{votes}:</span>{cells}</p>'
+    return _html("tally", tally=showcase.tally(), names=showcase.names)
+
+
+def _html(piece: str, **values: object) -> str:
+    return _TEMPLATES.get_template(f"{piece}.html.jinja").render(values)
 
 
 def _speed(answer: Answer | None) -> list[tuple[str, str]]:

@@ -1,11 +1,11 @@
-"""Zero-shot accuracy on multiple-choice tasks, by lm-eval (EleutherAI): the answer is the choice that the model finds
-likeliest.
+"""Zero-shot accuracy on multiple-choice tasks, by lm-eval (EleutherAI): the model's answer is the choice with the
+highest likelihood.
 
     for score in zero_shot(model, tokenizer, ["piqa", "arc_easy"], limit=500):
         print(score)
 
-Prompts and scoring are lm-eval's own. Questions come from ``tasks/`` under LBLLM_DATA_DIR where it has them, else from
-the hub.
+Prompts, choices, metrics and scoring are lm-eval's own, as its YAML files define them. Questions come from ``tasks/``
+under LBLLM_DATA_DIR if they are there, else from the hub.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import gzip
 import json
 import logging
 import math
-import re
+import string
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,9 +34,9 @@ from lbllm.models.blocks import context_length
 from lbllm.places import data_dir
 from lbllm.texts.sources import hub_dataset
 
-BATCH = 8  # questions' choices that go through the model at once
-TRIED = 5  # questions that show whether a question's choices can go through at once
-TOLERANCE = 1e-2  # of a choice's log-likelihood between two ways of summing
+BATCH = 8  # choices per batch where they go through the model one by one
+TRIED = 5  # questions that decide whether all choices of a question can go through at once
+TOLERANCE = 1e-2  # largest difference in log-likelihood between the two ways
 LONGEST = 2_048  # tokens of a question with its answer; longer ones lose their beginning
 
 Progress = Callable[[int, int], None]
@@ -42,53 +44,26 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """``file``: normalized questions, with a label from 0. ``hub``: dataset, configuration and split of the same, in
-    their own form. ``text`` and ``choices``: lm-eval's templates for normalized ones. ``chance``: the accuracy of a
-    guess. ``normalized``: likelihoods are compared per byte, as is usual where choices differ in length."""
+    """``folder``: where lm-eval keeps the task's YAML file. ``chance``: the accuracy of guessing."""
 
-    file: str
-    hub: tuple[str, str | None, str]
-    text: str
-    choices: str | list[str]
+    folder: str
     chance: float
-    normalized: bool = True
 
 
-_QUESTION = "Question: {{question}}\nAnswer:"
 TASKS: dict[str, _Task] = {
-    "piqa": _Task(
-        "piqa_validation.jsonl.gz",
-        ("baber/piqa", None, "validation"),
-        "Question: {{goal}}\nAnswer:",
-        "{{[sol1, sol2]}}",
-        1 / 2,
-    ),
-    "arc_easy": _Task(
-        "arc_easy_test.jsonl.gz", ("allenai/ai2_arc", "ARC-Easy", "test"), _QUESTION, "{{choices}}", 1 / 4
-    ),
-    "arc_challenge": _Task(
-        "arc_challenge_test.jsonl.gz", ("allenai/ai2_arc", "ARC-Challenge", "test"), _QUESTION, "{{choices}}", 1 / 4
-    ),
-    "hellaswag": _Task(
-        "hellaswag_validation.jsonl.gz", ("Rowan/hellaswag", None, "validation"), "{{query}}", "{{endings}}", 1 / 4
-    ),
-    "boolq": _Task(
-        "boolq_validation.jsonl.gz",
-        ("aps/super_glue", "boolq", "validation"),
-        "{{passage}}\nQuestion: {{question}}?\nAnswer:",
-        ["no", "yes"],
-        1 / 2,
-        normalized=False,
-    ),
-    "openbookqa": _Task(
-        "openbookqa_test.jsonl.gz", ("allenai/openbookqa", "main", "test"), "{{question_stem}}", "{{choices}}", 1 / 4
-    ),
+    "piqa": _Task("piqa", 1 / 2),
+    "arc_easy": _Task("arc", 1 / 4),
+    "arc_challenge": _Task("arc", 1 / 4),
+    "hellaswag": _Task("hellaswag", 1 / 4),
+    "boolq": _Task("super_glue/boolq", 1 / 2),
+    "openbookqa": _Task("openbookqa", 1 / 4),
 }
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right answers, its standard error, and that of guessing; ``normalized``: likelihood per byte."""
+    """The share of right answers, its standard error, and the share that guessing reaches. ``normalized``: likelihoods
+    are compared per byte, as is usual where choices differ in length."""
 
     task: str
     accuracy: float
@@ -99,7 +74,7 @@ class Score:
 
 
 def task_names(text: str) -> list[str]:
-    """The tasks that ``all`` or names joined by commas stand for. Raises ConfigError naming an unknown one."""
+    """The tasks that ``all`` or names separated by commas mean. Raises ConfigError naming an unknown one."""
     names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
@@ -115,104 +90,114 @@ def zero_shot(
     limit: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Score]:
-    """The score in each task as it becomes known, on all questions or the first ``limit``.
+    """Yield the score in each task, on all questions or the first ``limit``.
 
-    ``on_progress(task, done, total)`` counts choices. Raises CorpusError where questions can't be had.
+    ``on_progress(task, done, total)`` counts choices. Raises CorpusError if the questions are not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with extra("eval", "zero-shot evaluation"):
         import lm_eval.api.task as tasks
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
     vars(tasks)["tqdm"] = partial(tasks.tqdm, disable=True)  # its bars would lie over the caller's
     judge = _judge(model, tokenizer)
     for name in names:
         judge.report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
-        task = TASKS[name]
-        with float32_products():
+        manager = _manager(name)
+        with float32_products(), _no_bars():
             found = simple_evaluate(
                 model=judge,
-                tasks=[_configured(name, task)],
+                tasks=[_configured(name, manager, limit)],
                 num_fewshot=0,
-                limit=limit,
-                bootstrap_iters=2,  # a mean's standard error has a formula, but 0 leaves that out as well
+                bootstrap_iters=2,  # a mean's standard error has a formula, but 0 omits it as well
                 log_samples=False,
-                task_manager=TaskManager(include_defaults=False),  # reading its catalogue takes ten seconds
+                task_manager=manager,
             )
-        metric = "acc_norm" if task.normalized else "acc"
+        result = found["results"][name]
+        metric = "acc_norm" if "acc_norm,none" in result else "acc"
         yield Score(
             task=name,
-            accuracy=found["results"][name][f"{metric},none"],
-            stderr=found["results"][name][f"{metric}_stderr,none"],
-            chance=task.chance,
+            accuracy=result[f"{metric},none"],
+            stderr=result[f"{metric}_stderr,none"],
+            chance=TASKS[name].chance,
             examples=found["n-samples"][name]["effective"],
-            normalized=task.normalized,
+            normalized=metric == "acc_norm",
         )
 
 
-def questions(name: str) -> list[dict[str, Any]]:
-    """All questions of a task, from LBLLM_DATA_DIR or the hub, in the form of the former. Raises CorpusError."""
-    task = TASKS[name]
+def _manager(name: str) -> Any:
+    """lm-eval's catalogue of the one folder that has the task: reading all of them takes ten seconds."""
+    from lm_eval import tasks
+
+    folder = Path(tasks.__file__).parent / TASKS[name].folder
+    return tasks.TaskManager(include_path=folder, include_defaults=False)
+
+
+def _configured(name: str, manager: Any, limit: int | None) -> Any:
+    """The task as lm-eval's YAML file defines it, on all its questions or the first ``limit``. Raises CorpusError."""
+    import datasets
+
+    config = manager.task_index[name].cfg
+    split = config.get("test_split") or config["validation_split"]
+    found = _questions(name, config["dataset_path"], config.get("dataset_name"), split)
+    if limit is not None:
+        # Here, not in lm-eval: it edits all questions of HellaSwag, five times, before it takes the first ones.
+        found = found.select(range(min(limit, len(found))))
+    member = {
+        "task": name,
+        "custom_dataset": lambda **_: datasets.DatasetDict({split: found}),
+        "training_split": None,
+        "validation_split": split,
+        "test_split": None,
+    }
+    # The catalogue takes changes to a task's file only for the members of a group.
+    return manager.load({"group": "zero_shot", "task": [member]})["tasks"][name]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of datasets, which would lie over the caller's: some tasks edit their questions."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _questions(name: str, dataset: str, configuration: str | None, split: str) -> Any:
+    """All questions of a task as a datasets.Dataset in the form of the hub. Raises CorpusError."""
+    from datasets import Dataset
+
     folder = data_dir()
-    path = folder / "tasks" / task.file if folder is not None else None
-    if path is not None and path.is_file():
-        with gzip.open(path, "rt", encoding="utf-8") as stream:
-            rows = [json.loads(line) for line in stream]
-    else:
-        dataset, configuration, split = task.hub
-        try:
-            rows = [normalized(dict(row)) for row in hub_dataset(dataset, configuration, split, streaming=False)]
-        except CorpusError as error:
-            raise CorpusError(
-                f"task {name}: {dataset} can't be read from the hub. Without a connection set LBLLM_DATA_DIR to a "
-                f"folder that has tasks/{task.file}"
-            ) from error
-    for row in rows:
-        if "activity_label" in row:
-            row["query"] = _cleaned(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-            row["endings"] = [_cleaned(ending) for ending in row["endings"]]
-    return rows
+    file = f"tasks/{name}_{split}.jsonl.gz"
+    if folder is not None and (folder / file).is_file():
+        with gzip.open(folder / file, "rt", encoding="utf-8") as stream:
+            return Dataset.from_list([_hub_form(json.loads(line)) for line in stream])
+    try:
+        return hub_dataset(dataset, configuration, split, streaming=False)
+    except CorpusError as error:
+        raise CorpusError(
+            f"task {name}: {dataset} can't be read from the hub. Without a connection set LBLLM_DATA_DIR to a "
+            f"folder that has {file}"
+        ) from error
 
 
-def normalized(row: dict[str, Any]) -> dict[str, Any]:
-    """A question as the hub's datasets have it with a list of choices and a label from 0."""
-    if "answerKey" in row:
-        labels = row["choices"]["label"]
-        return row | {"choices": row["choices"]["text"], "label": labels.index(row["answerKey"].strip())}
-    return row | {"label": int(row["label"])}
-
-
-def _cleaned(text: str) -> str:
-    """HellaSwag's texts without WikiHow's marks in brackets, as lm-eval cleans them."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _configured(name: str, task: _Task) -> Any:
-    """lm-eval's own kind of task."""
-    from datasets import Dataset, DatasetDict
-    from lm_eval.api.task import ConfigurableTask
-
-    rows = questions(name)
-    metrics = ["acc", "acc_norm"] if task.normalized else ["acc"]
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: DatasetDict({"validation": Dataset.from_list(rows)}),
-            "validation_split": "validation",
-            "output_type": "multiple_choice",
-            "doc_to_text": task.text,
-            "doc_to_choice": task.choices,
-            "doc_to_target": "label",
-            "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
-            "metadata": {"version": 1.0},
-        }
-    )
+def _hub_form(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of a file, which has a list of choices and a label from 0, in the form of the hub: choices with
+    letters, and the letter of the answer. Tasks whose choices are not in a list have the same form in both."""
+    if "choices" not in row:
+        return row
+    letters = list(string.ascii_uppercase[: len(row["choices"])])
+    return row | {"choices": {"text": row["choices"], "label": letters}, "answerKey": letters[row["label"]]}
 
 
 def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """lm-eval's model for one that is loaded, telling its progress. A question's choices go through the model at once,
-    behind its text, where the model gives them what it gives them one by one."""
+    """The loaded model as lm-eval's kind of model, which reports its progress. All choices of a question go through the
+    model at once, after the question's text, if the model gives them the likelihoods that it gives to each alone."""
     from lm_eval.models.huggingface import HFLM
 
     class Judge(HFLM):
@@ -227,7 +212,7 @@ def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             asked = [(tuple(text), tuple(choice)) for _, text, choice in requests]
             longest = sorted(asked, key=lambda pair: -len(pair[0]) - len(pair[1]))[:TRIED]
-            if sum(map(len, longest[0])) > self.max_length or not _behind_one_text(self.model, longest):
+            if sum(map(len, longest[0])) > self.max_length or not _same_at_once(self.model, longest):
                 return super()._loglikelihood_tokens(requests, *args, **kwargs)
             found: list[tuple[float, bool]] = []
             for text, group in groupby(asked, key=lambda pair: pair[0]):
@@ -253,14 +238,14 @@ def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 def likelihoods(
     model: PreTrainedModel, text: Sequence[int], choices: Sequence[Sequence[int]]
 ) -> list[tuple[float, bool]]:
-    """The log-likelihood of each choice behind the text, token ids all, and whether it is what the model itself
-    would write.
+    """The log-likelihood (nats) of each choice after the text, and whether greedy decoding would write it. ``text`` and
+    ``choices`` are token ids.
 
-    One pass: the choices lie one behind the other, each counts its positions from the text's end and sees the text and
-    itself alone. For models that take such a mask and position ids.
+    One pass: the choices stand in one row after the text. The positions of each begin at the text's end, and each sees
+    only the text and itself. The model must take position ids and a mask of (1, 1, tokens, tokens).
     """
     start, pieces = len(text) - 1, [torch.tensor(choice) for choice in choices]
-    # The text's last token gives every choice's first one; a choice's own last token gives nothing that is asked for.
+    # The text's last token predicts the first token of every choice; a choice's last token predicts nothing we need.
     own = [piece[:-1] for piece in pieces]
     ids = torch.cat([torch.tensor(text), *own])
     owner = torch.cat([torch.full((len(text),), -1), *(torch.full((len(one),), k) for k, one in enumerate(own))])
@@ -283,10 +268,10 @@ def likelihoods(
     return found
 
 
-def _behind_one_text(model: PreTrainedModel, asked: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether ``likelihoods`` gives a choice behind another one what the model gives it alone, in most of these texts
-    with a choice: where activations are quantized another order of summing may move a rounding. Attention that sees a
-    window alone is why it may not."""
+def _same_at_once(model: PreTrainedModel, asked: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether ``likelihoods`` gives a choice that follows another one the value that the model gives it alone, in most
+    of these pairs of text and choice. Not in all: with quantized activations another order of summing may change a
+    rounding. Attention with a sliding window gives other values."""
     apart = []
     for text, choice in asked:
         try:

@@ -1,13 +1,14 @@
-"""A folder that runs as a Hugging Face Space as it stands: the showcase of one checkpoint and its teacher.
+"""Write a folder that runs as a Hugging Face Space: the showcase of one checkpoint and its teacher.
 
-The Space has lbllm's own source in it: nothing but the public packages in its requirements.txt is installed. It holds
+The Space contains lbllm's own source, so that it installs only the public packages in its requirements.txt:
 
     README.md         the Space's settings and what it shows
     app.py            starts the showcase
-    requirements.txt  what of this project's requirements a showcase needs; packages.txt: the compiler for its kernels
-    lbllm/, app/, assets/
-    checkpoint/       unless it is named by its hub id
-    teacher/          where the teacher is a folder or a GGUF file here; one from the hub is downloaded by the Space
+    requirements.txt  the requirements of this project that a showcase needs
+    packages.txt      the compiler for its kernels
+    lbllm/, app/, assets/, with LICENSE and NOTICE
+    checkpoint/       unless the Space downloads it from the hub
+    teacher/          if the teacher is a folder or a GGUF file here; otherwise the Space downloads it
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from lbllm.files import new_folder, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
+from lbllm.templates import environment
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent.parent
-# What a showcase imports, of requirements.txt; gradio brings the rest.
+# The packages of requirements.txt that a showcase imports; gradio installs the rest.
 _NEEDED = (
     "accelerate",
     "gguf",
     "gradio",
+    "jinja2",
     "numpy",
     "protobuf",
     "psutil",
@@ -45,41 +48,9 @@ _NEEDED = (
     "typer",
 )
 _TEACHER = "teacher"
+_LICENCE_FILES = ("LICENSE", "NOTICE")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
-_APP = '''"""A binarized language model beside its teacher: the showcase of LBLLM Workbench."""
-
-import os
-{imports}
-# Idle threads that spin take the cores of a small machine from those that work; torch reads this when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from app.showcase.page import run
-from lbllm.chat.showcase import open_showcase
-
-HERE = Path(__file__).resolve().parent
-run(
-    open_showcase({checkpoint}, {teacher}),
-    host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-    port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-    share=False,
-    say=lambda line: print(line, flush=True),
-)
-'''
-_README = """---
-{settings}---
-
-# {title}
-
-The same question, answered at the same time by {teacher} and by its binarized copy, which has
-{bits} bits a weight in its blocks. In blind mode the names come after your vote. Made with LBLLM Workbench, an
-independent implementation of LBLLM ("LBLLM: Lightweight Binarization of Large Language Models via Three-Stage
-Distillation", ACL 2026).
-
-What the models write can be wrong. A vote keeps the question and both answers in the Space's own storage; without a
-vote nothing is kept.
-
-To run it elsewhere: `pip install -r requirements.txt`, `python app.py`, http://127.0.0.1:7860.
-"""
+_TEMPLATES = environment(__file__)
 
 
 def write_space(
@@ -88,8 +59,8 @@ def write_space(
     """Write the Space of a packed checkpoint to the new or empty folder ``out``.
 
     ``teacher``: catalogue id, hub id, model folder or GGUF file (default: the model that the checkpoint was made from).
-    ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the Space holds the
-    checkpoint itself. Raises CheckpointError, ModelError, ConfigError, ResourceError.
+    ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the folder contains
+    the checkpoint. Raises CheckpointError, ModelError, ConfigError, ResourceError.
     """
     if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
         raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
@@ -111,13 +82,13 @@ def write_space(
             copy_public(checkpoint, read_record(checkpoint), folder / "checkpoint")
         _put_source(folder)
         readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
-        # The hub wants large files marked.
+        # The hub requires a mark on large files.
         lfs = "filter=lfs diff=lfs merge=lfs -text"
         for name, text in {
             "README.md": readme,
             "app.py": _app(hub_id, named),
             "requirements.txt": "\n".join(requirements) + "\n",
-            # Of the system: without a compiler the packed layers run expanded.
+            # Debian packages: without a compiler the packed layers run expanded.
             "packages.txt": "g++\n",
             ".gitattributes": f"*.safetensors {lfs}\n*.gguf {lfs}\n",
         }.items():
@@ -125,7 +96,7 @@ def write_space(
 
 
 def _put_teacher(name: str, out: Path) -> str:
-    """Copy the teacher's files, if they are here; returns its place in the Space, or the name to load it by."""
+    """Copy the teacher's files, if they are here; return its path in the Space, or the name to load it by."""
     try:
         source = find_teacher(name)
     except LbllmError as error:
@@ -137,7 +108,7 @@ def _put_teacher(name: str, out: Path) -> str:
         shutil.copytree(place, target, ignore=lambda folder, names: ignored & set(names))
         return target.relative_to(out).as_posix()
     if source.kind in ("embedded", "gguf"):
-        # The showcase calls it by its file's name.
+        # The showcase shows the name of its file.
         target = out / _TEACHER / (f"{model_title(name)}.gguf" if source.kind == "embedded" else place.name)
         target.parent.mkdir()
         shutil.copyfile(place, target)
@@ -146,18 +117,36 @@ def _put_teacher(name: str, out: Path) -> str:
 
 
 def _put_source(out: Path) -> None:
-    """Copy the engine, the showcase's page and what they read of the assets."""
+    """Copy the engine, the showcase's page, the assets that they read, and the licence."""
     shutil.copytree(_PACKAGE, out / "lbllm", ignore=shutil.ignore_patterns("__pycache__", "_bundle"))
     (out / "app").mkdir()
     shutil.copyfile(APP / "__init__.py", out / "app" / "__init__.py")
     shutil.copytree(APP / "showcase", out / "app" / "showcase", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ASSETS / "theme", out / "assets" / "theme")
     shutil.copyfile(ASSETS / "prompts.json", out / "assets" / "prompts.json")
+    for file in _licence_files():
+        shutil.copyfile(file, out / file.name)
+
+
+def _licence_files() -> list[Path]:
+    """LICENSE and NOTICE: in a checkout they are beside this package, an installed one has them in its metadata."""
+    found = [BUNDLE / name for name in _LICENCE_FILES if (BUNDLE / name).is_file()]
+    if found:
+        return found
+    try:
+        installed = metadata.files("lbllm") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        Path(str(file.locate()))
+        for file in installed
+        if file.parts[0].endswith(".dist-info") and file.name in _LICENCE_FILES
+    ]
 
 
 def _requirements() -> list[str]:
-    """What of this project's requirements a showcase needs, with their versions. Raises ResourceError where they are
-    not known."""
+    """The requirements of this project that a showcase needs, with versions. Raises ResourceError if they are not
+    known."""
     file = BUNDLE / "requirements.txt"
     try:
         lines = file.read_text().split() if file.is_file() else metadata.requires("lbllm") or []
@@ -169,23 +158,15 @@ def _requirements() -> list[str]:
 
 def _app(hub_id: str | None, teacher: str) -> str:
     """The text of app.py."""
-    imports = "from pathlib import Path\n"
-    checkpoint = 'str(HERE / "checkpoint")'
-    if hub_id is not None:
-        imports += "\nfrom huggingface_hub import snapshot_download\n"
-        checkpoint = f"snapshot_download({json.dumps(hub_id)})"
-    held = teacher.startswith(f"{_TEACHER}/")
-    return _APP.format(
-        imports=imports,
-        checkpoint=checkpoint,
-        teacher=f"str(HERE / {json.dumps(teacher)})" if held else json.dumps(teacher),
+    return _TEMPLATES.get_template("space_app.py.jinja").render(
+        hub_id=hub_id, teacher=teacher, teacher_is_here=teacher.startswith(f"{_TEACHER}/")
     )
 
 
 def _readme(
     checkpoint: Path, teacher: str, hub_id: str | None, title: str, licence: str, requirements: list[str]
 ) -> str:
-    """The text of README.md: the Space's settings in front, then what it shows."""
+    """The text of README.md: the settings of the Space as front matter, then what it shows."""
     models = [name for name in (hub_id_of(teacher), hub_id) if name]
     known = HUB_LICENCES.get(licence.lower())
     settings: dict[str, object] = {
@@ -203,7 +184,7 @@ def _readme(
     }
     if known is None:
         settings["license_name"] = licence or "not stated"
-    # A JSON value is a YAML value.
-    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
     stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    return _README.format(settings=lines, title=title, teacher=model_title(teacher), bits=f"{stated['bpw']:.2f}")
+    return _TEMPLATES.get_template("space_readme.md.jinja").render(
+        settings=settings, title=title, teacher=model_title(teacher), bpw=stated["bpw"]
+    )

@@ -6,58 +6,96 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.measure.zero_shot import TASKS, likelihoods, normalized, task_names, zero_shot
+from lbllm.measure.zero_shot import TASKS, likelihoods, task_names, zero_shot
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"goal": SENTENCES[k][:20], "sol1": SENTENCES[k][20:], "sol2": SENTENCES[k - 1][10:], "label": k % 2}
     for k in range(8)
 ]
 PASSAGES = [{"passage": s, "question": s.lower().rstrip("."), "label": k % 2} for k, s in enumerate(SENTENCES)]
 
 
+CHOICES: list[dict[str, Any]] = [
+    {"question": s[:15], "question_stem": s[:15], "choices": [s[15:], "a lamp", s[:9]], "label": k % 3}
+    for k, s in enumerate(SENTENCES)
+]
+ENDINGS = [
+    {
+        "activity_label": "Roof [substeps] work",
+        "ctx_a": f"{s[:12]} [title] Go on.",
+        "ctx_b": "he",
+        "endings": [f"{s[12:]} [step]  now ", "sleeps.", "sings [loud] songs."],
+        "label": k % 3,
+    }
+    for k, s in enumerate(SENTENCES)
+]
+FILES: dict[str, list[dict[str, Any]]] = {
+    "piqa_validation": QUESTIONS,
+    "boolq_validation": PASSAGES,
+    "arc_easy_test": CHOICES,
+    "arc_challenge_test": CHOICES,
+    "openbookqa_test": CHOICES,
+    "hellaswag_validation": ENDINGS,
+}
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of questions in place of LBLLM_DATA_DIR."""
     (tmp_path / "tasks").mkdir()
-    for name, rows in (("piqa", QUESTIONS), ("boolq", PASSAGES)):
-        with gzip.open(tmp_path / "tasks" / TASKS[name].file, "wt") as stream:
+    for file, rows in FILES.items():
+        with gzip.open(tmp_path / "tasks" / f"{file}.jsonl.gz", "wt") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setenv("LBLLM_DATA_DIR", str(tmp_path))
     return tmp_path
 
 
+def asked(name: str, row: dict[str, Any]) -> tuple[str, list[str]]:
+    """The text before the choices, and the choices, as the tasks are known."""
+    match name:
+        case "piqa":
+            return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]]
+        case "boolq":
+            return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"]
+        case "hellaswag":
+            endings = [f"{row['endings'][0].split(' [')[0]} now", "sleeps.", "sings songs."]
+            return f"Roof work: {row['ctx_a'].split(' [')[0]}. Go on. He", endings
+        case "openbookqa":
+            return row["question_stem"], row["choices"]
+    return f"Question: {row['question']}\nAnswer:", row["choices"]
+
+
 @torch.no_grad()
-def by_hand(name: str, rows: list[dict[str, object]], architecture: str = "llama") -> float:
-    """The share of questions whose right choice has the greatest log-likelihood, in piqa's case per byte."""
+def by_hand(name: str, rows: list[dict[str, Any]], architecture: str = "llama") -> float:
+    """The share of questions whose right choice has the greatest log-likelihood, but for boolq per byte."""
     model, tokenizer = tiny(architecture)
     right = 0
     for row in rows:
-        if name == "piqa":
-            text, choices = f"Question: {row['goal']}\nAnswer:", [str(row["sol1"]), str(row["sol2"])]
-        else:
-            text, choices = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"]
+        text, choices = asked(name, row)
         scores = []
         for choice in choices:
             context, whole = tokenizer(text).input_ids, tokenizer(f"{text} {choice}").input_ids
             logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             likelihood = sum(float(logits[at - 1, whole[at]]) for at in range(len(context), len(whole)))
-            scores.append(likelihood / (len(choice) if name == "piqa" else 1))
+            scores.append(likelihood / (1 if name == "boolq" else len(choice)))
         right += scores.index(max(scores)) == row["label"]
     return right / len(rows)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("piqa", QUESTIONS), ("boolq", PASSAGES)])
-def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str, object]], data: Path) -> None:
+def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str, Any]], data: Path) -> None:
     told: list[tuple[str, int, int]] = []
     (score,) = zero_shot(*tiny("llama"), [name], on_progress=lambda *step: told.append(step))
     assert score.accuracy == pytest.approx(by_hand(name, rows))
@@ -115,10 +153,31 @@ def test_the_command_shows_both_models_and_what_is_kept(
     assert "average" in table
 
 
-def test_questions_of_the_hub_take_the_form_of_the_files() -> None:
-    arc = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
-    assert normalized(arc) == arc | {"choices": ["a", "b"], "label": 1}
-    assert normalized({"ctx_a": "x", "label": "3"})["label"] == 3
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "openbookqa", "hellaswag"])
+def test_each_task_asks_what_lm_eval_asks(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (rows,) = (rows for file, rows in FILES.items() if file.startswith(name))
+    (score,) = zero_shot(*tiny("llama"), [name])
+    assert score.accuracy == pytest.approx(by_hand(name, rows))
+    assert (score.examples, score.normalized) == (len(rows), True)
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_questions_of_the_hub_give_the_same_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = [next(zero_shot(*tiny("llama"), [name])) for name in ("arc_easy", "piqa")]
+    rows = [
+        row | {"choices": {"text": row["choices"], "label": ["1", "2", "3"]}, "answerKey": str(row["label"] + 1)}
+        for row in CHOICES
+    ]
+    hub = {
+        ("allenai/ai2_arc", "ARC-Easy", "test"): [{k: v for k, v in row.items() if k != "label"} for row in rows],
+        ("baber/piqa", None, "validation"): QUESTIONS,
+    }
+    monkeypatch.setattr(
+        "lbllm.measure.zero_shot.hub_dataset",
+        lambda name, configuration, split, *, streaming: Dataset.from_list(hub[name, configuration, split]),
+    )
+    monkeypatch.delenv("LBLLM_DATA_DIR")
+    assert [next(zero_shot(*tiny("llama"), [name])) for name in ("arc_easy", "piqa")] == here
 
 
 def test_names() -> None:

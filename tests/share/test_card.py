@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import shlex
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from lbllm.checkpoints.record import RunRecord
 from lbllm.commands.options import run_config
@@ -130,7 +132,7 @@ def test_paths_of_the_machine_are_not_in_it() -> None:
     assert "diary" not in text
     assert "embedded+2026.txt" in text
     assert "Text `embedded`: " in text
-    assert "Text: 2026.txt, its maker's own" in text
+    assert "Text: 2026.txt, a text of whoever made this checkpoint" in text
     assert "--text 2027.txt --seq-len 512" in text
     assert "base_model" not in card(settings=settings, base_model=None).data.to_dict()
 
@@ -146,7 +148,7 @@ def test_what_is_not_known_is_called_so() -> None:
     for said in ("The settings of the run are not known", "Not measured", "Text: not known", "SHA-256"):
         assert (said in text) == (said != "SHA-256")
     assert "None" not in text
-    assert "came without figures" in card(evaluations=()).text
+    assert "the checkpoint has no figures" in card(evaluations=()).text
 
 
 @pytest.mark.parametrize("kind", ["dense", "gguf"])
@@ -162,5 +164,41 @@ def test_a_run_of_weights_alone_says_so() -> None:
     settings: RunConfig = make_config("quick", {"stages": ["ptq", "wat"]})
     text = card(settings=settings, evaluations=()).text
     assert "W(1+1)A16" in text
-    assert "stage 3, which quantizes activations, was left out" in text
+    assert "the run had no stage 3, which quantizes activations" in text
     assert '"aar"' not in text
+
+
+HOSTILE = "x\n---\n\n# <script>alert(1)</script> | `a` [b](http://c) ``` *d* {{ 7 * 7 }}"
+
+
+def test_no_name_breaks_out_of_the_card() -> None:
+    settings = make_config("quick", {"model": HOSTILE, "corpus": f"embedded+{HOSTILE}"})
+    known = record(
+        settings=settings,
+        base_model=HOSTILE,
+        precision=HOSTILE,
+        licence=HOSTILE,
+        evaluations=(Evaluated(what="teacher", text=f"{HOSTILE}, 4 windows of 512 tokens", perplexity=9.5, tokens=9),),
+    )
+    text = model_card(known, "packed", HOSTILE, {f"{HOSTILE}.safetensors": 7}, CONTENTS, chat=False)
+    data = ModelCard(text).data.to_dict()
+    assert (data["base_model"], data["license"]) == (HOSTILE, "other")
+    tags, headings = set[str](), list[str]()
+    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
+    for token in tokens:
+        tags |= {inner.type for inner in (token, *(token.children or []))}
+        if token.type == "heading_open":
+            headings.append(tokens[tokens.index(token) + 1].content)
+    assert headings[1:] == [
+        "How to load it",
+        "What it is made from",
+        "Size",
+        "Measured",
+        "Method and settings",
+        "Limits",
+    ]
+    assert not tags & {"html_block", "html_inline", "em_open", "hr", "fence"}
+    assert all(row.count("|") - row.count(r"\|") in (3, 5) for row in text.splitlines() if row.startswith("| "))
+    assert "49" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("    folder = "))
+    assert ast.literal_eval(line.partition(" = ")[2]) == HOSTILE

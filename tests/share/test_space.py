@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from gradio_client import Client
 
 from lbllm.commands.main import main
@@ -44,8 +47,9 @@ def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: 
     write_space(checkpoint, space)
     assert {path.name for path in space.iterdir()} == {
         *("README.md", "app.py", "requirements.txt", "packages.txt", ".gitattributes"),
-        *("lbllm", "app", "assets", "checkpoint", "teacher"),
+        *("lbllm", "app", "assets", "checkpoint", "teacher", "LICENSE", "NOTICE"),
     }
+    assert (space / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert (space / "teacher" / "teacher" / "model.safetensors").read_bytes() == (
         teacher / "model.safetensors"
     ).read_bytes()
@@ -115,11 +119,30 @@ def test_a_checkpoint_and_a_teacher_of_the_hub_are_named_instead_of_copied(
     assert "license_name" not in front
 
 
+def test_no_name_breaks_out_of_the_files_of_a_space(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    teacher = shutil.copytree(pair[0], tmp_path / 'x"), evil(), ("\u2028\'\\ 🎉')
+    checkpoint = shutil.copytree(pair[1], tmp_path / "checkpoint")
+    document = json.loads((checkpoint / "config.json").read_text())
+    licence = "MIT\n---\nsdk: docker\x85# <script>"
+    document["quantization_config"]["provenance"]["licence"] = licence
+    (checkpoint / "config.json").write_text(json.dumps(document))
+    title = "My\n---\n# model <b> `x` [y](z)"
+    write_space(checkpoint, tmp_path / "space", teacher=str(teacher), title=title)
+    tree = ast.parse((tmp_path / "space" / "app.py").read_text())
+    assert f"teacher/{teacher.name}" in {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert "evil" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    readme = (tmp_path / "space" / "README.md").read_text()
+    _, front, text = re.split("^---\n", readme, maxsplit=2, flags=re.MULTILINE)
+    found = yaml.safe_load(front)
+    assert (found["title"], found["license_name"], found["sdk"]) == (title, licence, "gradio")
+    assert r"# My --- \# model \<b\> \`x\` \[y\](z)" in text.splitlines()
+
+
 def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
     write_space(pair[1], tmp_path / "space", teacher="smollm2-135m-instruct", hub_id="somebody/smollm2")
     (file,) = (tmp_path / "space" / "teacher").iterdir()
     assert file.name == "SmolLM2-135M-Instruct.gguf"
-    assert "answered at the same time by SmolLM2-135M-Instruct and" in (tmp_path / "space" / "README.md").read_text()
+    assert "SmolLM2-135M-Instruct and its binarized copy answer" in (tmp_path / "space" / "README.md").read_text()
     assert file.stat().st_size == embedded_file().stat().st_size
     assert f'HERE / "teacher/{file.name}"' in (tmp_path / "space" / "app.py").read_text()
     assert settings(tmp_path / "space")["models"][0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
