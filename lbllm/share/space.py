@@ -4,7 +4,7 @@ The Space contains lbllm's own source, so that it installs only the public packa
 
     README.md         the Space's settings and what it shows
     app.py            starts the showcase
-    requirements.txt  the requirements of this project that a showcase needs
+    requirements.txt  the packages that a showcase needs, in the versions that are installed here
     packages.txt      the compiler for its kernels
     lbllm/, app/, assets/, with LICENSE and NOTICE
     checkpoint/       unless the Space downloads it from the hub
@@ -30,7 +30,7 @@ from lbllm.templates import environment
 
 PYTHON = "3.11"
 _PACKAGE = Path(__file__).resolve().parent.parent
-# The packages of requirements.txt that a showcase imports; gradio installs the rest.
+# The packages that a showcase imports; gradio installs the rest.
 _NEEDED = (
     "accelerate",
     "gguf",
@@ -145,15 +145,15 @@ def _licence_files() -> list[Path]:
 
 
 def _requirements() -> list[str]:
-    """The requirements of this project that a showcase needs, with versions. Raises ResourceError if they are not
-    known."""
-    file = BUNDLE / "requirements.txt"
+    """The packages that a showcase needs, in the versions that are installed here. Raises ResourceError if one is
+    missing."""
     try:
-        lines = file.read_text().split() if file.is_file() else metadata.requires("lbllm") or []
-    except metadata.PackageNotFoundError:
-        raise ResourceError(f"{file} is missing; install lbllm again") from None
-    pinned = {line.partition("==")[0]: line for line in lines if "extra ==" not in line}
-    return [pinned[name] for name in _NEEDED]
+        return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in _NEEDED]
+    except metadata.PackageNotFoundError as error:
+        raise ResourceError(
+            f"a Space needs the package {error.name}, in the version that it will install: "
+            "pip install 'lbllm[showcase,gguf]' (in a folder with the source of lbllm: pip install '.[showcase,gguf]')"
+        ) from None
 
 
 def _app(hub_id: str | None, teacher: str) -> str:
