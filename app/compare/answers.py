@@ -1,4 +1,4 @@
-"""Drawing one exchange of the compare page: the prompt, two answers, their figures, and where they part."""
+"""Draw one exchange of the compare page: the prompt, two answers, their figures, and where they begin to differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lbllm.chat.conversation import Exchange
 from lbllm.chat.duel import Answer
 from lbllm.chat.lens import first_difference
 
-_STATES = {"waiting": "Waiting for its model", "reading": "Reading the prompt", "writing": "Writing"}
+_STATES = {"waiting": "Waiting for the model", "reading": "Reading the prompt", "writing": "Writing"}
 Place = tuple[DeltaGenerator, DeltaGenerator]
 _FIGURE = (
     '<div style="min-width:5.2em"><div style="font-size:1.45rem;font-weight:600;line-height:1.25;'
@@ -22,15 +22,15 @@ _FIGURE = (
 
 
 def show_prompt(prompt: str) -> None:
-    """The prompt, once over both answers, as plain text."""
+    """Show the prompt above both answers, as plain text."""
     with st.chat_message("user", avatar=":material/person:"):
         st.text(prompt)
 
 
 def show_exchange(exchange: Exchange) -> list[Place]:
-    """The prompt's two answers; while they are being written, the places into which ``show_live`` writes them.
+    """Show the two answers of an exchange; return the places in which ``show_live`` writes running answers.
 
-    Both states have the same elements, so that the browser keeps what it has when the one becomes the other.
+    Running and finished answers have the same elements, so that the browser can keep them when the answers end.
     """
     left, right = exchange.answers
     over = exchange.duel.over
@@ -38,7 +38,7 @@ def show_exchange(exchange: Exchange) -> list[Place]:
     places = []
     for side, (answer, column) in enumerate(zip(exchange.answers, st.columns(2, gap="medium"), strict=True)):
         with column, st.container(border=True, key=f"compare_answer_{side}"):
-            completes = " · goes on with the text" if answer.completes else ""
+            completes = " · continues the text" if answer.completes else ""
             st.markdown(f"**{plain(exchange.names[side])}**{completes}")
             text = st.empty()
             answer_view(_final_text(answer) if over else None, at=at, key=f"compare_text_{side}")
@@ -49,12 +49,12 @@ def show_exchange(exchange: Exchange) -> list[Place]:
 
 
 def show_live(exchange: Exchange, places: list[Place], elapsed: float) -> None:
-    """Write both answers as far as they are into their places."""
+    """Write the present state of both answers into their places."""
     for answer, (text, figures) in zip(exchange.answers, places, strict=True):
         if answer.error:
             text.error(plain(answer.error))
         elif answer.text:
-            # The block says where the pen is.
+            # The block marks the position of the next word.
             text.text(answer.text + ("" if answer.over else " ▌"))
         elif not answer.over:
             text.caption(f"{_STATES[answer.state]}, {elapsed:.0f} s")
@@ -75,18 +75,18 @@ def _final_text(answer: Answer) -> str:
 
 
 def difference_text(left: str, right: str) -> str:
-    """Where two answers part, in a sentence."""
+    """Return a sentence on where two answers begin to differ."""
     at = first_difference(left, right)
     if at is None:
         return "Both answers are the same, word for word."
     words = len(left[:at].split())
     if words == 0:
-        return "The answers differ from the first word on."
-    return f"The answers agree for {words} word{'s' if words > 1 else ''}; the mark shows where they part."
+        return "The answers differ from the first word."
+    return f"The answers agree for {words} word{'s' if words > 1 else ''}; the mark shows where they begin to differ."
 
 
 def figures_html(answer: Answer) -> str:
-    """An answer's measurements as HTML; all of it numbers."""
+    """Return an answer's measurements as HTML; it contains only numbers and fixed labels."""
     speed = f"{answer.tokens_per_second:.1f}" if answer.tokens_per_second else "–"
     first = f"{answer.first_token_seconds:.2f} s" if answer.tokens else "–"
     memory = size_text(answer.weight_bytes) if answer.weight_bytes else "–"
@@ -95,14 +95,14 @@ def figures_html(answer: Answer) -> str:
         (speed, "tokens/s, alone" if answer.timed else "tokens/s"),
         (first, "first token"),
         (memory, "weights"),
-        (bits, "bits a weight"),
+        (bits, "bits per weight"),
     ]
     cells = "".join(_FIGURE.format(escape(value), escape(label)) for value, label in figures)
     return f'<div style="display:flex;flex-wrap:wrap;gap:.4rem 1.4rem;padding-top:.4rem">{cells}</div>'
 
 
 def show_earlier(exchanges: list[Exchange]) -> None:
-    """Exchanges before the last one, folded away."""
+    """Show the exchanges before the last one in a closed expander."""
     if not exchanges:
         return
     with st.expander(f"Earlier in this conversation ({len(exchanges)})"):

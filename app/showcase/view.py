@@ -1,6 +1,6 @@
-"""What the showcase shows of a turn, as small pieces of HTML.
+"""Draw a turn of the showcase as small pieces of HTML.
 
-None of them holds what a visitor or a model wrote, which is shown in text boxes; all else is escaped.
+They contain no text of visitors or models, which text boxes show; all other text is escaped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-ser
 
 
 def theme() -> gr.themes.Base:
-    """The project's colours for Gradio, with fonts that every system has: none is fetched from anywhere."""
+    """Return the project's colours for Gradio, with system fonts, so that no font is downloaded."""
     settings = tomllib.loads((THEME / "theme.toml").read_text())["theme"]
     light, dark = settings["light"], settings["dark"]
     roles = {
@@ -46,7 +46,7 @@ def theme() -> gr.themes.Base:
     for role, names in roles.items():
         for name in names.split():
             colours |= {name: light[role], f"{name}_dark": dark[role]}
-    # Gradio has this one for both, and the light screen's is legible on either.
+    # Gradio has one accent colour for both themes; that of the light theme is legible on both.
     del colours["color_accent_dark"]
     colours |= {
         "button_secondary_background_fill_hover": light["secondaryBackgroundColor"],
@@ -61,53 +61,56 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    """The showcase's own rules: large type, two columns, as high as the window."""
+    """Return the showcase's style sheet: large type, two columns, as high as the window."""
     return (THEME / "showcase.css").read_text()
 
 
 def logo() -> str:
+    """Return the logo as SVG."""
     return (THEME / "logo.svg").read_text()
 
 
 def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list[str]:
-    """At most ``EXAMPLES`` prompts, others at each ``turn``: one of each kind, or for models without a chat template
-    those that begin a text."""
+    """Return at most ``EXAMPLES`` prompts, one of each kind; each ``turn`` gives other prompts.
+
+    With ``completes``, for models without a chat template, they are the prompts that begin a text.
+    """
     if completes:
         return list(next(kind.prompts for kind in kinds if kind.kind == "Complete")[:EXAMPLES])
     return [kind.prompts[turn % len(kind.prompts)] for kind in kinds][:EXAMPLES]
 
 
 def loading_line(showcase: Showcase) -> str:
-    """How long the models have been loading, or nothing."""
+    """Return a line on how long the models have been loading, or "" when they are loaded."""
     waiting = [slot.elapsed for slot in showcase.slots if not slot.over]
     return f"Loading the models, {max(waiting):.0f} s so far. You can already ask." if waiting else ""
 
 
 def introduction(showcase: Showcase) -> str:
-    """Which two models answer, with the figures that set them apart; nothing before they are loaded."""
+    """Return HTML on the two models, with memory and bits per weight; "" before they are loaded."""
     if not showcase.ready:
         return ""
     sides = []
     for slot, name in zip(showcase.slots, showcase.names, strict=True):
         (memory, _), (bits, label) = _weights(slot)
         sides.append(f"<li><b>{escape(name)}</b><span>{escape(f'{memory} in memory, {bits} {label}')}</span></li>")
-    answering = "go on with your text" if showcase.completes else "answer your question"
+    answering = "continue your text" if showcase.completes else "answer your question"
     return f'<div class="introduction"><p>Two models {answering} at the same time:</p><ul>{"".join(sides)}</ul></div>'
 
 
 def notice(text: str, *, kind: str = "") -> str:
-    """A line about what goes on; ``kind`` "bad" is a refusal."""
+    """Return a status line as HTML; ``kind`` "bad" is for errors and refusals."""
     return f'<p class="notice {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
 def status(showcase: Showcase, seen: Seen) -> str:
-    """What happens with the question now, in a line."""
+    """Return a line of HTML with the present state of a question."""
     if seen.state == "waiting":
         place = "next" if seen.position == 1 else f"number {seen.position}"
         return notice(f"Your question is {place} in the line.", kind="strong")
     if seen.state == "answering":
         if not all(slot.over for slot in showcase.slots):
-            return notice("The models are being loaded. Your question is the next.")
+            return notice("The models are loading. Your question is next.")
         return notice("Both models are answering.")
     if any(answer.state == "failed" for answer in seen.answers):
         return notice(next(answer.error for answer in seen.answers if answer.error), kind="bad")
@@ -120,7 +123,8 @@ def status(showcase: Showcase, seen: Seen) -> str:
 
 
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """Which model a side is, or its letter while that is hidden."""
+    """Return the heading of a side: the model's name, and in a blind turn a letter; the name is hidden until the
+    vote."""
     letter = f"<b>{LETTERS[side]}</b>" if seen is not None and seen.blind else ""
     names = showcase.names if seen is None else seen.names
     name = f"<span>{escape(names[side])}</span>" if names is not None else ""
@@ -129,10 +133,10 @@ def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
 
 
 def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """The figures that matter of a side's model and of its answer; none while they would give it away."""
+    """Return the figures of a side's model and answer as HTML; in a blind turn they are hidden until the vote."""
     names = showcase.names if seen is None else seen.names
     if names is None:
-        return '<div class="figures"><p>Its figures are shown after your vote.</p></div>'
+        return '<div class="figures"><p>The figures are shown after your vote.</p></div>'
     slot = showcase.slots[0 if names[side] == showcase.names[0] else 1]
     if slot.state != "ready":
         return '<div class="figures"></div>'
@@ -144,7 +148,7 @@ def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
 
 
 def tally_line(showcase: Showcase) -> str:
-    """The blind votes so far."""
+    """Return the numbers of blind votes so far as HTML."""
     counted = showcase.tally()
     if not counted.total:
         return '<p class="tally">No blind votes yet</p>'
@@ -164,12 +168,15 @@ def _weights(slot: Slot) -> list[tuple[str, str]]:
     loaded = slot.loaded
     memory = size(loaded.weight_bytes + loaded.expanded_bytes)
     bits = f"{loaded.bpw:.2f}" if loaded.packed else f"{loaded.bpw:.0f}"
-    return [(memory, "weights in memory"), (bits, "bits a weight in its blocks" if loaded.packed else "bits a weight")]
+    return [
+        (memory, "weights in memory"),
+        (bits, "bits per weight in its blocks" if loaded.packed else "bits per weight"),
+    ]
 
 
 def _verdict(choice: Choice, names: tuple[str, str]) -> str:
     if choice == "tie":
-        return "You called it a tie."
+        return "You voted for a tie."
     if choice == "both bad":
-        return "You found both answers bad."
+        return "You voted that both answers are bad."
     return f"You preferred {names[0 if choice == 'left' else 1]}."

@@ -196,7 +196,7 @@ def float_mask(compare: Callable[..., Tensor], left: Tensor, right: Tensor | flo
 
 
 class _NearestLevel(torch.autograd.Function):
-    """w -> nearest level. Gradients: straight through for the latent weight, exact for the levels (sums per cluster)."""
+    """w -> nearest level. Gradients: straight through for latent weights, exact (sums per cluster) for levels."""
 
     @staticmethod
     def forward(ctx: Any, groups: Tensor, levels: Tensor) -> Tensor:

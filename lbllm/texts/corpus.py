@@ -81,7 +81,7 @@ def sequences_hash(sequences: Tensor) -> str:
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that separated documents in pretraining: the end of text, which is not the eos in chat models."""
+    """Return the token that separated documents in pretraining: the end of text, in chat models not the eos."""
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     for token in ("<|endoftext|>", "<|end_of_text|>"):

@@ -40,8 +40,8 @@ def open_text(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, Iter
         known = [entry.id for entry in TEXTS]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise CorpusError(
-            f"corpus {name!r} is unknown, and no file or folder has this name; "
-            f"{'similar names: ' + ', '.join(close) if close else 'known: ' + ', '.join(known)}"
+            f"corpus {name!r} is not known, and no file or folder has this name; "
+            f"{'close names: ' + ', '.join(close) if close else 'known: ' + ', '.join(known)}"
         )
     if isinstance(found, Path):
         return False, read_documents(found)

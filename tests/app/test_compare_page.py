@@ -149,7 +149,7 @@ def test_a_base_model_is_labelled_and_goes_on_with_the_text(opened: Open) -> Non
     assert "base model" in written(page)
     ask(page)
     assert [answer.completes for answer in talk(page).exchanges[0].answers] == [True, False]
-    assert "goes on with the text" in written(page)
+    assert "continues the text" in written(page)
 
 
 @pytest.mark.parametrize(

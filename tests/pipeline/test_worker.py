@@ -161,7 +161,7 @@ def torch_out_of_memory() -> Exception:
 
 QUICK = make_config("quick")
 MEMORY = (
-    "memory doesn't suffice",
+    "not enough memory",
     f"seq_len ({QUICK.seq_len})",
     f"wat.batch_tokens ({QUICK.wat.batch_tokens})",
     "fewer tokens",
