@@ -90,7 +90,7 @@ class StepMetric(_Event):
 
 
 class BlockDone(_Event):
-    """A block's state is on disk. ``loss_before`` and ``loss_after``: its losses before and after the stage.
+    """A block's state is on disk. ``loss_before``, ``loss_after``: on the stage's tokens, before and after the stage.
 
     ``diverged``: the loss became NaN or ended higher than it began, so the block keeps its earlier state.
     """
@@ -106,7 +106,7 @@ class BlockDone(_Event):
 
 
 class Evaluated(_Event):
-    """A perplexity was measured. ``what``: teacher, rtn or a stage; ``text``: the name of the evaluated text."""
+    """A perplexity was measured. ``what``: teacher, start, rtn or a stage; ``text``: the name of the evaluated text."""
 
     kind: Literal["evaluated"] = "evaluated"
     what: str

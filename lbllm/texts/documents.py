@@ -86,10 +86,8 @@ def read_documents(path: Path) -> Iterator[Document]:
         return
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        raise CorpusError(
-            f"{path}: can't read text from a file with {'suffix ' + path.suffix if path.suffix else 'no suffix'}; "
-            f"use one of {', '.join(SUFFIXES)}"
-        )
+        kind = f"{path.suffix} file" if path.suffix else "file without a suffix"
+        raise CorpusError(f"{path}: can't read text from a {kind}; use one of {', '.join(SUFFIXES)}")
     if suffix == ".jsonl":
         yield from _rows(path)
     else:

@@ -229,7 +229,7 @@ def test_unknown_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
         load_corpus("wiki", tokenizer, seq_len=8, tokens=8)
     with pytest.raises(CorpusError, match="known: embedded, everyday, embedded-more, everyday-more, wikitext2"):
         load_corpus("zzz", tokenizer, seq_len=8, tokens=8)
-    with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that holds text/wikipedia"):
+    with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that contains text/wikipedia"):
         load_corpus("wikipedia", tokenizer, seq_len=8, tokens=8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match="contains no text"):
