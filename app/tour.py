@@ -1,4 +1,4 @@
-"""The tour: what this is and where to begin, shown once a visit on the first page."""
+"""The tour: a short introduction, shown once per visit on the first page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ SEEN = "tour seen"
 STEPS = (
     (
         "What it is",
-        "A language model cut from 16 bits a weight to about two. **W(1+1)**: a *sign* and a bit of *bitmap* pick "
-        "one of four levels that a small group of weights shares. **A4** is one step on: activations in 4 bits.",
+        "A language model reduced from 16 bits per weight to about two. **W(1+1)**: a *sign* bit and a *bitmap* bit "
+        "select one of four levels, which a small group of weights shares. **A4** goes further: 4-bit activations.",
     ),
     (
         "Begin here",
-        "Ask something below: the teacher in full precision and its binarized student answer side by side. A small "
-        "model loses a lot at two bits; see where the answers part.",
+        "Ask a question below: the teacher in full precision and its binarized student answer side by side. A small "
+        "model loses a lot at two bits; see where the answers begin to differ.",
     ),
     (
         "Make your own",
-        "**Quantize** says what every choice costs before anything runs. **Runs** shows a run live, block by block. "
-        "Its result can be asked here.",
+        "**Quantize** shows the cost of every choice before anything runs. **Runs** shows a run live, block by block. "
+        "Then you can ask its result here.",
     ),
 )
 
 
 def show() -> None:
-    """The tour, unless it was dismissed in this visit."""
-    # The place stays when the tour goes: else everything below would move up one, and be drawn anew.
+    """Show the tour, unless it was dismissed in this visit."""
+    # The empty place remains after the tour is dismissed: otherwise all elements below would be drawn again.
     place = st.empty()
     if st.session_state.get(SEEN):
         return
@@ -38,7 +38,7 @@ def show() -> None:
 
 
 def offer() -> None:
-    """A way back to the tour."""
+    """Show a button to open the tour again, if it was dismissed."""
     if st.session_state.get(SEEN):
         st.button("What is this?", type="tertiary", key="tour wanted", on_click=_want)
 

@@ -1,6 +1,6 @@
-"""What all pages share: colours, numbers as people read them, the run store, and a guard that shows errors as messages.
+"""Shared by all pages: colours, readable numbers, the run store, and a guard that shows errors as messages.
 
-The colours are those of Okabe and Ito, which colour-blind eyes tell apart; each is legible on light and dark.
+The colours are those of Okabe and Ito, which colour-blind people can distinguish; each is legible on light and dark.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ COLOURS: dict[str, str] = {
 
 
 def size_text(size: float) -> str:
-    """Bytes in decimal units: 40.2 MB."""
+    """Return a size in bytes as text, in decimal units: 40.2 MB."""
     return f"{size:.0f} bytes" if size < 1000 else size_words(size)
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as 42 s, 6:10 (minutes and seconds), 2 h 05 min or 3 d 4 h."""
+    """Return seconds as text: 42 s, 6:10 (minutes and seconds), 2 h 05 min or 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -57,7 +57,7 @@ def time_text(seconds: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """A count in three digits: 106M, 1.71B, 8.2k."""
+    """Return a count as text with three digits: 106M, 1.71B, 8.2k."""
     for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g}{unit}"
@@ -65,7 +65,7 @@ def count_text(count: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """A measured number in three or four digits: 1,234, 80.2, 3.00, 0.0123."""
+    """Return a measured number as text with three or four digits: 1,234, 80.2, 3.00, 0.0123."""
     if not abs(value) < float("inf"):
         return "not a number" if value != value else "infinite"
     if abs(value) >= 1000:
@@ -74,19 +74,19 @@ def number_text(value: float) -> str:
 
 
 def path_text(path: Path | str) -> str:
-    """A path as a terminal takes it, harmless as ``plain`` makes it; what is in the user's own folder begins with ~."""
+    """Return a path escaped by ``plain``; a path in the user's home folder begins with ~."""
     path = Path(path)
     own = Path.home()
     return plain(str(Path("~") / path.relative_to(own)) if path.is_relative_to(own) else str(path))
 
 
 def plain(text: str) -> str:
-    """Text that somebody else wrote, with every character that Markdown would act on made harmless."""
+    """Return text with all Markdown characters escaped; for text that comes from users, models or files."""
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&])", r"\\\1", text)
 
 
 def sentence(error: Exception | str) -> str:
-    """A message of the engine's as a sentence on a page, settings by their labels, harmless as ``plain`` makes it."""
+    """Return a message of the engine as a sentence for a page, with the settings' labels, escaped by ``plain``."""
     text = labels_alone(str(error))
     first = text.split(" ", 1)[0]
     return plain(text[:1].upper() + text[1:] if first.isalpha() else text)
@@ -94,9 +94,9 @@ def sentence(error: Exception | str) -> str:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Round a page's or fragment's body: an error becomes a message on the page, never a traceback.
+    """Show errors in the body of a page or fragment as a message, never as a traceback.
 
-    What nobody foresaw goes to a log file, which the message names.
+    Unexpected errors are written to a log file, and the message names the file.
     """
     try:
         yield
@@ -112,8 +112,8 @@ def guard() -> Iterator[None]:
         except OSError:
             where = f"The details could not be written to {file}."
         st.error(
-            plain(f"This page met an error that it did not expect ({type(error).__name__}: {error}). {where} ")
-            + "Reload the page to go on; runs are not affected."
+            plain(f"An unexpected error occurred on this page ({type(error).__name__}: {error}). {where} ")
+            + "Reload the page to continue; runs are not affected."
         )
 
 
@@ -123,12 +123,12 @@ def _store(root: Path) -> RunStore:
 
 
 def store() -> RunStore:
-    """The run store, opened once in this process. Raises RunError, ResourceError."""
+    """Return the run store, which is opened once per process. Raises RunError, ResourceError."""
     return _store(home() / "runs")
 
 
 def checkpoints(store: RunStore) -> dict[str, Path]:
-    """The packed checkpoints of finished runs, newest first, by a label for pickers."""
+    """Return the packed checkpoints of finished runs, the newest first, by their labels for model pickers."""
     found = {}
     for run in reversed(store.all()):
         folder = run.folder / "checkpoint"

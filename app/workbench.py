@@ -1,4 +1,4 @@
-"""The workbench's entry: pages, navigation, title. ``python -m lbllm ui`` starts the server that runs it."""
+"""The entry script of the workbench: pages, navigation, title. ``python -m lbllm ui`` starts its server."""
 
 from __future__ import annotations
 

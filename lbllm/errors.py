@@ -1,11 +1,10 @@
-"""The errors a user can cause or meet. Their text names the value, the place and the way out; no traceback is
-needed."""
+"""The errors that a user can see. Their message names the value, the place and the solution, without a traceback."""
 
 from __future__ import annotations
 
 
 class LbllmError(Exception):
-    """Base of all errors that are shown to a user as a plain message."""
+    """Base class of all errors that are shown to a user as a plain message."""
 
 
 class ConfigError(LbllmError):
@@ -21,16 +20,16 @@ class CorpusError(LbllmError):
 
 
 class CheckpointError(LbllmError):
-    """A checkpoint is corrupt, foreign, or of another version."""
+    """A checkpoint is corrupt, comes from another program, or has another version."""
 
 
 class ResourceError(LbllmError):
-    """Memory or disk doesn't suffice."""
+    """There is not enough memory or disk space, or another resource is missing."""
 
 
 class RunError(LbllmError):
-    """A run is unknown, or is in a state that doesn't allow what was asked."""
+    """A run is unknown, or its state doesn't allow the operation."""
 
 
 class HubError(LbllmError):
-    """The Hugging Face hub can't be reached, or refuses what was asked."""
+    """The Hugging Face hub can't be reached, or refuses the request."""

@@ -1,7 +1,7 @@
-"""What a run tells the world. The pipeline yields these; the worker stores them; every reader replays them in order.
+"""The events of a run. The pipeline yields them, the worker stores them, and every reader replays them in order.
 
-An event is a small frozen pydantic model with a ``kind``. The store adds ``seq`` (1, 2, ... in a run, no gaps) and
-``time`` (seconds since the epoch) to each.
+An event is a small frozen pydantic model with a ``kind``. The store adds ``seq`` (1, 2, ... in a run, without gaps) and
+``time`` (seconds since the epoch).
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from lbllm.sections import Stage
 
 
 class _Event(BaseModel):
-    # JSON has no NaN: a diverged step's loss is written as a string that is read back as the number.
+    # JSON has no NaN: it is written as a string, which is read back as the number.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class RunQueued(_Event):
-    """A worker process was started for the run and waits its turn. After an earlier end it marks a resume."""
+    """A worker process was started for the run and waits for its turn. If the run had ended before, it is resumed."""
 
     kind: Literal["run_queued"] = "run_queued"
 
 
 class RunLoading(_Event):
-    """It is the run's turn: the model and the text are being loaded."""
+    """The run's turn has come: it loads the model and the text."""
 
     kind: Literal["run_loading"] = "run_loading"
 
 
 class RunStarted(_Event):
-    """The model is loaded and work begins. ``resumed_blocks``: (stage, block) pairs taken over from earlier."""
+    """The model is loaded and work begins. ``resumed_blocks``: the number of (stage, block) pairs finished before."""
 
     kind: Literal["run_started"] = "run_started"
     stages: tuple[Stage, ...]
@@ -46,12 +46,12 @@ class RunStarted(_Event):
 
 
 def stage_parts(stage: Stage, blocks: int) -> int:
-    """Into how many parts a stage divides a model of so many blocks: stage 4 takes it whole."""
+    """Return the number of parts that a stage processes: 1 for stage 4, ``blocks`` for the others."""
     return 1 if stage == "e2e" else blocks
 
 
 class StageStarted(_Event):
-    """A stage begins. ``steps`` is the number of optimizer steps a block has in it (0 for stage 1)."""
+    """A stage begins. ``steps``: the number of optimizer steps per block (0 for stage 1)."""
 
     kind: Literal["stage_started"] = "stage_started"
     stage: Stage
@@ -59,7 +59,7 @@ class StageStarted(_Event):
 
 
 class BlockStarted(_Event):
-    """Work on a block begins. For stage 4, here and in the events below, the whole model is its block 0."""
+    """Work on a block begins. In stage 4 the whole model is block 0, here and in the events below."""
 
     kind: Literal["block_started"] = "block_started"
     stage: Stage
@@ -67,7 +67,7 @@ class BlockStarted(_Event):
 
 
 class LayerDone(_Event):
-    """Stage 1 finished one linear layer: output error relative to the layer's output energy, in percent of it."""
+    """Stage 1 finished a linear layer. ``error``: the output error in percent of the layer's output energy."""
 
     kind: Literal["layer_done"] = "layer_done"
     stage: Stage
@@ -90,10 +90,9 @@ class StepMetric(_Event):
 
 
 class BlockDone(_Event):
-    """A block's state is on disk. The losses are measured over the stage's tokens before and after the stage's work
-    on the block.
+    """A block's state is on disk. ``loss_before``, ``loss_after``: on the stage's tokens, before and after the stage.
 
-    ``diverged`` marks a block whose training met a NaN or ended worse than it began: its state from before is kept.
+    ``diverged``: the loss became NaN or ended higher than it began, so the block keeps its earlier state.
     """
 
     kind: Literal["block_done"] = "block_done"
@@ -107,7 +106,7 @@ class BlockDone(_Event):
 
 
 class Evaluated(_Event):
-    """A perplexity became known; ``what``: teacher, rtn or a stage; ``text`` names the evaluated text."""
+    """A perplexity was measured. ``what``: teacher, start, rtn or a stage; ``text``: the name of the evaluated text."""
 
     kind: Literal["evaluated"] = "evaluated"
     what: str
@@ -119,20 +118,22 @@ class Evaluated(_Event):
 
 
 class StageDone(_Event):
+    """A stage has finished all blocks."""
+
     kind: Literal["stage_done"] = "stage_done"
     stage: Stage
     seconds: float
 
 
 class Acknowledged(_Event):
-    """The worker has seen a request to stop or cancel."""
+    """The worker has received a request to stop or cancel."""
 
     kind: Literal["acknowledged"] = "acknowledged"
     request: Literal["stop", "cancel"]
 
 
 class RunDone(_Event):
-    """The packed checkpoint lies in ``path``; ``disk_bytes`` is the size of its weights file."""
+    """The packed checkpoint is in ``path``; ``disk_bytes`` is the size of its weights file."""
 
     kind: Literal["run_done"] = "run_done"
     path: str
@@ -142,15 +143,14 @@ class RunDone(_Event):
 
 
 class RunStopped(_Event):
-    """Ended on request. After ``stop`` finished blocks are kept and the run can go on; after ``cancel`` they are
-    gone."""
+    """The run ended on request. ``stop`` keeps finished blocks, so the run can be resumed; ``cancel`` deletes them."""
 
     kind: Literal["run_stopped"] = "run_stopped"
     request: Literal["stop", "cancel"]
 
 
 class RunFailed(_Event):
-    """Ended by an error; ``message`` is for the user. Finished blocks are kept."""
+    """The run ended with an error; ``message`` is for the user. Finished blocks are kept."""
 
     kind: Literal["run_failed"] = "run_failed"
     message: str
@@ -176,7 +176,7 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="ki
 
 
 class StoredEvent(BaseModel):
-    """An event as a run's store holds it."""
+    """An event with its number and time, as the run store keeps it."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision, through accelerate."""
+"""The machine that computes: devices, precision (with accelerate), matmul rate and free memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place: str = "cpu") -> float:
-    """FLOP a second of a square matrix product, the best of the repetitions that fit in ``seconds`` after one to
+    """Return the FLOPs per second of a square matrix product: the best of the repetitions in ``seconds``, after one to
     warm up.
 
-    On a CPU that others use at that moment the repetitions wait for it; then the processor time of the calling thread,
-    which does its share from a product's beginning to its end, says more.
+    If other processes use the CPU at that moment, the repetitions wait for it. The processor time of the calling
+    thread, which works during the whole product, is then the better measure.
     """
     left, right = torch.randn(2, size, size, device=place).to(dtype)
 
@@ -48,12 +48,12 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
     return 2 * size**3 / best
 
 
-_onednn: Any = torch.backends.mkldnn  # whose type hints lack ``matmul``
+_onednn: Any = torch.backends.mkldnn  # its type hints lack ``matmul``
 
 
 @contextmanager
 def _by_onednn() -> Iterator[None]:
-    """Float32 matrix products on the CPU by oneDNN, which may round their factors to bfloat16."""
+    """Compute float32 matrix products on the CPU with oneDNN, which may round their factors to bfloat16."""
     before = _onednn.matmul.fp32_precision
     _onednn.matmul.fp32_precision = "bf16"
     try:
@@ -64,11 +64,11 @@ def _by_onednn() -> Iterator[None]:
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Within it oneDNN computes float32 matrix products on the CPU, where it does so in float32.
+    """Compute float32 matrix products on the CPU with oneDNN, if oneDNN keeps float32 precision on this processor.
 
-    PyTorch leaves them to MKL, which takes AVX2 on other makers' processors. oneDNN takes AVX-512 on all of them, but
-    is asked only where it may round to bfloat16; whether it would on this processor is tried once. Twice as fast for
-    many rows, slower for a single one: to evaluate with, not to write.
+    By default PyTorch uses MKL, which uses only AVX2 on processors that are not Intel's. oneDNN uses AVX-512 on all
+    processors, but PyTorch calls it only if it may round to bfloat16; a single test finds out whether it does. It is
+    twice as fast for many rows and slower for a single row: good for evaluation, not for generating text.
     """
     with _by_onednn() if _onednn_keeps_float32() else nullcontext():
         yield
@@ -76,7 +76,7 @@ def float32_products() -> Iterator[None]:
 
 @cache
 def _onednn_keeps_float32() -> bool:
-    """Whether its error is that of float32; that of factors in bfloat16 is a thousand times as large."""
+    """Return whether oneDNN's error is that of float32; with factors in bfloat16 it is a thousand times larger."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
     with _by_onednn():
@@ -85,19 +85,19 @@ def _onednn_keeps_float32() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 (AVX-512 BF16 or AMX)."""
+    """Return whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager
 def bfloat16_products(model: nn.Module) -> Iterator[None]:
-    """Within it the linear layers of a float32 model multiply in bfloat16, where this CPU has instructions for it.
+    """Compute the linear layers of a float32 model in bfloat16, if this CPU has instructions for it.
 
-    They still take and give float32, and all else is computed in float32: attention of one token over many costs
-    several times as much in bfloat16. Twice as fast for many rows; a result differs by the rounding of its factors.
+    Inputs and outputs stay float32, and so does everything else: attention of one token to many takes several times
+    longer in bfloat16. It is twice as fast for many rows; results differ by the rounding of the factors.
     """
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear] if has_bfloat16() else []
-    # One whose forward was replaced already, or that does not compute in float32, stays as it is.
+    # Skip layers that have another dtype or whose forward is already replaced.
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32 and "forward" not in vars(layer)]
     halves: dict[Tensor, Tensor] = {}
     for layer in layers:
@@ -116,7 +116,7 @@ def _half_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine that has a GPU."""
+    """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine with a GPU."""
     if device not in DEVICES:
         raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -124,8 +124,7 @@ def check_device(device: str) -> None:
 
 
 def device_named(name: str) -> str:
-    """The torch device that auto, cpu, cuda or cuda:N means. Raises ConfigError where this machine has no such
-    device."""
+    """Return the torch device of auto, cpu, cuda or cuda:N. Raises ConfigError if the machine does not have it."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -138,12 +137,11 @@ def device_named(name: str) -> str:
 
 
 def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
-    """The accelerator for ``auto``, ``cpu`` or ``cuda``; ``precision``: ``no`` or ``bf16``, by the device when it is
-    None.
+    """Return the accelerator for ``auto``, ``cpu`` or ``cuda``. Raises ConfigError if there is no such device.
 
-    bf16 is taken on a GPU, and on a CPU that has instructions for its products (AVX-512 BF16 or AMX). Measuring would
-    depend on what else the machine does: two runs of the same settings could then differ. Raises ConfigError where
-    there is no such device.
+    ``precision``: ``no`` or ``bf16``. None selects bf16 on a GPU, and on a CPU with instructions for bfloat16 products
+    (AVX-512 BF16 or AMX). It is not selected by measured speed, which depends on what else the machine does: two runs
+    with the same settings could then differ.
     """
     check_device(device)
     cpu = device == "cpu" or not torch.cuda.is_available()
@@ -152,13 +150,13 @@ def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision)
     except ValueError:
-        # accelerate keeps one state for the process, and an earlier run in it had another device or precision.
+        # accelerate has one state per process, and an earlier run in this process had another device or precision.
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 def free_memory(device: str = "auto") -> int:
-    """Bytes that a new process could take: on the GPU if the run uses one, else of the machine or its container."""
+    """Return the bytes that a new process can use: GPU memory if the run uses one, or that of machine or container."""
     if _uses_gpu(device):
         return int(torch.cuda.mem_get_info()[0])
     free = int(psutil.virtual_memory().available)
@@ -173,9 +171,9 @@ def free_memory(device: str = "auto") -> int:
 
 
 def fastest_matmul_rate(device: str = "auto") -> float:
-    """FLOPs a second of a large matrix product, in the faster of float32 and bfloat16; takes about 0.2 s."""
+    """Return the FLOPs per second of a large matrix product in float32 or bfloat16, the faster one; takes 0.2 s."""
     place = "cuda" if _uses_gpu(device) else "cpu"
-    # bfloat16 can be a hundred times slower than float32 where the processor lacks it: small products decide.
+    # Small products decide, as bfloat16 can be a hundred times slower than float32 on processors without it.
     dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: matmul_rate(dtype, 256, 0.02, place))
     return matmul_rate(dtype, 4096 if place == "cuda" else 1024, 0.12, place)
 

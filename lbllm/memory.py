@@ -1,4 +1,4 @@
-"""The memory of this process: what it uses, and what glibc's allocator keeps of freed memory."""
+"""The memory of this process: its peak, and the freed memory that glibc's allocator keeps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def keep_large_allocations() -> None:
-    """Let glibc reuse freed memory of large tensors instead of handing it back to the kernel and asking for it again.
+    """Make glibc reuse the freed memory of large tensors instead of returning it to the kernel.
 
-    By default each tensor above 32 MB is a mapping of its own, whose pages the kernel clears anew at every step.
-    Without that, matmuls with large outputs were measured 10 to 25% faster. No effect with other C libraries.
+    By default each tensor above 32 MB has its own mapping, whose pages the kernel clears again at every step. With
+    reuse, matmuls with large outputs were measured 10 to 25% faster. No effect with other C libraries.
     """
     library = _glibc()
     if library is not None:
@@ -24,11 +24,11 @@ def keep_large_allocations() -> None:
 
 
 def trim() -> None:
-    """Hand memory that nobody uses any more back to the kernel: loading a model leaves tens of megabytes of it.
+    """Return unused memory to the kernel: after loading a model this is tens of megabytes.
 
-    That is freed memory, and the pages of mapped safetensors files: a file's mapping outlives its loading, and every
-    page that was copied from it counts as resident. A tensor that still refers to one has it read again; a mapping
-    that has been written to is left alone, and so are all where there is no /proc.
+    This covers freed memory, and the pages of mapped safetensors files: a file stays mapped after it is loaded, and
+    every page that was copied from it counts as resident. If a tensor still uses a page, the kernel reads it again.
+    Mappings that were written to are skipped, and all mappings on systems without /proc.
     """
     gc.collect()
     library, maps = _glibc(), Path("/proc/self/smaps")
@@ -53,6 +53,6 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,7 @@
-"""Where things lie: the program's own files, what it keeps between runs, texts, and what pages may read.
+"""The folders of the program: its own files, its stored data, texts, and the folder that pages may read.
 
-In a checkout the pages (app/) and the assets lie beside this package. A wheel has them inside it, in _bundle/
-(pyproject.toml puts them there), so that an installed program takes no other top-level name than its own.
+In a checkout, the pages (app/) and the assets are beside this package. In a wheel they are inside it, in _bundle/
+(pyproject.toml puts them there), so that an installed program uses only one top-level name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ ASSETS = BUNDLE / "assets"
 
 
 def home() -> Path:
-    """The folder for everything this program keeps between runs: LBLLM_HOME or ~/.cache/lbllm."""
+    """Return the folder for all data that this program stores: LBLLM_HOME or ~/.cache/lbllm."""
     return Path(os.environ.get("LBLLM_HOME") or Path.home() / ".cache" / "lbllm").expanduser()
 
 
 def data_dir() -> Path | None:
-    """The folder LBLLM_DATA_DIR names, or None."""
+    """Return the folder LBLLM_DATA_DIR, or None if it is not set."""
     named = os.environ.get("LBLLM_DATA_DIR")
     return Path(named).expanduser() if named else None
 
 
 def root() -> Path:
-    """The allowed folder, resolved."""
+    """Return the folder that the pages may read, resolved: LBLLM_ROOT or the current folder."""
     return Path(os.environ.get("LBLLM_ROOT") or Path.cwd()).expanduser().resolve()

@@ -12,7 +12,7 @@ from lbllm.chat.duel import Answer
 from lbllm.chat.lens import first_difference
 from lbllm.templates import environment
 
-_STATES = {"waiting": "Waiting for its model", "reading": "Reading the prompt", "writing": "Writing"}
+_STATES = {"waiting": "Waiting for the model", "reading": "Reading the prompt", "writing": "Writing"}
 Place = tuple[DeltaGenerator, DeltaGenerator]
 _TEMPLATES = environment(__file__)
 
@@ -91,7 +91,7 @@ def figures_html(answer: Answer) -> str:
         (speed, "tokens/s, alone" if answer.timed else "tokens/s"),
         (first, "first token"),
         (memory, "weights"),
-        (bits, "bits a weight"),
+        (bits, "bits per weight"),
     ]
     return _TEMPLATES.get_template("figures.html.jinja").render(figures=figures)
 

@@ -1,4 +1,4 @@
-"""The lens on the compare page: which text is looked at, and what both models expected along it."""
+"""The lens on the compare page: choose a text, and see which tokens both models expected in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from app.compare.models import SIDES
 from app.components.lens_view import lens_view
 from app.view import guard, number_text
 from lbllm.chat.conversation import Conversation, Exchange
-from lbllm.chat.duel import given
+from lbllm.chat.duel import visible_messages
 from lbllm.chat.lens import Lens, lens, same_vocabulary
 from lbllm.chat.pool import Slot
 from lbllm.errors import ModelError
@@ -17,8 +17,8 @@ OWN = "Own text"
 
 
 def show_lens(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
-    """The section under the answers; also without any answer, for a text of one's own."""
-    st.subheader("Lens", help="KL(teacher ‖ student), the divergence of what the two models expect next, in nats.")
+    """Show the section under the answers; it also works without an answer, for the user's own text."""
+    st.subheader("Lens", help="KL(teacher ‖ student): how far the two models' predictions differ, in nats.")
     if any(slot.state == "failed" for slot in slots):
         st.caption("The lens needs both models.")
         return
@@ -26,7 +26,7 @@ def show_lens(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple
         st.caption("The lens opens when both models are loaded.")
         return
     if slots[0] is slots[1]:
-        st.caption("Both sides are the same model, so both expect the same. Choose two models to see where they part.")
+        st.caption("Both sides are the same model, so both predict the same. Choose two models to compare them.")
         return
     _lens_section(conversation, slots, names)
 
@@ -35,28 +35,28 @@ def show_lens(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple
 def _lens_section(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
     with guard():
         last = conversation.exchanges[-1] if conversation.exchanges else None
-        # An answer to look at must be one of these two models'.
+        # Only answers of the two chosen models can be analysed.
         if last is None or last.names != names:
             last = None
         teacher, student = order(slots)
         texts = [f"{SIDES[side].capitalize()} answer" for side in (teacher, student)] if last else []
         text, side = _text([*texts, OWN], last, (teacher, student))
         if not text.strip():
-            st.caption("Write a text, or ask both models something, to see where they expect different words.")
+            st.caption("Write a text, or ask both models a question, to see where they expect different words.")
             return
         found = look(conversation, slots, (teacher, student), last if side is not None else None, text)
         st.markdown(
-            f"Along this text both models expect the same next token **{100 * found.agreement:.0f} %** of the time; "
-            f"the mean divergence is **{number_text(found.mean_kl)}** nats a token. The stronger a colour, the further "
-            f"is what the {SIDES[student]} model expects from what the {SIDES[teacher]} one does."
+            f"In this text both models expect the same next token **{100 * found.agreement:.0f} %** of the time; "
+            f"the mean divergence is **{number_text(found.mean_kl)}** nats per token. A stronger colour means a larger "
+            f"difference between the predictions of the {SIDES[student]} and the {SIDES[teacher]} model."
         )
         lens_view(found, names=(names[teacher], names[student]), key="compare_lens")
         if found.left_out:
-            st.caption(f"The last {found.left_out} tokens of the text are left out.")
+            st.caption(f"The last {found.left_out} tokens of the text are not included.")
 
 
 def order(slots: tuple[Slot, Slot]) -> tuple[int, int]:
-    """Which side is the teacher and which the student: the left one teaches, unless it alone is binarized."""
+    """Return the sides of teacher and student: the left side is the teacher, unless only the left one is binarized."""
     packed = [slot.loaded.packed for slot in slots]
     return (1, 0) if packed[0] and not packed[1] else (0, 1)
 
@@ -68,9 +68,9 @@ def look(
     exchange: Exchange | None,
     text: str,
 ) -> Lens:
-    """The lens over a text, as an answer in ``exchange`` or by itself. The last one is kept for this session.
+    """Return the lens over a text, as an answer in ``exchange`` or without a context. The session keeps the last lens.
 
-    Raises ModelError where the two models can't be compared token by token.
+    Raises ModelError if the two models can't be compared token by token.
     """
     key = (tuple(slot.name for slot in slots), sides, exchange.id if exchange else None, text)
     kept = st.session_state.get("compare_lens_kept")
@@ -80,15 +80,15 @@ def look(
     teacher, student = (slots[side].loaded for side in sides)
     if not same_vocabulary(teacher.tokenizer, student.tokenizer):
         raise ModelError(
-            "The lens compares models that cut text into the same tokens, and these two don't; choose a student and "
-            "the teacher it was made from"
+            "The lens compares only models with the same tokens, and these two have different ones; choose a student "
+            "and the teacher it was made from"
         )
     messages, template = None, True
     if exchange is not None:
         settings = exchange.settings[sides[0]]
         template = settings.template
-        messages = given(teacher, conversation.messages(exchange, sides[0]), settings)
-    with st.spinner("Both models read the text"):
+        messages = visible_messages(teacher, conversation.messages(exchange, sides[0]), settings)
+    with st.spinner("Both models are reading the text"):
         found = lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
     st.session_state["compare_lens_kept"] = (key, found)
     if exchange is not None:
@@ -97,7 +97,7 @@ def look(
 
 
 def _text(options: list[str], last: Exchange | None, sides: tuple[int, int]) -> tuple[str, int | None]:
-    """The text to look at, and whose answer it is: a side, or None for one's own."""
+    """Return the text to analyse and the side whose answer it is, or None for the user's own text."""
     chosen = OWN
     if len(options) > 1:
         chosen = st.segmented_control(
@@ -107,11 +107,11 @@ def _text(options: list[str], last: Exchange | None, sides: tuple[int, int]) -> 
         side = sides[options.index(chosen)]
         return last.answers[side].text, side
     own = st.text_area(
-        "Text to look at",
+        "Text to analyse",
         key="compare_lens_own",
         persist_state="session",
         height=100,
         max_chars=4000,
-        placeholder="Any text, read by both models from its first word on",
+        placeholder="Any text; both models read it from its first word",
     )
     return own or "", None

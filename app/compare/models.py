@@ -1,4 +1,4 @@
-"""The two model pickers of the compare page: what can be picked, what a pick means, how far its loading is."""
+"""The two model pickers of the compare page: their choices, the chosen models, and the state of loading."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SIDES = ("left", "right")
 
 @st.cache_resource
 def pool() -> ModelPool:
-    """The models of this server's process, for all sessions."""
+    """Return the models of this server's process, which all sessions share."""
     return ModelPool()
 
 
 class Offer(NamedTuple):
-    """What a picker offers: its ``label`` there, its ``title`` over answers and in votes, its ``name`` for the pool."""
+    """A choice of a picker: ``label`` in the picker, ``title`` above answers and in votes, ``name`` for the pool."""
 
     label: str
     title: str
@@ -31,13 +31,13 @@ class Offer(NamedTuple):
 
 
 def choices() -> dict[str, Offer]:
-    """What the pickers offer, by the value in the page's address.
+    """Return the choices of the pickers, by their value in the page's address.
 
-    The checkpoint that comes with the project first, then those of finished runs, the embedded model, and what needs a
-    download.
+    First the checkpoint included in the project, then those of finished runs, the embedded model, and the models that
+    need a download.
     """
     found = {
-        SHIPPED: Offer(f"{DEFAULT_MODEL} binarized, comes with the program", f"{DEFAULT_MODEL} binarized", SHIPPED)
+        SHIPPED: Offer(f"{DEFAULT_MODEL} binarized, included in the program", f"{DEFAULT_MODEL} binarized", SHIPPED)
     }
     for label, folder in checkpoints(store()).items():
         found[folder.parent.name] = Offer(label, label, str(folder))
@@ -48,7 +48,7 @@ def choices() -> dict[str, Offer]:
 
 
 def pick(side: str, offered: dict[str, Offer]) -> str:
-    """One side's picker; the value picked, which the page's address keeps."""
+    """Show one side's picker; return the chosen value, which the page's address keeps."""
     key, seen = f"compare_{side}", f"compare_{side}_address"
     asked = st.query_params.get(side)
     if asked and asked != st.session_state.get(seen):
@@ -76,12 +76,12 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
 
 
 def resolve(value: str, offered: dict[str, Offer]) -> Offer:
-    """What a picked value stands for. Raises ConfigError where a typed path lies outside the allowed folder."""
+    """Return the choice of a picked value. Raises ConfigError if a typed path is outside the allowed folder."""
     return offered[value] if value in offered else Offer(value, value, model_name(value))
 
 
 def hold(names: tuple[str, str]) -> tuple[Slot, Slot]:
-    """The slots of both sides, held for this session; the ones it held before are let go."""
+    """Return the slots of both sides and hold them for this session; it releases the slots it held before."""
     held: tuple[Slot, Slot] | None = st.session_state.get("compare_slots")
     if held is not None and tuple(slot.name for slot in held) == names:
         return held
@@ -91,12 +91,12 @@ def hold(names: tuple[str, str]) -> tuple[Slot, Slot]:
 
 
 def retry() -> None:
-    """Let a failed load be tried again."""
+    """Allow another attempt after loading failed."""
     st.session_state.pop("compare_slots", None)
 
 
 def show_state(slot: Slot, side: str) -> None:
-    """How far a model's loading is, followed until it has ended; then the model in a line."""
+    """Show the state of a model while it is loading, then one line about the model."""
     if not slot.over:
         _follow(slot)
         return
@@ -113,7 +113,7 @@ def _follow(slot: Slot) -> None:
 
 
 def write_state(slot: Slot, place: DeltaGenerator) -> None:
-    """A model's state as it is now, in a line."""
+    """Write one line with a model's present state."""
     if slot.state == "failed":
         place.error(sentence(slot.error))
     elif slot.state == "ready":
@@ -123,15 +123,15 @@ def write_state(slot: Slot, place: DeltaGenerator) -> None:
 
 
 def model_line(slot: Slot) -> str:
-    """What a loaded model is, in a line of Markdown."""
+    """Return one line of Markdown about a loaded model: precision, bits per weight, memory."""
     loaded = slot.loaded
     if loaded.packed:
         memory = size_text(loaded.weight_bytes)
         if loaded.expanded_bytes:
             memory += f" + {size_text(loaded.expanded_bytes)} expanded"
-        parts = [plain(loaded.precision), f"{loaded.bpw:.2f} bits a weight", memory]
+        parts = [plain(loaded.precision), f"{loaded.bpw:.2f} bits per weight", memory]
     else:
-        parts = [plain(loaded.precision), f"{loaded.bpw:.0f} bits a weight in memory", size_text(loaded.weight_bytes)]
+        parts = [plain(loaded.precision), f"{loaded.bpw:.0f} bits per weight in memory", size_text(loaded.weight_bytes)]
     if not loaded.is_chat:
-        parts.append("**base model: goes on with your text** (no chat template)")
+        parts.append("**base model: continues your text** (no chat template)")
     return " · ".join(parts)

@@ -1,4 +1,4 @@
-"""The settings of both sides of the compare page: the same for both, or some that differ."""
+"""The settings of both sides of the compare page: the same for both, or separate ones."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _OFFERED: dict[str, tuple[float, float]] = {
 
 
 def settings() -> tuple[ChatSettings, ChatSettings, bool]:
-    """The settings of the left and the right side, and whether they answer in turn; draws their controls in a
-    popover."""
+    """Show the controls in a popover; return the settings of the left and the right side, and whether the models answer
+    one after the other."""
     with st.popover("Settings", icon=":material/tune:", width="stretch"):
         timed = st.toggle(
             "One after the other",
             key="compare_timed",
             persist_state="session",
-            help="For clean figures: the right model begins when the left one has ended, so neither takes the other's "
-            "processor time.",
+            help="For accurate speeds: the right model begins when the left one has ended, so they do not share the "
+            "processor.",
         )
         apart = st.toggle(
             "Two settings",
             key="compare_apart",
             persist_state="session",
-            help="Give each side its own settings, for example one model at two temperatures.",
+            help="Use separate settings for each side, for example to compare one model at two temperatures.",
         )
         if not apart:
             both = _controls("both")
@@ -50,7 +50,7 @@ def settings() -> tuple[ChatSettings, ChatSettings, bool]:
 
 def _controls(side: str) -> ChatSettings:
     def shared(name: str) -> dict[str, Any]:
-        """What a setting's widget has of any kind."""
+        """Return the arguments that all widgets of a setting have."""
         field = ChatSettings.model_fields[name]
         key = f"compare_{name}_{side}"
         return {"label": field.title, "help": field.description, "key": key, "persist_state": "session"}

@@ -1,4 +1,4 @@
-"""Votes on the compare page: which answer is better, the tally of the pair, all votes as a file."""
+"""Votes on the compare page: which answer is better, the tally of the pair, and the export of all votes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def _votes() -> VoteStore:
 
 
 def votes_of(exchanges: Sequence[Exchange]) -> dict[str, Choice]:
-    """The votes on these exchanges, by exchange id."""
+    """Return the votes on these exchanges, by exchange id."""
     wanted = {exchange.id for exchange in exchanges}
     return {vote.exchange: vote.choice for vote in _votes().all() if vote.exchange in wanted}
 
 
 def show_votes(exchange: Exchange) -> None:
-    """Four ways to vote on an exchange, the pair's tally, and the export."""
+    """Show the four choices for a vote on an exchange, the pair's tally, and the export."""
     votes = _votes().all()
-    given = next((vote.choice for vote in votes if vote.exchange == exchange.id), None)
+    present = next((vote.choice for vote in votes if vote.exchange == exchange.id), None)
     bar = st.columns([4.6, 3.4, 1.4], vertical_alignment="center")
     bar[0].segmented_control(
         "Which answer is better?",
         CHOICES,
-        default=given,
+        default=present,
         format_func=lambda choice: _LABELS[choice],
         key=f"compare_vote_{exchange.id}",
         label_visibility="collapsed",
@@ -55,7 +55,7 @@ def show_votes(exchange: Exchange) -> None:
         bar[1].caption("No votes on this pair yet.")
     if votes:
         with bar[2].popover("Votes", width="stretch"):
-            st.caption(f"All {len(votes)} votes that are kept here, with prompts, answers and settings.")
+            st.caption(f"All {len(votes)} stored votes, with prompts, answers and settings.")
             st.download_button("As CSV", lambda: votes_csv(_votes().all()), "votes.csv", "text/csv", on_click="ignore")
             st.download_button(
                 "As JSON", lambda: votes_json(_votes().all()), "votes.json", "application/json", on_click="ignore"
@@ -63,7 +63,7 @@ def show_votes(exchange: Exchange) -> None:
 
 
 def cast(exchange: Exchange) -> None:
-    """Keep what was chosen; choosing it once more takes it back."""
+    """Store the chosen vote; choosing it a second time removes it."""
     choice = st.session_state[f"compare_vote_{exchange.id}"]
     if choice is None:
         _votes().withdraw(exchange.id)

@@ -1,1 +1,1 @@
-"""Components that Streamlit lacks."""
+"""Components that Streamlit does not have."""

@@ -1,15 +1,15 @@
-"""The showcase's named endpoints, for gradio_client:
+"""The named endpoints of the showcase, for gradio_client:
 
     from gradio_client import Client
 
     client = Client("http://127.0.0.1:7860")
     job = client.submit("Why is the sky blue?", blind=True, api_name="/ask")
-    for seen in job: ...                                    # every change: position in the line, both answers so far
+    for seen in job: ...                                    # every change: position in the queue, both answers so far
     client.predict("left", api_name="/vote")                # left, right, tie, both bad; reveals which model was which
     client.predict(api_name="/stop"); client.predict(api_name="/tally"); client.predict(api_name="/about")
 
-A refusal (too long, too often, the line is full) is raised there with the message that the page shows. A client is one
-visitor, under the same limits as the page's.
+A refusal (too long, too often, full queue) is raised there with the message that the page shows. A client is one
+visitor, with the same limits as on the page.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ POLL_SECONDS = 0.1
 
 
 def visitor(request: gr.Request) -> str:
-    """Who asks: the session, which Gradio gives to every page that is loaded and to every client."""
+    """Return the visitor's id: the session that Gradio gives to every loaded page and every client."""
     return str(request.session_hash)
 
 
 async def follow(
     showcase: Showcase, request: gr.Request, prompt: str, *, blind: bool, seed: int | None = None
 ) -> AsyncGenerator[Seen]:
-    """Ask, and give the turn whenever it has changed, to its end. Whoever stops reading takes the question back.
+    """Ask a question and yield its turn after each change, until it is over.
 
-    Raises VisitorError.
+    If the caller stops reading, the question is stopped. Raises VisitorError.
     """
     address = request.client.host if request.client else ""
     turn = showcase.ask(visitor(request), address, prompt, blind=blind, seed=seed)
@@ -62,12 +62,12 @@ def add(showcase: Showcase) -> None:
     async def ask(
         prompt: str, request: gr.Request, blind: bool = False, seed: int | None = None
     ) -> AsyncIterator[dict[str, Any]]:
-        """Ask both models. Gives, again and again until "state" is "over": "state" (waiting, answering, over),
-        "number" in the order of arrival, "position" in the line (1 is next), "names" and "answers" of the left and the
+        """Ask both models. Yields updates until "state" is "over", with these keys: "state" (waiting, answering, over),
+        "number" in the order of arrival, "position" in the queue (1 is next), "names" and "answers" of the left and the
         right side, "votable". In a blind turn names and figures are missing until the vote. The same seed gives the
         same answers again."""
         if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
-            raise _error("prompt must be a text, and seed nothing or a whole number from 0 to 2147483647.")
+            raise _error("prompt must be a text, and seed must be empty or a whole number from 0 to 2147483647.")
         try:
             async with aclosing(follow(showcase, request, prompt, blind=bool(blind), seed=seed)) as turn:
                 async for seen in turn:
@@ -76,7 +76,7 @@ def add(showcase: Showcase) -> None:
             raise _error(str(error)) from None
 
     def stop(request: gr.Request) -> bool:
-        """End your answers where they are, or leave the line; whether there was something to end."""
+        """Stop your answers, or leave the queue; return whether there was anything to stop."""
         turn = showcase.current(visitor(request))
         if turn is None or turn.over:
             return False
@@ -84,20 +84,20 @@ def add(showcase: Showcase) -> None:
         return True
 
     def vote(choice: str, request: gr.Request) -> dict[str, Any]:
-        """Vote on your last, blind, question: left, right, tie or both bad. Gives the turn, names and figures shown."""
+        """Vote on your last blind question: left, right, tie or both bad. Returns the turn with names and figures."""
         try:
             return _document(showcase.seen(showcase.vote(visitor(request), choice)))
         except LbllmError as error:
             raise _error(str(error)) from None
 
     def tally() -> dict[str, Any]:
-        """All blind votes on this pair of models."""
+        """Return the numbers of all blind votes on this pair of models."""
         counted = showcase.tally()
         first, second = showcase.names
         return {first: counted.left, second: counted.right, "tie": counted.tie, "both bad": counted.both_bad}
 
     def about() -> dict[str, Any]:
-        """The two models, whether they are loaded, and what one visitor may."""
+        """Return the two models, whether they are loaded, and the limits for one visitor."""
         return {
             "names": list(showcase.names),
             "ready": showcase.ready,

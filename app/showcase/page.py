@@ -1,7 +1,7 @@
 """The showcase: a binarized model and its teacher side by side, for an audience; ``python -m lbllm showcase``.
 
-The page and the named endpoints (``app/showcase/api.py``) ask the same ``lbllm.chat.showcase.Showcase``. A visitor is a
-session of Gradio's, which the browser renews with each load of the page.
+The page and the named endpoints (``app/showcase/api.py``) use the same ``lbllm.chat.showcase.Showcase``. A visitor is a
+Gradio session; every load of the page starts a new session.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
-# Before gradio is imported, which reports its use to its makers otherwise.
+# Set before gradio is imported: otherwise gradio sends usage statistics.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
@@ -31,7 +31,7 @@ _REFUSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gra
 
 
 def build(showcase: Showcase) -> gr.Blocks:
-    """The page and its endpoints."""
+    """Return the page with its endpoints."""
     view = showcase_view
     kinds = example_prompts()
     with gr.Blocks(title="LBLLM Showcase", analytics_enabled=False, fill_width=True) as page:
@@ -60,7 +60,7 @@ def build(showcase: Showcase) -> gr.Blocks:
                 status = gr.HTML(elem_id="status")
         with gr.Column(elem_id="examples") as beginning:
             introduction = gr.HTML(elem_id="introduction")
-            gr.HTML(view.notice("Write your own question above, or begin with one of these:"))
+            gr.HTML(view.notice("Write your own question above, or start with one of these:"))
             suggested = view.examples(kinds, 0, completes=showcase.completes)
             with gr.Row(elem_id="suggested"):
                 buttons = [gr.Button(text, elem_classes="example", min_width=280) for text in suggested]
@@ -75,7 +75,7 @@ def build(showcase: Showcase) -> gr.Blocks:
         outputs += [ask, stop, votes, answers, beginning, tally]
 
         def drawn(seen: Any) -> list[Any]:
-            """Values of ``outputs`` for a turn."""
+            """Return the values of ``outputs`` for a turn."""
             parts: list[Any] = [view.status(showcase, seen)]
             for side in (0, 1):
                 parts += [
@@ -88,7 +88,7 @@ def build(showcase: Showcase) -> gr.Blocks:
             return [*parts, gr.update(visible=True), gr.update(visible=False), gr.skip()]
 
         def refused(error: LbllmError) -> list[Any]:
-            """Values of ``outputs`` that change nothing but the line that says why."""
+            """Return values of ``outputs`` that only change the status line, to the reason of a refusal."""
             return [view.notice(str(error), kind="bad"), *(gr.skip() for _ in outputs[1:])]
 
         async def answer(text: str, hidden: bool, request: gr.Request) -> AsyncIterator[list[Any]]:
@@ -127,7 +127,7 @@ def build(showcase: Showcase) -> gr.Blocks:
             while line := view.loading_line(showcase):
                 yield [view.notice(line), counted, *(gr.skip() for _ in (introduction, prompt, shown, *buttons))]
                 await asyncio.sleep(0.5)
-            begin = "Begin a text, and both models go on with it"
+            begin = "Begin a text, and both models continue it"
             hint = gr.update(placeholder=begin) if showcase.completes else gr.skip()
             yield ["", counted, view.introduction(showcase), hint, *turn_over(0)]
 
@@ -148,11 +148,11 @@ def build(showcase: Showcase) -> gr.Blocks:
 
 
 def _side(number: int) -> list[gr.components.Component]:
-    """Heading, answer and figures of one side."""
+    """Add heading, answer and figures of one side to the page; return these components."""
     with gr.Column(elem_classes="side", min_width=320):
         return [
             gr.HTML(elem_classes="heading"),
-            # A text box shows text as it is, whatever is in it.
+            # A text box shows any text unchanged, also HTML and Markdown.
             gr.Textbox(
                 show_label=False,
                 label=f"Answer {showcase_view.LETTERS[number]}",
@@ -166,8 +166,11 @@ def _side(number: int) -> list[gr.components.Component]:
 
 
 class OnlyQuestions:
-    """Refuses what the showcase has no use for: files in either direction, and other names than this machine's where
-    it is for this machine alone (a page elsewhere must not reach it under a name of its own)."""
+    """Refuses requests that the showcase does not need.
+
+    These are uploads and downloads of files, and, if ``hosts`` is not empty, requests for other host names: a foreign
+    web page must not reach a local showcase through its own host name.
+    """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = ()) -> None:
         self.app = app
@@ -187,9 +190,9 @@ class OnlyQuestions:
 
 @contextmanager
 def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> Iterator[str]:
-    """Run the server, which answers before the models are loaded; gives its address, and ends it afterwards.
+    """Run the server, also before the models are loaded; yields its address and stops it afterwards.
 
-    Raises ResourceError where the port can't be had.
+    Raises ResourceError if the port is not available.
     """
     page = build(showcase).queue(default_concurrency_limit=None, api_open=False)
     own = LOOPBACK if host in LOOPBACK and not share else ()
@@ -200,7 +203,7 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
             share=share,
             quiet=True,
             prevent_thread_lock=True,
-            # Whoever waits in the line takes one of these places; those that only look on need some, too.
+            # Each waiting visitor uses one of these threads; visitors who only look at the page need some, too.
             max_threads=showcase.limits.line + 40,
             theme=showcase_view.theme(),
             css=showcase_view.css(),
@@ -214,7 +217,7 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
         )
     except OSError:
         page.close(verbose=False)
-        raise ResourceError(f"port {port} of {host} is taken or not allowed; give another with --port") from None
+        raise ResourceError(f"port {port} of {host} is in use or not allowed; give another with --port") from None
     try:
         yield address
     finally:
@@ -222,10 +225,9 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
 
 
 def run(showcase: Showcase, *, host: str, port: int, share: bool, say: Callable[[str], None]) -> None:
-    """Serve until the process is ended; ``say`` is told what the host should know. Raises LbllmError where a model
-    can't be loaded."""
+    """Serve until the process ends; ``say`` gets messages for the host. Raises LbllmError if a model can't load."""
     with suppress(KeyboardInterrupt), serve(showcase, host=host, port=port, share=share) as address:
-        say(f"LBLLM Showcase: {address} (Ctrl-C ends it). The models are being loaded.")
+        say(f"LBLLM Showcase: {address} (Ctrl-C stops it). The models are loading.")
         showcase.wait()
         say(f"{showcase.names[0]} and {showcase.names[1]} are ready.")
         threading.Event().wait()

@@ -67,6 +67,7 @@ def css() -> str:
 
 
 def logo() -> str:
+    """Return the logo as SVG."""
     return (THEME / "logo.svg").read_text()
 
 
@@ -159,12 +160,15 @@ def _weights(slot: Slot) -> list[tuple[str, str]]:
     loaded = slot.loaded
     memory = size(loaded.weight_bytes + loaded.expanded_bytes)
     bits = f"{loaded.bpw:.2f}" if loaded.packed else f"{loaded.bpw:.0f}"
-    return [(memory, "weights in memory"), (bits, "bits a weight in its blocks" if loaded.packed else "bits a weight")]
+    return [
+        (memory, "weights in memory"),
+        (bits, "bits per weight in its blocks" if loaded.packed else "bits per weight"),
+    ]
 
 
 def _verdict(choice: Choice, names: tuple[str, str]) -> str:
     if choice == "tie":
-        return "You called it a tie."
+        return "You voted for a tie."
     if choice == "both bad":
-        return "You found both answers bad."
+        return "You voted that both answers are bad."
     return f"You preferred {names[0 if choice == 'left' else 1]}."

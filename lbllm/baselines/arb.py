@@ -1,11 +1,11 @@
 """ARB-LLM_RC (Li et al. 2024): alternating refined binarization with scales for rows and columns.
 
-A part of a block of columns is alpha_r alpha_c^T o B, or the sum of two such planes for the salient columns. Row
-scales, column scales and, with two planes, their signs are refined in turn, each the exact optimum given the others, so
-no step raises the squared error. There is no mean: the column scales take its place.
+A part of a block of columns is alpha_r alpha_c^T o B; salient columns are the sum of two of these planes. The method
+refines row scales, column scales and, with two planes, their signs in turn. Each step finds the exact optimum while the
+others are fixed, so no step increases the squared error. There is no mean: the column scales replace it.
 
-Salient columns and break points are found as in BiLLM. With the column-group bitmap (CGB) the salient weights are split
-by magnitude, too, so a block has four groups, each with scales of its own; without it three.
+Salient columns and break points are found as in BiLLM. With the column-group bitmap (CGB) the salient weights are also
+split by magnitude, so a block has four groups with their own scales; without CGB it has three.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Plane:
     column: Tensor
 
     def value(self) -> Tensor:
-        """The weights (out, b) that the plane stands for."""
+        """Return the plane's weights (out, b)."""
         return self.sign * self.row * self.column
 
 
 def arb(weight: Tensor, hessian: Tensor, settings: Settings, *, column_groups: bool = True) -> Quantized:
-    """A weight (out, in), ``settings.group_size`` columns a block (128 in the paper); ``column_groups``: with CGB."""
+    """Quantize a weight (out, in) in blocks of ``settings.group_size`` columns (paper: 128); ``column_groups``: CGB."""
     return block_by_block(weight, hessian, settings, partial(binarize_block, column_groups=column_groups))
 
 
 def binarize_block(block: Tensor, inverse: Tensor, *, column_groups: bool) -> Quantized:
-    """One block (out, b); ``inverse`` as for BiLLM."""
+    """Quantize one block (out, b); ``inverse`` as for BiLLM."""
     salient = salient_columns(block, inverse)
     value = torch.zeros_like(block)
     for chosen, order in ((salient, 2), (~salient, 1)):
@@ -58,7 +58,7 @@ def binarize_block(block: Tensor, inverse: Tensor, *, column_groups: bool) -> Qu
 
 
 def stored_bits(rows: int, columns: int, salient: int, column_groups: bool) -> int:
-    """Bits of one block: signs, group bitmap, column mask, row and column scales of each group's planes."""
+    """Return the bits of one block: signs, group bitmap, column mask, row and column scales of each group's planes."""
     other = columns - salient
     signs = rows * (2 * salient + other)
     bitmap = rows * (other + (salient if column_groups else 0))
@@ -69,7 +69,7 @@ def stored_bits(rows: int, columns: int, salient: int, column_groups: bool) -> i
 
 
 def refine(weight: Tensor, mask: Tensor, order: int, rounds: int) -> list[Plane]:
-    """One or two planes for the weights (out, b) under a mask of ones and zeros, after ``rounds`` of refinement."""
+    """Fit ``order`` planes (1 or 2) to the weights (out, b) where ``mask`` is 1, with ``rounds`` of refinement."""
     target = weight * mask
     planes: list[Plane] = []
     residual = target
@@ -86,18 +86,18 @@ def refine(weight: Tensor, mask: Tensor, order: int, rounds: int) -> list[Plane]
                 pull = pull - planes[1 - number].value() * plane.sign
             plane.row = _ratio((pull * plane.column).sum(1, keepdim=True), (mask * plane.column.square()).sum(1, True))
             plane.column = _ratio((pull * plane.row).sum(0, keepdim=True), (mask * plane.row.square()).sum(0, True))
-        if order == 2:  # one plane's sign is the weight's, and stays so: its scales are never negative
+        if order == 2:  # with one plane the signs don't change: they are the weights' signs, and no scale is negative
             _choose_signs(target, mask, *planes)
     return planes
 
 
 def _ratio(upper: Tensor, lower: Tensor) -> Tensor:
-    """upper / lower, and 0 where there is nothing to divide by."""
+    """Return upper / lower where lower is positive, and 0 elsewhere."""
     return torch.where(lower > 0, upper / lower, 0)
 
 
 def _choose_signs(target: Tensor, mask: Tensor, first: Plane, second: Plane) -> None:
-    """Give both planes, for each weight, the best of the four pairs of signs."""
+    """Set the signs of both planes: for each weight the best of the four pairs of signs."""
     sizes = first.row * first.column, second.row * second.column
     errors, signs = [], []
     for turned in (1.0, -1.0):

@@ -1,13 +1,13 @@
-"""BiLLM (Huang et al. 2024): salient columns by two residual binarizations, the others by one in two groups.
+"""BiLLM (Huang et al. 2024): two residual binarizations for salient columns, one binarization in two groups for others.
 
-In each block of columns the salient ones are those of the largest sensitivity w^2 / [H^-1]_jj; their number is the one
-at which binarizing them apart from the rest leaves the least error. A salient row segment is mu + alpha_1 B_1 +
-alpha_2 B_2. The other weights are split by magnitude at a break point, one a block and searched, into a concentrated
-and a sparse group, and each row has mu + alpha B for each of the two. Compensation carries a block's error on.
+In each block of columns, the salient columns have the largest sensitivity w^2 / [H^-1]_jj. Their number is chosen so
+that binarizing them separately gives the smallest error. A salient row segment is mu + alpha_1 B_1 + alpha_2 B_2. The
+other weights are split by magnitude into a concentrated and a sparse group, at a break point that is searched for each
+block; each row has mu + alpha B for each of the two groups. Compensation passes a block's error to later columns.
 
-Searches compare squared errors of the weights, as the paper's equations do (the authors' program compares those of the
-sensitivities). Stored: two signs of a salient weight; a sign and a bit of the group of any other; a bit a column for
-its salience; means and scales in float16.
+The searches compare squared errors of the weights, as in the paper's equations (the authors' program compares squared
+errors of the sensitivities). Stored are two signs for a salient weight, a sign and a group bit for any other weight, a
+salience bit per column, and means and scales in float16.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from torch import Tensor
 
 from lbllm.baselines.layer import HALF, Quantized, Settings, block_by_block, half
 
-MOST_SALIENT = 50  # columns of a block that can be salient
-SHARES = torch.linspace(0.1, 0.9, 81)  # of the weights that lie below the break points tried
+MOST_SALIENT = 50  # maximum number of salient columns in a block
+SHARES = torch.linspace(0.1, 0.9, 81)  # candidate break points: the share of the weights below them
 
 
 def billm(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
-    """A weight (out, in), ``settings.group_size`` columns a block (the paper has 128)."""
+    """Quantize a weight (out, in) in blocks of ``settings.group_size`` columns (paper: 128)."""
     return block_by_block(weight, hessian, settings, binarize_block)
 
 
 def binarize_block(block: Tensor, inverse: Tensor) -> Quantized:
-    """One block (out, b); ``inverse`` (b,): the diagonal of the inverse Hessian of the columns from each one on."""
+    """Quantize one block (out, b).
+
+    ``inverse`` (b,): for each column its diagonal entry in the inverse Hessian of this and all later columns.
+    """
     salient = salient_columns(block, inverse)
     value = torch.empty_like(block)
     value[:, salient] = approximate(block[:, salient], torch.ones_like(block[:, salient]), 2)
@@ -38,15 +41,16 @@ def binarize_block(block: Tensor, inverse: Tensor) -> Quantized:
 
 
 def stored_bits(rows: int, columns: int, salient: int) -> int:
-    """Bits of one block: planes and group bitmap (2 for each weight), column mask, three and four numbers a row."""
+    """Return the bits of one block: planes and group bitmap (2 per weight), column mask, three and four numbers per
+    row."""
     numbers = (3 if salient else 0) + (4 if salient < columns else 0)
     return 2 * rows * columns + columns + numbers * HALF * rows
 
 
 def approximate(weight: Tensor, mask: Tensor, order: int) -> Tensor:
-    """mu + alpha_1 B_1 [+ alpha_2 B_2] for each row's weights (out, b) under a mask of ones and zeros; 0 elsewhere.
+    """Return mu + alpha_1 B_1 [+ alpha_2 B_2] of each row's weights (out, b) where ``mask`` is 1, and 0 elsewhere.
 
-    Each binarization takes the mean and the mean magnitude of what the one before has left; the means add up to mu.
+    Each binarization uses the mean and the mean magnitude of the remaining residual; mu is the sum of the means.
     """
     count = mask.sum(1, keepdim=True).clamp_min(1)
     residual, mean, planes = weight, torch.zeros_like(count), torch.zeros_like(weight)
@@ -60,12 +64,12 @@ def approximate(weight: Tensor, mask: Tensor, order: int) -> Tensor:
 
 
 def salient_columns(block: Tensor, inverse: Tensor) -> Tensor:
-    """Which columns (b,) of a block (out, b) are salient; at least one is."""
+    """Return a boolean mask (b,) of the salient columns of a block (out, b); at least one is salient."""
     order = (block.square().sum(0) / inverse).argsort(descending=True)
     ordered, columns = block[:, order], block.shape[1]
 
     def explained(part: Tensor) -> float:
-        """What of the part's squares mu + alpha B takes up: its error is the rest."""
+        """Return the sum of squares that mu + alpha B explains; the rest of the part's squares is the error."""
         mean = part.mean(1, keepdim=True)
         return part.shape[1] * float((mean.square() + (part - mean).abs().mean(1, keepdim=True).square()).sum())
 
@@ -78,16 +82,15 @@ def salient_columns(block: Tensor, inverse: Tensor) -> Tensor:
 
 
 def large_mask(part: Tensor) -> Tensor:
-    """Ones where a weight (out, b) is as large as the break point or larger, zeros elsewhere."""
+    """Return 1 where the magnitude of a weight (out, b) is at least the break point, and 0 elsewhere."""
     return (part.abs() >= break_point(part)).to(part.dtype)
 
 
 def break_point(part: Tensor) -> Tensor:
-    """The magnitude (a scalar) at which the weights (out, b) fall into two groups that mu + alpha B, for each row and
-    group, approximates with the least squared error.
+    """Return the magnitude (a scalar) that splits the weights (out, b) into two groups with the least squared error.
 
-    Of a row's sorted weights the small ones are an interval, so running sums give every group's mean and mean
-    magnitude for all points at once.
+    Each row and group is approximated by mu + alpha B. The small weights are an interval of a row's sorted weights, so
+    running sums give the mean and mean magnitude of every group for all candidate points at once.
     """
     if not part.numel():
         return part.new_zeros(())
@@ -101,7 +104,7 @@ def break_point(part: Tensor) -> Tensor:
     end = torch.full_like(stop, part.shape[1])
 
     def explained(*intervals: tuple[Tensor, Tensor]) -> Tensor:
-        """What of the squares of the weights in some intervals, a row and point each, mu + alpha B takes up."""
+        """Return the sum of squares that mu + alpha B explains for the weights in the intervals, per row and point."""
         count = torch.stack([b - a for a, b in intervals]).sum(0).clamp_min(1)
         total = torch.stack([sums.gather(1, b) - sums.gather(1, a) for a, b in intervals]).sum(0)
         mean = total / count

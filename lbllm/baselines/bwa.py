@@ -1,10 +1,10 @@
 """BWA (Song et al. 2025, "Achieving binary weight and activation for LLMs using post-training quantization"):
-W(1+1) by Hessian-weighted EM and compensation, with the most important channels in 8 bits.
+W(1+1) with Hessian-weighted EM and compensation; the most important channels have 8 bits.
 
-It is what LBLLM's stage 1 comes from, so clustering and compensation are those of ``lbllm.stages.ptq``, without
-coordinate descent and alignment. The channels whose inputs have the most energy are taken out, groups are formed of the
-others in their order, and the 8-bit channels come last: they absorb what is left of the error. The method's binary
-activations are not part of this.
+LBLLM's stage 1 is based on this method, so clustering and compensation are those of ``lbllm.stages.ptq``, without
+coordinate descent and alignment. The channels whose inputs have the most energy are separated. Groups consist of the
+other channels in their order. The 8-bit channels come last and absorb the remaining error. The method's binary
+activations are not included.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lbllm.baselines.layer import HALF, Quantized, Settings, half
 from lbllm.quant.levels import LEVELS, fit_levels, levels_to_params, params_to_levels, spans
 from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
-OUTLIERS = 1 / 32  # share of the channels that stay in 8 bits: 128 of 4,096
+OUTLIERS = 1 / 32  # share of the 8-bit channels: 128 of 4,096
 EM_STEPS = 5
 COUNT = LEVELS["w1+1"]
 
 
 @torch.no_grad()
 def bwa(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
-    """A weight (out, in) with four free levels a group, and 8-bit outlier channels."""
+    """Quantize a weight (out, in) to four free levels per group, with 8-bit outlier channels."""
     rows, columns = weight.shape
     inner = columns - int(OUTLIERS * columns)
     ranked = hessian.diagonal().argsort(stable=True)
@@ -41,14 +41,14 @@ def bwa(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
     value[inner:] = eight_bits(latent[inner:])
     bits = rows * (2 * inner + len(groups) * COUNT * HALF)
     if inner < columns:
-        bits += rows * (8 * (columns - inner) + HALF) + columns  # codes, a scale a row, and which channels they are
+        bits += rows * (8 * (columns - inner) + HALF) + columns  # codes, one scale per row, a mask of the channels
     restored = torch.empty_like(value)
     restored[order] = value
     return Quantized(restored.t().float().contiguous(), bits)
 
 
 def eight_bits(channels: Tensor) -> Tensor:
-    """Channels (c, out) as multiples from -127 to 127 of one float16 scale a row of the weight."""
+    """Round channels (c, out) to multiples -127 to 127 of a scale, float16, one per row of the weight."""
     if not len(channels):
         return channels
     scale = half(channels.abs().amax(0) / 127)

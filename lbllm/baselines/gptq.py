@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al. 2023): round the columns one after the other, later columns absorb each column's error.
+"""GPTQ (Frantar et al. 2023): round the columns one after the other; later columns absorb the error of each column.
 
-Each group's even levels span its compensated weights. Minimum and step are float16, as in round to nearest; the
-authors' grid has an integer zero point instead, whose level two bits can hardly spare.
+The even levels of a group span its compensated weights. Minimum and step are float16, as in round to nearest. The
+authors' grid has an integer zero point instead, which uses one level; with two bits that is one level of four.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lbllm.stages.ptq import assign_columns, factorize, one_thread
 
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
-    """A weight (out, in) on even levels, so that tr((W - Q) H (W - Q)^T) is small. Columns keep their order."""
+    """Round a weight (out, in) to even levels so that tr((W - Q) H (W - Q)^T) is small. Columns keep their order."""
     factor = factorize(hessian, settings.damping)[1]
     latent = weight.to(hessian.dtype).t().clone(memory_format=torch.contiguous_format)
     value = torch.empty_like(latent)

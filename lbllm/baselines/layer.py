@@ -1,4 +1,4 @@
-"""What the methods have in common: settings, result, and the walk over a layer's blocks of columns."""
+"""The common parts of the methods: settings, result, and the loop over a layer's blocks of columns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ HALF = 16  # bits of a stored scale, mean or minimum
 
 @dataclass(frozen=True)
 class Settings:
-    """``group_size``: columns that share scales, -1 for the whole row; BiLLM and ARB-LLM call that their block.
-    ``bits`` is for RTN and GPTQ, the others have bits of their own. ``damping`` is relative to the mean of the
-    Hessian's diagonal."""
+    """The settings of a method.
+
+    ``group_size``: columns that share scales, -1 for the whole row; BiLLM and ARB-LLM call it the block. ``bits``: for
+    RTN and GPTQ only, the other methods have fixed bits. ``damping``: relative to the mean of the Hessian's diagonal.
+    """
 
     group_size: int = 128
     bits: int = 2
@@ -27,14 +29,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer's weight (out, in), float32, as its stored form stands for it; ``bits``: all that this form takes."""
+    """A layer's dequantized weight (out, in), float32, and ``bits``, the size of its stored form."""
 
     weight: Tensor
     bits: int
 
 
 def half(values: Tensor) -> Tensor:
-    """Values as they come back from float16, in which every method stores its scales."""
+    """Round values to float16, the format of every stored scale; returns the original dtype."""
     return values.half().to(values.dtype)
 
 
@@ -42,13 +44,13 @@ def half(values: Tensor) -> Tensor:
 def block_by_block(
     weight: Tensor, hessian: Tensor, settings: Settings, binarize: Callable[[Tensor, Tensor], Quantized]
 ) -> Quantized:
-    """Quantize a layer one block of columns at a time, the columns after a block absorbing its error.
+    """Quantize a layer one block of columns at a time; later columns absorb the error of each block.
 
     ``binarize`` gets the block's compensated weights (out, b) and the squared diagonal (b,) of U, the Cholesky factor
-    of the inverse Hessian. A block's values depend on the whole block, so they are fixed before its error is known, and
-    what minimizes tr((W - Q) H (W - Q)^T) over all columns after it is W_after - D U_bb^-1 U_b,after with the block's
-    difference D. (BiLLM's own program divides by the diagonal of U_bb, which leaves out how the block's columns depend
-    on each other.)
+    of the inverse Hessian. A block's values depend on the whole block, so they are fixed before its error is known.
+    With the block's difference D, W_after - D U_bb^-1 U_b,after then minimizes tr((W - Q) H (W - Q)^T) over all later
+    columns. (BiLLM's own program divides by the diagonal of U_bb, which ignores the dependence between the block's
+    columns.)
     """
     factor = factorize(hessian, settings.damping)[1]
     latent = weight.to(hessian.dtype).clone()

@@ -1,4 +1,4 @@
-"""The methods by name, and a whole model through one of them."""
+"""The methods by name, and the quantization of a whole model with one of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lbllm.stages.ptq import input_statistics
 
 @dataclass(frozen=True)
 class Method:
-    """``calibrated``: whether the Hessian makes a difference."""
+    """A quantization method. ``name``: for display; ``calibrated``: whether the method uses the Hessian."""
 
     name: str
     quantize: Callable[[Tensor, Tensor, Settings], Quantized]
@@ -54,40 +54,40 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class StoredLayer:
-    """What the quantized layers take: ``bits`` for ``weights``."""
+    """The size of the quantized layers: stored ``bits`` for the number of ``weights``."""
 
     bits: int = 0
     weights: int = 0
 
     def add(self, layer: Quantized) -> None:
-        """Count a layer."""
+        """Add a layer's bits and weights."""
         self.bits += layer.bits
         self.weights += layer.weight.numel()
 
     @property
     def bpw(self) -> float:
-        """Stored bits a weight, everything counted."""
+        """Stored bits per weight, with scales and masks."""
         return self.bits / self.weights
 
 
 def method(name: str) -> Method:
-    """Raises ConfigError naming the known ones."""
+    """Return a method by name. Raises ConfigError, which lists the known names."""
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is not known; choose from {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def quantize_layer(name: str, weight: Tensor, hessian: Tensor, chosen: Method, settings: Settings) -> Quantized:
-    """One layer (out, in) by a method. Raises LbllmError naming the layer where that gives no finite weights."""
+    """Quantize one layer (out, in) with a method. Raises LbllmError, with the layer's name, for non-finite weights."""
     try:
         result = chosen.quantize(weight, hessian, settings)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         result = None
     if result is None or not result.weight.isfinite().all():
         raise LbllmError(
-            f"{name}: {chosen.name} met values that are not finite, or a Hessian that can't be factorized. The layer's "
-            "inputs are degenerate for these texts, or its weights too large for float16 scales: take more tokens, "
-            "other text, or more damping"
+            f"{name}: {chosen.name} found values that are not finite, or a Hessian that can't be factorized. The "
+            "layer's inputs are degenerate for these texts, or its weights are too large for float16 scales: use more "
+            "tokens, other text, or more damping"
         )
     return result
 
@@ -103,9 +103,9 @@ def quantize_blocks(
 ) -> StoredLayer:
     """Quantize all linear layers of the decoder blocks of ``model`` in place, calibrated on token ids (n, T).
 
-    In order: every layer's Hessian is that of inputs which have come through the blocks and layers quantized before.
-    Layers that the blocks never call stay as they are. ``on_block(done, all)`` is called after each block. Raises
-    LbllmError naming a layer, ModelError for a model with experts.
+    The layers are quantized in order: the inputs for each layer's Hessian come from the already quantized blocks and
+    layers before it. Layers that the blocks never call don't change. ``on_block(done, all)`` is called after each
+    block. Raises LbllmError with the layer's name, and ModelError for a model with experts.
     """
     check_supported(model)
     path, blocks = decoder_blocks(model)

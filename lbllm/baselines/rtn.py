@@ -1,5 +1,7 @@
-"""Round to nearest: 2^bits even steps from each group's minimum to its maximum. Nothing is calibrated: what any method
-at these bits has to beat."""
+"""Round to nearest: 2^bits even levels from each group's minimum to its maximum.
+
+It needs no calibration, so every other method with the same bits has to be better.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,21 @@ from lbllm.quant.levels import assign, spans, take_levels
 
 
 def even_levels(group: Tensor, bits: int) -> Tensor:
-    """The ascending levels (out, 2^bits) of each row of a group (out, g): a minimum and a step, both float16."""
+    """Return ascending levels (out, 2^bits) for each row of a group (out, g); minimum and step are float16 values."""
     low, high = group.aminmax(dim=-1, keepdim=True)
     low, steps = half(low), 2**bits - 1
-    step = half((high - low) / steps).clamp_min(0)  # a minimum rounded upwards may lie above the maximum
+    step = half((high - low) / steps).clamp_min(0)  # a minimum that was rounded up can be above the maximum
     return low + step * torch.arange(steps + 1, dtype=group.dtype, device=group.device)
 
 
 def even_bits(rows: int, columns: int, settings: Settings) -> int:
-    """Stored bits of a layer with even levels: codes, and each group's minimum and step."""
+    """Return the stored bits of a layer with even levels: codes, and each group's minimum and step."""
     groups = len(list(spans(columns, settings.group_size)))
     return rows * (columns * settings.bits + groups * 2 * HALF)
 
 
 def rtn(weight: Tensor, hessian: Tensor | None, settings: Settings) -> Quantized:
-    """Each weight (out, in) rounded to the nearest level of its group; the Hessian makes no difference."""
+    """Round each weight (out, in) to the nearest level of its group; the Hessian is not used."""
     rows = weight.float()
     value = torch.empty_like(rows)
     for span in spans(rows.shape[1], settings.group_size):
@@ -38,7 +40,7 @@ def rtn(weight: Tensor, hessian: Tensor | None, settings: Settings) -> Quantized
 
 @torch.no_grad()
 def round_to_nearest(model: PreTrainedModel, bits: int, group_size: int) -> PreTrainedModel:
-    """A copy of ``model`` with all linear layers of its decoder blocks rounded; it shares the rest."""
+    """Return a copy of ``model`` with all linear layers of its decoder blocks rounded; it shares all other tensors."""
     student: PreTrainedModel = share_copy(model)
     for block in decoder_blocks(student)[1]:
         for layer in linear_layers(block).values():

@@ -1,4 +1,4 @@
-"""A comparison: prompts, each with the answers of two models, and what the models saw of it."""
+"""A conversation with two models: prompts, both models' answers, and the messages that each model gets."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lbllm.chat.stream import Messages
 
 @dataclass(eq=False)
 class Exchange:
-    """One prompt and its two answers, by the models ``names`` under ``settings``.
+    """One prompt and its two answers, by the models ``names`` with ``settings``.
 
-    ``lens``: the last one that was held over one of the answers, with the teacher's and the student's name.
+    ``lens``: the last lens over one of the answers, with the names of teacher and student. ``time``: seconds since the
+    epoch.
     """
 
     prompt: str
@@ -30,25 +31,27 @@ class Exchange:
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
-        """Both answers as far as they are written."""
+        """The present state of both answers."""
         left, right = self.duel.answers
         return left, right
 
 
 @dataclass
 class Conversation:
-    """Exchanges in order; the last one may still be being written."""
+    """The exchanges in order; the models may still be answering the last one."""
 
     exchanges: list[Exchange] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
-        """Whether an answer is being written."""
+        """Whether a model is still answering."""
         return bool(self.exchanges) and not self.exchanges[-1].duel.over
 
     def messages(self, exchange: Exchange, side: int) -> Messages:
-        """The conversation that the answer of an exchange on a side (0 left, 1 right) was given: the system prompt,
-        the same model's earlier answers on that side, the prompt."""
+        """Return the messages for the answer of an exchange on a side (0: left, 1: right).
+
+        They are the system prompt, the same model's earlier exchanges on this side, and the prompt.
+        """
         earlier = self.exchanges[: self.exchanges.index(exchange)]
         return _messages(earlier, side, exchange.prompt, exchange.names[side], exchange.settings[side])
 
@@ -61,7 +64,7 @@ class Conversation:
         *,
         timed: bool = False,
     ) -> Exchange:
-        """Let both models answer; returns at once."""
+        """Start both models' answers to a prompt and return the exchange at once."""
         left, right = (
             Side(slots[side], _messages(self.exchanges, side, prompt, names[side], settings[side]), settings[side])
             for side in (0, 1)
@@ -71,13 +74,13 @@ class Conversation:
         return exchange
 
     def drop_last(self) -> str:
-        """Take the last exchange back, stopped if it runs; its prompt."""
+        """Stop and remove the last exchange; return its prompt."""
         last = self.exchanges.pop()
         last.duel.stop()
         return last.prompt
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Stop and remove all exchanges."""
         for exchange in self.exchanges:
             exchange.duel.stop()
         self.exchanges.clear()
@@ -86,7 +89,7 @@ class Conversation:
 def _messages(exchanges: list[Exchange], side: int, prompt: str, name: str, settings: ChatSettings) -> Messages:
     messages = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
     for exchange in exchanges:
-        # Where another model answered, or none did, this one has said nothing that it could be reminded of.
+        # Skip exchanges that another model answered, or that have no answer.
         if exchange.names[side] == name and (text := exchange.answers[side].text):
             messages.append({"role": "user", "content": exchange.prompt})
             messages.append({"role": "assistant", "content": text})

@@ -1,11 +1,10 @@
-"""Two answers to one prompt, written at the same time or one after the other, readable while they grow.
+"""Two models answer one prompt, at the same time or one after the other; the answers can be read while they grow.
 
     duel = Duel((Side(left_slot, messages, settings), Side(right_slot, messages, settings)))
     duel.answers[0].text ...            any thread, any time
-    duel.stop()                         ends both after the token in work
+    duel.stop()                         ends both after the current token
 
-A duel belongs to no reader: it waits for its models, writes in threads of its own and ends by itself, whether or not
-anybody looks on.
+A duel does not depend on a reader: it waits for its models, writes in its own threads and ends by itself.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _OVER: tuple[AnswerState, ...] = ("done", "stopped", "failed")
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as far as it is written. ``error`` is for the user, where the state is "failed".
+    """The present state of an answer. ``error``: the message for the user if the state is "failed".
 
     ``tokens_per_second`` and ``first_token_seconds`` as in ``ChatPiece``; 0 until they are known. ``timed``: measured
-    while the other side was quiet. The last fields are what the model was, as in ``Loaded``; ``completes``: it was
-    given the prompt as a text to go on with.
+    while the other side was not running. ``weight_bytes`` and ``bpw``: those of the model, as in ``Loaded``.
+    ``completes``: the model continues the prompt as plain text.
     """
 
     state: AnswerState = "waiting"
@@ -46,28 +45,27 @@ class Answer:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes."""
+        """Whether the answer has ended."""
         return self.state in _OVER
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side's model, conversation so far (the prompt last) and settings."""
+    """The model, the conversation so far (the prompt is last) and the settings of one side."""
 
     slot: Slot
     messages: Messages
     settings: ChatSettings
 
 
-def given(loaded: Loaded, messages: Messages, settings: ChatSettings) -> Messages:
-    """What of a conversation the model is given: all of it in its chat template, else the last prompt alone, as a text
-    to go on with."""
+def visible_messages(loaded: Loaded, messages: Messages, settings: ChatSettings) -> Messages:
+    """Return the messages that the model gets: all of them with a chat template, or only the prompt without one."""
     return messages if loaded.is_chat and settings.template else messages[-1:]
 
 
 class Duel:
-    """Both answers of one exchange, begun together when both models are loaded; with ``timed`` the right one begins
-    when the left one has ended."""
+    """The two answers of an exchange. Both begin when both models are loaded; with ``timed``, the right one begins when
+    the left one has ended."""
 
     def __init__(self, sides: tuple[Side, Side], *, timed: bool = False) -> None:
         self.answers: list[Answer] = [Answer(timed=timed), Answer(timed=timed)]
@@ -87,11 +85,11 @@ class Duel:
         return all(answer.over for answer in self.answers)
 
     def stop(self) -> None:
-        """End both answers after the token in work; what they have stays."""
+        """End both answers after the current token; their text is kept."""
         self._stop.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until both have ended; whether they have."""
+        """Wait up to ``timeout`` seconds until both answers have ended; return whether they have."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -104,12 +102,12 @@ class Duel:
             except LbllmError as error:
                 self._update(number, state="failed", error=str(error))
             except Exception as error:
-                # The thread has nobody to raise to, and the page must say something.
+                # Nobody can catch an exception of this thread, and the page must show a message.
                 self._update(number, state="failed", error=f"the model failed ({type(error).__name__}: {error})")
 
     def _answer(self, number: int, sides: tuple[Side, Side]) -> None:
         side = sides[number]
-        # Both begin together, and loading the other model would take the processor time of this answer.
+        # Both begin together: loading the other model would slow down this answer.
         for slot in (side.slot, sides[1 - number].slot):
             while not slot.wait(0.05) and not self._stop.is_set():
                 pass
@@ -127,7 +125,7 @@ class Duel:
         pieces = stream(
             loaded.model,
             loaded.tokenizer,
-            given(loaded, side.messages, settings),
+            visible_messages(loaded, side.messages, settings),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -148,5 +146,5 @@ class Duel:
         self._update(number, state="stopped" if self._stop.is_set() else "done")
 
     def _update(self, number: int, **changes: object) -> None:
-        # One assignment of a whole answer: a reader never sees half of it.
+        # A single assignment replaces the whole answer, so a reader never sees a part of an update.
         self.answers[number] = replace(self.answers[number], **changes)  # type: ignore[arg-type]

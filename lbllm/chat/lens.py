@@ -1,10 +1,9 @@
-"""A lens over a text: at each token, what two models expected there and how far apart they were; and where two answers
-part.
+"""The lens: the expectations of two models for each token of a text, and their divergence. Also: where answers differ.
 
     for token in lens(teacher.model, student.model, tokenizer, "The sky is blue.", messages=question).tokens: ...
 
-KL(teacher || student) = sum over the vocabulary of p (log p - log q), in nats: 0 where the student expects what the
-teacher expects. Both models read the same tokens; a token's expectations are those from all tokens before it.
+KL(teacher || student) = sum over the vocabulary of p (log p - log q), in nats: it is 0 if both models have the same
+distribution. Both models read the same tokens; the expectations for a token depend on all tokens before it.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from lbllm.errors import ModelError
 TOP = 5
 TOKENS = 512
 ROWS = 128
-# Bounds between the lens's colours, in nats a token: one step is about what an eye tells apart and a legend can name.
+# Bounds between the lens's colours, in nats per token; few enough that people can tell the colours apart.
 STEPS: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that a model expected next, as text, and the probability it gave to it."""
+    """A token that a model expected next, as text, and its probability."""
 
     text: str
     probability: float
@@ -37,10 +36,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LensToken:
-    """One token of the text. ``kl`` in nats; None, with no candidates, where nothing comes before the token.
+    """One token of the text. ``kl``: in nats; None, without candidates, if no token comes before it.
 
-    ``text`` is what the token adds: empty for the first bytes of a character that the next token completes.
-    ``teacher_probability`` and ``student_probability`` are those of this very token.
+    ``text``: the text that the token adds; empty if it is the first part of a character that a later token completes.
+    ``teacher_probability`` and ``student_probability``: the probability of this token.
     """
 
     text: str
@@ -52,7 +51,7 @@ class LensToken:
 
     @property
     def step(self) -> int:
-        """Number of the token's colour: how many of ``STEPS`` its divergence reaches, 0 to len(STEPS)."""
+        """The number of the token's colour: how many of ``STEPS`` its divergence reaches, 0 to len(STEPS)."""
         return sum(self.kl >= bound for bound in STEPS) if self.kl is not None else 0
 
     @property
@@ -63,32 +62,32 @@ class LensToken:
 
 @dataclass(frozen=True)
 class Lens:
-    """The tokens of a text; ``left_out`` more at its end were not looked at."""
+    """The tokens of a text; ``left_out``: the number of tokens at its end that were not analysed."""
 
     tokens: tuple[LensToken, ...]
     left_out: int
 
     @property
     def mean_kl(self) -> float:
-        """Mean divergence over the tokens that have one, in nats a token; 0 where there is none."""
+        """The mean divergence in nats per token, over the tokens that have one; 0 if no token has one."""
         known = [token.kl for token in self.tokens if token.kl is not None]
         return sum(known) / len(known) if known else 0.0
 
     @property
     def agreement(self) -> float:
-        """Share of the tokens with expectations at which both models' most likely token is the same."""
+        """How often both models' most likely token is the same, 0 to 1, over the tokens with expectations."""
         known = [token.agreed for token in self.tokens if token.kl is not None]
         return sum(known) / len(known) if known else 1.0
 
 
 def step_labels() -> list[str]:
-    """What each colour, 0 to len(STEPS), stands for: a range of nats."""
+    """Return the label of each colour, 0 to len(STEPS): its range in nats."""
     bounds = [f"{bound:g}" for bound in STEPS]
     return [f"below {bounds[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(bounds)), f"{bounds[-1]} and more"]
 
 
 def same_vocabulary(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers number the same tokens the same way."""
+    """Return whether two tokenizers have the same tokens with the same ids."""
     return left is right or left.get_vocab() == right.get_vocab()
 
 
@@ -103,16 +102,16 @@ def lens(
     template: bool = True,
     limit: int = TOKENS,
 ) -> Lens:
-    """Both models' expectations along ``text``, read as the answer to ``messages`` or, without them, by itself.
+    """Return both models' expectations for the tokens of ``text``, as an answer to ``messages`` or without a context.
 
-    The models share ``tokenizer``. At most ``limit`` tokens are looked at, and as many as both contexts hold. Raises
-    ModelError where the vocabularies differ or the text has no token.
+    The models share ``tokenizer``. At most ``limit`` tokens are analysed, and at most as many as both contexts hold.
+    Raises ModelError if the vocabularies differ, the text has no token, or ``messages`` fill the context.
     """
     embeddings: list[Any] = [model.get_input_embeddings() for model in (teacher, student)]
     sizes = [embedding.weight.shape[0] for embedding in embeddings]
     if sizes[0] != sizes[1]:
         raise ModelError(
-            f"the lens compares models of one vocabulary; these have {sizes[0]} and {sizes[1]} tokens. "
+            f"the lens compares models with the same vocabulary; these have {sizes[0]} and {sizes[1]} tokens. "
             "Choose a student and the teacher it was made from"
         )
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
@@ -124,7 +123,7 @@ def lens(
     if room <= 0:
         raise ModelError(
             f"the conversation before the text has {before.shape[1]} tokens and fills the models' context; "
-            "look at the text by itself"
+            "look at the text without the conversation"
         )
     kept = own[:, :room]
     ids = torch.cat([before, kept], dim=1)
@@ -134,7 +133,7 @@ def lens(
     tokens = [LensToken(piece, None, (), (), 0.0, 0.0) for piece in pieces[: first - before.shape[1]]]
     for start in range(0, len(log_p), ROWS):
         p, q = log_p[start : start + ROWS], log_q[start : start + ROWS].to(log_p.device)
-        # KL is never negative; rounding of nearly equal distributions can make it so.
+        # KL is never negative, but rounding of nearly equal distributions can give a negative value.
         divergences = (p.exp() * (p - q)).sum(-1).clamp_min(0).tolist()
         for row, kl in enumerate(divergences):
             token = int(ids[0, first + start + row])
@@ -152,9 +151,9 @@ def lens(
 
 
 def first_difference(left: str, right: str) -> int | None:
-    """Position in both texts at which the first word that differs begins; None where the texts are equal.
+    """Return the position, in both texts, at which the first different word begins; None if the texts are equal.
 
-    Where one text goes on after the other's last word it is the shorter one's length.
+    If one text continues after the other's last word, the position is the length of the shorter text.
     """
     if left == right:
         return None
@@ -168,11 +167,11 @@ def first_difference(left: str, right: str) -> int | None:
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    """Log-probabilities (count, vocabulary), float32, of the last ``count`` tokens of ``ids`` (1, T), each from those
-    before it."""
+    """Return log-probabilities (count, vocabulary), float32, at the last ``count`` tokens of ``ids`` (1, T), each from
+    the tokens before it."""
     if count == 0:
         return torch.empty(0, 0)
-    # The last position predicts what is not there any more.
+    # The last token is not an input: it has no next token to predict.
     logits = model(input_ids=ids[:, :-1].to(model.device), logits_to_keep=count, use_cache=False).logits[0, -count:]
     return torch.log_softmax(logits.float(), dim=-1)
 
@@ -186,11 +185,11 @@ def _top(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ..
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds to the text. A character of several tokens belongs to the one that completes it."""
+    """Return the text that each token adds. A character of several tokens belongs to the token that completes it."""
     pieces = []
     start = 0
     for end in range(1, len(ids) + 1):
-        # Only the tokens since the last whole character: decoding all of them for each would be quadratic.
+        # Decode only the tokens after the last complete character; decoding all tokens each time would be quadratic.
         text = str(tokenizer.decode(ids[max(0, start - 1) : end], clean_up_tokenization_spaces=False))
         before = str(tokenizer.decode(ids[max(0, start - 1) : start], clean_up_tokenization_spaces=False))
         if text.endswith("\ufffd") and end < len(ids):

@@ -1,4 +1,4 @@
-"""How often one may: so many times in a span of seconds, counted for each key by itself."""
+"""Limit the rate of events: at most a number of times in a span of seconds, separately for each key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FORGET_ABOVE = 1000
 
 
 class RateLimit:
-    """``count`` times in any ``seconds``. Threads may share it; keys that were quiet for that long are forgotten."""
+    """Allows ``count`` events in any ``seconds``, for each key. Thread-safe; inactive keys are removed."""
 
     def __init__(self, count: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.count = count
@@ -21,12 +21,12 @@ class RateLimit:
         self._mutex = threading.Lock()
 
     def wait(self, key: Hashable) -> float:
-        """Seconds until the key may again; 0: now."""
+        """Return the seconds until the key's next event is allowed; 0 means now."""
         with self._mutex:
             return self._wait(key, self._clock())
 
     def take(self, key: Hashable) -> float:
-        """Count one more for the key and return 0, or count nothing and return the seconds until it may."""
+        """Count an event for the key and return 0; if it is not allowed yet, return the seconds until it is."""
         with self._mutex:
             now = self._clock()
             if left := self._wait(key, now):

@@ -1,26 +1,30 @@
-"""How an answer is made: the settings of one side of a comparison. Label, help and bounds stand in each Field."""
+"""The settings of an answer: one side of a comparison. Each Field has its label, help and bounds."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# As the makers of SmolLM2 advise; at higher ones small models, and binarized ones above all, lose the thread.
+# The values that the authors of SmolLM2 recommend; with higher ones, small and especially binarized models lose the
+# thread.
 TEMPERATURE, TOP_P = 0.2, 0.9
-# Small models, binarized ones above all, else fall into loops.
+# Without a penalty, small and especially binarized models repeat themselves endlessly.
 REPETITION_PENALTY = 1.1
 
 
 class ChatSettings(BaseModel):
-    """``template`` off: a chat model, too, goes on with the plain text. ``temperature`` 0 is greedy decoding.
-    ``repetition_penalty`` makes tokens that the answer has already less likely (CTRL, Keskar et al. 2019); 1: none."""
+    """The settings of an answer.
 
-    # What earlier versions could set besides is in the votes that they stored.
+    ``template`` off: a chat model continues the plain text. ``temperature`` 0 is greedy decoding.
+    ``repetition_penalty`` makes tokens less likely that the answer already contains (CTRL, Keskar et al. 2019); 1: off.
+    """
+
+    # Votes stored by earlier versions contain settings that no longer exist; they are ignored.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     system: str = Field(
         "",
         title="System prompt",
-        description="What the model is told before the conversation. Base models are not given one.",
+        description="Instructions for the model before the conversation. Base models do not get them.",
     )
     template: bool = Field(
         True,
@@ -32,21 +36,21 @@ class ChatSettings(BaseModel):
         ge=0,
         le=2,
         title="Temperature",
-        description="How much chance there is in an answer. 0: always the most likely token.",
+        description="The randomness of an answer. 0: always the most likely token.",
     )
     top_p: float = Field(
         TOP_P,
         gt=0,
         le=1,
         title="Top-p",
-        description="Draw from the most likely tokens that together have this probability.",
+        description="Choose only from the most likely tokens, which together have this probability.",
     )
     repetition_penalty: float = Field(
         REPETITION_PENALTY,
         ge=1,
         le=2,
         title="Repetition penalty",
-        description="Makes tokens that the answer already has less likely, so that it does not repeat itself. 1: off.",
+        description="Makes tokens less likely that the answer already contains, to avoid repetitions. 1: off.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="The same seed gives the same answer again.")
     max_new_tokens: int = Field(
@@ -54,11 +58,11 @@ class ChatSettings(BaseModel):
         ge=1,
         le=4096,
         title="Longest answer",
-        description="The most tokens that an answer can have; a token is about three quarters of a word.",
+        description="The maximum number of tokens in an answer; a token is about three quarters of a word.",
     )
 
     def apart_from(self, other: ChatSettings) -> str:
-        """The settings in which this differs from another, in words: "temperature 0.2, top-p 1"."""
+        """Return the settings that differ from ``other``, as text: "temperature 0.2, top-p 1"."""
         mine, theirs = self.model_dump(), other.model_dump()
         titles = {name: str(field.title).lower() for name, field in type(self).model_fields.items()}
         return ", ".join(f"{titles[name]} {_short(mine[name])}" for name in mine if mine[name] != theirs[name])

@@ -1,8 +1,8 @@
-"""Streaming answers of a model, token by token, with measurements and a stop that acts between two tokens.
+"""Stream a model's answers token by token, with measurements; an answer can be stopped between two tokens.
 
-Generation runs in a thread of its own; the iterator hands out what it has written so far. Sampling draws its randomness
-from a generator of the call (the Gumbel-max trick on top of greedy decoding), so the same seed gives the same answer on
-one machine, and nothing outside the call is seeded.
+Generation runs in its own thread; the iterator yields the new text. Each call has its own random generator for sampling
+(the Gumbel-max trick on top of greedy decoding). So the same seed gives the same answer on one machine, and the global
+random state does not change.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Messages = list[dict[str, str]]
 class ChatPiece:
     """New text and the measurements so far.
 
-    ``first_token_seconds``: from the call to the first token, reading the prompt included. ``tokens_per_second``: the
-    tokens after the first over the time since it; 0 until there is a second one. ``tokens``: all new tokens so far.
+    ``first_token_seconds``: from the call to the first token; this includes reading the prompt. ``tokens_per_second``:
+    the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far.
     """
 
     text: str
@@ -52,10 +52,10 @@ class ChatPiece:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
-    """What a model reads before its answer: the messages in its chat template, or joined by blank lines.
+    """Return the prompt for a model: the messages in its chat template, or joined by blank lines.
 
-    ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a template, or with
-    ``template`` off, the model goes on with the text. Raises ModelError where the template refuses the messages.
+    ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a chat template, or with
+    ``template`` off, the model continues the text. Raises ModelError if the template refuses the messages.
     """
     if tokenizer.chat_template is None or not template:
         return "\n\n".join(message["content"] for message in messages)
@@ -66,14 +66,14 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, templ
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> Tensor:
-    """Token ids (1, T) of ``prompt_text``, which the answer continues. Raises ModelError."""
+    """Return the token ids (1, T), int64, of ``prompt_text``. Raises ModelError if there are no tokens."""
     text = prompt_text(tokenizer, messages, template=template)
-    # A template writes the special tokens itself.
+    # A chat template already contains the special tokens.
     plain = tokenizer.chat_template is None or not template
     encoded: Any = tokenizer(text, add_special_tokens=plain, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].long()
     if ids.shape[1] == 0:
-        raise ModelError("the prompt is empty: give the model at least one token to go on from")
+        raise ModelError("the prompt is empty: it needs at least one token")
     return ids
 
 
@@ -90,18 +90,18 @@ def stream(
     template: bool = True,
     stop: threading.Event | None = None,
 ) -> Iterator[ChatPiece]:
-    """The model's answer to ``messages``, piece by piece; the last piece, perhaps without text, ends the measurements.
+    """Yield the model's answer to ``messages`` in pieces; the last piece has the final measurements and maybe no text.
 
-    ``temperature`` 0 is greedy decoding; ``repetition_penalty`` above 1 makes tokens that the answer has already less
-    likely, those of the prompt not; ``template`` off lets a chat model go on with plain text. Setting ``stop``, or
+    ``temperature`` 0 is greedy decoding. ``repetition_penalty`` above 1 makes tokens less likely that the answer (not
+    the prompt) already contains. With ``template`` off, a chat model continues the plain text. Setting ``stop``, or
     closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
-    Raises ModelError where the prompt leaves no room.
+    Raises ModelError if the prompt fills the context.
     """
     ids = prompt_ids(tokenizer, messages, template=template).to(model.device)
     room = room_for(model, ids.shape[1])
     if room <= 0:
         raise ModelError(
-            f"the conversation has {ids.shape[1]} tokens, the model's context holds {context_length(model)}; "
+            f"the conversation has {ids.shape[1]} tokens, but the model's context holds {context_length(model)}; "
             "start a new conversation or shorten it"
         )
     stop = stop or threading.Event()
@@ -130,7 +130,7 @@ def stream(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 num_beams=1,
                 do_sample=False,
-                # What a model's own generation settings say about sampling would only draw warnings here.
+                # A model's own sampling settings would only cause warnings here.
                 temperature=None,
                 top_p=None,
                 top_k=None,
@@ -153,7 +153,7 @@ def stream(
 
 
 class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise to log-probabilities: their argmax is then a sample of the distribution."""
+    """Adds Gumbel noise to log-probabilities, so that their argmax is a sample of the distribution."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -176,7 +176,7 @@ class _Stop(StoppingCriteria):
 
 
 class _Pieces(BaseStreamer):
-    """Turns tokens into pieces of text. Bytes of an unfinished character wait for the rest of it."""
+    """Turns tokens into pieces of text. Bytes of an incomplete character wait until it is complete."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, pieces: queue.SimpleQueue[ChatPiece | BaseException | None]
@@ -189,7 +189,7 @@ class _Pieces(BaseStreamer):
         self.first = self.latest = self.started
 
     def put(self, value: Tensor) -> None:
-        if self.tokens is None:  # the first call brings the prompt
+        if self.tokens is None:  # the first call passes the prompt
             self.tokens = []
             return
         self.latest = time.monotonic()
@@ -213,15 +213,15 @@ class _Pieces(BaseStreamer):
 
 
 def room_for(model: PreTrainedModel, tokens: int) -> int:
-    """How many tokens fit into the model's context after ``tokens``; 0 or less where none does.
+    """Return how many tokens fit into the model's context after ``tokens``; 0 or less if the context is full.
 
-    Without any statement about the context it is more than anyone chats.
+    If the model's config has no context length, 2^20 tokens are assumed.
     """
     return (context_length(model) or 1 << 20) - tokens
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Tokens that end an answer: the generation settings' and the tokenizer's own."""
+    """Return the ids of the tokens that end an answer, from the generation settings and the tokenizer."""
     known = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = known if isinstance(known, list) else [known]
     ids = {token for token in [*listed, tokenizer.eos_token_id] if isinstance(token, int)}

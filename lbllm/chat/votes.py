@@ -1,7 +1,7 @@
-"""Votes on pairs of answers: which of two models answered a prompt better. The run store keeps them.
+"""Votes on pairs of answers: which of two models answered a prompt better. The run store's file keeps them.
 
-A vote belongs to one exchange, a prompt with two answers. Tallies are of models, not of sides: a pair that changed
-places counts together.
+A vote belongs to one exchange, a prompt with two answers. A tally counts models, not sides: it includes the votes on
+the same pair with exchanged sides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CSV = ("time", "left", "right", "choice", "prompt", "left_answer", "right_answe
 
 
 class Vote(BaseModel):
-    """``left`` and ``right`` name the models; ``time`` in seconds since the epoch; ``exchange`` is unique."""
+    """A vote. ``exchange``: a unique id; ``time``: seconds since the epoch; ``left``, ``right``: the models' names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Vote(BaseModel):
 
 @dataclass(frozen=True)
 class Tally:
-    """Votes on one pair of models, counted for the one that is called left here."""
+    """The numbers of votes on one pair of models: for the left, for the right, tie, and both bad."""
 
     left: int = 0
     right: int = 0
@@ -51,18 +51,18 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """All votes on the pair."""
+        """The number of all votes on the pair."""
         return self.left + self.right + self.tie + self.both_bad
 
 
 class VoteStore:
-    """The votes in a run store's file. Raises ResourceError where that can't be written."""
+    """The votes in a run store's file. Raises ResourceError if the file can't be written."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def put(self, vote: Vote) -> None:
-        """Put a vote on record; it replaces an earlier one on the same exchange."""
+        """Store a vote; it replaces an earlier vote on the same exchange."""
         with self._database.transaction() as db:
             values = (vote.exchange, vote.time, vote.model_dump_json())
             db.execute("INSERT OR REPLACE INTO votes VALUES (?, ?, ?)", values)
@@ -73,13 +73,13 @@ class VoteStore:
             db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
 
     def all(self) -> list[Vote]:
-        """All votes, oldest first."""
+        """Return all votes, the oldest first."""
         rows = self._database.query("SELECT body FROM votes ORDER BY time, exchange")
         return [Vote.model_validate_json(body) for (body,) in rows]
 
 
 def tally(votes: Iterable[Vote], left: str, right: str) -> Tally:
-    """The votes on the pair ``left`` and ``right``, whichever side each was on when it was voted for."""
+    """Count the votes on the pair ``left`` and ``right``, with those where their sides were exchanged."""
     counts = dict.fromkeys(CHOICES, 0)
     for vote in votes:
         if (vote.left, vote.right) == (left, right):
@@ -91,12 +91,12 @@ def tally(votes: Iterable[Vote], left: str, right: str) -> Tally:
 
 
 def votes_json(votes: Iterable[Vote]) -> str:
-    """All votes as a JSON array."""
+    """Return all votes as a JSON array."""
     return json.dumps([vote.model_dump(mode="json") for vote in votes], indent=2, ensure_ascii=False) + "\n"
 
 
 def votes_csv(votes: Iterable[Vote]) -> str:
-    """All votes as CSV, for a spreadsheet: a cell that one would take for a formula begins with an apostrophe."""
+    """Return all votes as CSV for a spreadsheet: a cell that looks like a formula gets an apostrophe in front."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(_CSV)

@@ -1,10 +1,10 @@
-"""What a run will give and take, from the model's config alone: bits per weight, disk, memory, time.
+"""Estimate a run's bits per weight, disk space, memory and time from the model's config, without its weights.
 
     estimate(make_config("quick"))
 
-Disk is counted tensor by tensor, header included: the size of model.safetensors to a few bytes (transformers gives
-some tensors other names in its files). Memory is a sum of named terms, time is a count of FLOPs over the matmul rate
-measured on this machine; their constants were fitted to measured runs.
+Disk space is counted tensor by tensor, with the header: it is the size of model.safetensors up to a few bytes
+(transformers renames some tensors in its files). Memory is a sum of named terms. Time is the number of FLOPs divided by
+the matmul rate measured on this machine. The constants were fitted to measured runs.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from lbllm.stages.aar import CLIPS, KNEES
 # Memory, in bytes.
 PROGRAM = 660_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass through the whole model
-STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # hidden states of all tokens held at once: while a block is passed, or trained
-FORWARD_FEATURE = 4  # per feature that enters or leaves a layer of a block, and token of a forward pass
+STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # copies of all tokens' hidden states: while a block runs forward, or trains
+FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
 TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
-PTQ_INPUT = 1.3  # per token and input feature: the teacher's, once where layers share an input
+PTQ_INPUT = 1.3  # per token and input feature: the teacher's inputs, counted once if layers share an input
 PTQ_WEIGHT = 16  # per weight of a block in stage 1: target, latent, value, index, state to save
 HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, damped, inverse, factor, solution
 WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
 AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
-E2E_LATENT = 25  # and where latent weights train: latent, gradient, two moments, temporaries
+E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
 E2E_LOGITS = 40  # per token of one sequence and vocabulary entry: both models' logits, the loss and its gradient
 
-# Time, in FLOPs: a forward pass is 2 a weight and token, a backward pass 4.
+# Time, in FLOPs: a forward pass takes 2 per weight and token, a backward pass 4.
 PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
 PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each descent sweep, column by column
-STREAMS_TOKEN = 4.0  # stages 2 and 3: teacher and student streams advance
+STREAMS_TOKEN = 4.0  # stages 2 and 3: one forward pass of the teacher's and of the student's block
 STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
 # Shares of the matmul rate that the stages reach.
 EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.47, "e2e": 0.37}
@@ -56,11 +56,12 @@ EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.47, "e2e": 
 
 @dataclass(frozen=True)
 class Estimate:
-    """``bpw``: stored bits per binarized weight, group parameters counted. All sizes in bytes, all times in seconds.
+    """The estimate of a run. All sizes are in bytes, all times in seconds.
 
-    ``parts`` sums to ``disk_bytes``, the size of model.safetensors; ``memory_parts`` to ``memory_bytes``, the run's
-    peak, with what is held at that moment; ``stage_seconds`` to ``seconds``. ``weights`` are binarized,
-    ``dense_weights`` are all other parameters.
+    ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of model.safetensors,
+    the sum of ``parts``. ``memory_bytes``: the run's peak, the sum of ``memory_parts`` at that moment. ``seconds``: the
+    sum of ``stage_seconds``. ``weights``: the number of binarized weights. ``dense_weights``: the number of all other
+    parameters.
     """
 
     bpw: float
@@ -82,7 +83,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer to binarize: module path, number of its block, shape (out, in), format."""
+    """A layer to binarize: module path, number of its block, shape (rows, columns) = (out, in), format."""
 
     name: str
     block: int
@@ -96,10 +97,10 @@ class _Layer:
 
 
 def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: float | None = None) -> Estimate:
-    """Everything that can be said before the run. Raises ModelError, ConfigError.
+    """Estimate a run before it starts. Raises ModelError, ConfigError.
 
-    ``model``, the config's ``skeleton``, and ``rate``, the device's ``fastest_matmul_rate``, are made and measured
-    where they are not given: whoever asks again and again keeps them.
+    ``model``: the config's ``skeleton``, made here if not given. ``rate``: the device's ``fastest_matmul_rate`` in
+    FLOPs per second, measured here if not given. A caller that estimates often should keep both.
     """
     check_device(config.device)
     if model is None:
@@ -133,7 +134,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
 
 
 def expected_seconds(run: Run) -> dict[Stage, float]:
-    """The estimated seconds of each stage of a stored run on this machine; empty where they can't be estimated."""
+    """Return the estimated seconds of each stage of a stored run on this machine; empty if they can't be estimated."""
     try:
         return estimate(run.config).stage_seconds
     except LbllmError:
@@ -141,7 +142,7 @@ def expected_seconds(run: Run) -> dict[Stage, float]:
 
 
 def check_memory(result: Estimate, device: str = "auto") -> None:
-    """Raises ResourceError where the run needs more memory than is free, saying what takes it and what to reduce."""
+    """Raise ResourceError if the run needs more memory than is free; the message says what to reduce."""
     free = free_memory(device)
     if result.memory_bytes <= free:
         return
@@ -149,13 +150,13 @@ def check_memory(result: Estimate, device: str = "auto") -> None:
     listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
     raise ResourceError(
         f"the run needs about {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
-        f"Most of it goes to: {listed}. Free some, choose a smaller model, less text, or lower values of "
+        f"The largest parts are: {listed}. Free some, choose a smaller model, less text, or lower values of "
         f"{setting_name('seq_len')}, {setting_name('wat.batch_tokens')} or {setting_name('aar.batch_tokens')}"
     )
 
 
 def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
-    """Bytes by part of model.safetensors, as ``lbllm.packing`` lays it out; what stays dense is stored in bfloat16."""
+    """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; dense tensors: bfloat16)."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
     table: dict[str, tuple[str, list[int], int]] = {}
 
@@ -198,12 +199,13 @@ def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
 
 
 def _header_bytes(table: dict[str, tuple[str, list[int], int]]) -> int:
-    """Bytes before the data of a safetensors file: a length, and a JSON table padded to 8 bytes.
+    """Return the size of a safetensors header: a length, and a JSON table padded to a multiple of 8 bytes.
 
-    ``table``: each tensor's type, shape and bytes. The file has the wide types first, then the names in order.
+    ``table``: type, shape and size in bytes of each tensor. The file orders tensors by type, the widest first, and then
+    by name.
     """
     widths = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
-    # Of the types of one width the format's own order puts bfloat16 last.
+    # Among types of the same width, the format puts bfloat16 last.
     ranks = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
     document: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -216,7 +218,7 @@ def _header_bytes(table: dict[str, tuple[str, list[int], int]]) -> int:
 
 
 def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], disk_bytes: int) -> dict[str, int]:
-    """Peak bytes by term: the program, the teacher, and the terms of whichever moment of the run needs most."""
+    """Return the peak memory in bytes by term: the program, the teacher, and the terms of the run's largest moment."""
     blocks: dict[int, list[_Layer]] = {}
     for layer in layers:
         blocks.setdefault(layer.block, []).append(layer)
@@ -248,8 +250,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
         moments.append({streams: STREAMS_ADVANCE * stream, activations: forward})
         if stage == "ptq":
             solving = PTQ_WEIGHT * weights + HESSIANS * 4 * widest**2
-            meant = round(PTQ_INPUT * inputs * settings.tokens)
-            moments.append({streams: STREAMS_TRAIN * stream + meant, activations: forward, state: solving})
+            teacher_inputs = round(PTQ_INPUT * inputs * settings.tokens)
+            moments.append({streams: STREAMS_TRAIN * stream + teacher_inputs, activations: forward, state: solving})
             continue
         batch = max(config.seq_len, settings.batch_tokens)
         kept = TRAIN_FEATURE * features * batch
@@ -262,8 +264,8 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
 
 
 def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], rate: float) -> dict[Stage, float]:
-    """Seconds of each stage of the run on a device of ``rate`` FLOPs a second."""
-    # Attention costs a token as much as this many weights: causal, so half of seq_len positions, twice (QK and AV).
+    """Return the seconds of each stage of the run on a device with ``rate`` FLOPs per second."""
+    # Attention costs as much per token as this many weights: seq_len / 2 positions (causal), twice (QK and AV).
     attention = len({layer.block for layer in layers}) * config.seq_len * model.config.get_text_config().hidden_size
     weights = sum(layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
@@ -274,7 +276,7 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], ra
         "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
         "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
         "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
-        # Of both models a forward pass, of the student a backward pass; nothing trains in the output head.
+        # A forward pass of both models and a backward pass of the student; the output head has no trained weights.
         "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + 6 * head_weights),
     }
     return {stage: flops[stage] / (rate * EFFICIENCY[stage]) for stage in config.stages}

@@ -1,11 +1,11 @@
-"""How close a student stays to its teacher: perplexity and divergence.
+"""Measure perplexity, and the divergence of a student from its teacher.
 
-The protocol is the usual one for perplexity at a window length T: the text is cut into consecutive windows of T tokens
-without overlap, each window is scored alone, its tokens 2 to T are predicted from those before them in the window, and
-the perplexity is exp of the mean negative log-likelihood (in nats) over all predicted tokens.
+The protocol is the usual one for perplexity with window length T. The text is cut into consecutive windows of T tokens
+without overlap, and each window is scored separately: its tokens 2 to T are predicted from the tokens before them in
+the window. The perplexity is exp of the mean negative log-likelihood (in nats) over all predicted tokens.
 
 The logits of one window are the largest tensor here (2,048 x 49,152 in float32: 400 MB). Each model's logits exist
-once; what is derived from them is made for a few rows at a time.
+once; derived values are computed for a few rows at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``tokens`` counts predicted tokens: n (T - 1)."""
+    """A perplexity, the number of predicted ``tokens``, n (T - 1), and the time in seconds."""
 
     perplexity: float
     tokens: int
@@ -38,7 +38,8 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """``kl``: mean KL(teacher || student), nats a token; ``top1_agreement``: share of equal most likely next tokens."""
+    """``kl``: mean KL(teacher || student), nats per token; ``top1_agreement``: how often both models' most likely next
+    token is the same, 0 to 1."""
 
     kl: float
     top1_agreement: float
@@ -48,9 +49,10 @@ class Divergence:
 
 
 def perplexity(model: PreTrainedModel, sequences: Tensor, *, on_progress: Progress | None = None) -> Perplexity:
-    """Perplexity of ``model`` on windows of token ids (n, T), T at least 2.
+    """Return the perplexity of ``model`` on windows of token ids (n, T), T at least 2.
 
-    ``on_progress(done, total)`` is called after each batch, in windows. A model that gives NaN has perplexity NaN.
+    ``on_progress(done, total)`` is called after each batch, in windows. If the model's logits are NaN, so is the
+    perplexity. Raises ValueError for another shape.
     """
     _check(sequences)
     started = time.monotonic()
@@ -75,9 +77,9 @@ def divergence(
     *,
     on_progress: Progress | None = None,
 ) -> Divergence:
-    """Both perplexities, KL(teacher || student) and top-1 agreement on windows (n, T), each over the predicted tokens.
+    """Return both perplexities, KL(teacher || student) and top-1 agreement over the predicted tokens of windows (n, T).
 
-    The models may lie on different devices; they must share a vocabulary.
+    The models may be on different devices; they must share a vocabulary.
     """
     return divergences(teacher_model, [student_model], sequences, on_progress=on_progress)[0]
 
@@ -89,7 +91,7 @@ def divergences(
     *,
     on_progress: Progress | None = None,
 ) -> list[Divergence]:
-    """``divergence`` of several students, the teacher's predictions being made once for all of them."""
+    """Return ``divergence`` for several students; the teacher's predictions are computed once for all of them."""
     _check(sequences)
     teacher_nll, done = 0.0, 0
     sums = [_Sums() for _ in student_models]
@@ -126,7 +128,7 @@ class _Sums:
     agreed: int = 0
 
     def add(self, teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> None:
-        """Take in logits (rows, vocabulary) of both models and the rows' targets."""
+        """Add logits (rows, vocabulary) of both models and the rows' targets."""
         parts = zip(teacher_logits.split(ROWS), student_logits.split(ROWS), targets.split(ROWS), strict=True)
         for teacher_rows, student_rows, wanted in parts:
             log_p = _log_softmax(teacher_rows)
@@ -142,18 +144,19 @@ def _check(sequences: Tensor) -> None:
 
 
 def _windows(sequences: Tensor) -> int:
-    """Windows in one forward pass: short ones share it."""
+    """Return the number of windows in one forward pass; short windows share it."""
     return max(1, BATCH_TOKENS // sequences.shape[1])
 
 
 @torch.no_grad()
 @float32_products()
 def _predictions(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (b (T - 1), vocabulary) of the predicted positions in the model's dtype; their targets (b (T - 1),)."""
+    """Return logits (b (T - 1), vocabulary) of the predicted positions, in the model's dtype, and targets
+    (b (T - 1),)."""
     device = next(model.parameters()).device
     batch = batch.to(device)
     logits = model(input_ids=batch).logits
-    # reshape of a batch of one is a view; several short windows are copied once.
+    # For a batch of one, reshape returns a view; several short windows are copied once.
     predicted = logits[:, :-1].reshape(-1, logits.shape[-1])
     return predicted, batch[:, 1:].reshape(-1).to(predicted.device)
 

@@ -1,13 +1,14 @@
-"""One decoder block through stage 1 in several formats, and a few steps of stage 2 in one: what a choice does, in
-seconds. Methods of ``lbllm.baselines`` can be put beside them.
+"""Preview formats on one decoder block, in seconds: stage 1 in several formats, and a few steps of stage 2 in one.
+
+Methods of ``lbllm.baselines`` can be compared with them.
 
     sample = take_block(config, 12)
     for result in preview(sample, config):
         print(result)
 
-To be quick it takes a short cut: every layer's input is the teacher's own, so that all formats share the Hessians, and
-stage 1 goes without its last sweeps. In a run the input is what the blocks and layers before have become. So the errors
-compare formats with each other; those of a run lie higher. They are measured on other text than stage 1 has seen.
+The preview is simplified to be fast: every layer gets the teacher's input, so that all formats share the Hessians, and
+stage 1 omits its last sweeps. In a run, the input comes from the binarized blocks and layers before. So the errors are
+good to compare formats, but the errors of a run are higher. They are measured on text that stage 1 does not use.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from lbllm.texts.corpus import load_corpus
 
 SEQ_LEN = 256
 CALIBRATION, PROBE = 6, 2  # sequences
-AT_ONCE = 2  # choices solved at the same time: each is many small operations that one core does
+AT_ONCE = 2  # choices computed at the same time: each consists of many small operations on one core
 EM_STEPS, TRAIN_STEPS = 4, 6
 USUAL_SIZES = (64, 128, 256)
 FORMATS: tuple[Format, ...] = ("w1+1", "w1")
@@ -59,9 +60,12 @@ Choice = tuple[str, int]  # a format or a method's name, and a group size
 
 @dataclass
 class BlockSample:
-    """A teacher's block with texts' hidden states (n, T, hidden) around it: ``inputs`` for stage 1, ``probe_inputs``
-    to measure on; targets are the block's own outputs. ``path``: its full name. ``hessians``: the layers that share an
-    input, by name, with that input's Hessian (in, in)."""
+    """A block of the teacher with hidden states of texts.
+
+    ``path``: the block's full name. ``inputs`` and ``targets``, the block's own outputs, are for stage 1;
+    ``probe_inputs`` and ``probe_targets`` are for measuring; all are (n, T, hidden). ``hessians``: the names of layers
+    that share an input, with the Hessian (in, in) of this input.
+    """
 
     path: str
     block: nn.Module
@@ -74,7 +78,7 @@ class BlockSample:
     _factors: dict[float, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def factors(self, damping: float) -> list[tuple[Tensor, Tensor]]:
-        """``factorize`` of each Hessian, which is the same for all choices."""
+        """Return ``factorize`` of each Hessian; computed once, because it is the same for all choices."""
         if damping not in self._factors:
             self._factors[damping] = [factorize(hessian, damping) for _, hessian in self.hessians]
         return self._factors[damping]
@@ -82,8 +86,10 @@ class BlockSample:
 
 @dataclass(frozen=True)
 class Point:
-    """The block after stage 1 in a format, or after a method of ``lbllm.baselines``. ``error``: the relative loss of
-    its output; ``bpw``: stored bits per binarized weight."""
+    """The result of stage 1 in a format, or of a method of ``lbllm.baselines``, on the block.
+
+    ``error``: the relative loss of the block's output; ``bpw``: stored bits per binarized weight.
+    """
 
     format: str
     group_size: int
@@ -93,8 +99,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Trained:
-    """After ``step`` of ``steps`` optimizer steps. ``loss`` is the step's own; ``error`` is measured after the last
-    step."""
+    """The progress after ``step`` of ``steps`` optimizer steps.
+
+    ``loss``: the loss of this step; ``error``: the relative loss of the block's output, only after the last step.
+    """
 
     step: int
     steps: int
@@ -113,9 +121,9 @@ class Initialized:
 
 @torch.no_grad()
 def take_block(config: RunConfig, number: int) -> BlockSample:
-    """Load the teacher, run it up to block ``number`` on a little of the run's text, and keep that block alone.
+    """Load the teacher, run it up to block ``number`` on a small part of the run's text, and keep only this block.
 
-    Raises ModelError, CorpusError; ConfigError where there is no such block.
+    Raises ModelError, CorpusError, and ConfigError if the block does not exist.
     """
     teacher = load_teacher(config.model)
     model = teacher.model
@@ -130,7 +138,7 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
     hidden = first_inputs(model, sequences, CALIBRATION)
     for earlier in range(number):
         hidden = torch.cat(list(run_batches(blocks[earlier], hidden, call[earlier], CALIBRATION)))
-    # A text too short for both parts is measured on what it was fitted to.
+    # If the text is too short for both parts, the errors are measured on the text of stage 1.
     probe = len(hidden) * PROBE // (CALIBRATION + PROBE)
     inputs, probe_inputs = hidden[probe:], hidden[: probe or None]
     sharing = shared_inputs(block, inputs[:1], call[number])
@@ -156,9 +164,11 @@ def take_block(config: RunConfig, number: int) -> BlockSample:
 
 
 def choices(sample: BlockSample, config: RunConfig, methods: Sequence[str] = ()) -> list[Choice]:
-    """The formats and group sizes to compare: the run's own, the usual ones that fit the block's rows, a whole row; of
-    the other format every second size, which shows its line as well. Last come ``methods``, at those and the own
-    size."""
+    """Return the formats and group sizes to compare; the run's own choice is the first.
+
+    The sizes are the run's own, the usual ones that fit into the block's rows, and the whole row. The other format has
+    only every second size, which is enough for its line. ``methods`` come last, with these sizes and the run's own.
+    """
     shortest = min(linear_weight(layer).shape[1] for layer in linear_layers(sample.block).values())
     own = config.quant.group_size
     sizes = [*sorted({size for size in (*USUAL_SIZES, own) if size <= shortest} - {WHOLE_ROW}), WHOLE_ROW]
@@ -172,9 +182,9 @@ def choices(sample: BlockSample, config: RunConfig, methods: Sequence[str] = ())
 def preview(
     sample: BlockSample, config: RunConfig, known: Container[Choice] = (), methods: Sequence[str] = ()
 ) -> Iterator[Point | Trained]:
-    """A Point for each choice that is not ``known``; between them the steps of stage 2 for the run's own choice.
+    """Yield a Point for the run's own choice, then its steps of stage 2, then a Point for each choice not in ``known``.
 
-    Raises ConfigError where the settings leave the block dense or a method is not known, LbllmError where the block's
+    Raises ConfigError if the settings leave the block dense or a method is not known, and LbllmError if the block's
     inputs are degenerate.
     """
     _, *others = choices(sample, config, methods)
@@ -190,7 +200,7 @@ def preview(
 
 
 def measure(sample: BlockSample, config: RunConfig, name: str, group_size: int) -> Point:
-    """The Point of a format or of a method."""
+    """Return the Point of a format or a method."""
     fmt = next((fmt for fmt in FORMATS if fmt == name), None)
     return (
         baseline(sample, config, name, group_size) if fmt is None else initialize(sample, config, fmt, group_size).point
@@ -199,9 +209,9 @@ def measure(sample: BlockSample, config: RunConfig, name: str, group_size: int) 
 
 @torch.no_grad()
 def baseline(sample: BlockSample, config: RunConfig, name: str, group_size: int) -> Point:
-    """The block after a method of ``lbllm.baselines``, in the layers that the run binarizes.
+    """Return the Point of a method of ``lbllm.baselines``, on the layers that the run binarizes.
 
-    Raises ConfigError for an unknown method, LbllmError where the block's inputs are degenerate.
+    Raises ConfigError for an unknown method, and LbllmError if the block's inputs are degenerate.
     """
     chosen, stored = method(name), StoredLayer()
     formats = block_layers(sample, config, config.quant.format, group_size)
@@ -217,7 +227,7 @@ def baseline(sample: BlockSample, config: RunConfig, name: str, group_size: int)
 
 
 def block_layers(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> dict[str, LayerFormat]:
-    """The format of each layer of the block; overrides and skipped layers stay as the run has them."""
+    """Return the format of each layer of the block to binarize; overrides and skipped layers are those of the run."""
     quant = config.quant.model_copy(update={"format": fmt, "group_size": group_size})
     named = {name: quant.layer(f"{sample.path}.{name}") for name in linear_layers(sample.block)}
     return {name: layer for name, layer in named.items() if layer is not None}
@@ -225,14 +235,14 @@ def block_layers(sample: BlockSample, config: RunConfig, fmt: Format, group_size
 
 @torch.no_grad()
 def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: int) -> Initialized:
-    """The block after stage 1 in a format.
+    """Run stage 1 on the block in a format.
 
-    Raises ConfigError where the run's settings leave the block dense, LbllmError where its inputs are degenerate.
+    Raises ConfigError if the run's settings leave the block dense, and LbllmError if its inputs are degenerate.
     """
     formats = block_layers(sample, config, fmt, group_size)
     if not formats:
         raise ConfigError(
-            f"{sample.path} stays dense: {setting_name('quant.skip')} {list(config.quant.skip)} has all its layers"
+            f"{sample.path} stays dense: {setting_name('quant.skip')} {list(config.quant.skip)} excludes all its layers"
         )
     settings = config.ptq.model_copy(update={"em_steps": min(EM_STEPS, config.ptq.em_steps), "sweeps": 0})
     tensors: dict[str, Tensor] = {}
@@ -240,7 +250,7 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
     try:
         known = sample.factors(settings.damping)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        known = [None] * len(sample.hessians)  # found again, and said, with the layer's name
+        known = [None] * len(sample.hessians)  # ``binarize_together`` reports the error with the layer's name
     for (sharing, hessian), factors in zip(sample.hessians, known, strict=True):
         for layer_format, names in by_format(sharing, formats):
             try:
@@ -256,7 +266,7 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
 
 
 def train(sample: BlockSample, config: RunConfig, start: Initialized) -> Iterator[Trained]:
-    """A few steps of stage 2 from there, with the run's learning rates."""
+    """Run a few steps of stage 2 from ``start``, with the run's learning rates; yields each step, then the error."""
     block = restore(sample.block, start.formats, start.tensors, config.quant.tail_steps)
     length = sample.inputs.shape[1]
     batch = max(1, min(len(sample.inputs), config.wat.batch_tokens // length))

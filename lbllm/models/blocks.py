@@ -1,7 +1,7 @@
-"""Walk the decoder blocks of any Hugging Face causal language model: find them, capture their inputs, run one.
+"""Find the decoder blocks of any Hugging Face causal language model, capture their inputs, and run them.
 
-Everything is found by structure, so that a new architecture needs no entry anywhere: the decoder is the list of modules
-that holds the most parameters, the layers to binarize are the linear ones in it.
+Everything is found by structure, so a new architecture needs no entry in a list: the decoder is the module list with
+the most parameters, and the layers to binarize are its linear layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BlockCall = dict[str, Any]
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path of the decoder's block list in ``model`` and the list. Raises ModelError where there is none."""
+    """Return the path of the decoder's block list in ``model``, and the list. Raises ModelError if there is none."""
     best: tuple[str, nn.ModuleList] | None = None
     most = 0
     for name, module in model.named_modules():
@@ -39,19 +39,19 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by their name in it; GPT-2's Conv1D (a linear layer stored transposed) counts."""
+    """Return the linear layers of a block by their name in it, with GPT-2's Conv1D (stored transposed)."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def linear_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as a view of shape (out, in), whichever way it is stored."""
+    """Return the weight of a linear layer as a view of shape (out, in); Conv1D stores it transposed."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Give a linear layer a new weight (out, in) of its own, in the old one's dtype."""
+    """Replace the weight of a linear layer by a new parameter with the values (out, in), in the old dtype."""
     old = layer.weight
     assert isinstance(old, Tensor)
     stored = weight.t() if isinstance(layer, Conv1D) else weight
@@ -59,7 +59,7 @@ def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise ModelError, naming the parameter, where a block holds matrices that are not linear layers (MoE experts)."""
+    """Raise ModelError, with the parameter's name, if a block has matrices outside linear layers (MoE experts)."""
     path, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         inside = {id(parameter) for layer in linear_layers(block).values() for parameter in layer.parameters()}
@@ -67,25 +67,25 @@ def check_supported(model: PreTrainedModel) -> None:
             if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
                 shape = tuple(parameter.shape)
                 raise ModelError(
-                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is no linear layer. "
+                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is not a linear layer. "
                     "Mixture-of-experts blocks and other fused weights are not supported; "
-                    "choose a dense model of the family"
+                    "choose a dense model of the same family"
                 )
         if any(isinstance(module, nn.ModuleList) for module in block.modules()):
             raise ModelError(
-                f"{type(model).__name__}: {path}.{index} holds lists of sub-modules, as mixture-of-experts blocks do; "
-                "choose a dense model of the family"
+                f"{type(model).__name__}: {path}.{index} contains lists of sub-modules, like a mixture-of-experts "
+                "block; choose a dense model of the same family"
             )
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Positions that the model knows; None where its config doesn't say."""
+    """Return the model's context length in tokens, or None if its config has none."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return known if isinstance(known, int) and known > 0 else None
 
 
 def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
-    """Raise ConfigError, naming the setting, where sequences are longer than the positions that the model knows."""
+    """Raise ConfigError, with the setting's name, if ``tokens`` is more than the model's context length."""
     known = context_length(model)
     if known is not None and known < tokens:
         raise ConfigError(
@@ -98,7 +98,7 @@ class _Captured(Exception):
 
 
 def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    """Split one call of a block into its hidden states and all other arguments by name."""
+    """Split the arguments of one block call into the hidden states and all other arguments by name."""
     bound = inspect.signature(block.forward).bind(*args, **kwargs)
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -110,10 +110,10 @@ def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 @torch.no_grad()
 def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = None) -> list[BlockCall]:
-    """The arguments besides the hidden states with which the model calls its first ``count`` blocks, all of them by
-    default, from one sequence (1, T).
+    """Return the arguments, without the hidden states, of the calls of the first ``count`` blocks (default: all).
 
-    They depend on positions and masks alone and broadcast over the batch, so they serve every batch of length T.
+    ``sequence``: token ids (1, T). The arguments depend only on positions and masks and broadcast over the batch, so
+    they are valid for every batch of length T.
     """
     blocks = decoder_blocks(model)[1][:count]
     calls: list[BlockCall] = []
@@ -121,14 +121,14 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_call_arguments(block, args, kwargs)[1])
         if len(calls) == len(blocks):
-            raise _Captured  # the output layer of a large vocabulary would cost more memory than all blocks
+            raise _Captured  # the output layer of a large vocabulary would need more memory than all blocks
 
     _pass(model, sequence, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
     return calls
 
 
 def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandle]) -> None:
-    """One forward pass for the sake of hooks, which are removed; one of them may end it by raising _Captured."""
+    """Run one forward pass for its hooks, then remove them; a hook may end the pass by raising _Captured."""
     try:
         model(input_ids=sequence, use_cache=False)
     except _Captured:
@@ -140,7 +140,7 @@ def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandl
 
 @torch.no_grad()
 def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
-    """The full names of the blocks' linear layers that the model doesn't call for a sequence (1, T) of token ids."""
+    """Return the full names of the blocks' linear layers that the model doesn't call for token ids (1, T)."""
     path, blocks = decoder_blocks(model)
     layers = {
         f"{path}.{index}.{name}": layer for index, b in enumerate(blocks) for name, layer in linear_layers(b).items()
@@ -157,7 +157,7 @@ def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
 
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
-    """The hidden states (n, T, hidden) that enter the first block for token ids (n, T)."""
+    """Return the input (n, T, hidden) of the first block for token ids (n, T)."""
     _, blocks = decoder_blocks(model)
     outputs: list[Tensor] = []
 
@@ -178,7 +178,10 @@ def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tenso
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
-    """The block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` takes the place of the KV cache."""
+    """Return the block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` replaces the KV cache.
+
+    Raises ModelError if the block takes no KV cache.
+    """
     if cache is not None:
         names = inspect.signature(block.forward).parameters
         name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
@@ -190,16 +193,16 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = No
 
 
 def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None) -> Iterator[Tensor]:
-    """The block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time."""
+    """Yield the block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time."""
     for part in hidden.split(batch):
         yield run_block(block, part, call, cache)
 
 
 @torch.no_grad()
 def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """The names of the linear layers in the order of their first use, those that read the same tensor together.
+    """Return the names of the linear layers in the order of their first use; layers with the same input are one list.
 
-    ``hidden``: one sequence (1, T, hidden) to run the block on. A layer that the block never calls is left out.
+    ``hidden``: one sequence (1, T, hidden) to run the block on. Layers that the block never calls are not included.
     """
     order: list[tuple[Tensor, list[str]]] = []
 
@@ -228,7 +231,7 @@ def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[lis
 def layer_inputs(
     block: nn.Module, layer: str, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> Iterator[Tensor]:
-    """What reaches one linear layer, as (tokens, in), batch by batch; the block runs no further than that."""
+    """Yield the input (tokens, in) of one linear layer for each batch; the block stops at this layer."""
     box: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -236,7 +239,7 @@ def layer_inputs(
         raise _Captured
 
     for part in hidden.split(batch):
-        # Not hooked between batches: whoever reads them may run the block meanwhile.
+        # The hook is removed between batches, because the caller may run the block there.
         handle = block.get_submodule(layer).register_forward_pre_hook(keep)
         try:
             run_block(block, part, call, cache)
@@ -249,13 +252,13 @@ def layer_inputs(
 
 @contextmanager
 def recorded_inputs(block: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """While a block runs, write down what reaches the named linear layers: bfloat16 (tokens, in) of every batch."""
+    """Record the inputs of the named linear layers while a block runs: bfloat16 (tokens, in) for each batch."""
     records: dict[str, list[Tensor]] = {name: [] for name in layers}
     reached: set[str] = set()
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in reached:  # as in layer_inputs, a batch's first call alone
+            if name not in reached:  # only the first call in a batch, as in layer_inputs
                 records[name].append(args[0].detach().flatten(0, -2).bfloat16())
                 reached.add(name)
 
@@ -272,7 +275,7 @@ def recorded_inputs(block: nn.Module, layers: Iterable[str]) -> Iterator[dict[st
 
 @torch.no_grad()
 def all_inputs(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int) -> dict[str, list[Tensor]]:
-    """``recorded_inputs`` of all linear layers of a block for hidden states (n, T, hidden)."""
+    """Return ``recorded_inputs`` of all linear layers of a block for hidden states (n, T, hidden)."""
     with recorded_inputs(block, linear_layers(block)) as records:
         for _ in run_batches(block, hidden, call, batch):
             pass
@@ -280,7 +283,7 @@ def all_inputs(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int) ->
 
 
 def share_copy(module: nn.Module) -> Any:
-    """A copy of a module tree that shares its parameters and buffers with the original."""
+    """Return a copy of a module tree that shares its parameters and buffers with the original."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, tensors)
 

@@ -1,4 +1,4 @@
-"""The models that people binarize: their ids, licences and sizes."""
+"""The catalogue of models: their ids, licences and sizes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import PureWindowsPath
 from lbllm.config import DEFAULT_MODEL
 
 EMBEDDED_PRECISION = "dequantized Q4_1 (embedded copy)"
-EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded copy was quantized from
+EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded copy was quantized from this model
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# The hub's identifiers of licences by the names that models state, in small letters.
+# The hub's licence identifiers by the licence names of this catalogue, in lower case.
 HUB_LICENCES = {
     "apache-2.0": "apache-2.0",
     "mit": "mit",
@@ -24,7 +24,7 @@ HUB_LICENCES = {
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One catalogue line. ``hub_id`` is None for the embedded copy; ``parameters`` counts tied weights once."""
+    """One model of the catalogue. ``hub_id`` is None for the embedded copy; ``parameters`` counts tied weights once."""
 
     id: str
     hub_id: str | None
@@ -88,16 +88,16 @@ MODELS: tuple[ModelEntry, ...] = (
 
 
 def catalogue_hub_id(name: str) -> str | None:
-    """The hub's id of the catalogue model that ``name`` means; of the embedded copy its original's."""
+    """Return the hub id of the catalogue model ``name``, or None; for the embedded copy, that of its original."""
     entry = next((entry for entry in MODELS if name.lower() == entry.id or name == entry.hub_id), None)
     return None if entry is None else entry.hub_id or EMBEDDED_ORIGINAL
 
 
 def last_part(name: str) -> str:
-    """The last part of a path, of whatever system it is: all that others may see of it."""
+    """Return the last part of a path of any operating system: the only part that other people may see."""
     return PureWindowsPath(name).name or name
 
 
 def model_title(name: str) -> str:
-    """A model's name for people: the catalogue's as its makers write it, of a path the last part alone."""
+    """Return a model's name for display: the hub id of a catalogue model, without the owner, or a path's last part."""
     return last_part(catalogue_hub_id(name) or name).removesuffix(".gguf")

@@ -1,4 +1,4 @@
-"""Ask the Hugging Face hub about a repository before loading from it: one quick question instead of retries."""
+"""Ask the Hugging Face hub about a repository before loading from it: one short request instead of many retries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Answer = Literal["online", "cached", "unreachable", "gated", "unknown"]
 
 
 def ask(repository: str, kind: Literal["model", "dataset"]) -> Answer:
-    """How a repository (owner/name) can be had now; ``cached``: from an earlier download, the hub doesn't answer."""
+    """Return how a repository (owner/name) is available now.
+
+    ``cached``: the hub doesn't answer, but an earlier download exists. ``unknown``: the hub has no such repository.
+    """
     api = huggingface_hub.HfApi()
     try:
         if kind == "model":

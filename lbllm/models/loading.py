@@ -1,5 +1,4 @@
-"""Around every call that builds, loads or saves a model: no progress bars and reports of transformers, one thread at a
-time."""
+"""A context for every call that builds, loads or saves a model: one thread at a time, without transformers' output."""
 
 from __future__ import annotations
 
@@ -9,15 +8,18 @@ from contextlib import contextmanager
 
 from transformers.utils import logging
 
-# While transformers builds a model it replaces functions of its own classes, tie_weights among them, and puts them back
-# after. Two threads at once put back each other's replacements: from then on no model in the process is tied.
+# While transformers builds a model it replaces functions of its own classes, for example tie_weights, and restores them
+# afterwards. Two threads at the same time would restore each other's replacements, and then no model in the process
+# would have tied weights.
 _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Other threads wait. Progress bars and warnings are off inside and as they were afterwards: the engine's caller
-    shows progress, and what matters of a report becomes an error of ours."""
+    """Make other threads wait, and turn off transformers' progress bars and warnings.
+
+    The caller of the engine shows progress, and the engine reports the important problems as errors.
+    """
     with _ONE_AT_A_TIME:
         shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()

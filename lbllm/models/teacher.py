@@ -5,7 +5,7 @@
     load_teacher("models/my-llama")                folder as written by save_pretrained
     load_teacher("models/tiny.Q8_0.gguf")          GGUF file, converted once into home()/models
 
-Weights are read from safetensors alone and no code of a model's own is ever run.
+Weights are read only from safetensors files, and code from model repositories never runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COPY = "its files are damaged, give another copy of the model"
 
 @dataclass
 class Teacher:
-    """A dense model in eval mode without gradients. ``precision`` says what its weights were stored as."""
+    """A dense model in eval mode without gradients. ``precision``: the format in which its weights were stored."""
 
     name: str
     model: PreTrainedModel
@@ -55,7 +55,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What a model is made of. Weights are counted in elements; ``kept`` maps a part's name to its parameters."""
+    """The parts of a model. All counts are in parameters; ``kept`` maps each dense part's name to its count."""
 
     name: str
     architecture: str
@@ -70,9 +70,9 @@ class ModelSummary:
 
 
 def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
-    """The model ``name`` with its weights in ``dtype`` on ``device``, and its tokenizer.
+    """Load the model ``name``, with its weights in ``dtype`` on ``device``, and its tokenizer.
 
-    Raises ModelError, and ResourceError where a GGUF file's conversion finds no room on the disk.
+    Raises ModelError, and ResourceError if the disk has too little space to convert a GGUF file.
     """
     source = resolve(name)
     place, offline = dense_place(source)
@@ -90,7 +90,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
                 trust_remote_code=False,
                 local_files_only=offline,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
+                ignore_mismatched_sizes=True,  # reported below
                 **placement,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -103,16 +103,14 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
         )
     if report["mismatched_keys"]:
         (key, stored, wanted), *_ = sorted(report["mismatched_keys"])
-        raise ModelError(
-            f"{name}: {key} has another shape ({tuple(stored)}) than its config.json says ({tuple(wanted)}); {_COPY}"
-        )
+        raise ModelError(f"{name}: {key} has shape {tuple(stored)}, but config.json requires {tuple(wanted)}; {_COPY}")
     tokenizer = _tokenizer(name, place, offline)
     rows = model.get_input_embeddings().num_embeddings
-    # Tokens added to the vocabulary don't count: some models have such as their text never uses.
+    # Added tokens don't count: some models have added tokens that their texts never use.
     if tokenizer.vocab_size > rows:
         raise ModelError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, its embeddings only {rows}; put the tokenizer "
-            "of the same model beside its weights"
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, but its embeddings have {rows}; put the "
+            "tokenizer of the same model beside its weights"
         )
     return Teacher(
         name=name,
@@ -124,15 +122,15 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model ``name``. Raises ModelError."""
+    """Return the tokenizer of the model ``name``. Raises ModelError."""
     place, offline = dense_place(resolve(name))
     return _tokenizer(name, place, offline)
 
 
 def skeleton(name: str) -> PreTrainedModel:
-    """The model ``name`` on the meta device, built from its config: shapes without weights. Raises ModelError.
+    """Build the model ``name`` from its config on the meta device: shapes without weights. Raises ModelError.
 
-    ``config.dtype`` stays what the weights are stored as.
+    ``config.dtype`` is the dtype of the stored weights.
     """
     source = resolve(name)
     if source.kind in ("embedded", "gguf"):
@@ -144,12 +142,12 @@ def skeleton(name: str) -> PreTrainedModel:
     stored = config.dtype
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.config.dtype = stored  # from_config puts its own there
+    model.config.dtype = stored  # from_config sets it to float32
     return model.eval()
 
 
 def summary(name: str) -> ModelSummary:
-    """What the model ``name`` is made of, from its config and tokenizer alone. Raises ModelError."""
+    """Return the summary of the model ``name``, from its config and tokenizer only. Raises ModelError."""
     source = resolve(name)
     model = skeleton(name)
     if source.kind in ("embedded", "gguf"):
@@ -163,7 +161,7 @@ def summary(name: str) -> ModelSummary:
 
 
 def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence: str) -> ModelSummary:
-    """What ``model`` is made of: the linear layers of its decoder blocks are binarized, the rest is kept dense."""
+    """Count a model's parts: the linear layers of its decoder blocks are binarized, all else is kept dense."""
     check_supported(model)
     _, blocks = decoder_blocks(model)
     layers = [layer for block in blocks for layer in linear_layers(block).values()]
@@ -196,16 +194,16 @@ def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence
 
 
 def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
-    """The config, refused with a reason where the model can't be a teacher."""
+    """Return the model's config. Raises ModelError if the model can't be a teacher."""
     if offline and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
-        raise ModelError(f"folder {place} has no config.json; give a model folder as save_pretrained writes it")
+        raise ModelError(f"folder {place} has no config.json; give a model folder written by save_pretrained")
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{name} needs code of its own, which is never run here; "
-                "give a model whose architecture transformers itself has"
+                f"{name} needs custom code, which never runs here; "
+                "give a model with an architecture of the transformers library"
             ) from None
         raise _load_error(name, error) from error
     quantized: Any = getattr(config, "quantization_config", None)
@@ -213,7 +211,7 @@ def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
         raise ModelError(f"{name} is already quantized ({method}); give the dense model it was made from")
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{name} is of type {config.model_type}, which is no decoder-only language model")
+        raise ModelError(f"{name} is of type {config.model_type}, which is not a decoder-only language model")
     return config
 
 
@@ -223,24 +221,24 @@ def _check_weights(folder: Path) -> None:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
-            f"folder {folder} holds pickled weights only ({pickled[0]}), and loading those can run code. "
-            "Where you trust the file, convert it: from_pretrained and then save_pretrained writes safetensors"
+            f"folder {folder} contains only pickled weights ({pickled[0]}), and loading those can run code. "
+            "If you trust the file, convert it: from_pretrained and then save_pretrained writes safetensors"
         )
-    raise ModelError(f"folder {folder} holds no weights: no *.safetensors file in it")
+    raise ModelError(f"folder {folder} contains no weights: it has no *.safetensors file")
 
 
 def _tokenizer(name: str, place: str, offline: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
-    except Exception as error:  # the libraries below raise plain Exception on a bad tokenizer.json
+    except Exception as error:  # the tokenizer libraries raise a plain Exception for a bad tokenizer.json
         raise ModelError(f"{name}: its tokenizer can't be loaded: {_first_line(error)}") from error
     if not len(tokenizer):
-        raise ModelError(f"{name}: no tokenizer files (tokenizer.json and tokenizer_config.json) beside its weights")
+        raise ModelError(f"{name} has no tokenizer files (tokenizer.json and tokenizer_config.json) beside its weights")
     return tokenizer
 
 
 def _load_error(name: str, error: Exception) -> ModelError:
-    """What went wrong in the libraries below, as one sentence for a user."""
+    """Return an error of transformers or safetensors as a ModelError with one sentence for the user."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, GatedRepoError):

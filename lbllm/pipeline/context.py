@@ -1,4 +1,4 @@
-"""What all stages of a run share."""
+"""The data that all stages of a run share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
 from lbllm.stages.distill import Step, batch_order
 from lbllm.texts.corpus import Corpus
 
-# A block's loss is measured on at most this many tokens, before and after a stage.
+# The loss of a block before and after a stage is measured on at most this many tokens.
 PROBE_TOKENS = 2_048
 
 
 class Ended(Exception):
-    """Carries a request out of the stage that noticed it."""
+    """Raised in a stage to end the run after a request to stop or cancel."""
 
 
 @dataclass
 class RunContext:
-    """What all stages of a run share."""
+    """The data that all stages of a run share."""
 
     config: RunConfig
     teacher: PreTrainedModel
@@ -43,20 +43,21 @@ class RunContext:
 
     @property
     def batch(self) -> int:
-        """Sequences in one forward pass without gradients."""
+        """The number of sequences in one forward pass without gradients."""
         return max(1, FORWARD_TOKENS // self.config.seq_len)
 
     def sequences(self, tokens: int) -> Tensor:
-        """The first sequences of the corpus, enough for ``tokens``."""
+        """Return the first sequences of the corpus, enough for ``tokens``: token ids (n, seq_len)."""
         return self.corpus.sequences[: -(-tokens // self.config.seq_len)]
 
     def check(self) -> None:
-        """Leave the run where an end was asked for."""
+        """Raise Ended if there is a request to stop or cancel."""
         if self.request() is not None:
             raise Ended
 
 
 def step_metric(stage: Stage, number: int, step: Step) -> StepMetric:
+    """Return the event for an optimizer step of block ``number``."""
     return StepMetric(
         stage=stage,
         block=number,
@@ -69,6 +70,6 @@ def step_metric(stage: Stage, number: int, step: Step) -> StepMetric:
 
 
 def step_count(settings: WatConfig | AarConfig | E2eConfig, sequences: Tensor) -> int:
-    """How many steps a stage takes on sequences (n, T)."""
+    """Return the number of optimizer steps of a stage on sequences (n, T)."""
     batch = max(1, settings.batch_tokens // sequences.shape[1])
     return len(batch_order(len(sequences), batch, settings.epochs, 0))

@@ -1,4 +1,4 @@
-"""Stage 4: the whole model at once."""
+"""Run stage 4, which trains the whole model at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
 
-SAVE_SECONDS = 120.0  # between two savings of stage 4, which has no blocks that finish
+SAVE_SECONDS = 120.0  # seconds between two saved states of stage 4, which has no finished blocks to save
 
 
 def run_end_to_end(run: RunContext) -> Iterator[Event]:
-    """Stage 4 on the whole model at once, which counts as its block 0; its state so far is saved now and then."""
+    """Run stage 4; yields its events, in which the whole model is block 0. The training state is saved regularly."""
     began = time.perf_counter()
     stage: Stage = "e2e"
-    # The last of the text: what earlier stages have seen least.
+    # The end of the text: the part that earlier stages used least.
     count, length = math.ceil(run.config.e2e.tokens / run.config.seq_len), run.config.e2e_seq_len
     whole = run.corpus.sequences[-count:, : run.config.seq_len // length * length]
     sequences = whole.reshape(-1, length).to(run.teacher.device)
@@ -40,8 +40,11 @@ def run_end_to_end(run: RunContext) -> Iterator[Event]:
 
 
 def _latents(run: RunContext, blocks: list[nn.Module]) -> Iterator[Tensor]:
-    """The latent weights of all layers in order: as stage 1's compensation left them, or stage 4 of the run whose
-    checkpoint this one goes on from; where those are not at hand, the teacher's."""
+    """Yield the latent weights (out, in) of all layers in order.
+
+    They come from stage 1, or from the starting checkpoint. If these have no latent weights, the teacher's weights are
+    used.
+    """
     for number, block in enumerate(blocks):
         tensors = run.store.finished("ptq" if run.config.start is None else "start", number).tensors
         for name in binary_layers(block):
@@ -67,8 +70,8 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     )
     began = saved = time.perf_counter()
     probe = training.sequences[: max(1, PROBE_TOKENS // run.config.e2e_seq_len)]
-    underway = len(blocks)  # the number under which the state of unfinished training lies beside those of the blocks
-    state = run.store.load(stage, underway)
+    unfinished = len(blocks)  # the block store keeps the state of unfinished training under this number
+    state = run.store.load(stage, unfinished)
     if state is None:
         yield BlockStarted(stage=stage, block=0)
         before = training.loss(probe)
@@ -77,7 +80,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
         training.load(state.tensors)
 
     def keep() -> None:
-        run.store.save(stage, underway, BlockState(training.state(), before, 0.0, False))
+        run.store.save(stage, unfinished, BlockState(training.state(), before, 0.0, False))
 
     try:
         for step in training.steps():
@@ -109,7 +112,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
             earlier = run.store.finished(origin, number)
             tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
         run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
-    run.store.path(stage, underway).unlink(missing_ok=True)
+    run.store.path(stage, unfinished).unlink(missing_ok=True)
     yield BlockDone(
         stage=stage,
         block=0,
@@ -122,8 +125,10 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
 
 
 def _whole_student(run: RunContext, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
-    """The model after a stage with BinaryLinear layers to train, and its blocks; layers that read one input share
-    their quantizer."""
+    """Return the model after a stage, with BinaryLinear layers to train, and its blocks.
+
+    Layers that read the same input share a quantizer.
+    """
     quant = run.config.precision(stage)
     student: PreTrainedModel = share_copy(run.teacher)
     attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)

@@ -1,4 +1,4 @@
-"""``lbllm.quantize``: the three stages in the calling process, for a model that is already loaded."""
+"""``lbllm.quantize``: run the stages in the calling process, on a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def quantize(
     sequences: Tensor | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> PreTrainedModel:
-    """Binarize a loaded model and return the packed one, in the same dtype; the given model stays as it is.
+    """Binarize a loaded model and return the packed model, in the same dtype; the given model does not change.
 
-    ``sequences``: token ids (n, T) to calibrate and train on, in the place of the configured corpus. ``out``: a
-    folder that keeps the state of every block and, in ``out/checkpoint``, the result; a second call with the same
-    folder goes on where the first one ended. The model of ``config`` is not used. Raises LbllmError for settings,
-    texts or models that can't work.
+    ``sequences``: token ids (n, T), T at least 8, to calibrate and train on instead of the configured corpus. ``out``:
+    a folder for the state of every block and for the result, ``out/checkpoint``; a second call with the same folder
+    continues where the first one ended. ``config.model`` is not used. Raises LbllmError for settings, texts or models
+    that can't work.
     """
     config = (config or RunConfig()).model_copy(update={"model": model.name_or_path or type(model).__name__})
     teacher = Teacher(config.model, _teacher(model), tokenizer, str(model.dtype).removeprefix("torch."), "not stated")
@@ -52,7 +52,7 @@ def quantize(
 
 
 def _teacher(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in eval mode without gradients that computes in float32; weights that are float32 already are shared."""
+    """Return a float32 copy in eval mode without gradients; it shares weights that are already float32."""
     memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     frozen: PreTrainedModel = copy.deepcopy(model, memo)

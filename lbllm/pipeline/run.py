@@ -1,8 +1,8 @@
-"""The stages in order over all decoder blocks, as an iterator of events; the state of every finished block is on disk.
+"""Run the stages in order on all decoder blocks; yields events and saves the state of every finished block.
 
-A run can be ended at any moment and continued: finished blocks are read back, their outputs are computed again from
-their saved states, and the random order of the training texts depends on seed, stage and block alone. So a continued
-run ends with the same bytes as an uninterrupted one (on a CPU with the same number of threads).
+A run can end at any moment and be resumed later: the saved states of finished blocks are loaded, their outputs are
+computed again, and the random order of the training texts depends only on seed, stage and block. So a resumed run gives
+the same bytes as an uninterrupted one (on a CPU with the same number of threads).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
 from lbllm.texts.corpus import Corpus, load_corpus
 
-# Perplexities that show a run's progress are measured on few tokens: they take from the run's time.
+# The perplexities that show a run's progress use few tokens, because they take time from the run.
 HELD_OUT_TOKENS = 2_048
 
 
@@ -53,12 +53,12 @@ def run(
     teacher: Teacher | None = None,
     corpus: Corpus | None = None,
 ) -> Iterator[Event]:
-    """Run all stages of ``config`` with ``folder`` for state and result; yields events.
+    """Run all stages of ``config``; yields events. The result is ``folder/checkpoint``.
 
-    The perplexity of the teacher, and of the model after each stage, is measured on the held-out part of the configured
-    corpus; a given ``corpus`` has none. Continues from the blocks that ``folder`` has. ``request`` is asked at every
-    step; once it answers, RunStopped is yielded and the iterator ends with all finished blocks kept. Raises LbllmError
-    for what a user can mend. Result: ``folder/checkpoint``.
+    ``folder`` also stores the finished blocks; the run continues after those that already exist. The perplexity of the
+    teacher, and of the model after each stage, is measured on the held-out part of the configured corpus, but not if
+    ``corpus`` is given. ``request`` is called at every step; if it returns a request, the run yields RunStopped and
+    ends, and all finished blocks are kept. Raises LbllmError for problems that a user can solve.
     """
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def run(
     uncalled = [name for name in uncalled_layers(model, first) if config.quant.layer(name) is not None]
     if uncalled:
         raise ModelError(
-            f"{config.model} never calls {', '.join(uncalled)}: a layer that reads nothing can't be binarized. Keep it "
+            f"{config.model} never calls {', '.join(uncalled)}: a layer without inputs can't be binarized. Keep it "
             f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
         )
     with torch.no_grad():
@@ -109,7 +109,7 @@ def run(
         if config.start is not None:
             yield from _evaluate(state, "start", partial(stage_model, config, folder, "start", teacher), held_out)
         for stage in config.stages:
-            memory.trim()  # what is kept free of the stage before is of other sizes than this one asks for
+            memory.trim()  # freed blocks of the previous stage have other sizes than this stage needs
             yield from run_end_to_end(state) if stage == "e2e" else run_stage(state, stage)
             yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
         state.check()
@@ -140,8 +140,7 @@ def run(
 
 
 def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
-    """The text that shows a run's progress, which it never trains on; None where the corpus is too short to spare
-    any."""
+    """Return the held-out text for the run's progress, which it never trains on; None if the corpus is too short."""
     try:
         return load_corpus(
             config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout"
@@ -153,12 +152,12 @@ def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
 def _evaluate(
     run: RunContext, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None
 ) -> Iterator[Event]:
-    """The perplexity of ``model`` on the held-out text, once in the life of a run: what is known lies in its folder."""
+    """Measure the perplexity of ``model`` on the held-out text and yield it, unless the run's folder already has it."""
     known = _known(run)
     if held_out is None or what in known:
         return
     evaluated, losses = model(), []
-    for window in held_out.sequences.split(1):  # one by one: the logits of several would be the run's peak in memory
+    for window in held_out.sequences.split(1):  # one by one: the logits of several would be the run's memory peak
         run.check()
         losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
@@ -171,7 +170,7 @@ def _evaluated_path(run: RunContext) -> Path:
 
 
 def _known(run: RunContext) -> dict[str, float]:
-    """The perplexities that were measured so far."""
+    """Return the perplexities measured so far, by stage."""
     path = _evaluated_path(run)
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -183,13 +182,13 @@ def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
 
 
 def _evaluations(run: RunContext, held_out: Corpus | None) -> Iterator[Evaluated]:
-    """All that was evaluated in the life of a run, by whichever of its workers."""
+    """Yield all evaluations of a run, those of earlier workers too."""
     if held_out is not None:
         for what, value in _known(run).items():
             yield _evaluation(what, value, held_out)
 
 
 def _recorded_precision(folder: Path) -> str | None:
-    """The matmul precision that a run began with: a continued run must not switch it."""
+    """Return the precision that the run began with, or None; a resumed run must keep it."""
     path = folder / "precision"
     return path.read_text() if path.exists() else None

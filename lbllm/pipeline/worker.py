@@ -1,9 +1,9 @@
-"""The process that trains: ``python -m lbllm.worker RUN_DIR``. It is started by ``RunStore.start`` and ``resume``.
+"""The process that trains a run: ``python -m lbllm.worker RUN_DIR``. ``RunStore.start`` and ``resume`` start it.
 
-Runs of one store train one after another: a worker waits until it holds the store's ``worker.lock``, runs the
-pipeline and appends each of its events. A thread watches for requests to stop or cancel, from the run's folder or as
-SIGTERM and SIGINT, and acknowledges them at once, however long the pipeline's current step takes. Exit code: 0 when the
-run is done, stopped or cancelled, 1 when it failed.
+The runs of a store train one after another: a worker waits for the store's ``worker.lock``, runs the pipeline and
+stores each of its events. A thread watches for requests to stop or cancel, in the run's folder or as SIGTERM and
+SIGINT, and acknowledges them at once, even during a long step of the pipeline. Exit code: 0 if the run is done, stopped
+or cancelled, 1 if it failed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lbllm.runs.store import RESUMABLE, Request, Run, RunStore
 
 POLL_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# The third is how torch.save words a write that came out short.
+# torch.save reports an incomplete write with the third message.
 DISK_FULL_SIGNS = ("No space left on device", "File too large", "unexpected pos")
 
 
 class Requests:
-    """Notices requests to stop or cancel one run and acknowledges each. A context manager of the main thread.
+    """Watches for requests to stop or cancel one run and acknowledges them. A context manager for the main thread.
 
-    The first of two requests isn't the last word: after ``stop`` the run can still be cancelled.
+    After ``stop`` the run can still be cancelled.
     """
 
     def __init__(self, store: RunStore, run: Run) -> None:
@@ -46,8 +46,8 @@ class Requests:
         self._store = store
         self._run = run
         self._over = threading.Event()
-        # Python runs signal handlers between two steps of the main thread, which a long tensor operation puts off. The
-        # byte that the interpreter writes into a socket at the signal itself wakes the watching thread at once.
+        # A long tensor operation in the main thread delays Python's signal handlers. But the interpreter writes a byte
+        # into a socket as soon as the signal arrives, which wakes the watching thread at once.
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="requests", daemon=True)
 
@@ -69,7 +69,7 @@ class Requests:
         self._woken.close()
 
     def close(self) -> None:
-        """Stop watching: nothing is acknowledged after this returns."""
+        """Stop watching; after this call no request is acknowledged."""
         self._over.set()
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
@@ -80,13 +80,13 @@ class Requests:
             request = self._asked()
             if request is None or request == self.pending or self.pending == "cancel":
                 continue
-            # A store that can't be written (a full disk) mustn't keep the run from ending.
+            # The run must end even if the store can't be written (full disk).
             with contextlib.suppress(LbllmError, sqlite3.Error):
                 self._store.append(self._run.id, Acknowledged(request=request))
             self.pending = request
 
     def _asked(self) -> Request | None:
-        """Wait up to ``POLL_SECONDS``; what is asked for now, by a signal or in the folder."""
+        """Wait up to ``POLL_SECONDS`` for a signal; return the present request, from a signal or the folder."""
         signalled = False
         if select.select([self._woken], [], [], POLL_SECONDS)[0]:
             signalled = any(number in STOP_SIGNALS for number in self._woken.recv(64))
@@ -100,15 +100,15 @@ class Requests:
 
 
 def failure_message(error: Exception, config: RunConfig, folder: Path) -> str:
-    """What a user is told about an exception that ended a run: what happened, where, and what to do."""
+    """Return the message for an exception that ended a run: what happened, where, and what the user can do."""
     if isinstance(error, LbllmError):
         return str(error)
     text = f"{type(error).__name__}: {error}"
-    # torch and safetensors report both as exceptions of their own kinds, known by their text alone.
+    # torch and safetensors report a lack of memory or disk space with other exceptions; only their text tells.
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return (
-            f"memory doesn't suffice ({text.splitlines()[0]}). Finished blocks are kept: free some memory and resume, "
-            f"or make a new run with less text, now {config.tokens} tokens, or lower values of "
+            f"not enough memory ({text.splitlines()[0]}). Finished blocks are kept: free some memory and resume, "
+            f"or start a new run with less text, now {config.tokens} tokens, or lower values of "
             f"{setting_name('seq_len')}, now {config.seq_len}, "
             f"{setting_name('wat.batch_tokens')}, now {config.wat.batch_tokens}, or "
             f"{setting_name('aar.batch_tokens')}, now {config.aar.batch_tokens}"
@@ -123,8 +123,8 @@ def failure_message(error: Exception, config: RunConfig, folder: Path) -> str:
 
 
 def wait_for_turn(lock: int, requests: Requests) -> bool:
-    """Wait for the exclusive lock on the open file ``lock``; False where a request came first."""
-    # The kernel's own queue keeps the order of waiting workers, roughly; polling wouldn't.
+    """Wait for the exclusive lock on the open file ``lock``; return False if a request came first."""
+    # The kernel's queue roughly keeps the order of waiting workers; polling would not.
     waiting = threading.Thread(target=fcntl.flock, args=(lock, fcntl.LOCK_EX), daemon=True)
     waiting.start()
     while waiting.is_alive() and requests.pending is None:
@@ -133,7 +133,7 @@ def wait_for_turn(lock: int, requests: Requests) -> bool:
 
 
 def work(store: RunStore, run: Run) -> int:
-    """Wait for the run's turn, take it to its end, and return the exit code."""
+    """Wait for the run's turn, train it to its end, and return the exit code."""
 
     def record(event: Event) -> None:
         if isinstance(event, RunDone | RunStopped | RunFailed):
@@ -143,7 +143,7 @@ def work(store: RunStore, run: Run) -> int:
         else:
             store.append(run.id, event)
 
-    # Closed by the end of the process alone: until then its memory isn't free for the next run.
+    # The lock is released when the process ends: only then is its memory free for the next run.
     turn = os.open(store.root / "worker.lock", os.O_RDWR | os.O_CREAT, 0o666)
     with Requests(store, run) as requests:
         try:
@@ -151,7 +151,8 @@ def work(store: RunStore, run: Run) -> int:
                 record(RunStopped(request=requests.pending or "stop"))
                 return 0
             record(RunLoading())
-            # It may have been resumed from anywhere. Where the folder is gone, a relative path fails by its name.
+            # The run may have been resumed from another folder. If its own folder is gone, relative paths fail with a
+            # clear error.
             if run.cwd.is_dir():
                 os.chdir(run.cwd)
             memory.keep_large_allocations()
@@ -160,7 +161,7 @@ def work(store: RunStore, run: Run) -> int:
             for event in pipeline.run(run.config, run.folder, request=lambda: requests.pending):
                 record(event)
         except Exception as error:
-            # On a full disk neither the log nor the store may take any more; the state is then "interrupted".
+            # On a full disk, writing to the log and the store may fail; the state is then "interrupted".
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
             with contextlib.suppress(LbllmError, sqlite3.Error):
@@ -170,9 +171,12 @@ def work(store: RunStore, run: Run) -> int:
 
 
 def main() -> int:
+    """Train the run of the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lbllm.worker", description="Train one run to its end.")
     parser.add_argument("folder", type=Path, help="the run's folder in its store")
-    parser.add_argument("--lock", type=int, help="the open, locked file of the run, inherited from who queued it")
+    parser.add_argument(
+        "--lock", type=int, help="the run's open, locked file, inherited from the process that queued it"
+    )
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     try:
@@ -180,7 +184,7 @@ def main() -> int:
         if options.lock is None:
             alive = store.enqueue(folder.name, "run", ("queued", *RESUMABLE))
         else:
-            # Not for this process's children: the lock has to end with it.
+            # Child processes must not inherit the file: the lock has to end with this process.
             os.set_inheritable(options.lock, False)
             alive = os.fdopen(options.lock, "ab")
         with alive:

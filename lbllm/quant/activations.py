@@ -1,24 +1,25 @@
-"""Activations in few bits: the piecewise 4-bit quantizer of stage 3, plain 8-bit, and the KV cache's quantizer.
+"""Quantize activations: the piecewise 4-bit quantizer of stage 3, and a uniform 8-bit quantizer.
 
-Everything is dynamic, with ranges taken from each token, or from each group of so many inputs of a token: outliers then
-cost no step but their neighbours'. (The paper has one range a token; ranges of groups are those of MX formats, Rouhani
-et al. 2023.) The piecewise grid for one token or group x with knee rho and clips c-, c+:
+Ranges are dynamic: they are computed from each token, or from each group of ``group_size`` inputs of a token. With
+groups, an outlier widens the steps of its own group only. (The paper uses one range per token; group ranges come from
+the MX formats, Rouhani et al. 2023.) The piecewise grid for one token or group x with knee rho and clips c-, c+:
 
-    m = c- min(x, 0),  M = c+ max(x, 0)                  the clipped range, zero inside
+    m = c- min(x, 0),  M = c+ max(x, 0)                  the clipped range, which contains zero
     n = 2^bits - 1 - 2 t steps in the body, t steps for each tail
-    s = rho (M - m) / n,   z = round(-rho m / s)         body: the values s (q - z), q = 0..n, zero exactly one of them
+    s = rho (M - m) / n,   z = round(-rho m / s)         body: the values s (q - z), q = 0..n; one of them is exactly 0
     L = -z s,  U = (n - z) s                             the body's edges
     s- = (L - m) / t,  s+ = (M - U) / t                  tails: L - s- j and U + s+ j, j = 1..t
 
-so every token has 2^bits values (t less where all of its values have one sign), and  x_q = s b - s- j- + s+ j+  with
-integers -z <= b <= n - z and 0 <= j-, j+ <= t: three integer planes, which a packed matmul can sum exactly. LBLLM gives
-dense body and sparse tails step sizes of their own, split at a learned knee, trained through a temperature-scaled soft
-mask; the exact grid is ours.
+Every token has 2^bits values (t fewer if all its values have the same sign), and  x_q = s b - s- j- + s+ j+  with
+integers -z <= b <= n - z and 0 <= j-, j+ <= t. These are three integer planes, which a packed matmul can sum exactly.
+In LBLLM the dense body and the sparse tails have different step sizes, separated by a learned knee, which is trained
+through a temperature-scaled soft mask; the exact grid is ours.
 
-Gradients: straight through for x inside the clipped range; for the body's step as in LSQ (Esser et al. 2020), which
-takes values as evenly spread over a step. A tail has few steps and thins out within each, and there LSQ's residual
-shrinks the body far below its best size; so a value in a tail, or beyond, moves with its grid, its code held. For the
-edges also through the soft mask sigmoid((U - x) / tau).
+Gradients: x inside the clipped range gets the straight-through gradient. The body's step gets the gradient of LSQ
+(Esser et al. 2020), which assumes that values are spread evenly over a step. A tail has few steps and its values become
+rarer within each step. LSQ's residual would there shrink the body far below its best size, so a value in a tail or
+beyond it keeps its code and moves with its grid. The edges also get a gradient through the soft mask
+sigmoid((U - x) / tau).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CLIP_RANGE = (0.05, 1.0)
 
 
 class ActivationGrid(NamedTuple):
-    """One token's grid: steps of the body, the lower and the upper tail and the body's zero point, each (..., 1)."""
+    """The grid of one range: steps of the body, the lower and upper tail, and the body's zero point, all (..., 1)."""
 
     body: Tensor
     low: Tensor
@@ -48,7 +49,7 @@ class ActivationGrid(NamedTuple):
 
 
 def make_grid(x: Tensor, knee: Tensor, clip_low: Tensor, clip_high: Tensor, bits: int, tail: int) -> ActivationGrid:
-    """The grid of each token of x (..., features); differentiable in the scalars knee, clip_low and clip_high."""
+    """Return the grid of each row of x (..., features); differentiable in the scalars knee, clip_low and clip_high."""
     steps = 2**bits - 1 - 2 * tail
     bottom = clip_low * x.detach().amin(-1, keepdim=True).clamp_max(0)
     top = clip_high * x.detach().amax(-1, keepdim=True).clamp_min(0)
@@ -71,8 +72,7 @@ class Codes(NamedTuple):
 
 
 def encode(x: Tensor, grid: ActivationGrid, bits: int, tail: int) -> Codes:
-    """The codes of x (..., features) on its tokens' grids; a value in a tail sits on its body's edge plus j tail
-    steps."""
+    """Return the codes of x (..., features) on its grids; a value in a tail is the body's edge plus j tail steps."""
     steps = 2**bits - 1 - 2 * tail
     bottom, top = -grid.zero, steps - grid.zero
     body = (x / grid.body).round_().clamp_(bottom, top)
@@ -86,12 +86,12 @@ def encode(x: Tensor, grid: ActivationGrid, bits: int, tail: int) -> Codes:
 
 
 def decode(codes: Codes, grid: ActivationGrid) -> Tensor:
-    """The values that codes stand for: s b - s- j- + s+ j+."""
+    """Return the values of the codes: s b - s- j- + s+ j+."""
     return grid.body * codes.body - grid.low * codes.low + grid.high * codes.high
 
 
 class _Compiled(torch.autograd.Function):
-    """Quantize to the grids of knee and clips ``act`` (3,), each pass one operator of ``lbllm.kernels``."""
+    """Quantize to the grids of ``act`` (3,), knee and clips; each pass is one operator of ``lbllm.kernels``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Tensor, bits: int, tail: int, tau: float) -> Tensor:
@@ -109,7 +109,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _FakeQuant(torch.autograd.Function):
-    """The same on a grid that is made already, in PyTorch; gradients to x and to the grid's three steps."""
+    """Quantize to a given grid, in PyTorch; gradients for x and for the grid's three steps."""
 
     @staticmethod
     def forward(
@@ -129,18 +129,19 @@ class _FakeQuant(torch.autograd.Function):
         steps = 2**bits - 1 - 2 * tail
         lower, upper = -zero * body, (steps - zero) * body
         if tail:
-            # The largest value of an unclipped token is the range's end: inside, whichever way that end was rounded.
+            # The largest value of an unclipped token is the end of the range. It counts as inside, even if rounding
+            # moved the end.
             bottom, top = lower - tail * low, upper + tail * high
             slack = 1e-5 * (top - bottom)
             inside, dense = _between(x, bottom - slack, top + slack), _between(x, lower, upper)
         else:
-            # The rounded zero point moves the range by up to half a step; its ends are inside all the same.
+            # The rounded zero point moves the range by up to half a step; the range's ends still count as inside.
             inside = dense = _between(x, lower - body / 2, upper + body / 2)
-        # By the step: the code where it is held, the rounding residual inside the body.
+        # Derivative by the body's step: the code for values in the tails, the rounding residual for the body.
         slope = torch.addcmul(in_body, x / body, dense, value=-1)
         if not tail:
             return grad * inside, torch.linalg.vecdot(grad, slope)[..., None], None, None, None, None, None, None
-        # The soft mask: moving an edge hands values near it from the tail's grid to the body's.
+        # The soft mask: if an edge moves, values near it change from the tail's grid to the body's.
         width = tau * body
         for edge, ratio, step, codes, sign in (
             (upper, steps - zero, high, in_high, 1.0),
@@ -156,13 +157,14 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """1 where low <= x <= high and 0 elsewhere, in x's dtype."""
+    """Return 1 where low <= x <= high and 0 elsewhere, in x's dtype."""
     return float_mask(torch.ge, x, low).mul_(float_mask(torch.le, x, high))
 
 
 class ActQuantizer(nn.Module):
-    """Dynamic fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps a tail; 8: plain),
-    with a range for each token or, where ``group_size`` says so, for so many of its features.
+    """Dynamic fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps per tail; 8: uniform).
+
+    Each group of ``group_size`` features of a token has its own range; with WHOLE_ROW each token has one range.
 
     Holds ``knee``, ``clip_low``, ``clip_high`` in one parameter ``act`` (3,), float32.
     """
@@ -172,40 +174,40 @@ class ActQuantizer(nn.Module):
         self.bits, self.temperature, self.group_size = bits, temperature, group_size
         self.tail = tail if bits == 4 else 0
         self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0], dtype=torch.float32))
-        # Layers that share an input share its quantizer: the last result is theirs, too, as long as the graph holds it.
+        # Layers that share an input share its quantizer: they can reuse the last result while the graph holds it.
         self._latest: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
 
     @torch.no_grad()
     def bound(self) -> None:
-        """Bring the parameters back into their ranges: past an end they would get no gradient and never return."""
+        """Clamp the parameters to their ranges: outside a range they would get no gradient and never return."""
         self.act[:1].clamp_(*KNEE_RANGE)
         self.act[1:].clamp_(*CLIP_RANGE)
 
     def settings(self) -> tuple[float, float, float, int, int]:
-        """Knee, lower and upper clip within their ranges, bits and tail steps: what a kernel needs."""
+        """Return what a kernel needs: knee, lower and upper clip (clamped to their ranges), bits and tail steps."""
         knee, low, high = self.act.tolist()
         low, high = (min(max(clip, CLIP_RANGE[0]), CLIP_RANGE[1]) for clip in (low, high))
         return min(max(knee, KNEE_RANGE[0]), KNEE_RANGE[1]), low, high, self.bits, self.tail
 
     def bounded(self) -> Tensor:
-        """Knee, lower and upper clip (3,) within their ranges."""
+        """Return knee, lower and upper clip (3,), clamped to their ranges; differentiable."""
         return torch.cat((self.act[:1].clamp(*KNEE_RANGE), self.act[1:].clamp(*CLIP_RANGE)))
 
     def ranges(self, x: Tensor) -> Tensor:
-        """x (..., features) as (..., n, size), a row for each range; zeros fill the last one up and change no range."""
+        """Return x (..., features) as (..., n, size), one row per range; zeros pad the last row and change no range."""
         return to_groups(x, group_length(self.group_size, x.shape[-1]))
 
     def deployed(self, x: Tensor, operator: Callable[..., Tensor]) -> Tensor:
-        """``forward`` by a kernel's ``quantize_activations``, without gradients."""
+        """Return ``forward(x)``, computed by a kernel's ``quantize_activations``, without gradients."""
         return from_groups(operator(self.ranges(x), *self.settings()), x.shape[-1])
 
     def grid(self, x: Tensor) -> ActivationGrid:
-        """The grids of x (..., features), where all features share a range."""
+        """Return the grids of x (..., features); each row of x has one range."""
         knee, clip_low, clip_high = self.bounded()
         return make_grid(x, knee, clip_low, clip_high, self.bits, self.tail)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., features) on its grid, in x's dtype; computed in float32."""
+        """Return x (..., features) rounded to its grid, in x's dtype; computed in float32."""
         if torch.is_grad_enabled() and self._latest is not None and self._latest[0]() is x:
             latest = self._latest[1]()
             if latest is not None:
@@ -217,12 +219,14 @@ class ActQuantizer(nn.Module):
             value = ranges.float()
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
-        if quantized.requires_grad:  # not of what is returned: of a view the graph holds what it is a view of
+        if quantized.requires_grad:  # refer to the base tensor: the graph may not hold the view that is returned
             self._latest = weakref.ref(x), weakref.ref(quantized)
         return from_groups(quantized, x.shape[-1])
 
 
 class RoundThrough(torch.autograd.Function):
+    """Round to integers; the gradient passes straight through."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.round()

@@ -1,4 +1,4 @@
-"""The KV cache in few bits: asymmetric, a range for each token and head, as the cache stores it."""
+"""Quantize and store the KV cache: asymmetric, with one range per token and head."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lbllm.quant.activations import RoundThrough
 
 
 def _kv_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Minimum and step (..., 1) of each vector of x (..., head_dim): float32, of values that float16 holds exactly."""
+    """Return minimum and step (..., 1) of each vector of x (..., head_dim): float32, rounded to float16 values."""
     low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
     low = low.half().float()
     return low, ((high - low) / (2**bits - 1)).half().float().clamp_min(2.0**-22)
 
 
 def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Keys or values (..., head_dim) of each token and head to codes uint8 (..., head_dim) and (minimum, step)
-    float16 (..., 2); in 16 bits to values float16 (..., head_dim) and nothing (..., 0)."""
+    """Encode keys or values (..., head_dim): codes uint8 (..., head_dim) and (minimum, step) float16 (..., 2).
+
+    With 16 bits the result is the values as float16 (..., head_dim) and an empty tensor (..., 0).
+    """
     if bits == 16:
         end = torch.finfo(torch.float16).max
         return x.clamp(-end, end).half(), x.new_empty(*x.shape[:-1], 0, dtype=torch.float16)
@@ -31,7 +33,7 @@ def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of ``encode_kv`` up to rounding."""
+    """Return the keys or values of ``encode_kv``'s result, in ``dtype``; equal to the originals up to rounding."""
     if codes.dtype == torch.float16:
         return codes.to(dtype)
     scale = scale.float()
@@ -39,54 +41,56 @@ def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
-    """``decode_kv(encode_kv(x))`` with straight-through gradients; per token and head, asymmetric over head_dim."""
+    """Return ``decode_kv(encode_kv(x))`` for x (..., head_dim), with straight-through gradients."""
     low, step = _kv_grid(x, bits)
     scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
     return (RoundThrough.apply(scaled) * step + low).to(x.dtype)
 
 
 class TrainingCache:
-    """Stands in for the KV cache while a block is trained: keeps nothing, returns keys and values as the cache would
-    give them."""
+    """Replaces the KV cache while a block is trained: stores nothing, returns keys and values rounded as the cache
+    would."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        """Return fake-quantized keys and values (batch, heads, tokens, head_dim)."""
         return fake_quant_kv(keys, self.bits), fake_quant_kv(values, self.bits)
 
     def get_seq_length(self, *args: Any) -> int:
-        """Tokens before the present ones: none."""
+        """Return the number of earlier tokens: 0."""
         return 0
 
 
 class TrainingKVLayer(DynamicLayer):
-    """The same for a whole model: the KV cache of one layer that keeps nothing and gives back what it would hold."""
+    """``TrainingCache`` as one layer of a transformers cache, to train a whole model."""
 
     bits = 4
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Fake-quantized keys and values (batch, heads, tokens, head_dim)."""
+        """Return fake-quantized keys and values (batch, heads, tokens, head_dim)."""
         return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
 
 
 class PackedKVLayer(DynamicLayer):
-    """The KV cache of one layer, stored in 4 bits (two codes a byte) or 8, with float16 minimum and step per token
-    and head, or in 16 as float16."""
+    """The KV cache of one layer, stored in 4 bits (two codes per byte), 8 bits or float16.
+
+    With 4 and 8 bits, each token and head has a minimum and a step in float16.
+    """
 
     bits = 4
-    AHEAD = 64  # tokens to make room for when there is none left
+    AHEAD = 64  # when the cache is full, allocate space for at least this many more tokens
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Codes and scales of keys and of values, with room for more tokens than the ``length`` so far.
+        # Codes and scales of keys and of values; they have space for more tokens than ``length``, the number so far.
         self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
         self.length = 0
 
     @property
     def stores(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Codes and scales of the tokens so far, of keys and of values; None before the first token."""
+        """Codes and scales of the tokens so far, for keys and for values; None before the first token."""
         return [
             None if room is None else (room[0][..., : self.length, :], room[1][..., : self.length, :])
             for room in self.rooms
@@ -100,13 +104,15 @@ class PackedKVLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append states (batch, heads, new, head_dim); returns all of them, unpacked, in their dtype: in 16 bits the
-        first ones as they were given."""
+        """Append states (batch, heads, new, head_dim) and return the states of all tokens, decoded, in their dtype.
+
+        With 16 bits, the first call returns the given states unchanged.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         unpacked = []
         length = self.length + key_states.shape[-2]
-        # In 16 bits a text read at once, whose cache nobody may ask for, is computed from the states as they are.
+        # With 16 bits the first call uses the exact states: a text that is read in one pass may never use its cache.
         exact = self.bits == 16 and self.length == 0
         for which, states in enumerate((key_states, value_states)):
             codes, scale = encode_kv(states, self.bits)
@@ -124,7 +130,7 @@ class PackedKVLayer(DynamicLayer):
         return unpacked[0], unpacked[1]
 
     def _room(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The tensors of keys (0) or values (1), with room for as many tokens more as ``new`` has."""
+        """Return the tensors of keys (0) or values (1), with space for the tokens of ``new`` after the present ones."""
         room = self.rooms[which]
         needed = self.length + new[0].shape[-2]
         if room is None or room[0].shape[-2] < needed:
@@ -139,8 +145,10 @@ class PackedKVLayer(DynamicLayer):
         return room
 
     def next_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes and scales of keys, codes and scales of values, with room for a token at ``length``: whoever writes it
-        there counts ``length`` up. The cache holds tokens already."""
+        """Return codes and scales of keys, then of values, with space for one token at index ``length``.
+
+        The caller writes the token there and adds 1 to ``length``. The cache must hold at least one token.
+        """
         parts: list[Tensor] = []
         for which, room in enumerate(self.rooms):
             assert room is not None
@@ -150,7 +158,7 @@ class PackedKVLayer(DynamicLayer):
         return parts[0], parts[1], parts[2], parts[3]
 
     def get_seq_length(self) -> int:
-        """Tokens in the cache."""
+        """Return the number of tokens in the cache."""
         return self.length
 
     def reset(self) -> None:
@@ -162,11 +170,11 @@ class PackedKVLayer(DynamicLayer):
         self.rooms = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams of a beam search."""
+        """Select the sequences ``beam_idx`` of a beam search."""
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop tokens from the end; counted as transformers does, by a negative number."""
+        """Remove tokens from the end. As in transformers, the number is negative; a positive one raises ValueError."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         self.length = max(0, self.length + tokens_to_remove)
@@ -180,16 +188,16 @@ class PackedKVLayer(DynamicLayer):
         self._map(lambda part: part[indices])
 
     def nbytes(self) -> int:
-        """Bytes that the stored codes and scales take."""
+        """Return the size of the stored codes and scales in bytes."""
         return sum(part.nbytes for store in self.stores if store is not None for part in store)
 
 
 class HalfKVLayer(PackedKVLayer):
-    """The same in 16 bits, for models that decode by the operator which reads it."""
+    """``PackedKVLayer`` with 16 bits, for models that use the decode operator, which reads this layout."""
 
     bits = 16
 
 
 def is_packed(cache: Cache) -> bool:
-    """Whether the cache's layers are of the kinds above."""
+    """Return whether the cache's layers are ``PackedKVLayer`` or a subclass."""
     return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)

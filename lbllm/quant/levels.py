@@ -1,16 +1,16 @@
-"""W(1+1): the weight format's mathematics, as pure functions over groups of weights.
+"""The mathematics of the weight format W(1+1): pure functions on groups of weights.
 
 Equation (LBLLM, Song et al. 2026), for each group of ``group_size`` weights along the input dimension:
 
     W_q = G * (alpha_0 * B + mu_0) + (1 - G) * (alpha_1 * B + mu_1),    B in {-1, +1}, G in {0, 1}
 
-so a group has the four free levels mu_0 -+ alpha_0 and mu_1 -+ alpha_1. Here the levels are kept in ascending order
-l_0 <= l_1 <= l_2 <= l_3, and the outer pair (l_0, l_3) is the one with G = 1: the bitmap then marks the weights of
-large magnitude and B is their sign. W1 (sign only) is the same with two levels, mu -+ alpha, and no bitmap.
+A group therefore has four free levels: mu_0 -+ alpha_0 and mu_1 -+ alpha_1. This module keeps the levels in ascending
+order l_0 <= l_1 <= l_2 <= l_3. The outer pair (l_0, l_3) has G = 1: the bitmap marks the weights of large magnitude,
+and B is their sign. W1 (sign only) has two levels, mu -+ alpha, and no bitmap.
 
-Shapes: a weight (out, in) is viewed as groups (out, n, g), n = ceil(in / g), the last group padded with zeros. Levels
-are (out, n, K) with K = 4 or 2, group parameters (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1. A level index
-is uint8.
+Shapes: a weight (out, in) is viewed as groups (out, n, g) with n = ceil(in / g); the last group is padded with zeros.
+Levels are (out, n, K) with K = 4 or 2. Group parameters are (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1.
+Level indices are uint8.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from lbllm.sections import WHOLE_ROW, Format
 
 LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
 
-# Runs of neighbouring weights that a group is taken as where its clustering starts.
+# The first clustering of a group works on at most this many runs of neighbouring sorted weights.
 POINTS = 16
 
 
 def group_length(group_size: int, in_features: int) -> int:
-    """Weights in one full group of a row: ``group_size``, or the row for -1 or a longer group."""
+    """Return the number of weights in a full group: ``group_size``, at most the row; the whole row for -1."""
     return in_features if group_size == WHOLE_ROW else min(group_size, in_features)
 
 
 def spans(columns: int, group_size: int) -> Iterator[slice]:
-    """The groups of a row of so many columns, from left to right; the last one may be shorter."""
+    """Yield the column slices of a row's groups, from left to right; the last group may be shorter."""
     length = group_length(group_size, columns)
     for start in range(0, columns, length):
         yield slice(start, min(start + length, columns))
 
 
 def to_groups(rows: Tensor, length: int) -> Tensor:
-    """View rows (..., in) as groups (..., n, length); a shorter last group is padded with zeros (then it is a copy)."""
+    """View rows (..., in) as groups (..., n, length); if the last group is shorter, return a copy padded with zeros."""
     missing = -rows.shape[-1] % length
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.unflatten(-1, (-1, length))
 
 
 def from_groups(groups: Tensor, in_features: int) -> Tensor:
-    """The inverse of ``to_groups``: groups (..., n, length) to rows (..., in)."""
+    """Return groups (..., n, length) as rows (..., in): the inverse of ``to_groups``."""
     return groups.flatten(-2)[..., :in_features]
 
 
 def assign(groups: Tensor, levels: Tensor) -> Tensor:
-    """E-step: the index (uint8) of the level nearest to each weight; levels ascend along the last dimension."""
+    """E-step: return the index (uint8) of the nearest level of each weight; levels ascend along the last dimension."""
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     index = (groups > middles[..., :1]).to(torch.uint8)
     for k in range(1, middles.shape[-1]):
@@ -64,17 +64,16 @@ def assign(groups: Tensor, levels: Tensor) -> Tensor:
 
 
 def take_levels(levels: Tensor, index: Tensor) -> Tensor:
-    """The weights (out, n, g) that level indices (out, n, g) stand for."""
+    """Return the weights (out, n, g) of level indices (out, n, g)."""
     return levels.gather(-1, index.long())
 
 
 def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Tensor:
-    """Importance-weighted EM on each group: ascending levels (out, n, count) that locally minimize sum_j h_j (w_j -
-    l)^2.
+    """Fit levels to each group by importance-weighted EM: ascending levels (out, n, count).
 
-    E-step: nearest level. M-step: importance-weighted mean of each cluster; an empty cluster keeps its level. It starts
-    from the best clustering of the sorted weights taken a few at a time, see ``_best_split``. Padding has importance
-    zero. ``importance`` broadcasts against ``groups``.
+    They are a local minimum of sum_j h_j (w_j - l)^2. E-step: nearest level. M-step: importance-weighted mean of each
+    cluster; an empty cluster keeps its level. The start is the best clustering of runs of the sorted weights, see
+    ``_best_split``. Padding has importance zero. ``importance`` broadcasts against ``groups``.
     """
     ordered, order = groups.sort(-1)
     weight = importance.expand_as(groups).gather(-1, order)
@@ -83,7 +82,7 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
     ordered -= mean
     levels = _best_split(ordered, weight, count)
     if steps:
-        # A cluster is a run of the sorted weights, so its mass and mean are differences of running sums.
+        # A cluster is a run of the sorted weights, so differences of running sums give its mass and mean.
         sums = _running(torch.stack((weight, weight * ordered), -2).double())
         ends = ordered.shape[-1] * torch.ones_like(levels[..., :1], dtype=torch.long)
     for _ in range(steps):
@@ -96,24 +95,24 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
 
 
 def _running(values: Tensor) -> Tensor:
-    """The sums of the first 0, 1, 2, ... values along the last dimension."""
+    """Return the sums of the first 0, 1, 2, ... values along the last dimension."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
 
 
 def _between(sums: Tensor, borders: Tensor) -> Tensor:
-    """Of running sums (out, n, m, g + 1) those between neighbouring ``borders`` (out, n, b): (out, n, m, b - 1)."""
+    """Return the sums (out, n, m, b - 1) between neighbouring ``borders`` (out, n, b) from running sums
+    (out, n, m, g + 1)."""
     return sums.gather(-1, borders[..., None, :].expand(*sums.shape[:-1], borders.shape[-1])).diff(dim=-1)
 
 
 def _best_split(ordered: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Ascending levels (out, n, count), 2 or 4, of the best clustering of ascending values into ``POINTS`` runs of
-    neighbours.
+    """Return ascending levels (out, n, count) of a good first clustering of ascending values; ``count`` is 2 or 4.
 
-    In one dimension the clusters of the optimum are intervals. Here the values are first gathered into at most
-    ``POINTS`` runs of equally many neighbours; the best way to cut those into intervals is found exactly.
+    In one dimension the optimal clusters are intervals. The values are first grouped into at most ``POINTS`` runs of
+    equal length; then the best division of these runs into intervals is found exactly.
     """
     size, tiny = -(-ordered.shape[-1] // POINTS), torch.finfo(ordered.dtype).tiny
-    # Mass, first and second moment of all runs up to each border; their differences are those of an interval.
+    # Mass, first and second moment of all runs up to each border; differences give the moments of an interval.
     moments = torch.stack((weight, weight * ordered, weight * ordered.square()), -2)
     sums = _running(to_groups(moments, size).sum(-1))
     between = sums[..., None, :] - sums[..., :, None]
@@ -123,7 +122,7 @@ def _best_split(ordered: Tensor, weight: Tensor, count: int) -> Tensor:
     cost = cost.masked_fill(borders[:, None] > borders, torch.inf)
 
     def halve(start: Tensor, end: Tensor) -> Tensor:
-        """The border that best cuts the interval from border ``start`` to ``end`` in two, both (out, n)."""
+        """Return the border (out, n) that best divides the interval from border ``start`` to ``end``, both (out, n)."""
         pick = [one[..., None, None].expand(*one.shape, 1, cost.shape[-1]) for one in (start, end)]
         left, right = cost.gather(-2, pick[0]), cost.transpose(-1, -2).gather(-2, pick[1])
         return (left + right).squeeze(-2).argmin(-1)
@@ -142,8 +141,8 @@ def _best_split(ordered: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def levels_to_params(levels: Tensor) -> Tensor:
-    """Ascending levels (..., K) to group parameters (..., K): alpha_0, mu_0 of the outer pair, then those of the
-    inner one."""
+    """Return the group parameters (..., K) of ascending levels (..., K): alpha_0, mu_0 of the outer pair, then alpha_1,
+    mu_1 of the inner pair."""
     low, high = levels[..., 0], levels[..., -1]
     params = [(high - low) / 2, (high + low) / 2]
     if levels.shape[-1] == 4:
@@ -152,7 +151,7 @@ def levels_to_params(levels: Tensor) -> Tensor:
 
 
 def params_to_levels(params: Tensor) -> Tensor:
-    """The inverse of ``levels_to_params``: the levels in the order (G=1,B=-1), (G=0,B=-1), (G=0,B=+1), (G=1,B=+1)."""
+    """Return the levels (..., K) of group parameters, in the order (G=1,B=-1), (G=0,B=-1), (G=0,B=+1), (G=1,B=+1)."""
     outer = params[..., 1] - params[..., 0], params[..., 1] + params[..., 0]
     if params.shape[-1] == 2:
         return torch.stack(outer, -1)
@@ -161,14 +160,14 @@ def params_to_levels(params: Tensor) -> Tensor:
 
 
 def index_to_planes(index: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """Level indices to the bit planes B (True: +1) and G (True: the outer pair); G is None for two levels."""
+    """Return the bit planes B (True: +1) and G (True: outer pair) of level indices; G is None for two levels."""
     if count == 2:
         return index == 1, None
     return index >= 2, (index == 0) | (index == 3)
 
 
 def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
-    """The inverse of ``index_to_planes``: uint8 level indices."""
+    """Return the level indices (uint8) of bit planes: the inverse of ``index_to_planes``."""
     if bitmap is None:
         return sign.to(torch.uint8)
     return torch.where(sign, torch.where(bitmap, 3, 2), torch.where(bitmap, 0, 1)).to(torch.uint8)
@@ -185,19 +184,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(value: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """``rounded(value)`` with the gradient of ``value`` itself."""
+    """Return ``rounded(value)`` with the gradient of ``value``."""
     result: Tensor = _StraightThrough.apply(value, rounded)
     return result
 
 
 def float_mask(compare: Callable[..., Tensor], left: Tensor, right: Tensor | float) -> Tensor:
-    """A comparison as 0 and 1 in the left side's dtype: on a CPU several times faster than a mask that is converted."""
+    """Return a comparison as 0 and 1 in ``left``'s dtype; on a CPU several times faster than converting a mask."""
     out: Tensor = compare(left, right, out=torch.empty_like(left))
     return out
 
 
 class _NearestLevel(torch.autograd.Function):
-    """w -> nearest level. Straight through for the latent weight, exact for the levels (sums over each cluster)."""
+    """w -> nearest level. Gradients: straight through for latent weights, exact (sums per cluster) for levels."""
 
     @staticmethod
     def forward(ctx: Any, groups: Tensor, levels: Tensor) -> Tensor:
@@ -217,12 +216,12 @@ class _NearestLevel(torch.autograd.Function):
 
 
 def _compiled(groups: Tensor) -> bool:
-    """Whether ``lbllm.kernels`` can take these groups."""
+    """Return whether ``lbllm.kernels`` can process these groups."""
     return groups.device.type == "cpu" and groups.dtype == torch.float32 and kernels.ready()
 
 
 def nearest_level(groups: Tensor, levels: Tensor) -> Tensor:
-    """Fake quantization with coupled planes: B and G both follow from one latent weight (as RaBiT does for two planes).
+    """Fake-quantize with coupled planes: one latent weight determines both B and G (as RaBiT does for two planes).
 
     ``groups`` (out, n, g) latent weights, ``levels`` (out, n, K) ascending. Differentiable in both.
     """
@@ -231,7 +230,7 @@ def nearest_level(groups: Tensor, levels: Tensor) -> Tensor:
 
 
 class _FixedLevel(torch.autograd.Function):
-    """Weights of fixed level indices; gradient for the levels alone."""
+    """Weights of fixed level indices; only the levels get a gradient."""
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor, index: Tensor) -> Tensor:
@@ -250,13 +249,13 @@ class _FixedLevel(torch.autograd.Function):
 
 
 def fixed_level(levels: Tensor, index: Tensor) -> Tensor:
-    """``take_levels(levels, index)``, differentiable in the levels."""
+    """Return ``take_levels(levels, index)``, differentiable in the levels."""
     value: Tensor = _FixedLevel.apply(levels, index)
     return value
 
 
 class _Sign(torch.autograd.Function):
-    """sign with B(0) = -1 and the straight-through gradient."""
+    """The sign, with B(0) = -1 and the straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -268,9 +267,9 @@ class _Sign(torch.autograd.Function):
 
 
 def relaxed_level(groups: Tensor, bitmap: Tensor, params: Tensor) -> Tensor:
-    """Fake quantization with the paper's relaxed bitmap: G_fp (out, n, g) in [0, 1] blends the two pairs of levels.
+    """Fake-quantize with the paper's relaxed bitmap: G_fp (out, n, g) in [0, 1] blends the two pairs of levels.
 
-    B is the sign of the latent weight about the blended middle; its gradient to the latent weight is straight through.
+    B is the sign of the latent weight minus the blended mu; the latent weight gets the straight-through gradient.
     """
     alpha_0, mu_0, alpha_1, mu_1 = params.unsqueeze(-2).unbind(-1)
     alpha = bitmap * alpha_0 + (1 - bitmap) * alpha_1
@@ -280,6 +279,8 @@ def relaxed_level(groups: Tensor, bitmap: Tensor, params: Tensor) -> Tensor:
 
 
 def polarization(bitmap: Tensor, beta: float) -> Tensor:
-    """L_reg = mean(1 - |2 G_fp - 1|^beta), zero exactly where every entry of the bitmap is 0 or 1 (LBLLM, after
-    AdaRound)."""
+    """Return L_reg = mean(1 - |2 G_fp - 1|^beta), a scalar (LBLLM, after AdaRound).
+
+    It is zero only if every entry of the bitmap is 0 or 1.
+    """
     return (1 - (2 * bitmap - 1).abs().pow(beta)).mean()

@@ -1,4 +1,4 @@
-"""A linear layer that holds and computes from packed bits."""
+"""A linear layer that stores packed bits and computes from them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from lbllm.quant.packing import (
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import WHOLE_ROW, LayerFormat
 
-TILE = 32  # rows that a table lookup serves at once
-LONGEST = 2048  # columns of a group whose sum of codes fits into 16 bits
+TILE = 32  # rows that the table lookup kernel processes at once
+LONGEST = 2048  # largest number of columns in a group whose sum of codes fits into 16 bits
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that computes from packed bits; the layout is drawn in ``lbllm.packing``.
+    """A linear layer that computes from packed bits; ``lbllm.quant.packing`` describes the layout.
 
-    On the CPU ``lbllm.kernels`` does it: at its first call the layer rearranges its bits for this processor, and puts
-    them back when it is saved or moved. On a GPU ``lbllm.kernels.gpu`` does it from the bits as they are stored.
-    Elsewhere, and without a compiler, this is the PyTorch reference path: it expands the layer's weight for one call
-    and drops it, unless ``keep_dense`` was called.
+    On the CPU the operators of ``lbllm.kernels`` compute the output: at its first call the layer rearranges its bits
+    for this processor, and it restores the stored order when it is saved or moved. On a GPU ``lbllm.kernels.gpu``
+    reads the bits as stored. On other devices, and without a compiler, the PyTorch reference path expands the weight
+    for one call and then drops it, unless ``keep_dense`` was called.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
-        """The packed form of a frozen layer; ``dtype`` is the bias's."""
+        """Return the packed form of a frozen layer; ``dtype`` is the dtype of the bias."""
         packed = cls(
             layer.in_features, layer.out_features, layer.fmt, bias=layer.bias is not None, tail=tail, dtype=dtype
         )
@@ -98,13 +98,13 @@ class PackedLinear(nn.Module):
         return packed
 
     def dequantize(self) -> Tensor:
-        """The weight (out, in), float32, exactly as the stored parameters give it."""
+        """Return the weight (out, in), float32, computed from the stored bits and parameters."""
         index, params = self.unpack()
         levels = params_to_levels(params)
         return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Level indices uint8 (out, in) and group parameters float32 (out, n, K): what ``pack`` made this from."""
+        """Return level indices uint8 (out, in) and group parameters float32 (out, n, K): the inverse of ``pack``."""
         self._put_back()
         planes = unpack_plane(self.weight, self.in_features)
         index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
@@ -113,24 +113,24 @@ class PackedLinear(nn.Module):
 
     @property
     def grid(self) -> ParamGrid | None:
-        """The values that parameters of 4 bits can have."""
+        """The possible values of 4-bit parameters; None with 8 and 16 bits."""
         if self.params_scale is None or self.params_range is None:
             return None
         return ParamGrid(self.params_scale, self.params_range)
 
     def affine(self) -> Tensor | None:
-        """Minimum and step of each row and parameter, float16 (out, K, 2), where parameters are codes."""
+        """Return minimum and step of each row and parameter, float16 (out, K, 2); None with 16-bit parameters."""
         return self.params_scale if self.grid is None else self.grid.affine()
 
     def keep_dense(self, dtype: torch.dtype) -> None:
-        """Expand the weight once for all later passes: the same output sooner, for 16 to 32 bits a weight of
-        memory."""
+        """Expand the weight once for all later passes: faster, same output, but 16 to 32 bits of memory per weight."""
         self.dense = self.dequantize().to(dtype)
 
     def arranged(self) -> Tensor:
-        """The bits as this processor's kernels read them; where the layer has them so, it has them no other way.
+        """Return the bits in the order of this processor's kernels. The layer then no longer keeps the stored order.
 
-        Tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute, else words.
+        The result is tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute;
+        for other layers it is words.
         """
         if self.words is not None and (self.words.dtype == torch.uint8) != self.looks_up():
             self._put_back()
@@ -142,7 +142,7 @@ class PackedLinear(nn.Module):
                 self.params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
             else:
                 self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
-                # A part of a mapped file would keep its neighbours in memory with it.
+                # Copies: a view of a memory-mapped file would keep the whole mapping in memory.
                 self.params = self.params.clone()
                 for name in ("params_scale", "params_range"):
                     tensor = getattr(self, name)
@@ -151,8 +151,8 @@ class PackedLinear(nn.Module):
         return self.words
 
     def looks_up(self) -> bool:
-        """Whether the layer is computed by table lookup: 4-bit activations with one range a token, float16 parameters,
-        whole tiles."""
+        """Return whether the layer is computed by table lookup: 4-bit activations with one range per token, float16
+        parameters, whole tiles."""
         one_range = self.range_length == self.in_features
         whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
         fits = one_range and whole and self.params_scale is None
@@ -160,7 +160,7 @@ class PackedLinear(nn.Module):
         return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
 
     def _put_back(self) -> None:
-        """Undo the kernels' own order of the bits: what is stored, and what other devices read, is the common one."""
+        """Restore the stored order of the bits, which files and other devices use."""
         if self.words is None:
             return
         planes = LEVELS[self.fmt.format] // 2
@@ -181,7 +181,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the layer. Another dtype is for the bias alone: stored parameters keep theirs, and so their values."""
+        """Move the layer. A new dtype applies to the bias only: stored parameters keep their dtype and values."""
         self._put_back()
         stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
         act = None if self.quantizer is None else self.quantizer.act.data
@@ -194,7 +194,7 @@ class PackedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Return the output (..., out) for x (..., in), in x's dtype."""
         result: Tensor
         # The kernels sum in float32.
         if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
@@ -226,13 +226,13 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
-        """The shape and the format."""
+        """Return the shape and the format as text."""
         return f"{self.in_features}, {self.out_features}, {self.fmt}"
 
 
 def named_groups(layers: Sequence[PackedLinear]) -> str:
-    """The layers' group sizes in words, the largest first: some may have others than the rest. Then, where inputs are
-    quantized by ranges smaller than a token, how many share one."""
+    """Return the layers' group sizes as text, the largest first. If a range covers less than a token's inputs, the text
+    also gives the number of inputs per range."""
     sizes = {layer.fmt.group_size for layer in layers}
     named = " and ".join(str(size) for size in sorted(sizes - {WHOLE_ROW}, reverse=True))
     words = [f"groups of {named}"] if named else []

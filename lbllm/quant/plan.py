@@ -1,4 +1,4 @@
-"""Which layers of a model are binarized, in which format, and how many bits that takes."""
+"""Decide which layers of a model are binarized and in which format, and count the stored bits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lbllm.sections import LayerFormat, QuantConfig
 
 
 def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
-    """Stored bits of one packed layer: bit planes as they lie in bytes, and group parameters with their scales. No
-    bias."""
+    """Return the stored bits of one packed layer: bit planes (whole bytes per row), group parameters and their scales,
+    without the bias."""
     count = LEVELS[fmt.format]
     groups = -(-in_features // group_length(fmt.group_size, in_features))
     planes = out_features * -(-in_features // 8) * 8 * (count // 2)
@@ -27,10 +27,10 @@ def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
 def block_formats(
     model: PreTrainedModel, quant: QuantConfig
 ) -> tuple[str, nn.ModuleList, list[dict[str, LayerFormat]]]:
-    """The path of the decoder blocks, the blocks, and the format of each layer to binarize in each of them.
+    """Return the path of the decoder blocks, the blocks, and for each block the formats of its layers to binarize.
 
-    Raises ConfigError for a group longer than a row, for settings that leave nothing to binarize, and for a pattern
-    no layer matches.
+    Raises ConfigError if a group is longer than a row, if the settings leave no layer to binarize, or if a pattern
+    matches no layer.
     """
     path, blocks = decoder_blocks(model)
     formats: list[dict[str, LayerFormat]] = []
@@ -47,7 +47,7 @@ def block_formats(
             if fmt.group_size > row:
                 raise ConfigError(
                     f"{setting_name('quant.group_size')} {fmt.group_size} is longer than a row of {full}, which has "
-                    f"{row} weights; choose at most {row}, or -1 for one group a row"
+                    f"{row} weights; choose at most {row}, or -1 for one group per row"
                 )
             formats[-1][name] = fmt
     for pattern in (*quant.skip, *quant.overrides):
@@ -60,7 +60,7 @@ def block_formats(
 
 
 def bits_per_weight(blocks: Iterable[nn.Module], formats: list[dict[str, LayerFormat]]) -> float:
-    """Stored bits over weights of all binarized layers, group parameters included."""
+    """Return the stored bits of all binarized layers, with group parameters, divided by the number of their weights."""
     bits = weights = 0
     for block, layers in zip(blocks, formats, strict=True):
         for name, fmt in layers.items():

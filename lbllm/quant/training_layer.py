@@ -1,4 +1,4 @@
-"""A linear layer whose weights are binarized in every forward pass, so that they can be trained."""
+"""A linear layer for training: every forward pass binarizes its weights."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Mode = Literal["coupled", "relaxed", "frozen"]
 
 
 class BinaryLinear(nn.Module):
-    """A linear layer in training: fake-quantized weight, and in stage 3 a fake-quantized input.
+    """A linear layer with a fake-quantized weight and, from stage 3 on, a fake-quantized input.
 
-    ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (B and G follow from ``latent``
-    (out, in)), ``relaxed`` (the paper's G_fp beside the latent weight), ``frozen`` (level indices fixed, for stage 3
-    and after loading). Parameters of 4 bits take the nearest values of ``grid``, straight through, in training already;
-    without one they get the grid that fits them.
+    ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (``latent`` (out, in) determines B and
+    G), ``relaxed`` (the paper's G_fp and a latent weight), ``frozen`` (fixed level indices, for stage 3 and after
+    loading). 4-bit parameters are rounded to ``grid`` during training too, with the straight-through gradient; if
+    ``grid`` is None, one is fitted to ``params``.
     """
 
     def __init__(
@@ -63,24 +63,24 @@ class BinaryLinear(nn.Module):
 
     @property
     def grid(self) -> ParamGrid | None:
-        """The values that parameters of 4 bits can have."""
+        """The possible values of 4-bit parameters; None with 8 and 16 bits."""
         return None if self.scale is None or self.ranges is None else ParamGrid(self.scale, self.ranges)
 
     def on_grid(self) -> Tensor:
-        """The parameters (out, n, K), those of 4 bits as they are deployed; the gradient is that of ``params``."""
+        """Return the parameters (out, n, K); 4-bit parameters are rounded to their grid, with the gradient of
+        ``params``."""
         return self.params if self.grid is None else straight_through(self.params, self.grid.round)
 
     def levels(self) -> Tensor:
-        """The levels (out, n, K) that they give, as ``params_to_levels`` orders them."""
+        """Return the levels (out, n, K) of ``on_grid()``, in the order of ``params_to_levels``."""
         return params_to_levels(self.on_grid())
 
     def keep_dense(self) -> None:
-        """Expand the weight once for all later passes: for a frozen layer that many batches go through."""
+        """Expand the weight once for all later passes of a frozen layer."""
         self.dense = self.weight().detach()
 
     def thaw(self, latent: Tensor, mode: Mode) -> None:
-        """Begin training from a latent weight (out, in); the relaxed bitmap starts from the present one, at 0.9 and
-        0.1."""
+        """Begin training from a latent weight (out, in); a relaxed bitmap starts at 0.9 for G = 1 and 0.1 for G = 0."""
         self.mode = mode
         self.latent = nn.Parameter(latent.to(self.params.dtype).clone())
         if mode == "relaxed":
@@ -90,8 +90,10 @@ class BinaryLinear(nn.Module):
 
     @torch.no_grad()
     def nearest_to(self, latent: Tensor) -> Tensor:
-        """A latent weight (out, in) for a frozen layer, which takes the level indices that the layer has: the given one
-        where it does so, elsewhere the level itself."""
+        """Return a latent weight (out, in) that gives the frozen layer's level indices.
+
+        Where ``latent`` already gives the layer's level, its value is kept; elsewhere the result is the level itself.
+        """
         weight = self.weight()
         latent = latent.to(weight.dtype)
         levels = self.levels().sort(-1).values
@@ -99,7 +101,7 @@ class BinaryLinear(nn.Module):
         return torch.where(nearest == weight, latent, weight)
 
     def freeze(self) -> None:
-        """Fix the level indices where training has brought them and drop what only training needs."""
+        """Fix the level indices that training found and drop the tensors that only training needs."""
         if self.latent is None:
             return
         with torch.no_grad():
@@ -117,18 +119,18 @@ class BinaryLinear(nn.Module):
                 index = assign(groups, levels)
             if self.grid is None:
                 self.params.copy_(levels_to_params(levels))
-            else:  # in another order they might not be on the grid
+            else:  # keep the order of the parameters: in another order they might not be on the grid
                 index = order.gather(-1, index.long()).to(torch.uint8)
             self.index = from_groups(index, self.in_features).contiguous()
         self.mode, self.latent, self.bitmap = "frozen", None, None
 
     def round_params(self) -> None:
-        """Round the group parameters to what a checkpoint stores: float16, 8 bits and a scale, or 4 on the grid."""
+        """Round the group parameters to the values that a checkpoint stores; see ``stored_params``."""
         with torch.no_grad():
             self.params.copy_(stored_params(self.params, self.fmt.param_bits, self.grid))
 
     def weight(self) -> Tensor:
-        """The fake-quantized weight (out, in)."""
+        """Return the fake-quantized weight (out, in)."""
         levels = self.levels()
         if self.mode == "frozen":
             return from_groups(fixed_level(levels, to_groups(self.index, self.length)), self.in_features)
@@ -140,7 +142,7 @@ class BinaryLinear(nn.Module):
         return from_groups(nearest_level(groups, levels.sort(-1).values), self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Return the output (..., out) for x (..., in)."""
         if self.quantizer is not None:
             x = self.quantizer(x)
         weight = self.weight() if self.dense is None else self.dense

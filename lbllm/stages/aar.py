@@ -1,8 +1,8 @@
-"""Stage 3, activation-aware refinement: 4-bit activations and KV cache with the bits of the weights fixed.
+"""Stage 3, activation-aware refinement: train with 4-bit activations and KV cache while the weights' bits stay fixed.
 
-Latent weights and bitmap are frozen; trained are the group parameters (alpha, mu) and each input's knee and clips,
-block by block against the full-precision teacher, with quantized activations inside the block and in the stream that
-enters it. The knee starts from a search: without a good first knee 4-bit activations destroy the block.
+The stage trains the group parameters (alpha, mu) and the knee and clips of each input. It goes block by block, with the
+full-precision teacher as target. Activations are quantized inside the block and in the blocks before it. A search sets
+the first knee: without a good one, 4-bit activations destroy the block.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from lbllm.quant.levels import from_groups
 from lbllm.sections import AarConfig
 from lbllm.stages.distill import Step, binary_layers, distill
 
-# Candidates of the first search: the body's share of a token's range, and both clips. A clip below 1 never won it in
-# trials on the embedded model; training moves the clips.
+# Candidates of the first search: the body's share of a range, and both clips. In trials on the embedded model, a clip
+# below 1 was never the best first value; training moves the clips.
 KNEES = (0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.37, 0.45, 0.6, 0.8, 1.0)
 CLIPS = (1.0,)
 
 
 @torch.no_grad()
 def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
-    """Set a quantizer's knee and clips to the best of a small grid for inputs (tokens, in) of a weight (out, in).
+    """Set a quantizer's knee and clips to the best candidates for inputs x (tokens, in) of a weight (out, in).
 
-    Best: the least output error relative to each token's output energy, averaged. Returns that error.
+    The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens.
+    Returns that error.
     """
     ranges, clean = quantizer.ranges(x), x @ weight.t()
     energy = clean.square().sum(-1).clamp_min(1e-12)
@@ -60,10 +61,10 @@ def add_quantizers(
     kv_bits: int,
     batch: int,
 ) -> None:
-    """Give each layer of a block a searched quantizer, in the order of use; layers that share an input share the
-    quantizer.
+    """Add a quantizer with searched knee and clips to each layer of a block, in the order in which the block uses them.
 
-    ``sharing``: the layers' names grouped by input, as ``shared_inputs`` gives them.
+    Layers with the same input and the same bits share a quantizer. ``sharing``: the layers' names grouped by input, as
+    returned by ``shared_inputs``.
     """
     layers = binary_layers(block)
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
@@ -92,8 +93,10 @@ def aar_block(
     seed: int,
     autocast: Any,
 ) -> Iterator[Step]:
-    """Stage 3 on a block of frozen ``BinaryLinear`` layers that have their quantizers; knees and clips stay in their
-    ranges."""
+    """Run stage 3 on a block of frozen ``BinaryLinear`` layers with quantizers; yields each training step.
+
+    ``inputs`` and ``targets`` are (n, T, hidden). Knees and clips stay in their ranges.
+    """
     groups: list[dict[str, Any]] = []
     for layer in binary_layers(block).values():
         scale = float(layer.weight().detach().std())

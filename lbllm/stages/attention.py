@@ -1,8 +1,8 @@
-"""Causal attention for training on a CPU, as matrix products over whole groups of heads.
+"""Causal attention for training on a CPU: matrix products over whole groups of heads.
 
-For some hundred tokens in bfloat16, PyTorch's own operator with its gradients takes half as long again: it is made for
-long sequences, whose scores would not fit into memory. Here the scores of one layer and sequence are kept, and heads
-that share keys and values are one product.
+For a few hundred tokens in bfloat16, PyTorch's own operator with its gradients takes about 1.5 times as long: it is
+designed for long sequences, whose scores do not fit into memory. Here the scores of one layer and sequence stay in
+memory, and heads that share keys and values are computed in one product.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAME = "lbllm_products"
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(scaling Q K^T) V over the tokens up to each; queries (b, h, T, d), keys and values (b, h / r, T, d)."""
+    """softmax(scaling Q K^T) V with a causal mask; queries (b, h, T, d), keys and values (b, h / r, T, d)."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # under autocast, which has that on CPUs
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # autocast's dtype on CPUs
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         groups, tokens = key.shape[0] * key.shape[1], key.shape[2]
         scaled = (query * scaling).reshape(groups, -1, query.shape[-1])
@@ -45,8 +45,8 @@ class _CausalAttention(torch.autograd.Function):
         by_score = torch._softmax_backward_data(by_share, shares, -1, shares.dtype)
         by_query = torch.bmm(by_score, keys) * ctx.scaling
         by_key = torch.bmm(by_score.transpose(1, 2), scaled)
-        asked, given = ctx.shapes
-        return by_query.view(asked), by_key.view(given), by_value.view(*given[:-1], -1), None
+        query_shape, key_shape = ctx.shapes
+        return by_query.view(query_shape), by_key.view(key_shape), by_value.view(*key_shape[:-1], -1), None
 
 
 def causal_attention(
@@ -59,8 +59,11 @@ def causal_attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: the products above for a whole text without padding, windows or biases,
-    else its own."""
+    """Compute attention as an attention function of transformers: returns (b, T, h, d) and None.
+
+    The matrix products above serve whole texts without padding, windows or biases; other calls use transformers' own
+    function.
+    """
     causal = others.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
     whole = attention_mask is None and others.get("position_bias") is None and query.shape[2] == key.shape[2]
     if not (causal and whole and dropout == 0 and scaling is not None):
@@ -72,7 +75,7 @@ def causal_attention(
 
 
 def attend_by_products(model: PreTrainedModel) -> None:
-    """Let a model whose attention is PyTorch's operator use ``causal_attention`` instead."""
+    """Make a model use ``causal_attention`` instead of PyTorch's attention operator."""
     AttentionInterface.register(NAME, causal_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     for module in model.modules():

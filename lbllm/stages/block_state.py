@@ -1,4 +1,4 @@
-"""The state of a block after a stage: the tensors that its binarized layers consist of."""
+"""The state of a block after a stage: the tensors of its binarized layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lbllm.sections import LayerFormat
 
 @dataclass
 class BlockState:
-    """The tensors of a block after a stage, and what its BlockDone event said of it."""
+    """The tensors of a block after a stage, and the losses and ``diverged`` of its BlockDone event."""
 
     tensors: dict[str, Tensor]
     loss_before: float
@@ -24,29 +24,32 @@ class BlockState:
 
 
 def grid_tensors(name: str, grid: ParamGrid | None) -> dict[str, Tensor]:
-    """A layer's grid as ``restore`` reads it. Copies: the layers of a block can share their ranges."""
+    """Return copies of a layer's grid, under the names that ``restore`` reads: a block's layers can share ranges."""
     return {} if grid is None else {f"{name}.{key}": tensor.clone() for key, tensor in grid._asdict().items()}
 
 
 def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
-    """The tensors that a block's frozen layers consist of."""
+    """Return the tensors of a block's frozen layers, as ``restore`` reads them."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}.params"] = layer.params.detach().float()
         tensors[f"{name}.index"] = layer.index
         tensors |= grid_tensors(name, layer.grid)
         if layer.quantizer is not None:
-            # A copy: layers that read one input share their quantizer, a file shares nothing.
+            # A copy: layers that read the same input share a quantizer, but a file can't store shared tensors.
             tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
     return tensors
 
 
 def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, Tensor], tail: int) -> nn.Module:
-    """A copy of a teacher's block, sharing what stays dense, with frozen ``BinaryLinear`` layers from a saved state."""
+    """Return a copy of a teacher's block with frozen ``BinaryLinear`` layers from a saved state.
+
+    The copy shares the dense layers with the teacher.
+    """
     student: nn.Module = share_copy(teacher)
     device = next(teacher.parameters()).device
     for name, fmt in formats.items():
-        # A copy, since training changes it in place and a block that diverges goes back to the saved state.
+        # A copy: training changes it in place, and a block that diverges is restored from the saved state.
         params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
         grid = None
         if fmt.param_bits == 4 and f"{name}.scale" in tensors:

@@ -1,4 +1,4 @@
-"""Train a block towards its teacher's output: the loop, the loss, the order of the texts."""
+"""Train a block to match the output of the teacher's block: the loop, the loss, the order of the texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lbllm.sections import AarConfig, WatConfig
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: number from 1, losses, learning-rate factor in (0, 1], tokens a second."""
+    """One optimizer step: its number (from 1), losses, learning-rate factor in (0, 1], tokens per second."""
 
     step: int
     loss: float
@@ -31,11 +31,12 @@ class Step:
 
 
 def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tensor:
-    """The reconstruction loss of outputs (..., hidden), a scalar.
+    """Return the reconstruction loss of outputs (..., hidden), a scalar.
 
-    ``mse``: the paper's squared error. ``relative``: each token's squared error over the larger of the two squared
-    norms, averaged. Massive-activation tokens, with norms hundreds of times the rest, then weigh as much as any
-    other, and a token whose massive activation appears in one stream only is bounded by 4.
+    ``mse``: the paper's squared error. ``relative``: each token's squared error divided by the larger of the two
+    squared norms, averaged over the tokens. Tokens with massive activations, whose norms are hundreds of times larger,
+    then have the same weight as other tokens. If only one of the two outputs has the massive activation, the token's
+    error is at most 4.
     """
     output, target = output.float(), target.float()
     error = (output - target).square().sum(-1)
@@ -49,18 +50,18 @@ def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tenso
 def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
-    """``token_error`` of a block over inputs and targets (n, T, hidden)."""
+    """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden)."""
     parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
     return sum(float(token_error(output, target)) * len(target) for output, target in parts) / len(inputs)
 
 
 def cosine(step: int, steps: int) -> float:
-    """Learning-rate factor of step 0, 1, ...: half a cosine from 1 down to 1/20."""
+    """Return the learning-rate factor of step 0, 1, ...: half a cosine from 1 down to 1/20."""
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def batch_order(sequences: int, batch: int, epochs: int, seed: int) -> list[Tensor]:
-    """Indices of the sequences of every step: each epoch its own permutation; a last short batch is kept."""
+    """Return the indices of the sequences of every step: one permutation per epoch; a shorter last batch is kept."""
     generator = torch.Generator().manual_seed(seed)
     order: list[Tensor] = []
     for _ in range(epochs):
@@ -69,12 +70,12 @@ def batch_order(sequences: int, batch: int, epochs: int, seed: int) -> list[Tens
 
 
 def binary_layers(block: nn.Module) -> dict[str, BinaryLinear]:
-    """The layers in training by their name in the block."""
+    """Return the ``BinaryLinear`` layers of a block by their name in it."""
     return {name: module for name, module in block.named_modules() if isinstance(module, BinaryLinear)}
 
 
 def quantizers_of(layers: Iterable[BinaryLinear]) -> list[ActQuantizer]:
-    """The quantizers of the layers' inputs, each once: layers that read one input share theirs."""
+    """Return the quantizers of the layers' inputs, each once: layers that read the same input share a quantizer."""
     found = {id(layer.quantizer): layer.quantizer for layer in layers if layer.quantizer is not None}
     return list(found.values())
 
@@ -93,10 +94,11 @@ def distill(
     lr_act: float = 0.0,
     kv_bits: int = 16,
 ) -> Iterator[Step]:
-    """Train a block's parameter ``groups`` (AdamW's, with base rates) on inputs and targets (n, T, hidden), yielding
-    each step. With them train the quantizers that the block's layers have; the KV cache has its bits.
+    """Train a block on inputs and targets (n, T, hidden); yields each step.
 
-    Ends early after yielding a step whose loss is not finite; that step is not applied.
+    ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
+    them, at the rate ``lr_act``. The KV cache has ``kv_bits``. If the loss of a step is not finite, the step is yielded
+    but not applied, and the training ends.
     """
     if not groups:
         return  # a block that stays dense has nothing to train
@@ -121,8 +123,8 @@ def distill(
         loss = token_error(output, targets[rows], loss_kind)
         reg = torch.zeros(())
         if bitmaps:
-            # AdaRound's annealing: a high power first leaves the bitmap free in the middle, a low one then drives it
-            # out.
+            # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
+            # one, which drives them to 0 or 1.
             assert isinstance(config, WatConfig)
             beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
             reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()

@@ -1,15 +1,15 @@
-"""Stage 4, end to end (optional; LBLLM has none): the whole student learns to give the teacher's logits.
+"""Stage 4, end to end: the whole student learns the teacher's logits. It is optional and not part of LBLLM.
 
-Trained are the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and KV cache as they
-will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.) Bits are fixed unless
-latent weights are given: then each weight takes the level nearest to its latent one, as in stage 2.
+The stage trains the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and KV cache as
+they will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.) Bits are fixed
+unless latent weights are given: then each weight takes the level nearest to its latent weight, as in stage 2.
 
-Sequences go through one at a time and their gradients are summed. Each layer's fake-quantized weight is made once a
-step, in the precision that matrices are multiplied in, and collects its gradient, which then goes to what makes the
-weight: that graph never spans the model.
+The model processes one sequence at a time and sums the gradients. Each step computes the fake-quantized weight of every
+layer once, in the precision of the matrix products. This weight collects its gradient, which is then passed on to the
+layer's parameters: so no autograd graph from parameters to weights spans the model.
 
-In the end parameters can be drawn back towards those it began with (WiSE-FT, Wortsman et al. 2022): what the new text
-taught stays for the most part, and less of what it did not ask for is lost.
+At the end the parameters can be blended with their starting values (WiSE-FT, Wortsman et al. 2022): this keeps most of
+what the new text taught, and the model forgets less of its other abilities.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from lbllm.stages.attention import attend_by_products
 from lbllm.stages.distill import Step, batch_order, cosine, quantizers_of
 from lbllm.stages.losses import LOSSES, feature_error
 
-WARM_UP = 5  # steps over which the learning rate rises: Adam knows nothing yet of the gradients' sizes
+WARM_UP = 5  # steps over which the learning rate rises: Adam first has to estimate the size of the gradients
 
 
 class EndToEnd:
-    """The training of a student's ``layers``, frozen BinaryLinears of which those that read one input share their
-    quantizer. ``latents`` (out, in), one a layer or none, train with ``config.lr_weight``; ``freeze`` then fixes the
-    bits. The student's other linear layers are then held in autocast's precision. ``state`` and ``load`` carry the
-    training over an interruption between two steps, bit for bit."""
+    """Trains the ``layers`` of a student: frozen BinaryLinears; layers that read the same input share a quantizer.
+
+    ``latents``: empty, or one latent weight (out, in) per layer, trained with ``config.lr_weight``; ``freeze`` fixes
+    the bits at the end. The models' other linear layers are stored in autocast's precision. ``state`` and ``load``
+    continue an interrupted training between two steps, bit for bit.
+    """
 
     def __init__(
         self,
@@ -75,21 +77,24 @@ class EndToEnd:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.begun = [parameter.detach().clone() for parameter in self.parameters] if config.start_share else []
+        self.start_values = [parameter.detach().clone() for parameter in self.parameters] if config.start_share else []
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
     @torch.no_grad()
     def loss(self, sequences: Tensor) -> float:
-        """The mean loss over sequences (n, T) as the student is now."""
+        """Return the present student's mean loss over sequences of token ids (n, T)."""
         self._expand()
         losses = [self._next_token_loss(one) for one in sequences.split(1)]
         self._drop()
         return float(torch.stack(losses).mean())
 
     def steps(self) -> Iterator[Step | None]:
-        """The steps that are left, and the drawing back; between two sequences None, where the caller may leave off. A
-        step whose loss is not finite is not applied, and the last."""
+        """Yield the remaining steps, then blend the parameters with their starting values.
+
+        Before each sequence it yields None, so that the caller can stop there. A step whose loss is not finite is not
+        applied, and it is the last step.
+        """
         while self.step < len(self.order):
             rows, began = self.order[self.step], time.perf_counter()
             factor = cosine(self.step, len(self.order)) * min(1.0, (self.step + 1) / WARM_UP)
@@ -118,19 +123,19 @@ class EndToEnd:
             yield Step(self.step, total, 0.0, factor, speed)
             if not math.isfinite(total):
                 break
-        if self.begun:
+        if self.start_values:
             with torch.no_grad():
-                for parameter, begun in zip(self.parameters, self.begun, strict=True):
-                    parameter.lerp_(begun, self.config.start_share)
+                for parameter, start in zip(self.parameters, self.start_values, strict=True):
+                    parameter.lerp_(start, self.config.start_share)
 
     def freeze(self) -> None:
-        """Fix bits and round group parameters to what a checkpoint stores: the end of the training."""
+        """End the training: fix the bits and round the group parameters to the values that a checkpoint stores."""
         for layer in self.layers:
             layer.freeze()
             layer.round_params()
 
     def state(self) -> dict[str, Tensor]:
-        """All that a later process needs to go on from after the last whole step."""
+        """Return all tensors that another process needs to continue after the last complete step."""
         tensors = {"step": torch.tensor(self.step)}
         for index, parameter in enumerate(self.parameters):
             tensors[f"{index}.value"] = parameter.detach()
@@ -139,7 +144,7 @@ class EndToEnd:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from another process's ``state``."""
+        """Continue from the result of ``state``."""
         self.step = int(tensors["step"])
         for index, parameter in enumerate(self.parameters):
             found = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{index}.")}
@@ -149,15 +154,16 @@ class EndToEnd:
             }
 
     def _next_token_loss(self, sequence: Tensor) -> Tensor:
-        """The loss of one sequence of token ids (1, T) over the T - 1 next tokens that it has."""
-        features, read = self.config.feature_weight > 0, sequence[:, :-1]
+        """Return the loss of one sequence of token ids (1, T), averaged over its T - 1 predictions."""
+        features, ids = self.config.feature_weight > 0, sequence[:, :-1]
         with self.autocast():
             with torch.no_grad():
-                meant = self.teacher(input_ids=read, use_cache=False, output_hidden_states=features)
-            given = self.student(input_ids=read, use_cache=False, output_hidden_states=features)
-        loss = LOSSES[self.config.loss](given.logits[0], meant.logits[0], sequence[0, 1:])
+                teacher = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=features)
+            student = self.student(input_ids=ids, use_cache=False, output_hidden_states=features)
+        loss = LOSSES[self.config.loss](student.logits[0], teacher.logits[0], sequence[0, 1:])
         if features:  # the first hidden states are the embeddings
-            loss = loss + self.config.feature_weight * feature_error(given.hidden_states[1:], meant.hidden_states[1:])
+            error = feature_error(student.hidden_states[1:], teacher.hidden_states[1:])
+            loss = loss + self.config.feature_weight * error
         return loss
 
     def _expand(self) -> None:
@@ -170,8 +176,8 @@ class EndToEnd:
 
 
 def _cast_linear(models: Sequence[nn.Module], dtype: torch.dtype) -> None:
-    """Hold the weights of all ordinary linear layers in ``dtype``, so that autocast doesn't convert them for every
-    sequence; a weight that several models share stays one."""
+    """Store the weights of all dense linear layers in ``dtype``, so that autocast doesn't convert them for each
+    sequence. Models that share a weight still share it."""
     cast: dict[Tensor, nn.Parameter] = {}
     for model in models:
         for module in model.modules():

@@ -1,15 +1,16 @@
-"""Distillation losses on logits, for the end-to-end stage: each a function of student and teacher logits.
+"""Distillation losses for the end-to-end stage: functions of student and teacher logits.
 
-Logits are (tokens, vocabulary); p_S and p_T are their softmaxes. Every loss is the mean over the tokens, a
-scalar, zero where the student gives the teacher's distribution, and differentiable in the student's logits.
+Logits are (tokens, vocabulary); p_S and p_T are their softmaxes. Every loss is a scalar, the mean over the tokens. It
+is zero if the student has the teacher's distribution, and differentiable in the student's logits.
 
 - ``forward_kl``: KL(p_T || p_S), mass-covering.
 - ``reverse_kl``: KL(p_S || p_T), mode-seeking.
-- ``cakld``: the mixture of both by the teacher's confidence in the text (BitDistiller, Du et al. 2024).
-- ``eakld``: the mixture by the teacher's entropy, which needs no text (EdgeRazor, Zhang et al. 2026).
+- ``cakld``: both, weighted by the teacher's confidence in the text (BitDistiller, Du et al. 2024).
+- ``eakld``: both, weighted by the teacher's entropy, which needs no text (EdgeRazor, Zhang et al. 2026).
 - ``concrete_score``: logit differences of all pairs of the vocabulary (Concrete Score Distillation, Kim et al. 2026).
 
-``feature_error`` compares what blocks give instead of logits, on layers chosen anew each time (EdgeRazor's idea).
+``feature_error`` compares the outputs of blocks instead of logits. It selects the blocks again at each call
+(EdgeRazor's idea).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lbllm.stages.distill import token_error
 
 
 class _ForwardKL(torch.autograd.Function):
-    """The same in one pass over the logits, its gradient with it."""
+    """KL(p_T || p_S) as one operator, which computes the loss and its gradient in one pass over the logits."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class _ForwardKL(torch.autograd.Function):
 
 
 def forward_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """KL(p_T || p_S); ``tokens`` is not read."""
+    """Return KL(p_T || p_S), a scalar; ``tokens`` is not used."""
     fits = student.dtype in (torch.float32, torch.bfloat16) and student.dtype == teacher.dtype
     if fits and student.device.type == "cpu" and not teacher.requires_grad and kernels.ready():
         value: Tensor = _ForwardKL.apply(student, teacher)
@@ -60,33 +61,37 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or the float64 that they have."""
+    """Return logits in float32; float64 logits stay as they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """KL(p_S || p_T); ``tokens`` is not read."""
+    """Return KL(p_S || p_T), a scalar; ``tokens`` is not used."""
     return _forward_kl(teacher, student)
 
 
 def cakld(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """gamma KL(p_S || p_T) + (1 - gamma) KL(p_T || p_S), gamma the teacher's mean probability of the text's next
-    ``tokens`` (int64, one a row)."""
+    """Return gamma KL(p_S || p_T) + (1 - gamma) KL(p_T || p_S), a scalar.
+
+    gamma is the teacher's mean probability of the text's next ``tokens``, int64 (tokens,).
+    """
     gamma = _wide(teacher.detach()).softmax(-1).gather(-1, tokens[:, None]).mean()
     return _mixture(student, teacher, tokens, gamma)
 
 
 def eakld(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """The same with gamma = clip(1 - mean entropy of p_T / log k, 0, 1), k the size of the vocabulary; ``tokens`` is
-    not read."""
+    """Return ``cakld`` with gamma = clip(1 - mean entropy of p_T / log k, 0, 1), where k is the size of the vocabulary;
+    ``tokens`` is not used."""
     log_teacher = _log_softmax(teacher.detach())
     entropy = -(log_teacher.exp() * log_teacher).sum(-1).mean()
     return _mixture(student, teacher, tokens, (1 - entropy / math.log(teacher.shape[-1])).clamp(0, 1))
 
 
 def concrete_score(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """1/2 sum_xy p_T(x) p_T(y) (f_S[x] - f_S[y] - f_T[x] + f_T[y])^2 of logits f: the variance of f_S - f_T under
-    p_T; ``tokens`` is not read."""
+    """Return 1/2 sum_xy p_T(x) p_T(y) (f_S[x] - f_S[y] - f_T[x] + f_T[y])^2, where f are the logits.
+
+    This is the variance of f_S - f_T under p_T. ``tokens`` is not used.
+    """
     student, teacher = _wide(student), _wide(teacher)
     weight, difference = teacher.detach().softmax(-1), student - teacher
     mean = (weight * difference).sum(-1, keepdim=True)
@@ -94,12 +99,12 @@ def concrete_score(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
 
 
 def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """The mean relative error (``token_error``) of the outputs (..., hidden) of some blocks, given of all in order.
+    """Return the mean ``token_error`` of the quarter of the blocks whose error grows most over the previous block.
 
-    Chosen is the quarter of the blocks where the error grows most from one to the next: a block that merely hands on
-    what it was given wrong is not pulled at.
+    ``student`` and ``teacher``: the outputs (..., hidden) of all blocks in order. A block that only passes on the error
+    of its input is not selected.
     """
-    errors = torch.stack([token_error(given, meant) for given, meant in zip(student, teacher, strict=True)])
+    errors = torch.stack([token_error(output, target) for output, target in zip(student, teacher, strict=True)])
     growth = errors.detach().diff(prepend=errors.new_zeros(1))
     return errors[growth.topk(-(-len(errors) // 4)).indices].mean()
 

@@ -1,9 +1,9 @@
-"""Stage 2, weight-aware training: one binarized block learns to give the full-precision block's output.
+"""Stage 2, weight-aware training: each binarized block learns the output of the full-precision block.
 
-Activations stay in full precision. The block's input is what the earlier, already binarized blocks deliver, its
-target the teacher block's output on the teacher's own stream, so later blocks absorb earlier error (LBLLM; the same
-chain as EfficientQAT's Block-AP). Latent weights start from stage 1's compensated values; trained jointly with them
-are the group parameters and, in the relaxed form, the bitmap G_fp.
+Activations stay in full precision. The block's input comes from the earlier, already binarized blocks. Its target is
+the output of the teacher's block in the full-precision teacher. So later blocks correct earlier errors (LBLLM;
+EfficientQAT's Block-AP does the same). The stage trains latent weights, which start from stage 1's compensated values,
+jointly with the group parameters and, in the relaxed form, the bitmap G_fp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lbllm.stages.distill import Step, binary_layers, distill
 
 
 def thaw_layers(layers: dict[str, BinaryLinear], latents: dict[str, Tensor], config: WatConfig) -> list[dict[str, Any]]:
-    """Begin training a block's frozen layers from latent weights (out, in) by layer name; the optimizer's groups."""
+    """Prepare a block's frozen layers for training from ``latents`` (out, in), by layer name; return the optimizer's
+    parameter groups."""
     groups: list[dict[str, Any]] = []
     for name, layer in layers.items():
         latent = latents[name]
@@ -45,9 +46,10 @@ def wat_block(
     seed: int,
     autocast: Any,
 ) -> Iterator[Step]:
-    """Stage 2 on a block of frozen ``BinaryLinear`` layers; ``latents`` are stage 1's weights (out, in) by layer name.
+    """Run stage 2 on a block of frozen ``BinaryLinear`` layers; yields each training step.
 
-    The layers are frozen again, with the new bits and levels, when the iterator ends.
+    ``inputs`` and ``targets`` are (n, T, hidden); ``latents`` are stage 1's weights (out, in) by layer name. When the
+    iterator ends, the layers are frozen again, with the new bits and levels.
     """
     layers = binary_layers(block)
     groups = thaw_layers(layers, latents, config)

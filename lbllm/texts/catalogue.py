@@ -1,4 +1,4 @@
-"""The catalogue of texts, and where each of them lies."""
+"""The catalogue of texts, and where each text is stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from lbllm.places import ASSETS, data_dir
 
 @dataclass(frozen=True)
 class CorpusEntry:
-    """One catalogue line. Read from ``asset``, which comes with the project, or from ``files`` under LBLLM_DATA_DIR,
-    else from ``hub`` (dataset, configuration)."""
+    """One text of the catalogue.
+
+    It is read from ``asset`` (part of the project), or from the first of ``files`` that exists under LBLLM_DATA_DIR,
+    or else from ``hub`` (dataset, configuration).
+    """
 
     id: str
     note: str
@@ -25,28 +28,28 @@ class CorpusEntry:
 TEXTS: tuple[CorpusEntry, ...] = (
     CorpusEntry(
         "embedded",
-        "1.2 million tokens sampled from the embedded model itself, half conversations, half documents; comes with "
+        "1.2 million tokens sampled from the embedded model itself, half conversations, half documents; included in "
         "this program",
         "Apache-2.0, as the model",
         asset="corpus.jsonl.gz",
     ),
     CorpusEntry(
         "everyday",
-        "360 thousand tokens of questions of everyday life and answers, most by the embedded model, the others by its "
-        "binarized copy; comes with this program",
+        "360 thousand tokens of everyday questions and answers, most by the embedded model, the others by its "
+        "binarized copy; included in this program",
         "Apache-2.0, as the model",
         asset="everyday.jsonl.gz",
     ),
     CorpusEntry(
         "embedded-more",
-        "260 thousand tokens more of the kind of `embedded`; comes with this program",
+        "260 thousand more tokens, of the same kind as `embedded`; included in this program",
         "Apache-2.0, as the model",
         asset="embedded_more.jsonl.gz",
     ),
     CorpusEntry(
         "everyday-more",
         "520 thousand tokens of other everyday questions and answers, three quarters by the embedded model, the others "
-        "by a better binarized copy of it; comes with this program",
+        "by a better binarized copy of it; included in this program",
         "Apache-2.0, as the model",
         asset="everyday_more.jsonl.gz",
     ),
@@ -67,7 +70,7 @@ TEXTS: tuple[CorpusEntry, ...] = (
     CorpusEntry(
         "redpajama",
         "a sample of SlimPajama, which is RedPajama (Together 2023) without duplicates",
-        "of its sources; Common Crawl, C4, GitHub, books, arXiv, Wikipedia, StackExchange",
+        "those of its sources: Common Crawl, C4, GitHub, books, arXiv, Wikipedia, StackExchange",
         ("text/redpajama.jsonl.gz",),
         ("DKYoon/SlimPajama-6B", None),
     ),
@@ -82,7 +85,7 @@ TEXTS: tuple[CorpusEntry, ...] = (
 
 
 def location(entry: CorpusEntry) -> str:
-    """Where a catalogue corpus would be read from now: a path, a hub dataset, or what is missing."""
+    """Return where a catalogue corpus would be read from now: a path, a hub dataset, or a note on what is missing."""
     local = local_path(entry)
     if local is not None:
         return str(local)
@@ -90,12 +93,12 @@ def location(entry: CorpusEntry) -> str:
 
 
 def parts(name: str) -> list[str]:
-    """The names that a corpus is joined of by "+"; a file may have one in its own."""
+    """Split a corpus name at each "+"; the name of an existing file or folder stays whole."""
     return [name] if find_text(name) else name.split("+")
 
 
 def check_available(name: str) -> None:
-    """Raise CorpusError where a catalogue corpus that ``name`` asks for is on this machine and on the hub nowhere."""
+    """Raise CorpusError if ``name`` contains a catalogue corpus that is neither on this machine nor on the hub."""
     for one in parts(name):
         entry = next((entry for entry in TEXTS if entry.id == one), None)
         if entry is not None and entry.hub is None and local_path(entry) is None:
@@ -103,7 +106,7 @@ def check_available(name: str) -> None:
 
 
 def find_text(name: str) -> CorpusEntry | Path | None:
-    """The catalogue entry, file or folder that a name means; a file also by its path under LBLLM_DATA_DIR."""
+    """Return the catalogue entry, file or folder of a name, or None. A path can be relative to LBLLM_DATA_DIR."""
     entry = next((entry for entry in TEXTS if entry.id == name), None)
     if entry is not None:
         return entry
@@ -113,6 +116,7 @@ def find_text(name: str) -> CorpusEntry | Path | None:
 
 
 def local_path(entry: CorpusEntry) -> Path | None:
+    """Return the path of a catalogue corpus on this machine, or None."""
     if entry.asset is not None:
         path = ASSETS / entry.asset
         return path if path.is_file() else None

@@ -1,13 +1,13 @@
-"""Texts: a catalogue of corpora, and from any of them fixed token tensors with a hash.
+"""Make fixed token tensors, with a hash, from catalogue corpora, files and folders.
 
     load_corpus("embedded", tokenizer, seq_len=512, tokens=32_768)                      catalogue
     load_corpus("notes/", tokenizer, seq_len=512, tokens=32_768, part="heldout")        .txt and .jsonl(.gz) files
     load_corpus("embedded+wikipedia", tokenizer, seq_len=512, tokens=32_768)            equal shares
     evaluation_tokens("wikitext2", tokenizer, seq_len=2048, limit=None)                 consecutive windows
 
-A corpus is split into train, tune and held-out parts by each document's hash, so the same text is never in two parts,
-whatever is asked for. Nothing is padded: documents are joined, with the tokenizer's document separator between them,
-and cut.
+The hash of a document decides whether it is in the train, tune or held-out part, so the same text is never in two
+parts. There is no padding: documents are joined, with the tokenizer's document separator between them, and cut into
+sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lbllm.texts.catalogue import parts
 from lbllm.texts.documents import SHARES, Document, Part
 from lbllm.texts.sources import open_text
 
-# How much of a source is read for a number of tokens: texts have 4 to 5 characters a token, so 8 leave room to spare.
+# Characters to read from a source for each token: texts have 4 to 5 characters per token, so 8 are enough.
 _CHARACTERS_PER_TOKEN = 8
 _READ_ALWAYS = 64_000_000
 _BATCH = 128
@@ -46,7 +46,7 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """The tokens there are, which can be fewer than were asked for."""
+        """The number of tokens; it can be smaller than the number requested."""
         return self.sequences.numel()
 
 
@@ -59,10 +59,10 @@ def load_corpus(
     part: Part = "train",
     seed: int = 0,
 ) -> Corpus:
-    """``ceil(tokens / seq_len)`` sequences of ``part``, or all there are if those are fewer. Raises CorpusError.
+    """Return ``ceil(tokens / seq_len)`` sequences of ``part``, or fewer if the part is too short. Raises CorpusError.
 
-    The documents are shuffled by ``seed``, joined and cut. Of a large source only the beginning is read, enough for
-    what is asked. Where the tokenizer itself puts a start token first, every sequence begins with it.
+    The documents are shuffled by ``seed``, joined and cut. It reads only the beginning of a large source, enough for
+    the requested tokens. If the tokenizer adds a start token to texts, every sequence begins with it.
     """
     wanted = -(-tokens // seq_len)
     names = parts(name)
@@ -75,13 +75,13 @@ def load_corpus(
 
 
 def sequences_hash(sequences: Tensor) -> str:
-    """SHA-256, in hex, over token ids (n, seq_len) and seq_len."""
+    """Return the SHA-256, in hex, of token ids (n, seq_len) and seq_len."""
     ids = sequences.cpu().numpy().astype("<i8")
     return hashlib.sha256(ids.tobytes() + f"|{sequences.shape[1]}".encode()).hexdigest()
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stood between documents in pretraining: the end of text, which in chat models is not the eos."""
+    """Return the token that separated documents in pretraining: the end of text, in chat models not the eos."""
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     for token in ("<|endoftext|>", "<|end_of_text|>"):
@@ -93,7 +93,7 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _sequences(
     name: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, wanted: int, part: Part, seed: int
 ) -> Tensor:
-    """At most ``wanted`` and at least one sequence (n, seq_len) from one corpus."""
+    """Return at least one and at most ``wanted`` sequences (n, seq_len) of one corpus. Raises CorpusError."""
     documents = _part(name, tokenizer, part, _CHARACTERS_PER_TOKEN * wanted * seq_len)
     random.Random(seed).shuffle(documents)
     start = _start_token(tokenizer)
@@ -108,7 +108,7 @@ def _sequences(
     if count == 0:
         raise CorpusError(
             f"corpus {name}: its {part} part has {len(ids)} tokens in {len(documents)} documents, "
-            f"one sequence takes {seq_len}; use a longer text or lower {setting_name('seq_len')}"
+            f"one sequence needs {seq_len}; use a longer text or lower {setting_name('seq_len')}"
         )
     sequences = torch.frombuffer(ids, dtype=torch.long)[: count * body].clone().view(count, body)
     if start is not None:
@@ -117,7 +117,7 @@ def _sequences(
 
 
 def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, start: int | None) -> Iterator[list[int]]:
-    """Each document's token ids, the document separator after them unless a chat template has framed it."""
+    """Yield each document's token ids, followed by the document separator unless a chat template formatted it."""
     separator = document_separator(tokenizer)
     texts = [_render(document, tokenizer) for document in documents]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -129,7 +129,7 @@ def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, start
 
 
 def _render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A document as plain text: conversations through the chat template, or turn after turn where there is none."""
+    """Return a document as plain text; a conversation goes through the chat template, or its turns are joined."""
     text = document.text
     if document.messages and tokenizer.chat_template is None:
         text = "\n\n".join(content for _, content in document.messages)
@@ -145,7 +145,7 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _part(name: str, tokenizer: PreTrainedTokenizerBase, part: Part, characters: int) -> list[Document]:
-    """Different documents of one part, reading no more of a large source than ``characters`` of the part call for."""
+    """Return the distinct documents of one part; stop reading a large source after about ``characters`` of the part."""
     streamed, source = open_text(name, tokenizer)
     budget = int(characters / SHARES[part])
     if not streamed:
@@ -159,12 +159,12 @@ def _part(name: str, tokenizer: PreTrainedTokenizerBase, part: Part, characters:
             break
     documents = list(unique.values())
     if all(document.part != "train" for document in documents):
-        # A document or two may all fall into the small parts; they are there to be trained on all the same.
+        # With only one or two documents, all may belong to the small parts; the train part then takes them all.
         return documents if part == "train" else []
     return [document for document in documents if document.part == part]
 
 
 def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer by itself puts before every text, or None."""
+    """Return the token that the tokenizer adds before every text, or None."""
     first = tokenizer("a")["input_ids"][:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None

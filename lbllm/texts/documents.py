@@ -1,8 +1,8 @@
-"""Read documents from .txt and .jsonl files, gzipped or not, and from folders of them; each knows its part.
+"""Read documents from .txt and .jsonl files, gzipped or not, and from folders of them.
 
 A document is a text or a conversation. A .jsonl row is {"text": ...} or {"messages": [{"role", "content"}, ...]}.
-A .txt file is one text. Long texts are cut at paragraph or line ends into sections of at most ``SECTION`` characters,
-each a document of its own: so even one long file has enough documents to hold some out.
+A .txt file is one text. Long texts are cut at paragraph or line ends into sections of at most ``SECTION`` characters.
+Each section is a document, so even one long file has enough documents for all parts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation where ``messages`` is not empty.
+    """A text, or a conversation if ``messages`` is not empty.
 
-    ``place`` says where it came from, for error messages. ``templated`` marks a text that holds the chat markup of the
-    tokenizer it is meant for, so that nothing is put after it.
+    ``place`` is the source, for error messages. ``templated`` marks a text that already contains the chat markup of its
+    tokenizer, so that no separator is added after it.
     """
 
     text: str = ""
@@ -41,13 +41,13 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the content alone, without surrounding blanks."""
+        """The SHA-256 of the content only; white space around a text is ignored."""
         content = json.dumps(self.messages) if self.messages else self.text.strip()
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
     @property
     def part(self) -> Part:
-        """Chosen by the digest, in the proportions ``SHARES``: equal contents are always in the same part."""
+        """The part, derived from the digest in the proportions ``SHARES``: equal contents are always in one part."""
         place = int.from_bytes(self.digest[:8], "big") / 2**64
         if place < SHARES["train"]:
             return "train"
@@ -55,12 +55,12 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """The number of characters."""
         return len(self.text) + sum(len(content) for _, content in self.messages)
 
 
 def sections(text: str, place: str = "", limit: int = SECTION) -> Iterator[Document]:
-    """Cut a text into documents of at most ``limit`` characters, at paragraph ends, else line ends, else anywhere."""
+    """Cut a text into documents of at most ``limit`` characters, at paragraph ends, or line ends, or anywhere."""
     while len(text) > limit:
         end = text.rfind("\n\n", 1, limit - 1) + 2
         if end < limit // 2:
@@ -74,21 +74,20 @@ def sections(text: str, place: str = "", limit: int = SECTION) -> Iterator[Docum
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file, or of all files under a folder in the order of their names. Raises CorpusError."""
+    """Yield the documents of a file, or of all files under a folder in the order of their names. Raises CorpusError."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
         if not files:
             raise CorpusError(
-                f"folder {path} holds no text: no file ending in {', '.join(SUFFIXES)} (or these with .gz)"
+                f"folder {path} contains no text: no file ends in {', '.join(SUFFIXES)} (or these with .gz)"
             )
         for file in files:
             yield from read_documents(file)
         return
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        raise CorpusError(
-            f"{path}: can't read text from a {path.suffix or 'nameless'} file; {', '.join(SUFFIXES)} work"
-        )
+        kind = f"{path.suffix} file" if path.suffix else "file without a suffix"
+        raise CorpusError(f"{path}: can't read text from a {kind}; use one of {', '.join(SUFFIXES)}")
     if suffix == ".jsonl":
         yield from _rows(path)
     else:
@@ -96,7 +95,7 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def read_text(path: Path) -> str:
-    """A whole text file, unzipped. A .jsonl file gives its texts joined by blank lines. Raises CorpusError."""
+    """Return a whole text file, unzipped, or the texts of a .jsonl file, joined by blank lines. Raises CorpusError."""
     if _suffix(path) == ".jsonl":
         documents = _rows(path)
         return "\n\n".join(row.text or "\n\n".join(content for _, content in row.messages) for row in documents)
@@ -104,7 +103,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_row(row: object, place: str) -> Iterator[Document]:
-    """The documents of one decoded .jsonl row. Raises CorpusError."""
+    """Yield the documents of one decoded .jsonl row. Raises CorpusError."""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         yield from sections(row["text"], place)
         return
@@ -123,12 +122,12 @@ def parse_row(row: object, place: str) -> Iterator[Document]:
 
 
 def wikitext_rows(lines: Iterable[str]) -> list[str]:
-    """The lines of a WikiText file as the hub's dataset Salesforce/wikitext has them: blank lines are empty rows."""
+    """Return the rows of the hub's dataset Salesforce/wikitext for a file's lines: blank lines become empty rows."""
     return [line if line.strip() else "" for line in lines]
 
 
 def wikitext_articles(rows: Iterable[str], place: str = "") -> Iterator[Document]:
-    """The articles of WikiText rows (a line with its line end each), without empty rows, long ones in sections."""
+    """Yield the articles of WikiText rows (lines with their line ends), without empty rows; long ones in sections."""
     article: list[str] = []
     for row in rows:
         if re.fullmatch(r" = [^=\n]+ = \n?", row) and article:
@@ -140,7 +139,7 @@ def wikitext_articles(rows: Iterable[str], place: str = "") -> Iterator[Document
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file with their line ends. Raises CorpusError."""
+    """Return the lines of a text file with their line ends. Raises CorpusError."""
     return list(_lines(path))
 
 
@@ -157,7 +156,7 @@ def _rows(path: Path) -> Iterator[Document]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines ending in \\n as they are; other line breaks of Unicode are no line ends here."""
+    """Yield lines with their \\n; other Unicode line breaks do not end a line."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
             yield from stream
@@ -168,5 +167,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that names the format, without a .gz after it."""
+    """Return the suffix of the format, without .gz, in lower case."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()

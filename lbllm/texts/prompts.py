@@ -1,4 +1,4 @@
-"""Example prompts by kind, from assets/prompts.json."""
+"""Read the example prompts, by kind, from assets/prompts.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lbllm.places import ASSETS
 
 
 class PromptKind(BaseModel):
-    """What the prompts ask for, in a word, and the prompts."""
+    """A kind of task, and its prompts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,5 +19,5 @@ class PromptKind(BaseModel):
 
 
 def example_prompts() -> list[PromptKind]:
-    """All example prompts, in the order they are shown."""
+    """Return all example prompts, in the order in which they are shown."""
     return TypeAdapter(list[PromptKind]).validate_python(json.loads((ASSETS / "prompts.json").read_text()))

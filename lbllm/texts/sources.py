@@ -1,4 +1,4 @@
-"""Read the documents of a text from a file, the assets or the hub, in a fixed order."""
+"""Read the documents of a corpus from a file, the assets or the hub, in a fixed order."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from lbllm.texts.documents import (
 )
 
 _NO_HUB = (
-    "{} can't be read from the hub ({}). Without a connection use the corpus 'embedded', or download the text "
-    "elsewhere and give its file or folder"
+    "{} can't be read from the hub ({}). Without a connection use the corpus 'embedded', or download the text on "
+    "another machine and give its file or folder"
 )
 
 
 def open_text(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, Iterable[Document]]:
-    """Whether a corpus comes over the network, and its documents in a fixed order."""
+    """Return whether a corpus comes from the network, and its documents in a fixed order. Raises CorpusError."""
     found = find_text(name)
     if found is None:
         known = [entry.id for entry in TEXTS]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise CorpusError(
-            f"corpus {name!r} is not known and no file or folder has that name; "
+            f"corpus {name!r} is not known, and no file or folder has this name; "
             f"{'close names: ' + ', '.join(close) if close else 'known: ' + ', '.join(known)}"
         )
     if isinstance(found, Path):
@@ -58,12 +58,12 @@ def open_text(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, Iter
     if local is not None:
         return False, read_documents(local)
     if found.hub is None:
-        raise CorpusError(f"corpus {name} is not here: set LBLLM_DATA_DIR to a folder that holds {found.files[0]}")
+        raise CorpusError(f"corpus {name} is not here: set LBLLM_DATA_DIR to a folder that contains {found.files[0]}")
     return True, _hub_rows(*found.hub)
 
 
 def wikitext_rows_of(split: str) -> list[str]:
-    """The rows of a WikiText-2 split, the same from a local file and from the hub."""
+    """Return the rows of a WikiText-2 split; a local file and the hub give the same rows. Raises CorpusError."""
     below = data_dir()
     names = [f"wiki.{split}.raw"] + (["wiki.train.head.raw.txt"] if split == "train" else [])
     for name in names:
@@ -80,28 +80,30 @@ def _hub_rows(dataset: str, configuration: str | None) -> Iterator[Document]:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # whatever the network and the file formats below raise
-            raise CorpusError(f"reading {dataset} from the hub broke off at row {number}: {error}") from error
+        except Exception as error:  # the network and the file formats raise exceptions of many types
+            raise CorpusError(f"reading {dataset} from the hub stopped at row {number}: {error}") from error
         yield from parse_row(row, f"{dataset}, row {number}")
 
 
 def hub_dataset(dataset: str, configuration: str | None, split: str, *, streaming: bool) -> Any:
+    """Return the rows of a split of a hub dataset, as the datasets library gives them. Raises CorpusError."""
     if hub.ask(dataset, "dataset") == "unreachable":
         raise CorpusError(_NO_HUB.format(dataset, "it does not answer"))
     with extra("eval", f"reading {dataset} from the hub"):
-        import datasets  # seconds to import, and only needed here
+        import datasets  # late: the import takes seconds and only this function needs it
 
     try:
         return datasets.load_dataset(dataset, configuration, split=split, streaming=streaming)
-    except Exception as error:  # whatever the network and the hub's client raise
+    except Exception as error:  # the network and the hub's client raise exceptions of many types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CorpusError(_NO_HUB.format(dataset, reason)) from error
 
 
 def _sampled(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    """A corpus of the embedded model for any tokenizer: as it is for that model's own, else without its chat markup.
+    """Yield the documents of a corpus that was sampled from the embedded model, for any tokenizer.
 
-    For another model the turns of a conversation go through its own template, and a row of documents is taken apart.
+    The embedded model's tokenizer gets the rows unchanged. For other tokenizers the chat markup is removed: a
+    conversation becomes messages for the tokenizer's own template, and a row of documents is split into documents.
     """
     rows = list(documents)
     head = None

@@ -1,4 +1,4 @@
-"""Consecutive windows of a text, on which perplexity is measured."""
+"""Cut a text into consecutive windows, to measure perplexity."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def evaluation_windows(
 def evaluation_tokens(
     text: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, limit: int | None = None
 ) -> Tensor:
-    """Consecutive windows (n, seq_len) of a text for perplexity, the first ``limit`` of them. Raises CorpusError.
+    """Return the first ``limit`` windows of a text: int64 token ids (n, seq_len). Raises CorpusError.
 
-    ``text`` is a file, or "wikitext2": its test split, tokenized as one text, which is the protocol of GPTQ and its
-    successors. That text is the dataset's rows joined by two line ends, where a row is a line of wiki.test.raw with its
-    own line end, and a blank line is an empty row; file and hub give the same. The tokenizer's own start token, if it
-    adds one, stands once at the very beginning; what doesn't fill the last window is dropped.
+    ``text`` is a file, or "wikitext2": its test split, tokenized as one text, which is the protocol of GPTQ and later
+    papers. This text is the dataset's rows, joined by two line ends. A row is a line of wiki.test.raw with its line
+    end; a blank line is an empty row. File and hub give the same text. If the tokenizer adds a start token, it appears
+    once, at the beginning of the text. Tokens that don't fill the last window are dropped.
     """
     content = "\n\n".join(wikitext_rows_of("test")) if text == "wikitext2" else read_text(_file(text))
     ids = tokenizer(content, verbose=False)["input_ids"]
     count = len(ids) // seq_len
     if count == 0:
         raise CorpusError(
-            f"{text} has {len(ids)} tokens, one window takes {seq_len}; use a longer text or a smaller --seq-len"
+            f"{text} has {len(ids)} tokens, one window needs {seq_len}; use a longer text or a smaller --seq-len"
         )
     count = count if limit is None else min(count, limit)
     return torch.tensor(ids[: count * seq_len], dtype=torch.long).view(count, seq_len)
@@ -64,4 +64,4 @@ def _file(name: str) -> Path:
     found = find_text(name)
     if isinstance(found, Path) and found.is_file():
         return found
-    raise CorpusError(f"text {name!r} is neither wikitext2 nor a file")
+    raise CorpusError(f"text {name!r} is not a file; give a file or wikitext2")

@@ -335,7 +335,7 @@ def test_what_can_not_be_quantized_is_named() -> None:
     with pytest.raises(ConfigError, match="'awq' is not known; choose from rtn"):
         method("awq")
     bad = torch.full((8, 8), math.nan)
-    with pytest.raises(LbllmError, match=r"layers\.3\.up: GPTQ met values"):
+    with pytest.raises(LbllmError, match=r"layers\.3\.up: GPTQ found values"):
         quantize_layer("layers.3.up", torch.ones(2, 8), bad, METHODS["gptq"], Settings(4))
-    with pytest.raises(LbllmError, match=r"layers\.3\.up: BiLLM met values"):
+    with pytest.raises(LbllmError, match=r"layers\.3\.up: BiLLM found values"):
         quantize_layer("layers.3.up", 1e30 * torch.randn(2, 8), torch.eye(8), METHODS["billm"], Settings(4))

@@ -190,7 +190,7 @@ def test_experts_in_a_list_are_refused() -> None:
     model, _ = tiny("llama")
     mlp = decoder_blocks(model)[1][0].get_submodule("mlp")
     decoder_blocks(model)[1][1].experts = nn.ModuleList([copy.deepcopy(mlp), mlp])
-    with pytest.raises(ModelError, match=r"model\.layers\.1 holds lists of sub-modules"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1 contains lists of sub-modules"):
         check_supported(model)
 
 

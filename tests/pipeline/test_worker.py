@@ -161,7 +161,7 @@ def torch_out_of_memory() -> Exception:
 
 QUICK = make_config("quick")
 MEMORY = (
-    "memory doesn't suffice",
+    "not enough memory",
     f"seq_len (Sequence length), now {QUICK.seq_len}",
     f"wat.batch_tokens (Stage 2, tokens per step), now {QUICK.wat.batch_tokens}",
     f"less text, now {QUICK.tokens} tokens",

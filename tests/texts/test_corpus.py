@@ -213,7 +213,7 @@ def test_folders_and_gzip(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
         ("a.txt.gz", b"no gzip", "can't be read"),
         ("a.parquet", b"x", r"\.parquet file"),
         ("a.txt", b"  \n", "0 tokens in 0 documents"),
-        ("a.txt", b"short", r"train part has \d tokens in 1 documents, one sequence takes 64"),
+        ("a.txt", b"short", r"train part has \d tokens in 1 documents, one sequence needs 64"),
     ],
 )
 def test_bad_files_are_named(
@@ -229,10 +229,10 @@ def test_unknown_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
         load_corpus("wiki", tokenizer, seq_len=8, tokens=8)
     with pytest.raises(CorpusError, match="known: embedded, everyday, embedded-more, everyday-more, wikitext2"):
         load_corpus("zzz", tokenizer, seq_len=8, tokens=8)
-    with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that holds text/wikipedia"):
+    with pytest.raises(CorpusError, match="set LBLLM_DATA_DIR to a folder that contains text/wikipedia"):
         load_corpus("wikipedia", tokenizer, seq_len=8, tokens=8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError, match="holds no text"):
+    with pytest.raises(CorpusError, match="contains no text"):
         load_corpus(str(tmp_path / "empty"), tokenizer, seq_len=8, tokens=8)
 
 
@@ -311,9 +311,9 @@ def test_evaluation_of_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     rows = _jsonl(tmp_path / "rows.jsonl", [{"text": SENTENCES[0]}, {"text": SENTENCES[1]}])
     windows = evaluation_tokens(str(rows), tokenizer, seq_len=4)
     assert windows.flatten().tolist()[:12] == tokenizer.encode(f"{SENTENCES[0]}\n\n{SENTENCES[1]}")[:12]
-    with pytest.raises(CorpusError, match=r"text\.txt has \d+ tokens, one window takes 5000"):
+    with pytest.raises(CorpusError, match=r"text\.txt has \d+ tokens, one window needs 5000"):
         evaluation_tokens(str(path), tokenizer, seq_len=5_000)
-    with pytest.raises(CorpusError, match="neither wikitext2 nor a file"):
+    with pytest.raises(CorpusError, match="is not a file; give a file or wikitext2"):
         evaluation_tokens("c4", tokenizer, seq_len=16)
 
 

@@ -1,9 +1,9 @@
-"""Two small components: a finished answer with the word marked at which it differs, and the lens over a text.
+"""Two small components: a finished answer with its first different word marked, and the lens over a text.
 
     answer_view("The sky ...", at=8, key="left")
     lens_view(lens, names=("teacher", "student"), key="lens")
 
-Both write what models wrote as text nodes, never as HTML.
+Both show the text of models as text nodes, never as HTML.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _lens = st.components.v2.component("lbllm.lens", css=_CSS, js=(_HERE / "lens.js"
 
 
 def answer_view(text: str | None, *, at: int | None, key: str) -> None:
-    """Show an answer, the word at position ``at`` marked; None keeps the place for one."""
+    """Show an answer with the word at position ``at`` marked; for None, show an empty element as a placeholder."""
     _answer(key=key, data={"text": text or "", "at": None if at is None else _utf16(text or "", at)})
 
 
@@ -30,8 +30,8 @@ def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
     known = [-1.0 if token.kl is None else token.kl for token in lens.tokens]
     data = {
         "names": names,
-        "label": "Tokens of the text; arrow keys move from one to the next",
-        "parted": "another token is the most likely one",
+        "label": "Tokens of the text; use the arrow keys to move between them",
+        "parted": "the models' most likely tokens differ",
         "legend": [(f"k{step}", label) for step, label in enumerate(step_labels())],
         "start": known.index(max(known)),
         "tokens": [
@@ -52,5 +52,5 @@ def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
 
 
 def _utf16(text: str, position: int) -> int:
-    """A position in the text as JavaScript counts it."""
+    """Return a position in the text in JavaScript's units (UTF-16)."""
     return len(text[:position].encode("utf-16-le", "surrogatepass")) // 2

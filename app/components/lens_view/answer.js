@@ -1,5 +1,5 @@
-// A finished answer as plain text, with the word marked at which it parts from the other one. Text reaches the page as
-// text nodes alone.
+// A finished answer as plain text; the first word that differs from the other answer is marked. All text is added as
+// text nodes.
 
 export default function ({ parentElement, data }) {
   let node = parentElement.querySelector(".text");
@@ -16,7 +16,7 @@ export default function ({ parentElement, data }) {
   const rest = text.slice(at);
   const word = rest.match(/^\s*\S+/)?.[0] ?? "";
   const mark = document.createElement("mark");
-  mark.title = "Here the answers part";
+  mark.title = "The answers begin to differ here";
   mark.textContent = word || "∎";
   node.replaceChildren(text.slice(0, at), mark, rest.slice(word.length));
 }

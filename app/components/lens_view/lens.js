@@ -1,5 +1,5 @@
-// The lens: a text whose tokens carry colours; the token under the pointer, or chosen by the arrow keys, has its
-// details in the panel beside it. All strings of models reach the page as text nodes.
+// The lens: a text with coloured tokens; the panel beside it shows details of the token under the pointer, or of the
+// token chosen with the arrow keys. All strings of models are added as text nodes.
 
 const STATE = Symbol("lens");
 
@@ -10,7 +10,7 @@ function element(tag, className, text) {
   return node;
 }
 
-// Spaces and line ends have no shape of their own.
+// Make spaces and line ends visible.
 const shown = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
 const percent = (p) => (p >= 0.1 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "<0.1 %");
 
@@ -56,7 +56,7 @@ function create(parentElement) {
     const token = tokens[state.at];
     panel.replaceChildren(element("div", "headline", shown(token.text)));
     if (token.kl === null) {
-      panel.append(element("div", "small", "The first token: nothing comes before it, so nothing was expected."));
+      panel.append(element("div", "small", "This is the first token. No text comes before it, so the models expected nothing."));
       return;
     }
     panel.append(element("div", "small", `Divergence ${token.kl.toFixed(token.kl < 0.1 ? 3 : 2)} nats`));

@@ -1,10 +1,10 @@
-"""A Plotly figure that is updated in place: zoom, pan and hidden traces survive new data, the DOM node stays the same.
+"""A Plotly figure that is updated in place: new data keeps the DOM node, zoom, pan and hidden traces.
 
     payload = encode(figure, label="Loss of block 3")
     clicked = live_chart(payload, key="loss")
 
-``st.plotly_chart`` builds its chart anew with new data. Plotly's own code comes from the installed package and is
-loaded once a page, with no network beyond this server.
+``st.plotly_chart`` builds a new chart for new data. The JavaScript of Plotly comes from the installed package, through
+this server; each page loads it once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYOUT: dict[str, Any] = {
 }
 _CONFIG = {
     "displaylogo": False,
-    # Plotly offers by default to send a chart to its makers' site.
+    # By default Plotly offers to send a chart to its makers' website.
     "showSendToCloud": False,
     "plotlyServerURL": "",
     "scrollZoom": False,
@@ -52,11 +52,11 @@ _chart = st.components.v2.component(
 
 
 def encode(figure: dict[str, Any], *, label: str, stamp: int = 0) -> bytes:
-    """What ``live_chart`` sends: the figure's traces and its layout over the common one.
+    """Return the data for ``live_chart``: the figure's traces, and its layout merged into the common layout.
 
-    A string ``--st-...`` anywhere in the figure becomes the theme's value in the browser, so a figure suits light and
-    dark. Each trace needs a ``uid`` that stays. ``label`` is read out by screen readers; ``stamp`` appears as the
-    node's ``data-stamp`` once the figure is drawn. NaN must have been replaced by None.
+    In the browser, each string ``--st-...`` in the figure becomes the theme's value, for light and dark themes. Each
+    trace needs a constant ``uid``. Screen readers read ``label``; ``stamp`` appears as the node's ``data-stamp`` when
+    the figure is drawn. Raises ValueError if the figure contains NaN; use None instead.
     """
     layout = _LAYOUT | figure.get("layout", {})
     for name in [name for name in layout if name.startswith(("xaxis", "yaxis"))]:
@@ -68,9 +68,9 @@ def encode(figure: dict[str, Any], *, label: str, stamp: int = 0) -> bytes:
 
 
 def live_chart(payload: bytes, *, key: str) -> dict[str, Any] | None:
-    """Show an encoded figure; returns what was clicked just now: ``x``, ``y`` and the ``trace``'s uid.
+    """Show an encoded figure; return the point that was just clicked (``x``, ``y`` and the ``trace``'s uid) or None.
 
-    The same payload again costs next to nothing: the browser is told that nothing changed.
+    Showing the same payload again is cheap, because the browser already has it.
     """
     _serve_library()
     result = _chart(key=key, data=payload, on_click_change=_nothing)
@@ -79,11 +79,11 @@ def live_chart(payload: bytes, *, key: str) -> dict[str, Any] | None:
 
 
 def _nothing() -> None:
-    """Streamlit passes on the clicks of a component that has a callback for them."""
+    """A callback without effect: Streamlit reports clicks only for components that have a callback."""
 
 
 def _serve_library() -> None:
-    """Let the server hand out the folder with Plotly's JavaScript, as that of an installed component."""
+    """Make the server serve the folder with Plotly's JavaScript, as the folder of an installed component."""
     if not Runtime.exists():
         return
     registry = Runtime.instance().bidi_component_registry

@@ -1,5 +1,5 @@
-// One Plotly figure that lives as long as its place on the page: new data goes through Plotly.react into the same node,
-// so zoom, pan and hidden traces survive (layout.uirevision says when they should not).
+// One Plotly figure that exists as long as its place on the page: Plotly.react puts new data into the same node, so
+// zoom, pan and hidden traces are kept until layout.uirevision changes.
 
 const STATE = Symbol("live chart");
 let library;
@@ -9,7 +9,7 @@ function loadPlotly(source) {
     library = new Promise((resolve, reject) => {
       if (window.Plotly?.react) return resolve(window.Plotly);
       const script = document.createElement("script");
-      // Pages are one level deep, so the page's own address leads to the server's root, also behind a base path.
+      // Page addresses have one level, so a relative address leads to the server's root, also behind a base path.
       script.src = new URL(source, document.location.href).href;
       script.onload = () => resolve(window.Plotly ?? window.moduleName);
       script.onerror = () => {
@@ -22,7 +22,7 @@ function loadPlotly(source) {
   return library;
 }
 
-// Colours named like the theme's CSS properties become the theme's values.
+// Replace the names of the theme's CSS properties by their values.
 function painted(value, style) {
   if (typeof value === "string") return value.startsWith("--st-") ? style.getPropertyValue(value).trim() : value;
   if (Array.isArray(value)) return typeof value.at(-1) === "number" ? value : value.map((item) => painted(item, style));
@@ -37,7 +37,7 @@ function create(parentElement) {
   parentElement.appendChild(node);
   const state = { node, wanted: null, shown: null, busy: false, send: null };
   state.show = async () => {
-    // One drawing at a time, of the newest data; a hidden tab draws when somebody looks.
+    // Draw one figure at a time, with the newest data; a hidden tab draws when it becomes visible.
     if (state.busy || document.hidden || !state.wanted) return;
     const wanted = state.wanted;
     const style = getComputedStyle(node);
