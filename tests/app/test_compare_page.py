@@ -158,7 +158,7 @@ def test_a_base_model_is_labelled_and_goes_on_with_the_text(opened: Open) -> Non
         ("../elsewhere", "lies outside"),
         ("/etc", "lies outside"),
         ("no-such-model", "no-such-model"),
-        ("run", "config.json"),
+        ("run/blocks", "config.json"),
     ],
 )
 def test_a_pick_that_can_not_be_used_says_why(opened: Open, pick: str, message: str) -> None:

@@ -127,8 +127,8 @@ def test_models_that_cannot_be_are_refused_with_a_way_out(app: AppTest) -> None:
     refused = {
         "/etc": "lies outside",
         "../elsewhere": "lies outside",
-        "smollm3": "neither known nor a path under",
-        "<img src=x onerror=alert(1)>": "neither known",
+        "smollm3": "is not known; close names: smollm2-360m",
+        "<img src=x onerror=alert(1)>": "is not known",
     }
     for name, message in refused.items():
         type_in(app, "model", name)
