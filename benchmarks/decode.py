@@ -95,7 +95,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
 
 def check_names(checkpoint: str, teacher: str) -> None:
-    """Raise LbllmError where a name leads to no such model: before anything is measured."""
+    """Raise LbllmError where a name leads nowhere, before anything is measured."""
     from lbllm.checkpoints.find import find_checkpoint, find_teacher
 
     find_checkpoint(checkpoint)
