@@ -95,7 +95,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
 
 def check_names(checkpoint: str, teacher: str) -> Path:
-    """The checkpoint's weights. Raises LbllmError where a name leads to no such model: before anything is measured."""
+    """The file of the checkpoint's weights. Raises LbllmError if a name leads nowhere, before anything is measured."""
     from lbllm.checkpoints.find import find_checkpoint, find_teacher
     from lbllm.checkpoints.hf import WEIGHTS
 

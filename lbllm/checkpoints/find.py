@@ -106,7 +106,7 @@ def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint
 
 
 def find_run(name: str, store: RunStore | None = None) -> FoundCheckpoint | None:
-    """The checkpoint of the run with this id; None where the store has no such run. Raises RunError where the run is
+    """The checkpoint of the run with this id; None where the store does not have it. Raises RunError where the run is
     not finished, CheckpointError where its checkpoint is gone."""
     with _opened(store) as runs:
         try:
