@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     run_tiny(settings, tmp_path / "second", teacher)
     further = Precision(settings, tmp_path / "second", teacher, WINDOWS, lambda line: None)
     begun, ended = further.by_params(1.0)
-    assert (begun.label, ended.base) == ("Starting checkpoint", 1.0)
+    assert (begun.label, ended.base) == (STAGE_NAMES["start"], 1.0)
     first = perplexity(stage_model(settings, tmp_path / "second", "start", teacher), WINDOWS).perplexity
     assert begun.base == pytest.approx(first, rel=1e-6)
 

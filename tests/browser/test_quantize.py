@@ -26,7 +26,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     # Every change shows at once, and the page is as wide as the window.
     choose(page, "Preset", "Preview")
     # What the preset sets is on the page before anything is changed by hand: it would replace that.
-    expect(page.get_by_role("spinbutton", name="Tokens", exact=True).first).to_have_value("2048")
+    expect(page.get_by_role("spinbutton", name="Stage 2, training tokens")).to_have_value("2048")
     choose(page, "Group size", "128")
     expect(figure(page, "Bits a weight")).to_have_text("2.54")
     choose(page, "Weights", "W1")
