@@ -55,7 +55,7 @@ def test_cpu_is_the_cpu() -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:7", ""])
 def test_an_unknown_device_is_refused_with_the_choices(device: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{device}' is not known; choose auto, cpu or cuda"):
+    with pytest.raises(ConfigError, match=f"'{device}' is not known; choose from auto, cpu, cuda"):
         make_accelerator(device)
 
 

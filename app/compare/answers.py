@@ -45,7 +45,7 @@ def show_exchange(exchange: Exchange) -> list[Place]:
 
 
 def show_live(exchange: Exchange, places: list[Place], elapsed: float) -> None:
-    """Write into their places what exists of both answers."""
+    """Write the present state of both answers into their places."""
     for answer, (text, figures) in zip(exchange.answers, places, strict=True):
         if answer.error:
             text.error(plain(answer.error))
@@ -71,7 +71,7 @@ def _final_text(answer: Answer) -> str:
 
 
 def difference_text(left: str, right: str) -> str:
-    """Where two answers begin to differ, in a sentence."""
+    """Return a sentence on where two answers begin to differ."""
     at = first_difference(left, right)
     if at is None:
         return "Both answers are the same, word for word."
@@ -82,7 +82,7 @@ def difference_text(left: str, right: str) -> str:
 
 
 def figures_html(answer: Answer) -> str:
-    """The measurements of an answer as HTML."""
+    """Return the measurements of an answer as HTML."""
     speed = f"{answer.tokens_per_second:.1f}" if answer.tokens_per_second else "–"
     first = f"{answer.first_token_seconds:.2f} s" if answer.tokens else "–"
     memory = size_text(answer.weight_bytes) if answer.weight_bytes else "–"

@@ -10,7 +10,7 @@ from lbllm.chat.settings import ChatSettings
 from lbllm.fields import bounds
 
 _FIRST = ChatSettings()
-# What the widgets offer where that is less than what is allowed.
+# The range of a widget, if it is smaller than the allowed range.
 _OFFERED: dict[str, tuple[float, float]] = {
     "top_p": (0.05, 1.0),
     "repetition_penalty": (1.0, 1.5),

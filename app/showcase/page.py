@@ -217,7 +217,7 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
         )
     except OSError:
         page.close(verbose=False)
-        raise ResourceError(f"port {port} of {host} is in use or not allowed; give another with --port") from None
+        raise ResourceError(f"port {port} of {host} is taken or not allowed; give another with --port") from None
     try:
         yield address
     finally:

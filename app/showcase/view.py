@@ -1,6 +1,6 @@
 """The small pieces of HTML that the showcase shows for a turn.
 
-The texts of visitors and models are not in them but in text boxes; the templates escape everything else.
+They contain no text of visitors or models, which text boxes show; the templates escape everything else.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def logo() -> str:
 
 
 def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list[str]:
-    """At most ``EXAMPLES`` prompts, which change with ``turn``: one of each kind, or beginnings of texts for models
-    without a chat template."""
+    """Return at most ``EXAMPLES`` prompts, which change with ``turn``: one of each kind, or, with ``completes``,
+    beginnings of texts for models without a chat template."""
     if completes:
         return list(next(kind.prompts for kind in kinds if kind.kind == "Complete")[:EXAMPLES])
     return [kind.prompts[turn % len(kind.prompts)] for kind in kinds][:EXAMPLES]
@@ -132,7 +132,7 @@ def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
 
 
 def figures(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """The main figures of a side's model and of its answer; hidden while they would reveal the model."""
+    """Return the main figures of a side's model and answer as HTML; hidden while they would reveal the model."""
     names = showcase.names if seen is None else seen.names
     if names is None:
         return _html("figures", hidden=True, figures=[])
