@@ -345,6 +345,6 @@ def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monke
     assert f"--from {first.id}" in card
     assert "Run 1 of 2" in card
     assert "Run 2 of 2" in card
-    assert "The checkpoint gone on from" in card
+    assert "Starting checkpoint" in card
     assert str(tmp_path) not in card
     assert str(tmp_path) not in (out / "lbllm_run.json").read_text() + (out / "config.json").read_text()
