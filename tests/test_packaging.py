@@ -115,7 +115,8 @@ from app.view import THEME
 files = [places.APP / "workbench.py", THEME / "theme.toml", places.ASSETS / "checkpoint" / "packed.safetensors"]
 files += space._licence_files()
 assert [file.name for file in files[-2:]] == ["LICENSE", "NOTICE"]
-print(json.dumps({"files": list(map(str, [*files, *kernels.SOURCES])), "prompts": len(prompts.example_prompts())}))
+found = {"files": list(map(str, [*files, *kernels.SOURCES])), "prompts": len(prompts.example_prompts())}
+print(json.dumps(found | {"space": space._requirements()}))
 """
     lines = run(installed, tmp_path, sys.executable, "-c", program).stdout.splitlines()
     embedded = json.loads("".join(lines[:-1]))["corpora"][0]
@@ -125,3 +126,5 @@ print(json.dumps({"files": list(map(str, [*files, *kernels.SOURCES])), "prompts"
         assert file.is_file()
         assert file.is_relative_to(installed), file
     assert found["prompts"] > 0
+    # The versions that are installed here are those of the lock.
+    assert set(found["space"]) < set((ROOT / "requirements.txt").read_text().split())
