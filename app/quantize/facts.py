@@ -82,7 +82,7 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
     longest = max(stages, key=stages.__getitem__)
     shown = (
         (
-            "Bits a weight",
+            "Bits per weight",
             f"{result.bpw:.2f}",
             "fp16: 16",
             "Stored bits of a binarized weight, with its share of the group's parameters.",

@@ -143,7 +143,7 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
             line={"color": LINES[fmt], "width": 1.5 if other else 2.5, "dash": "dot" if other else "solid"},
             marker={"size": 6 if other else 8},
             hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} bits "
-            "a weight<extra></extra>",
+            "per weight<extra></extra>",
         )
         if not other:
             _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
@@ -194,7 +194,7 @@ def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) ->
     beside = [point for choice, point in points.items() if choice[1] == own[1] and choice[0] != own[0]]
     if own in points and any(point.format in METHODS for point in beside):
         ranked = sorted([points[own], *beside], key=lambda point: point.error)
-        said = "At your group size, with bits a weight, everything counted: "
+        said = "At your group size, with bits per weight, everything counted: "
         said += ", ".join(f"{NAMES[p.format]} {_percent(p.error)} ({p.bpw:.2f} bits)" for p in ranked) + ". "
     if own in points and after is not None and after.error is not None:
         said += (
