@@ -109,5 +109,5 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         (f"{answer.tokens_per_second:.1f}", "tokens/s, alone" if answer.timed else "tokens/s"),
         (f"{answer.first_token_seconds:.2f} s", "first token"),
         (f"{answer.weight_bytes / 1e6:.1f} MB", "weights"),
-        (f"{answer.bpw:.2f}", "bits a weight"),
+        (f"{answer.bpw:.2f}", "bits per weight"),
     ]
