@@ -1,10 +1,11 @@
-"""Half a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real screenshots.
+"""Record half a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real
+screenshots.
 
     python -m benchmarks.animation
 
-A visitor in headless Chromium, over a home of its own: both models answer a question, settings move the figures and
-one block is previewed, a run of the preset `preview`, stages 1 and 2, is started and watched. The picture's time is
-not the machine's: of what takes longer than anybody wants to watch, evenly chosen moments are shown.
+A visitor in headless Chromium, with its own home folder: both models answer a question, settings change the figures,
+one block is previewed, and a run of the preset `preview`, stages 1 and 2, is started and watched. The picture is
+faster than the machine: slow parts are shown by pictures at even intervals.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Film:
         self.durations: list[int] = []
 
     def still(self, seconds: float) -> None:
-        """The page as it is, when nothing moves any more."""
+        """A picture of the page after all movement has stopped."""
         settle(self.page)
         self._add(self.page.screenshot(), seconds)
 
@@ -76,7 +77,7 @@ class Film:
 
 
 def show(part: Locator) -> None:
-    """Scroll until it is the lowest that is seen."""
+    """Scroll until it is at the lower edge."""
     part.evaluate("part => part.scrollIntoView({block: 'end'})")
 
 
@@ -133,7 +134,7 @@ def watch(page: Page, server: Server, film: Film, limit: float) -> None:
 
 
 def end_runs(server: Server) -> None:
-    """Nothing goes on in a folder that is deleted next."""
+    """End the run, because its folder is deleted next."""
     for run in server.store.all():
         if run.state in ACTIVE:
             server.store.request(run.id, "cancel")

@@ -1,6 +1,6 @@
 """How long a visitor waits, by the clock of a real browser: ``python -m benchmarks.waits``.
 
-A workbench is started from nothing, as ``make run`` starts it, over an empty home. Printed are the seconds from its
+A workbench is started as by ``make run``, with an empty home. Printed are the seconds from its
 start to the first page, to both models being ready and to the first word of each answer; then, on the Quantize page,
 from the change of a setting to the new figures (the median of several) and from the click on Preview to the finished
 chart. Nothing else should work on the machine.
