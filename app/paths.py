@@ -1,7 +1,7 @@
 """Paths that come from a page: all below one folder, LBLLM_ROOT or the current one.
 
-The command line opens what its user names. A page may be open in a browser that shows other people's pages too, so what
-it names is looked for under the root alone, symbolic links resolved.
+The command line opens what its user names. A page may be open in a browser that also shows foreign pages, so its
+paths are looked up only under the root, with symbolic links resolved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lbllm.texts.catalogue import TEXTS
 def resolve_under_root(text: str) -> Path:
     """The absolute path that ``text`` means, relative ones beginning at the root. It need not exist.
 
-    Raises ConfigError where it lies outside the root, or leaves it by a symbolic link or "..".
+    Raises ConfigError if it lies outside the root, or leaves it by a symbolic link or "..".
     """
     allowed = root()
     try:
@@ -37,7 +37,7 @@ def resolve_under_root(text: str) -> Path:
 
 
 def model_name(text: str) -> str:
-    """What a page calls a model, as the engine takes it: ``shipped``, catalogue ids and hub ids as they are, the folder
+    """A model name from a page, as the engine takes it: ``shipped``, catalogue ids and hub ids as they are, the folder
     of its checkpoint for a run's id, paths resolved.
 
     Raises ConfigError for paths outside the root, and what ``find_model`` raises.
@@ -46,7 +46,7 @@ def model_name(text: str) -> str:
 
 
 def teacher_name(text: str) -> str:
-    """The same where only a teacher can be used, with the errors of ``find_teacher``."""
+    """The same, but only for a teacher, with the errors of ``find_teacher``."""
     return _model(text, find_teacher)
 
 

@@ -1,4 +1,4 @@
-"""What each stage, and each choice in the stages, is worth, measured on single blocks of a real model.
+"""Measure the effect of each stage, and of each choice in the stages, on single blocks of a real model.
 
     python -m benchmarks.ablation --blocks 2,14,27
     python -m benchmarks.ablation --blocks 14 --corpus wikipedia --parts wat
@@ -6,7 +6,7 @@
 Printed is each block's relative output error (mean over tokens of ||teacher - student||^2 over the larger of the two
 squared norms), first on the corpus' tune part, which nothing is trained on, then on the text that was trained on.
 
-Parts: ``stages`` takes away one stage, or one idea of the paper, at a time; ``ptq``, ``wat`` and ``aar`` vary one
+Parts: ``stages`` leaves out one stage, or one idea of the paper, at a time; ``ptq``, ``wat`` and ``aar`` vary one
 setting of a stage; ``groups`` gives the layers of a block group sizes of their own (layers named as in LLaMA).
 Training of weights and activations together has as many steps as stages 2 and 3 have.
 """
@@ -98,7 +98,7 @@ Variant = tuple[str, str, Made]
 @dataclass(frozen=True)
 class Result:
     """One variant on one block: its errors on the text that was trained on and on the other, or where it diverged.
-    ``stages``: those that it went through, or the format that they made."""
+    ``stages``: the stages that trained it, or the format that they made."""
 
     part: str
     stages: str
@@ -110,7 +110,7 @@ class Result:
 
 
 class Ablation:
-    """The variants on one block, each made when it is asked for; what several of them begin with is made once."""
+    """The variants on one block, each made on request; common first steps are computed once."""
 
     def __init__(self, block: OneBlock) -> None:
         self.block = block
@@ -126,7 +126,7 @@ class Ablation:
         return self.block.train(self.first, WatConfig())
 
     def stages(self) -> Iterator[Variant]:
-        """One stage, or one idea of the paper, taken away at a time."""
+        """One stage, or one idea of the paper, left out at a time."""
         block, weights = self.block, "W(1+1)A16"
         plain = block.cluster()
         yield weights, "plain clustering", plain
@@ -209,7 +209,7 @@ PARTS: dict[str, Callable[[Ablation], Iterator[Variant]]] = {
 
 
 def measure(block: OneBlock, parts: list[str], report: Callable[[str], None]) -> list[Result]:
-    """All variants of the parts on one block; each is reported as soon as it is there."""
+    """All variants of the parts on one block; each is reported as soon as it is ready."""
     ablation, results = Ablation(block), []
     began = time.perf_counter()
     for name in parts:

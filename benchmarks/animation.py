@@ -1,10 +1,11 @@
-"""Half a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real screenshots.
+"""Record half a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real
+screenshots.
 
     python -m benchmarks.animation
 
-A visitor in headless Chromium, over a home of its own: both models answer a question, settings move the figures and
-one block is previewed, a run of the preset `preview`, stages 1 and 2, is started and watched. The picture's time is
-not the machine's: of what takes longer than anybody wants to watch, evenly chosen moments are shown.
+A visitor in headless Chromium, with its own home folder: both models answer a question, settings change the figures,
+one block is previewed, and a run of the preset `preview`, stages 1 and 2, is started and watched. The picture is
+faster than the machine: slow parts are shown by pictures at even intervals.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Film:
         self.durations: list[int] = []
 
     def still(self, seconds: float) -> None:
-        """The page as it is, when nothing moves any more."""
+        """A picture of the page after all movement has stopped."""
         settle(self.page)
         self._add(self.page.screenshot(), seconds)
 
@@ -76,7 +77,7 @@ class Film:
 
 
 def show(part: Locator) -> None:
-    """Scroll until it is the lowest that is seen."""
+    """Scroll until it is at the lower edge."""
     part.evaluate("part => part.scrollIntoView({block: 'end'})")
 
 
@@ -85,7 +86,7 @@ def ask(page: Page, server: Server, film: Film, limit: float) -> None:
     page.goto(server.url())
     page.get_by_role("button", name="Got it").click()
     # Each side's line says so when its model is loaded.
-    expect(page.get_by_text(re.compile("bits a weight.* · .* MB"))).to_have_count(2)
+    expect(page.get_by_text(re.compile("bits per weight.* · .* MB"))).to_have_count(2)
     box = page.get_by_test_id("stChatInputTextArea")
     box.fill(QUESTION)
     film.still(1.5)
@@ -100,12 +101,12 @@ def ask(page: Page, server: Server, film: Film, limit: float) -> None:
 def configure(page: Page, server: Server, film: Film, limit: float) -> None:
     """Settings, and what they give; then one block."""
     page.get_by_role("link", name="Quantize").click()
-    expect(figure(page, "Bits a weight")).to_have_text("3.02")
+    expect(figure(page, "Bits per weight")).to_have_text("3.02")
     film.still(1.5)
     changes = (("Group size", "64", "2.27"), ("Weights", "W1", "1.15"), ("Weights", "W(1+1)", "2.27"))
     for label, option, bits in changes:
         choose(page, label, option)
-        expect(figure(page, "Bits a weight")).to_have_text(bits)
+        expect(figure(page, "Bits per weight")).to_have_text(bits)
         film.still(1)
     show(page.get_by_text("Some seconds show"))
     page.get_by_role("button", name="Preview", exact=True).click()
@@ -133,7 +134,7 @@ def watch(page: Page, server: Server, film: Film, limit: float) -> None:
 
 
 def end_runs(server: Server) -> None:
-    """Nothing goes on in a folder that is deleted next."""
+    """End the run, because its folder is deleted next."""
     for run in server.store.all():
         if run.state in ACTIVE:
             server.store.request(run.id, "cancel")

@@ -1,10 +1,10 @@
-"""Ten everyday prompts and what models say, as it comes: ``python -m benchmarks.answers MODEL ...``.
+"""Ten everyday prompts and the unedited answers of models: ``python -m benchmarks.answers MODEL ...``.
 
     python -m benchmarks.answers smollm2-135m-instruct runs/mine
-    python -m benchmarks.answers smollm2-135m-instruct exports/dense     a dense copy: activations are left alone
+    python -m benchmarks.answers smollm2-135m-instruct exports/dense     a dense copy: activations are not quantized
 
-Greedy decoding with the usual repetition penalty, one turn each, no system message but the template's own. Printed as
-Markdown.
+Greedy decoding with the usual repetition penalty, one turn each, no system message except the template's own. Printed
+as Markdown.
 """
 
 from __future__ import annotations

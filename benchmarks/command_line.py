@@ -1,4 +1,4 @@
-"""What the commands of benchmarks share: their parser, their progress, and one message where something fails."""
+"""Shared by the commands of benchmarks: parser, progress, and one message if something fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def progress(line: str) -> None:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """End the program with one message instead of a traceback where a model, a file or another program fails."""
+    """End the program with one message instead of a traceback if a model, a file or another program fails."""
     try:
         yield
     except subprocess.CalledProcessError as error:

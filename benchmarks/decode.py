@@ -1,10 +1,10 @@
-"""Whole models beside one another, in one run: ``python -m benchmarks.decode CHECKPOINT``.
+"""Compare the decoding speed of whole models in one run: ``python -m benchmarks.decode CHECKPOINT``.
 
-The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and with activations
-left as they come (A16; its answers are of no use then), each in a process of its own and in turn, several rounds:
+The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and without
+quantized activations (A16; its answers are useless then), each in its own process and in turn, several rounds:
 greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds:
-tokens a second after the first, time to the first token, and the process's resident memory after decoding, beside
-that of a process with the libraries alone.
+tokens per second after the first, time to the first token, and the process's resident memory after decoding, beside
+that of a process with only the libraries.
 
 With ``--llama-cpp FOLDER`` the embedded model's GGUF file runs in llama.cpp as well, on as many threads. Into FOLDER
 
@@ -111,7 +111,7 @@ def llama_cpp(folder: str) -> list[str]:
 
 
 def row(label: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """A model's medians over the rounds, rounded to what they can be told to."""
+    """A model's medians over the rounds, rounded to their precision."""
     rate, first, memory, libraries = (
         statistics.median(one[key] for one in rounds)
         for key in ("tokens_per_second", "first_token", "memory", "libraries")

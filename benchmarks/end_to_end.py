@@ -1,12 +1,12 @@
-"""What the choices of stage 4 are worth: ``python -m benchmarks.end_to_end CHECKPOINT``.
+"""Measure the effect of the choices in stage 4: ``python -m benchmarks.end_to_end CHECKPOINT``.
 
     python -m lbllm quantize --set 'stages=["ptq","wat"]' --act-bits 16 --kv-bits 16 --out runs/blocks
     python -m benchmarks.end_to_end runs/blocks --tokens 20480
     python -m benchmarks.end_to_end runs/blocks --only "latent weights,reverse KL"
 
-CHECKPOINT is a packed one, best one that stage 4 has not trained. Each variant goes on from there by a run of stage 4
-alone, on the same text, and is then judged as it is deployed, on the corpus' tune part, which nothing is trained on:
-perplexity, KL(teacher || student) in nats a token, and the share of tokens with the same most likely next one.
+CHECKPOINT is a packed checkpoint, if possible one without stage 4. Each variant trains it further by a run of only
+stage 4, on the same text, and is then evaluated as deployed, on the corpus' tune part, which nothing is trained on:
+perplexity, KL(teacher || student) in nats per token, and the share of tokens with the same most likely next one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """A variant's figures, whether its training was taken back for making its own loss worse, and its seconds."""
+    """A variant's figures, whether its training was undone because its own loss became worse, and its seconds."""
 
     variant: str
     found: Divergence
@@ -134,7 +134,7 @@ def main() -> None:
     teacher = open_teacher(config.model)
     load = partial(load_corpus, options.corpus, teacher.tokenizer, seq_len=options.seq_len)
     judged = load(tokens=options.judge_tokens, part="tune").sequences
-    # In another order than the stages before read it: a run takes its training back where it made the first of its
+    # In another order than the earlier stages read it: a run undoes its training if that made the first of its
     # text worse, and what those stages have fitted gets worse by learning anything else.
     text = load(tokens=options.tokens, seed=1)
     results = measure(config, teacher, text, judged, variants)

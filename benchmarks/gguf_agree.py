@@ -1,10 +1,10 @@
 """llama.cpp beside transformers: ``python -m benchmarks.gguf_agree --llama-cpp FOLDER [CHECKPOINT|RUN]``.
 
-The checkpoint (by default the one that comes with the project) is exported by the commands `export --to dense` and
+The checkpoint (by default the one included with the project) is exported by the commands `export --to dense` and
 `export --to gguf`. The dense folder answers in transformers, in float32, the GGUF file in llama.cpp, both greedily.
-llama.cpp also splits the prompts into tokens by itself. Printed for each prompt is whether it splits them alike, how
-many tokens of the answers are the same from the first on, and, where they part, by how little transformers preferred
-its own token. The two round differently (llama.cpp multiplies in bfloat16), so answers may part at a near tie.
+llama.cpp also splits the prompts into tokens by itself. It prints for each prompt whether both split it alike, how
+many tokens of the answers agree from the first on, and, where the answers begin to differ, how likely both tokens are
+in transformers. The two round differently (llama.cpp multiplies in bfloat16), so answers may differ at a near tie.
 
 Into FOLDER
 
@@ -107,7 +107,7 @@ def main() -> None:
             if common < len(pairs):
                 chances = out.logits[common][0].softmax(-1)
                 first, second = (float(chances[one]) for one in pairs[common])
-                print(f"  they part where transformers gives its token {first:.3f} and llama.cpp's {second:.3f}")
+                print(f"  they differ where transformers gives its token {first:.3f} and llama.cpp's {second:.3f}")
     print(f"\n{alike} of {len(PROMPTS)} answers are the same; {same} of {total} tokens before the first difference")
     if arguments.out:
         prompts = {"prompts_split_alike": split_alike, "prompts": len(PROMPTS), "answers_same": alike}

@@ -2,10 +2,10 @@
 
     python -m benchmarks.kill_resume --model smollm2-135m-instruct --corpus embedded --preset preview --kills 10
 
-The uninterrupted run goes first and gives the timeline. Moments are drawn evenly over its time, so they fall into
-loading, training, writing and packing as these take time. Each one becomes "so long after that event"; the second run
-is killed by SIGKILL when it comes there, and resumed. Printed are the kills and the checkpoint's files; the exit code
-is 1 where a file differs.
+The uninterrupted run goes first and gives the timeline. Moments are drawn uniformly over its time, so they hit
+loading, training, writing and packing in proportion to their time. Each moment is stored as a delay after an event; the
+second run is killed by SIGKILL at this point, and resumed. Printed are the kills and the checkpoint's files; the exit
+code is 1 where a file differs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What watching a run costs, and how soon an event is on the screen: ``python -m benchmarks.live``.
+"""Measure the cost of watching a run, and how soon an event is on the screen: ``python -m benchmarks.live``.
 
 One run of the embedded model trains a single block for as long as this takes, in its worker process. A server and a
 headless browser are beside it, and the browser has the run's page open and closed by turns. Printed are the delay from
 an event's time in the store to the drawn curve, the CPU time of server and browser while the page is open (in percent
-of one core), and the run's steps a second with and without the page. Nothing else should work on the machine.
+of one core), and the run's steps per second with and without the page. Nothing else should work on the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One block of a real model with its inputs and targets, on which stages are tried out in any order.
+"""One block of a real model with its inputs and targets, to try out stages in any order.
 
-The blocks before it stay dense but for the nearest ones, which stage 1 binarizes, so that the block gets the inputs it
-would get in a run. It is trained on one text and judged by another.
+Of the blocks before it, stage 1 binarizes the nearest ones and the others stay dense, so that the block gets inputs as
+in a run. It is trained on one text and evaluated on another.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ EM_STEPS = 20  # of a clustering that nothing comes after
 
 @dataclass(frozen=True)
 class Made:
-    """The block as stages have made it. ``latents``: what stage 2 would train, where a stage before it was the last;
-    ``diverged``: where a training met a loss that is no number, else empty."""
+    """The block as stages have made it. ``latents``: what stage 2 would train, if an earlier stage was the last;
+    ``diverged``: where the loss became NaN, else empty."""
 
     block: nn.Module
     latents: dict[str, Tensor]
@@ -159,7 +159,7 @@ class OneBlock:
         kv_bits: int = 4,
         act_group_size: int = WHOLE_ROW,
     ) -> Made:
-        """Stage 3; with no epochs the search of knees alone."""
+        """Stage 3; with no epochs only the search of knees."""
         block = self._quantized(made, config, tail, kv_bits, act_group_size)
         steps = aar_block(
             block,
@@ -216,7 +216,7 @@ class OneBlock:
 
 
 def _finish(steps: Iterable[Step]) -> str:
-    """Take all steps; where a loss was no number, in words."""
+    """Take all steps; say in words where the loss became NaN, else empty."""
     return next((f"diverged at step {step.step}" for step in steps if not math.isfinite(step.loss)), "")
 
 

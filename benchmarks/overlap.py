@@ -1,11 +1,11 @@
-"""Whether a text to train on holds passages of one to be judged on: ``python -m benchmarks.overlap CORPUS``.
+"""Whether a training text contains passages of an evaluation text: ``python -m benchmarks.overlap CORPUS``.
 
     python -m benchmarks.overlap embedded+wikipedia
     python -m benchmarks.overlap notes.jsonl --text wikitext2 --words 8
 
-Counted are the places of the judged text at which a run of words begins that the corpus' train part has, too; case,
-punctuation and WikiText's marks between characters don't count. Thirteen words are what GPT-3's authors looked for
-(Brown et al. 2020).
+It counts the places of the evaluation text where a run of words begins that is also in the corpus' train part; case,
+punctuation and WikiText's marks between characters are ignored. Thirteen words is the length that GPT-3's authors
+used (Brown et al. 2020).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def words(text: str) -> list[str]:
 
 
 def shared(trained: str, judged: str, length: int) -> tuple[int, int]:
-    """At how many places of the judged text ``length`` words begin that stand in the trained one, and how many there
-    are."""
+    """How many places of the evaluation text begin ``length`` words that are also in the training text, and the number
+    of all places."""
     known = set(_runs(words(trained), length))
     runs = list(_runs(words(judged), length))
     return sum(run in known for run in runs), len(runs)

@@ -7,7 +7,7 @@ RUN is a run's id, or the folder with its settings and block states. All models 
 ended with, unless a stage is named, and are computed as they are deployed. Printed are perplexities on the same
 windows: with activations and KV cache in 16, 8 and 4 bits (8: an even grid over each range); with group
 parameters in 8 bits instead of float16; and, where the run quantizes activations, by kind of input and by depth, with
-all inputs in 4 bits but one group's, and with that group's alone.
+all inputs in 4 bits except one group's, and with only that group's.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Precision:
         return rows
 
     def by_params(self, deployed: float) -> list[Measured]:
-        """Group parameters in 8 bits against float16, in the checkpoint that the run goes on from or after stage 2, and
+        """Group parameters in 8 bits against float16, in the starting checkpoint or after stage 2, and
         after the last stage, whose model is ``deployed``; none where the run has fewer than 16 already."""
         if self.config.quant.param_bits < 16:
             return []
@@ -112,8 +112,8 @@ class Precision:
         return rows
 
     def by_group(self, groups: dict[str, set[str]], free: float, deployed: float) -> list[tuple[Measured, Measured]]:
-        """For each group of layers: all inputs quantized but theirs, against the ``deployed`` model, and theirs alone,
-        against the one with ``free`` activations. The group that costs most comes first."""
+        """For each group of layers: all inputs quantized except theirs, against the ``deployed`` model, and only
+        theirs, against the one with ``free`` activations. The group that costs most comes first."""
         model = self.model(self.kv, self.config.quant.param_bits)
         layers = packed_layers(model)
         own = {name: layer.quantizer for name, layer in layers.items()}

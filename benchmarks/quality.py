@@ -1,4 +1,4 @@
-"""What quantization costs in quality, one method beside the other: ``python -m benchmarks.quality``.
+"""Compare how much quality each method of quantization costs: ``python -m benchmarks.quality``.
 
     python -m benchmarks.quality --methods rtn,gptq,billm,arb,bwa,stage1 --group-sizes 64,128 --act-bits 16,4
     python -m benchmarks.quality --methods arb --checkpoint runs/mine --tasks piqa,arc_easy --task-limit 200
@@ -10,7 +10,7 @@ on as many tokens each. Printed: stored bits per weight of the quantized layers,
 texts and accuracy in zero-shot tasks; the minutes that quantizing took, and the peak memory until it was done. With
 ``--act-bits 4`` the layers' inputs are in plain 4 bits (asymmetric, a range for each token, or for so many of its
 inputs as ``--act-group-size`` says), with ``16,4`` there are columns of both; our stages and checkpoints have their own
-bits, and stand in the columns of those. Each row is made in a process of its own.
+bits and are in the columns of these. Each row is computed in its own process.
 
 Other packages run in an environment of their own, which never sees this program:
 
@@ -110,7 +110,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Made:
-    """A model to evaluate. ``act_bits``: those that it brings along, 16 where activations are left alone."""
+    """A model to evaluate. ``act_bits``: its own bits, 16 if activations are not quantized."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -340,7 +340,9 @@ def main() -> None:
     parser.add_argument("--texts", default="wikitext2,c4", help="for perplexity: wikitext2, corpora, files")
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, help="windows of each text; all by default")
-    parser.add_argument("--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: left alone")
+    parser.add_argument(
+        "--act-bits", default="16", choices=("16", "4", "16,4"), help="of the inputs; 16: not quantized"
+    )
     parser.add_argument("--act-group-size", default="-1", help="inputs that share a range; -1: all of a token")
     parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")

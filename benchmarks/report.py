@@ -84,8 +84,8 @@ def write_report(
     *,
     threads: int | None = None,
 ) -> None:
-    """Write the file of a run that this process has made, whole or not at all; ``benchmark`` is the module's name,
-    ``threads`` how many computed, by default as many as torch takes.
+    """Write the file of a run of this process atomically; ``benchmark`` is the module's name,
+    ``threads`` how many computed, by default as many as torch uses.
 
     NaN becomes null, infinity the string "inf" or "-inf". Raises OSError.
     """
@@ -107,7 +107,7 @@ def write_report(
 
 
 def read_report(path: Path) -> Report:
-    """The file's content. Raises OSError, or ValueError with the file's name where it is not such a file."""
+    """The file's content. Raises OSError, or ValueError with the file's name if it has another format."""
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -126,7 +126,7 @@ def plain(value: Any) -> Any:
 
 
 def command(benchmark: str, arguments: list[str]) -> str:
-    """The command that makes the figures again; where they were written to does not belong to it."""
+    """The command that makes the figures again, without the path of the output file."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:

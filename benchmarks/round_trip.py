@@ -1,6 +1,6 @@
 """Export, install in an empty environment, load, compare: ``python -m benchmarks.round_trip [CHECKPOINT|RUN]``.
 
-The checkpoint (by default the one that comes with the project) is exported as a packed folder. A new virtual
+The checkpoint (by default the one included with the project) is exported as a packed folder. A new virtual
 environment gets this project by ``pip install FOLDER``, with the requirements that are pinned in it, and nothing else.
 There, away from the source tree, ``import lbllm`` and transformers' from_pretrained load the exported folder, while
 this environment loads the checkpoint itself. Printed is whether logits and a greedy answer are the same, bit for bit.

@@ -1,8 +1,8 @@
 """Whether the Space runs as it stands: ``python -m benchmarks.space [CHECKPOINT]``.
 
-Writes the Space of a checkpoint (default: the one that comes with the project), makes an empty virtual environment,
+Writes the Space of a checkpoint (default: the one included with the project), makes an empty virtual environment,
 installs nothing but the Space's own requirements.txt there, starts app.py with an empty home in a folder that knows
-nothing of this project, and talks to it through gradio_client. Prints what it found; ends with an error where anything
+nothing of this project, and talks to it through gradio_client. Prints what it found; ends with an error if anything
 fails. Needs a package registry, some 3 GB of disk, and minutes.
 """
 

@@ -28,7 +28,7 @@ class Table(BaseModel):
     """How a table is shown.
 
     ``data``: files by their stems. ``columns``: a heading and a template over the keys of a row and of its file; a cell
-    is empty where the row lacks a key, and a column with empty cells alone is left out. ``rows``: instead of all rows
+    is empty where the row lacks a key, and a column with only empty cells is left out. ``rows``: instead of all rows
     of the data, some of them, each by its file, its label and the name that is shown. ``where``: only rows with these
     values. ``form``: "answers" shows texts one below the other. ``source``: the commands stand below the table, with
     when and where they ran.

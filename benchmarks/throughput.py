@@ -3,7 +3,7 @@
     python -m benchmarks.throughput
     python -m benchmarks.throughput --model smollm2-135m-instruct --block 5 --steps 20
 
-A token of a block costs 8 FLOPs a weight: teacher forward 2, student forward 2, backward 4. What the matmul rate
+A token of a block costs 8 FLOPs per weight: teacher forward 2, student forward 2, backward 4. What the matmul rate
 allows is that rate over 8 times the block's weights; the matmul rate is measured on the products of this very block
 (forward and both backward products of every linear layer at the batch's size), in the precision the run would use.
 Printed: tokens a second and block, the share of what is allowed, and where the time of a step goes (self time by
@@ -73,7 +73,7 @@ def main() -> None:
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
     def products() -> float:
-        """Seconds that the block's matrix products alone take for one batch: 8 FLOPs a weight and token."""
+        """Seconds that only the block's matrix products take for one batch: 8 FLOPs per weight and token."""
         total = 0.0
         for layer in layers.values():
             weight = linear_weight(layer).detach().to(dtype).contiguous()

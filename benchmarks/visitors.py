@@ -2,7 +2,7 @@
 
 A server is started as ``python -m lbllm showcase`` starts it, on loopback. Each visitor is a gradio_client of its own
 that asks, waits for the end of both answers and asks the next question, each with a marker that no other question has.
-When the time is over no new question is asked, and those in the line are answered. Then one visitor alone asks every
+When the time is over no new question is asked, and those in the line are answered. Then a single visitor asks every
 answered question again, with the same seed: both answers must be the same, letter by letter, and everything that was
 streamed under load must be a beginning of them. Printed as a Markdown table, with the order of service against the
 server's numbers of arrival, the waits as the visitors see them, and the server's memory (RSS).
@@ -121,7 +121,8 @@ def memory(server: subprocess.Popen[bytes]) -> int:
 
 
 def disagreements(log: list[Asked], alone: Client) -> tuple[int, int, int]:
-    """Questions whose answers alone are others, those that were streamed what is no beginning of them, all compared."""
+    """The number of questions with other answers when asked alone, of those whose streamed text was not a beginning of
+    the answer, and of all compared."""
     other = foreign = compared = 0
     for asked in log:
         if asked.ended is None:
@@ -138,7 +139,7 @@ def disagreements(log: list[Asked], alone: Client) -> tuple[int, int, int]:
 
 
 def out_of_order(log: list[Asked]) -> tuple[int, int]:
-    """Pairs that were served in another order than the server numbered them at their arrival, of all pairs."""
+    """The number of pairs served in another order than that of their arrival numbers, and of all pairs."""
     served = sorted((asked.number, asked.began) for asked in log if asked.began is not None)
     pairs = list(combinations((began for _, began in served), 2))
     return sum(second < first - POLL for first, second in pairs), len(pairs)

@@ -1,6 +1,6 @@
 """How long a visitor waits, by the clock of a real browser: ``python -m benchmarks.waits``.
 
-A workbench is started from nothing, as ``make run`` starts it, over an empty home. Printed are the seconds from its
+A workbench is started as by ``make run``, with an empty home. Printed are the seconds from its
 start to the first page, to both models being ready and to the first word of each answer; then, on the Quantize page,
 from the change of a setting to the new figures (the median of several) and from the click on Preview to the finished
 chart. Nothing else should work on the machine.
@@ -22,13 +22,13 @@ from benchmarks.report import settings_of, write_report
 from tests.browser.conftest import CHROMIUM, FLAGS, Server
 
 PATIENCE = 300_000  # milliseconds
-READY = re.compile(r"[\d.]+ bits a weight (·|in memory)")
+READY = re.compile(r"[\d.]+ bits per weight (·|in memory)")
 CHANGES = [("128", "2.16"), ("32", "2.52"), ("64", "2.27"), ("16", "3.02")] * 2
 # Watched in the page itself, so that asking for it costs the page nothing: resolves with the time in milliseconds.
 CHANGED = """([shown]) => new Promise(resolve => {
     const look = () => {
         const metric = [...document.querySelectorAll('[data-testid=stMetric]')]
-            .find(one => one.innerText.includes('Bits a weight'));
+            .find(one => one.innerText.includes('Bits per weight'));
         if (metric?.innerText.includes(shown)) requestAnimationFrame(() => resolve(performance.now()));
         else requestAnimationFrame(look);
     };

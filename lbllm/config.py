@@ -37,11 +37,11 @@ from lbllm.sections import (
 SCHEMA_VERSION = 1
 
 DEFAULT_MODEL, DEFAULT_PRESET = "smollm2-135m-instruct", "quick"
-SHIPPED = "shipped"  # names the checkpoint that comes with the project
-# The stages of a run that starts from a packed checkpoint: in its format, or from one with 16-bit activations to fewer.
+SHIPPED = "shipped"  # names the checkpoint included with the project
+# The stages of a run that starts from a packed checkpoint: to keep its format, or to lower its 16-bit activations.
 FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
 TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
-# What such a run may change of the checkpoint's format: settings of QuantConfig, and those of a layer in ``overrides``.
+# What this run may change in the checkpoint's format: settings of QuantConfig, and those of a layer in ``overrides``.
 CONTINUATIONS: dict[tuple[Stage, ...], tuple[str, ...]] = {
     FROM_CHECKPOINT: (*GROUP_SETTINGS, "overrides"),
     TO_ACTIVATIONS: (*GROUP_SETTINGS, *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
@@ -62,10 +62,10 @@ OPTIONS = {
 
 class RunConfig(Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
-    a path. With ``start``, the folder of a packed checkpoint of this model and format or "shipped", stage 4 alone goes
-    on from there; stages 3 and 4 do where that checkpoint has 16-bit activations and KV cache, and ``quant`` fewer."""
+    a path. ``start`` is the folder of a packed checkpoint of this model and format, or "shipped": stage 4 then trains
+    it further, after stage 3 if that checkpoint has 16-bit activations and KV cache and ``quant`` has fewer bits."""
 
-    schema_version: Literal[1] = Field(1, title="Schema version", description="Version of this document's form.")
+    schema_version: Literal[1] = Field(1, title="Schema version", description="Version of this document's schema.")
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
@@ -97,7 +97,7 @@ class RunConfig(Section):
         min_length=1,
         validate_default=True,
         title="Starting checkpoint",
-        description="A packed checkpoint to train further, by stage 4 alone: its folder, a finished run's id, or "
+        description="A packed checkpoint to train further, by stage 4 only: its folder, a finished run's id, or "
         "'shipped'. Model and format are the checkpoint's. If it has 16-bit activations and KV cache and "
         "the run has fewer bits, stage 3 comes first.",
     )
@@ -134,7 +134,7 @@ class RunConfig(Section):
             return value
         if value is None:
             raise ValueError(f"stage {stages[0]} needs a stage before it, or a packed checkpoint here to start from")
-        raise ValueError("a run from a checkpoint has stage e2e alone, or aar and e2e")
+        raise ValueError("a run from a checkpoint has only stage e2e, or aar and e2e")
 
     @field_validator("quant")
     @classmethod
@@ -142,13 +142,13 @@ class RunConfig(Section):
         if info.data.get("stages") == TO_ACTIVATIONS and value.weights_alone:
             raise ValueError(
                 f"stage aar has no bits to lower: set {setting_name('quant.act_bits')} or "
-                f"{setting_name('quant.kv_bits')} below 16, or run e2e alone"
+                f"{setting_name('quant.kv_bits')} below 16, or run only e2e"
             )
         return value
 
     def precision(self, stage: Origin) -> QuantConfig:
-        """The format of the model after a stage: activations and KV cache are quantized from stage 3 on, or as they
-        were in the checkpoint that the run starts from."""
+        """The format of the model after a stage: activations and KV cache are quantized from stage 3 on, or as
+        in the checkpoint that the run starts from."""
         if self.stages == FROM_CHECKPOINT:
             return self.quant
         after = self.origins[: self.origins.index(stage) + 1]
@@ -156,8 +156,8 @@ class RunConfig(Section):
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """The binarized models that the run has in the end: after each stage, and where it started from a
-        checkpoint."""
+        """The binarized models of a finished run: after each stage, and the starting checkpoint if there is
+        one."""
         return self.stages if self.start is None else ("start", *self.stages)
 
     def fixed_by_start(self) -> frozenset[str]:
@@ -196,7 +196,7 @@ SETTINGS: dict[str, FieldInfo] = _settings()
 
 
 def label(path: str) -> str | None:
-    """What people call a setting: "Group size", "Stage 2, tokens per step"; None where there is no setting of that
+    """A setting's name for people: "Group size", "Stage 2, tokens per step"; None if no setting has that
     path. A path can also lead to a section, or into a list or the settings of single layers."""
     section = path.partition(".")[0]
     field = RunConfig.model_fields.get(path) or SETTINGS.get(path)
@@ -219,13 +219,13 @@ def _in_a_sentence(title: str) -> str:
 
 
 def setting_name(path: str) -> str:
-    """A setting as messages name it, "quant.group_size (Group size)"; pages show the label alone (``labels_alone``)."""
+    """A setting as messages name it, "quant.group_size (Group size)"; pages show only the label (``labels_alone``)."""
     known = label(path)
     return path if known is None else f"{path} ({known})"
 
 
 def labels_alone(text: str) -> str:
-    """A message with each setting that ``setting_name`` gave in it by its label alone."""
+    """The message with every name from ``setting_name`` shortened to its label."""
     return _NAMED.sub(r"\1", text)
 
 
@@ -275,8 +275,8 @@ def make_config(
 
 def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str, Any]]:
     """The preset that a settings file names, if it is a known one, and its other settings. Raises ConfigError naming
-    ``source``. A whole document, as runs write it, does not get what it lacks from a preset: a setting that there was
-    not when it was written has its default, which is what that run did."""
+    ``source``. A whole document, as runs write it, gets missing settings from the defaults, not from a
+    preset: these settings did not exist when it was written, and their defaults are what that run did."""
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -289,7 +289,7 @@ def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str,
     return (named if named in PRESETS else None), document
 
 
-# What pydantic says in its own terms.
+# Replaces a message in pydantic's own terms.
 _PROBLEMS = {"extra_forbidden": "is not a setting", "model_type": "a JSON object of settings is needed"}
 
 
@@ -316,7 +316,7 @@ def arguments(config: RunConfig) -> list[str]:
     plain, given = leaves(make_config(preset)), leaves(config)
     words = ["--model", config.model, "--preset", preset]
     if config.start is not None:
-        # Stages and format are the checkpoint's. What can be changed of it is always given: left out, it would be the
+        # Stages and format come from the checkpoint. What a run can change is always given, because without it the run
         # checkpoint's own.
         for name in CONTINUATIONS[config.stages]:
             words += _option(f"quant.{name}", given[f"quant.{name}"])

@@ -1,8 +1,8 @@
 """The parts of a run's settings, as frozen pydantic models: the deployed format and one section for each stage.
 
 Every value is checked when it is set, before anything is loaded; unknown keys are refused. A setting's label
-(``title``), help (``description``) and bounds stand in its Field alone: pages, command line and docs/settings.md read
-them from there.
+(``title``), help (``description``) and bounds are written only in its Field: pages, command line and docs/settings.md
+read them from there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 WHOLE_ROW = -1
-ACT_GROUP_SIZE = 64  # inputs of a token that share a range, where neither the paper nor a checkpoint says another
+ACT_GROUP_SIZE = 64  # inputs of a token that share a range, unless the paper or a checkpoint says otherwise
 # Settings of QuantConfig: of the groups, which can be made of larger ones; the bits that stage 3 lowers; and those that
 # only quantized activations read.
 GROUP_SETTINGS = ("group_size", "param_bits")
@@ -24,14 +24,16 @@ Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
-Origin = Stage | Literal["start"]  # what a stage goes on from: one before it, or the checkpoint that a run starts from
+Origin = (
+    Stage | Literal["start"]
+)  # what a stage starts from: an earlier stage, or the checkpoint that a run starts from
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 PAPER_STAGES = STAGES[:3]
 
 
 def stage_number(stage: Stage) -> int:
-    """The number of a stage, as people count them: 1 for ``ptq``."""
+    """The number of a stage, counted from 1: 1 for ``ptq``."""
     return STAGES.index(stage) + 1
 
 
@@ -76,9 +78,9 @@ class LayerFormat(Section):
 class QuantConfig(Section):
     """The deployed format: W(1+1) or W1 weights, group parameters, activations, KV cache.
 
-    ``group_size`` counts weights along the input dimension; -1 is one group a row, and the last group of a row may be
-    shorter. ``act_group_size`` counts the inputs of a token that share a range likewise; -1, one range a token, is the
-    paper's. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
+    ``group_size`` counts weights along the input dimension; -1 is one group per row, and the last group of a row may
+    be shorter. ``act_group_size`` counts the inputs of a token that share a range; -1, one range per token, is as in
+    the paper. ``overrides`` maps name patterns (as in ``fnmatch``, e.g. ``*.down_proj``) to other settings; of several
     matching patterns the last one wins for each field. Layers whose name matches a pattern of ``skip`` stay dense.
     """
 
@@ -86,7 +88,7 @@ class QuantConfig(Section):
         "w1+1",
         title="Weights",
         description="w1+1, W(1+1): a sign bit and a bitmap bit for each weight, so a group has four levels. w1, W1: "
-        "the sign bit alone, two levels.",
+        "only the sign bit, two levels.",
     )
     group_size: GroupSize = Field(
         64,
@@ -119,7 +121,11 @@ class QuantConfig(Section):
         "as in the paper. A single outlier makes the steps of its whole range coarse.",
     )
     tail_steps: int = Field(
-        3, ge=0, le=6, title="Tail steps", description="Steps of a 4-bit activation range that each of its tails gets."
+        3,
+        ge=0,
+        le=6,
+        title="Tail steps",
+        description="How many of the steps of a 4-bit activation range each of its tails gets.",
     )
     skip: tuple[str, ...] = Field(
         (),
@@ -134,18 +140,18 @@ class QuantConfig(Section):
     )
 
     def weights_only(self) -> QuantConfig:
-        """The same format of the weights with activations and KV cache left as they are."""
+        """The same weight format, with activations and KV cache not quantized."""
         overrides = {name: o.model_copy(update={"act_bits": None}) for name, o in self.overrides.items()}
         plain = {name: QuantConfig.model_fields[name].default for name in ACTIVATION_SETTINGS}
         return self.model_copy(update={"act_bits": 16, "kv_bits": 16, "overrides": overrides, **plain})
 
     @property
     def weights_alone(self) -> bool:
-        """Whether activations and KV cache are left as they are already."""
+        """Whether activations and KV cache are not quantized."""
         return {self.act_bits, self.kv_bits, *(o.act_bits or 16 for o in self.overrides.values())} == {16}
 
     def layer(self, name: str) -> LayerFormat | None:
-        """The format of the layer ``name`` (its full module path), or None where it stays dense."""
+        """The format of the layer ``name`` (its full module path), or None if it stays dense."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
             return None
         values = {"format": self.format, "group_size": self.group_size}
@@ -287,7 +293,7 @@ class E2eConfig(Section):
     """Stage 4, which is optional. Learning rates as in stages 2 and 3; the loss compares the logits of both models.
 
     Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them.
-    Memory goes with ``seq_len``: the activations of the whole model are kept for one sequence."""
+    Memory grows with ``seq_len``: the activations of the whole model are kept for one sequence."""
 
     tokens: int = Field(
         65_536, gt=0, title="Training tokens", description="How much text stage 4 learns from. Its time grows with it."

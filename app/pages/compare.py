@@ -21,7 +21,7 @@ from lbllm.chat.settings import ChatSettings
 from lbllm.errors import LbllmError
 from lbllm.texts.prompts import example_prompts
 
-# Ten times a second reads as flowing, and costs the generating threads next to nothing.
+# Ten times a second looks smooth, and costs the generating threads next to nothing.
 TICK = 0.1
 
 
@@ -32,7 +32,7 @@ def conversation() -> Conversation:
 
 
 def contenders(names: tuple[str, str], both: tuple[ChatSettings, ChatSettings]) -> tuple[str, str]:
-    """Names of the sides for headings and votes: where the models are the same, with the settings that differ."""
+    """Names of the sides for headings and votes: if the models are the same, with the settings that differ."""
     if names[0] != names[1]:
         return names
     left, right = both
@@ -51,7 +51,7 @@ def ask(prompt: str) -> None:
 
 
 def asked() -> None:
-    """The prompt box was sent."""
+    """A prompt was sent."""
     ask(st.session_state["compare_prompt"] or "")
 
 
@@ -89,7 +89,7 @@ def clear() -> None:
 
 
 def pickers() -> tuple[Offer, Offer] | None:
-    """Both model pickers; what was picked, None where one of the picks can't be used."""
+    """Both model pickers; what was picked, None if one of the picks can't be used."""
     offered = choices()
     columns = st.columns(2, gap="medium")
     values = []
@@ -142,7 +142,8 @@ def welcome() -> None:
     st.markdown("#### Ask both models the same thing")
     st.caption(
         "By default the left model is the teacher in full precision, and the right one the same model with its weights "
-        "in about two bits each. Both answer at the same time; then you see where they part, and what each expected."
+        "in about two bits each. Both answer at the same time; then you see where the answers begin to differ, and "
+        "what each model expected."
     )
     kinds = example_prompts()
     chosen = st.segmented_control(

@@ -1,4 +1,4 @@
-"""Quantize: choose a model and a format, see at once what they give and take, try one block, start the run."""
+"""Quantize: choose a model and a format, see the estimated size and cost at once, try one block, start the run."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def page() -> None:
 
 
 def _checkpoint() -> None:
-    """What is trained further, and the way back."""
+    """What is trained further, and the button to go back."""
     said, button = st.columns([3, 1], vertical_alignment="center")
     name = plain(checkpoint_name(st.session_state[form.DOCUMENT]["start"]))
-    ways = "stage 4 alone, in that checkpoint's format"
+    ways = "only stage 4, in that checkpoint's format"
     if form.free_to_lower():
         ways += ", or stages 3–4, with fewer bits for its activations"
     said.info(f"Trains {name} further: {ways}. Its groups can be cut into smaller ones.")
@@ -110,7 +110,7 @@ def _controls(names: list[str]) -> pandas.DataFrame:
     with tokens:
         control(shown.TOKENS)
     with st.expander("Advanced", expanded=form.continues()):
-        # What can be set comes first.
+        # The settings that can be changed come first.
         for title, settings in sorted(
             shown.ADVANCED.items(), key=lambda item: all(map(form.fixed_by_checkpoint, item[1]))
         ):
@@ -124,9 +124,9 @@ def _controls(names: list[str]) -> pandas.DataFrame:
 
 
 def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfig | None:
-    """Figures, Start with what speaks against it, and the preview; returns the settings if they are sound."""
+    """Figures, Start with reasons against it, and the preview; returns the settings if they are valid."""
     if model is None:
-        st.caption("What the settings give and take is shown as soon as the model can be read.")
+        st.caption("The estimated size and cost are shown as soon as the model can be read.")
         _start(None, [])
         return None
     try:
@@ -148,7 +148,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfi
 
 
 def _objections(config: RunConfig, result: Estimate) -> list[str]:
-    """What speaks against a start."""
+    """The reasons not to start."""
     said = []
     for check in (lambda: check_memory(result, config.device), lambda: check_available(config.corpus)):
         try:
@@ -160,14 +160,14 @@ def _objections(config: RunConfig, result: Estimate) -> list[str]:
 
 def _start(config: RunConfig | None, objections: list[str]) -> None:
     name, button = st.columns([3, 1], vertical_alignment="bottom")
-    wanted = name.text_input("Name of the run", placeholder="a name of its own, if you like", key="quantize name")
+    wanted = name.text_input("Name of the run", placeholder="optional", key="quantize name")
     impossible = config is None or bool(objections)
     pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
     for objection in objections:
         st.warning(sentence(objection))
     ahead = sum(run.state in ACTIVE for run in store().all())
     if ahead and not impossible:
-        st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; it waits its turn.")
+        st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; this one waits for its turn.")
     if pressed and config is not None:
         run = store().create(config, wanted.strip() or None)
         store().start(run.id)
@@ -175,7 +175,7 @@ def _start(config: RunConfig | None, objections: list[str]) -> None:
 
 
 def _exchange(config: RunConfig | None) -> None:
-    """The settings as a command and as a file; a file of settings taken in."""
+    """The settings as a command and as a file; and the upload of a settings file."""
     with st.expander("As a command, as a file"):
         if config is not None:
             _give(config)

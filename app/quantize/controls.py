@@ -54,14 +54,14 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
 
 
 def _offered(setting: Setting) -> tuple[Any, ...]:
-    """A setting's choices; in a run from a checkpoint those that the checkpoint leaves."""
+    """A setting's choices; in a run from a checkpoint only those that the checkpoint allows."""
     if setting is STAGE_SETTING and free_to_lower():
         return tuple(CONTINUATIONS)
     if setting is GROUP_SIZE and continues():
         try:
             own = settings_to_go_on(st.session_state[DOCUMENT]["start"])["quant"]["group_size"]
         except LbllmError:
-            return setting.choices  # the run itself says what is wrong with its checkpoint
+            return setting.choices  # the run reports what is wrong with its checkpoint
         return tuple(size for size in setting.choices if size == own or (size > 0 and own % size == 0))
     return setting.choices
 
@@ -87,8 +87,8 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
     blocks = list(dict.fromkeys(".".join(name.split(".")[:3]) + ".*" for name in names))
     example = f"`{ends[0]}` or `{blocks[0]}`" if names else "`*.down_proj`"
     st.caption(
-        f"A pattern names layers, for example {example}; empty cells keep the settings above, and of several "
-        "patterns that match the last one counts. Add a line at the bottom of the table."
+        f"A pattern names layers, for example {example}; empty cells keep the settings above, and if several "
+        "patterns match, the last one counts. Add a line at the bottom of the table."
     )
     table = st.data_editor(
         st.session_state[TABLE],
@@ -124,5 +124,5 @@ def _column(name: str) -> Any:
 
 
 def _with(choices: tuple[Any, ...], value: Any) -> list[Any]:
-    """The choices, and a value from a file that is none of them."""
+    """The choices, plus a value from a file that is not one of them."""
     return list(choices) if value is None or value in choices else [*choices, value]

@@ -29,7 +29,7 @@ PART_NAMES = {
 
 @st.cache_resource(max_entries=4, ttl=300, show_spinner="Reading the model's description")
 def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
-    """The model's summary and its skeleton, or the reason why they can't be read. Cached, so that sliders need not wait
+    """The model's summary and its skeleton, or the reason why they can't be read. Cached, so that sliders don't wait
     for them."""
     try:
         return summary(name), skeleton(name)
@@ -82,10 +82,10 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
     longest = max(stages, key=stages.__getitem__)
     shown = (
         (
-            "Bits a weight",
+            "Bits per weight",
             f"{result.bpw:.2f}",
             "fp16: 16",
-            "Stored bits of a binarized weight, with its share of the group's parameters.",
+            "Stored bits per binarized weight, including its share of the group's parameters.",
         ),
         ("On disk", size_text(result.disk_bytes), f"fp16: {size_text(result.fp16_bytes)}", ""),
         (

@@ -1,4 +1,4 @@
-"""The Quantize page's settings as a document, and the RunConfig they add up to.
+"""The Quantize page's settings as a document, and the RunConfig made from them.
 
 The settings live in the session as a document, ``DOCUMENT``, the JSON form of a RunConfig. A preset or an uploaded file
 replaces it and every widget with it; each run of the page writes the widgets' values back.
@@ -64,7 +64,7 @@ def load(config: RunConfig) -> None:
         st.session_state[setting.key] = tuple(value) if isinstance(value, list) else value
     rows = [{"pattern": name} | override for name, override in document["quant"]["overrides"].items()]
     st.session_state[TABLE] = pandas.DataFrame(rows, columns=list(COLUMNS), dtype=object)
-    # The editor keeps what was typed under its key; a new table begins with nothing typed.
+    # The editor keeps the user's changes under its key; a new table must begin without changes.
     st.session_state.pop(EDITOR_KEY, None)
 
 
@@ -79,7 +79,7 @@ def fixed_by_checkpoint(setting: Setting) -> bool:
         return False
     if setting is STAGE_SETTING:
         return not free_to_lower()
-    # The stages as they are chosen now: the document has those of the page's last run.
+    # The stages of the widget: the document still has those of the page's last run.
     chosen = {"stages": st.session_state[STAGE_SETTING.key]}
     return setting.path in parse_config(st.session_state[DOCUMENT]).model_copy(update=chosen).fixed_by_start()
 
@@ -97,12 +97,12 @@ def take_stages() -> None:
 
 
 def begin_anew() -> None:
-    """Back from a checkpoint to a run from the teacher."""
+    """Return from a checkpoint to a run from the teacher."""
     load(make_config())
 
 
 def read(overrides: pandas.DataFrame) -> RunConfig:
-    """The settings as the widgets have them. Raises ConfigError."""
+    """The settings in the widgets. Raises ConfigError."""
     document = json.loads(json.dumps(st.session_state[DOCUMENT]))
     for setting in WIDGETS:
         value = st.session_state[setting.key]
@@ -126,7 +126,7 @@ def _overrides(table: pandas.DataFrame) -> dict[str, dict[str, Any]]:
         if not pattern and not values:
             continue
         if not pattern:
-            raise ConfigError(f"line {number} of the table per layer has no pattern; *.down_proj would be one")
+            raise ConfigError(f"line {number} of the table per layer has no pattern; give one, for example *.down_proj")
         if pattern in found:
             raise ConfigError(f"the table per layer has the pattern {pattern!r} twice")
         found[pattern] = {name: value if name == "format" else int(value) for name, value in values.items()}
@@ -142,7 +142,7 @@ def take_preset() -> None:
 
 
 def take_upload(key: str) -> None:
-    """A settings file was given: it becomes the document, or its fault a message on the page."""
+    """A settings file was given: it becomes the document; an error becomes a message on the page."""
     st.session_state.pop(UPLOAD_ERROR, None)
     upload = st.session_state[key]
     if upload is None:

@@ -1,5 +1,5 @@
-"""One block tried out before a run: its error against the group size, a line a format and a dotted one for each other
-method that was chosen."""
+"""Preview of one block before a run: its error against the group size, one line per format and a dotted line for each
+other method that was chosen."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sample(key: str, number: int, _config: RunConfig) -> BlockSample:
 
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _results(key: str, number: int) -> tuple[dict[Choice, Point], dict[Choice, Trained]]:
-    """What is known of a block under settings that differ in format and group size alone; filled bit by bit."""
+    """The results for a block under settings that differ only in format and group size; filled step by step."""
     return {}, {}
 
 
@@ -46,7 +46,7 @@ def _sample_key(config: RunConfig) -> str:
 
 
 def _results_key(config: RunConfig) -> str:
-    """Everything that an error depends on but format, group size and block."""
+    """Everything that an error depends on except format, group size and block."""
     quant = config.quant.weights_only().model_dump(mode="json", exclude={"format", "group_size"})
     sections = [section.model_dump(mode="json", exclude={"tokens"}) for section in (config.ptq, config.wat)]
     return json.dumps([_sample_key(config), quant, *sections, config.seed])
@@ -54,7 +54,7 @@ def _results_key(config: RunConfig) -> str:
 
 @st.fragment
 def show_preview(config: RunConfig, blocks: int) -> None:
-    """The chosen block, the button, and the chart of what is known."""
+    """The chosen block, the button, and the chart of the results."""
     with guard():
         left, right = st.columns(2, vertical_alignment="bottom")
         left.markdown("**Try one block first**")
@@ -70,7 +70,7 @@ def show_preview(config: RunConfig, blocks: int) -> None:
             placeholder="none",
             key="quantize preview methods",
             help="Weight-only methods with a calibration like stage 1's, no training, on the same block and text. "
-            "They are for comparison: a run makes W(1+1) or W1. Each takes some seconds more.",
+            "They are for comparison: a run makes W(1+1) or W1. Each takes some more seconds.",
         )
         number = shown - 1  # the engine counts blocks from 0
         known, trained = _results(_results_key(config), number)
@@ -143,7 +143,7 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
             line={"color": LINES[fmt], "width": 1.5 if other else 2.5, "dash": "dot" if other else "solid"},
             marker={"size": 6 if other else 8},
             hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} bits "
-            "a weight<extra></extra>",
+            "per weight<extra></extra>",
         )
         if not other:
             _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
@@ -194,7 +194,7 @@ def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) ->
     beside = [point for choice, point in points.items() if choice[1] == own[1] and choice[0] != own[0]]
     if own in points and any(point.format in METHODS for point in beside):
         ranked = sorted([points[own], *beside], key=lambda point: point.error)
-        said = "At your group size, with bits a weight, everything counted: "
+        said = "At your group size, with bits per weight, everything counted: "
         said += ", ".join(f"{NAMES[p.format]} {_percent(p.error)} ({p.bpw:.2f} bits)" for p in ranked) + ". "
     if own in points and after is not None and after.error is not None:
         said += (
@@ -203,6 +203,6 @@ def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) ->
         )
     st.caption(
         said + "Error of the block's output in percent of its energy, on text that was not used to fit it. The block "
-        "gets the teacher's own input; in a run it also has the error of the blocks before it to cope with, so this "
-        "compares formats and foretells no run."
+        "gets the teacher's own input; in a run its input also has the error of the blocks before it, so this compares "
+        "formats and does not predict a run."
     )

@@ -15,9 +15,9 @@ from lbllm.sections import STAGES, WHOLE_ROW, stage_name
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting by its path in the document. ``offered``: the values of its buttons, for a Field that allows more or
-    lists none; ``menu``: a menu in place of buttons; ``step``: a number changes by so much; ``alone``: no heading
-    above it names its stage, so its label does."""
+    """One setting by its path in the document. ``offered``: the values of its buttons, for a Field that allows more
+    values or lists none; ``menu``: a menu instead of buttons; ``step``: the step of a number; ``alone``: its label
+    names the stage, because no heading above it does."""
 
     path: str
     offered: tuple[Any, ...] = ()
@@ -54,7 +54,7 @@ class Setting:
 
 
 def size_label(group_size: int) -> str:
-    """A group size as people say it."""
+    """A group size in words."""
     return "row" if group_size == WHOLE_ROW else str(group_size)
 
 

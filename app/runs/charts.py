@@ -1,6 +1,6 @@
 """The figures of a run: where its blocks are, their losses, and the heat map. Each is a plain Plotly figure.
 
-Blocks are numbered from 1, as in every text that people read. Colours that begin with ``--st-`` follow the theme.
+Blocks are numbered from 1, as in all text on screen. Colours that begin with ``--st-`` follow the theme.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def timeline(view: RunView, chosen: Chosen | None) -> Figure:
 
 
 def place_name(chosen: Chosen) -> str:
-    """A block in a stage, as people say it."""
+    """The name of a block in a stage."""
     stage, number = chosen
     return f"{'All blocks' if stage == 'e2e' else f'Block {number + 1}'}, {STAGE_LABELS[stage]}"
 
@@ -115,7 +115,7 @@ def before_after(view: RunView, *, log: bool) -> Figure:
         blocks = [block.done for block in view.finished if block.stage == stage and block.done is not None]
         numbers = [done.block + 1 for done in blocks]
         colour = COLOURS[stage]
-        # Before stage 1 there is nothing binarized; what enters is the error of the blocks before.
+        # Before stage 1 the block is not binarized; its error is that of the blocks before it.
         before = _line(f"{stage} before", "", (numbers, [done.loss_before for done in blocks]), colour, width=1.5)
         before |= {"showlegend": False, "legendgroup": stage, "hovertemplate": "before %{y:.4g}<extra></extra>"}
         before["line"] |= {"dash": "dot"}
@@ -138,7 +138,7 @@ def heat_map(view: RunView) -> Figure:
     layout: Figure = {"height": 300, "coloraxis": {}}
     data: list[Figure] = []
     if started is None or not stages:
-        note = "Stage 1 alone has no steps" if started is not None else "No step yet"
+        note = "Stage 1 has no steps" if started is not None else "No step yet"
         return {"data": [], "layout": {"height": 120, "annotations": [_note(note)], **_no_axes()}}
     widths = [float(min(view.steps.get(stage, 0), HEAT_COLUMNS) or 40) for stage in stages]
     left, gap = 0.0, 0.03
@@ -184,7 +184,7 @@ def heat_map(view: RunView) -> Figure:
             "matches": None if index == 0 else "y",
         }
         left += width + gap
-    # A few wild cells should not pale all others.
+    # A few extreme cells should not make all others pale.
     usual = sorted(changes)[int(0.95 * len(changes))] if changes else 0.0
     limit = next(step for step in (10, 20, 30, 50, 75, 100) if usual <= step or step == 100)
     middle = "--st-secondary-background-color"

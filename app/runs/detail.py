@@ -1,4 +1,4 @@
-"""One run in full: its state, what can be done with it, its figures and charts.
+"""One run in full: its state, its actions, its figures and charts.
 
 While the run is active the browser calls ``follow`` every second: one small fragment that reads the new events and
 draws the curve of the current block and the line with the time left. The rest of the page stays as it is until a block
@@ -88,7 +88,7 @@ def ask_cancel(runs: RunStore, run: Run, view: RunView, confirm: str) -> None:
 
 
 def one_loss(view: RunView) -> bool:
-    """Whether the run has stage 4 alone: it trains all blocks at once, so single blocks have no losses."""
+    """Whether the run has only stage 4: it trains all blocks at once, so single blocks have no losses."""
     return view.started is not None and view.started.stages == FROM_CHECKPOINT
 
 
@@ -177,7 +177,7 @@ def choose(run: Run, clicked: Chosen | None) -> None:
 
 
 def block_heading(run: Run, chosen: Chosen) -> None:
-    """Which block's curve follows, and the button that goes back to the current block."""
+    """The name of the block whose curve follows, and the button to return to the current block."""
     head, follow = st.columns([3, 2], vertical_alignment="center")
     what = "output error of its layers" if chosen[0] == "ptq" else "loss"
     head.markdown(f"**{place_name(chosen)}: {what}**")
@@ -285,7 +285,7 @@ def show_run(runs: RunStore, run_id: str) -> None:
 
 
 def follow(runs: RunStore, run_id: str, chosen: Chosen | None, drawn: tuple[object, ...], line: DeltaGenerator) -> None:
-    """Draw what changes every second. Where ``drawn`` is not the run's state any more, the whole page is redrawn."""
+    """Draw what changes every second. If ``drawn`` is no longer the run's state, redraw the whole page."""
     with guard():
         view = watched(runs.root, run_id)
         with view.caught_up(runs):

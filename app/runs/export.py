@@ -1,4 +1,4 @@
-"""The export of a finished run: choose a kind and a folder, write it, see where it lies."""
+"""The export of a finished run: choose a kind and a folder, write it, see where it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS: dict[ExportKind, tuple[str, str]] = {
     "dense": ("Dense", "bfloat16 weights for any program that loads transformers folders; answers like the A16 model."),
     "gguf": (
         "GGUF",
-        "The dense weights as one file for llama.cpp and what is built on it; answers like the A16 model.",
+        "The dense weights as one file for llama.cpp and programs built on it; answers like the A16 model.",
     ),
     "space": ("Space", "The showcase, both models in it, as a Gradio app for Hugging Face Spaces or any machine."),
 }
@@ -47,7 +47,7 @@ def _section(runs: RunStore, run: Run) -> None:
         "New folder",
         f"exports/{name}-{kind}",
         key=f"export folder {run.id} {kind}",
-        help=f"Under {root()}. What it is stands in its README.md, for a model as a model card.",
+        help=f"Under {root()}. Its README.md describes it, for a model as a model card.",
     )
     outcome = f"export outcome {run.id}"
     below = st.empty()  # one place, so that the last outcome goes when the next export begins

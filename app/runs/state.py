@@ -27,7 +27,7 @@ BADGES: dict[State, str] = {
 
 @st.cache_data(max_entries=100, show_spinner=False)
 def stage_seconds(root: Path, run_id: str) -> dict[Stage, float]:
-    """The estimated seconds of each of the run's stages; empty where they can't be estimated."""
+    """The estimated seconds of each stage of the run; empty if they can't be estimated."""
     try:
         return expected_seconds(store().get(run_id))
     except LbllmError:
@@ -40,7 +40,7 @@ def elapsed(run: Run, view: RunView, now: float) -> float:
 
 
 def state_text(runs: RunStore, run: Run, view: RunView, now: float, expected: Mapping[Stage, float]) -> str:
-    """A line about what the run does and how long that still takes; ``expected``: the estimated seconds of each
+    """A line about what the run does and the time left; ``expected``: the estimated seconds of each
     stage."""
     if run.state == "queued":
         ahead = sum(other.state in ACTIVE and other.created < run.created for other in runs.all())

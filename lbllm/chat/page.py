@@ -1,7 +1,7 @@
 """Write a comparison as one HTML file to share: prompts, answers, figures, vote and lens, for a light or dark screen.
 
 The file loads nothing and runs no script. Its template escapes every text of a person or a model, and a content
-security policy blocks whatever escaping might miss.
+security policy blocks what escaping might miss.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def comparison_page(
     votes: dict[str, Choice] | None = None,
     lens: tuple[Lens, tuple[str, str]] | None = None,
 ) -> str:
-    """The page as text, to be saved in UTF-8. ``votes`` by exchange id; ``lens``: the lens over the last exchange, with
+    """The page as text, to save in UTF-8. ``votes`` by exchange id; ``lens``: the lens over the last exchange, with
     the names of teacher and student."""
     shown, lens_names = lens if lens is not None else (None, None)
     return _TEMPLATES.get_template("comparison.html.jinja").render(
@@ -109,5 +109,5 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         (f"{answer.tokens_per_second:.1f}", "tokens/s, alone" if answer.timed else "tokens/s"),
         (f"{answer.first_token_seconds:.2f} s", "first token"),
         (f"{answer.weight_bytes / 1e6:.1f} MB", "weights"),
-        (f"{answer.bpw:.2f}", "bits a weight"),
+        (f"{answer.bpw:.2f}", "bits per weight"),
     ]

@@ -1,12 +1,12 @@
-"""Models to talk to, loaded in the background, once a process, and released when nobody holds them any more.
+"""Models to chat with: loaded in the background, once per process, and released when nobody uses them any more.
 
     pool = ModelPool()
     mine = pool.get("smollm2-135m-instruct")     returns at once
     mine.wait(); mine.loaded.model ...
 
 The pool itself keeps no model alive: a ``Slot`` lives as long as a reader (a session of the workbench, an answer being
-written) refers to it, and everybody who asks for the same name meanwhile gets the same one. Dropping the last reference
-releases the model; the next load collects what cycles still hold.
+written) refers to it, and everybody who asks for the same name in that time gets the same slot. Dropping the last
+reference releases the model; the next load frees memory that reference cycles still hold.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ State = Literal["waiting", "loading", "ready", "failed"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer, and what there is to say about it.
+    """A model that is ready to answer, and facts about it.
 
-    ``weight_bytes``: weights in memory as they are deployed, the packed ones packed. ``expanded_bytes``: an expanded
-    copy of packed weights, kept where there are no kernels for them, else 0. ``bpw``: bits a weight of the binarized
-    layers, or of the dense weights as they lie in memory.
+    ``weight_bytes``: weights in memory as they are deployed, packed layers in packed form. ``expanded_bytes``: an
+    expanded copy of packed weights, kept if there are no kernels for them, else 0. ``bpw``: bits per weight of the
+    binarized layers, or of the dense weights in memory.
     """
 
     model: PreTrainedModel
@@ -53,12 +53,12 @@ class Loaded:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model has a chat template; without one it goes on with a text."""
+        """Whether the model has a chat template; without one it continues a text."""
         return self.tokenizer.chat_template is not None
 
 
 class Slot:
-    """The place of one model in the pool; its fields are written by the loading thread alone."""
+    """The place of one model in the pool; only the loading thread writes its fields."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -71,27 +71,27 @@ class Slot:
 
     @property
     def loaded(self) -> Loaded:
-        """The model. Raises LbllmError with the reason where it is not, or could not be, loaded."""
+        """The model. Raises LbllmError with the reason if it is not loaded yet or loading failed."""
         if self._loaded is None:
             raise LbllmError(self.error or f"{self.name} is still being loaded")
         return self._loaded
 
     @property
     def over(self) -> bool:
-        """Whether loading has ended, well or not."""
+        """Whether loading has ended, also with an error."""
         return self._over.is_set()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the model was asked for, or that its loading took."""
+        """Seconds since the model was requested; after loading, the seconds that loading took."""
         return self._seconds if self.over else time.monotonic() - self._asked
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until loading has ended; whether it has."""
+        """Wait until loading has ended; return whether it has."""
         return self._over.wait(timeout)
 
     def load(self, turn: threading.Lock) -> None:
-        """Load the model when it is this slot's turn; a reason to fail is kept for the readers."""
+        """Load the model when it is this slot's turn; an error is kept for the readers."""
         with turn:
             self.state = "loading"
             gc.collect()
@@ -101,7 +101,7 @@ class Slot:
             except LbllmError as error:
                 self.error, self.state = str(error), "failed"
             except Exception as error:
-                # Whatever a foreign model breaks must end in a message: the thread has nobody to raise to.
+                # Every error of a foreign model must become a message: no caller of this thread could catch it.
                 self.error = f"{self.name} can't be loaded ({type(error).__name__}: {error}); choose another model"
                 self.state = "failed"
             finally:
@@ -117,13 +117,13 @@ class ModelPool:
         self._mutex = threading.Lock()
         # One load at a time: two at once take as long, and need the memory of both loads' temporaries.
         self._turn = threading.Lock()
-        # The compiler has half a minute's work at its very first time: meanwhile the first model is loaded.
+        # At first use the kernels are compiled for half a minute; the first model is loaded in the same time.
         threading.Thread(target=kernels.ready, name="lbllm-kernels", daemon=True).start()
 
     def get(self, name: str) -> Slot:
-        """The slot of a model, its loading begun where nobody holds it yet. Returns at once.
+        """The slot of a model; starts loading it if nobody holds it yet. Returns at once.
 
-        ``name``: whatever ``find_model`` takes. A failed load is tried again.
+        ``name``: any name that ``find_model`` takes. A failed load is tried again.
         """
         with self._mutex:
             slot = self._slots.get(name)
@@ -133,7 +133,7 @@ class ModelPool:
         return slot
 
     def names(self) -> list[str]:
-        """Names of the models somebody holds."""
+        """Names of the models that somebody holds."""
         return sorted(slot.name for slot in self._slots.values())
 
 
@@ -170,7 +170,7 @@ def _open(name: str) -> Loaded:
 
 
 def _check_memory(name: str, needed: int, device: str) -> None:
-    """Raises ResourceError where so many bytes are not free: better than the kernel ending the whole process."""
+    """Raise ResourceError if so many bytes are not free; otherwise the system could kill the whole process."""
     free = free_memory(device)
     if needed > free:
         raise ResourceError(
@@ -180,7 +180,7 @@ def _check_memory(name: str, needed: int, device: str) -> None:
 
 
 def _bytes(model: PreTrainedModel) -> int:
-    """Bytes of what a checkpoint of the model holds, shared tensors once."""
+    """Bytes of the tensors in a checkpoint of the model; shared tensors count once."""
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     tensors = [*model.parameters(), *(buffer for layer in packed for buffer in layer.buffers())]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

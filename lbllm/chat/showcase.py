@@ -1,13 +1,13 @@
 """A binarized model beside its teacher for an audience: many visitors, one line, two answers to one question at a time.
 
-    showcase = open_showcase()                              the checkpoint that comes with the project
+    showcase = open_showcase()                              the checkpoint included with the project
     turn = showcase.ask("visitor 7", "10.0.0.3", "Why is the sky blue?", blind=True)
-    showcase.seen(turn)                                     what the visitor may see of it now; any thread, any time
+    showcase.seen(turn)                                     what the visitor may see now; from any thread
     showcase.vote("visitor 7", "left")
 
-Who asked first is answered first. A question belongs to nobody who looks on: it is answered in threads of its own, and
-whoever leaves takes it back by ``leave``. In a blind turn the sides change places by chance and what tells the models
-apart stays here until the vote.
+Questions are answered in the order of arrival, in threads of their own, so no page has to wait for them. ``leave``
+withdraws the question of a visitor who goes away. In a blind turn the sides are swapped at random, and nothing that
+identifies the models is shown before the vote.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ TurnState = Literal["waiting", "answering", "over"]
 
 
 class VisitorError(LbllmError):
-    """What a visitor asked for is not possible now; the text is for the visitor."""
+    """A visitor's request is not possible now; the message is shown to the visitor."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may. ``line``: questions that wait at most, those of all visitors together.
+    """Limits for one visitor. ``line``: the largest number of waiting questions of all visitors together.
 
-    Visitors are told apart by their browser session, which a reload renews; ``address_per_minute`` is for all who come
-    from one address, a whole hall perhaps.
+    Visitors are told apart by their browser session, which a reload renews; ``address_per_minute`` applies to all
+    visitors from one address, perhaps a whole hall.
     """
 
     prompt_chars: int = 600
@@ -58,7 +58,7 @@ class Limits:
 
 @dataclass(eq=False)
 class Turn:
-    """One question and what became of it. ``number``: in the order of arrival. ``swapped``: the first model is on the
+    """One question and its answers. ``number``: in the order of arrival. ``swapped``: the first model is on the
     right."""
 
     number: int
@@ -73,12 +73,12 @@ class Turn:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes."""
+        """Whether the answers are complete."""
         return self.withdrawn or (self.duel is not None and self.duel.over)
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
-        """Left and right, as far as they are written."""
+        """The left and the right answer, as far as they are written."""
         if self.duel is None:
             empty = Answer(state="stopped" if self.withdrawn else "waiting")
             return empty, empty
@@ -88,8 +88,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Seen:
-    """A turn as its visitor may see it. ``position``: in the line, 1 is next, 0 not in it. ``names`` are None, and what
-    would give the models away is missing from ``answers``, until a blind turn is revealed."""
+    """A turn as its visitor may see it. ``position`` in the line: 1 is next, 0 is not in it. Until a blind turn is
+    revealed, ``names`` is None and ``answers`` lack everything that identifies the models."""
 
     state: TurnState
     number: int
@@ -129,22 +129,22 @@ class Showcase:
 
     @property
     def completes(self) -> bool:
-        """Whether a model has no chat template, and goes on with the text. Known once both are loaded."""
+        """Whether a model has no chat template and therefore continues the text. Known once both are loaded."""
         return self.ready and not all(slot.loaded.is_chat for slot in self.slots)
 
     def wait(self) -> None:
-        """Wait until both models are loaded. Raises LbllmError where one can't be."""
+        """Wait until both models are loaded. Raises LbllmError if one can't be loaded."""
         for slot in self.slots:
             slot.wait()
             slot.loaded  # noqa: B018 - raises
 
     def ask(self, visitor: str, address: str, prompt: str, *, blind: bool = False, seed: int | None = None) -> Turn:
-        """Put a question in the line. The same ``seed`` gives the same answers again; without one it is drawn.
+        """Put a question in the line. The same ``seed`` gives the same answers again; without one it is random.
 
-        Raises VisitorError where the question is empty or too long, the visitor asks too often or has one in the line,
+        Raises VisitorError if the question is empty or too long, the visitor asks too often or has one in the line,
         or the line is full.
         """
-        # A lone surrogate, which JSON can carry, is no text that a tokenizer takes.
+        # JSON can contain a lone surrogate, which a tokenizer does not accept.
         prompt = prompt.encode("utf-8", "replace").decode().strip()
         if not prompt:
             raise VisitorError("The question is empty. Write one, or choose an example.")
@@ -190,7 +190,7 @@ class Showcase:
             )
 
     def stop(self, turn: Turn) -> None:
-        """End the answers after the token in work, or take the question out of the line."""
+        """End the answers after the current token, or take the question out of the line."""
         with self._mutex:
             if turn.duel is not None:
                 turn.duel.stop()
@@ -204,7 +204,7 @@ class Showcase:
             return self._turns.get(visitor)
 
     def leave(self, visitor: str) -> None:
-        """Forget a visitor; what was asked and not answered yet is stopped."""
+        """Forget a visitor and stop the question that is not answered yet."""
         with self._mutex:
             turn = self._turns.pop(visitor, None)
             if turn is not None:
@@ -213,7 +213,7 @@ class Showcase:
     def vote(self, visitor: str, choice: str) -> Turn:
         """Keep the visitor's vote on the last, blind, turn, which reveals it. Raises VisitorError, ResourceError."""
         if choice not in CHOICES:
-            raise VisitorError(f"{choice!r} is no vote. Give one of: {', '.join(CHOICES)}.")
+            raise VisitorError(f"{choice!r} is not a vote. Give one of: {', '.join(CHOICES)}.")
         with self._mutex:
             turn = self._turns.get(visitor)
             if turn is None or not turn.blind:
@@ -261,7 +261,7 @@ class Showcase:
         self._turns.pop(visitor, None)
         self._turns[visitor] = turn
         if len(self._turns) > _REMEMBERED:
-            # Not everybody says goodbye. Those of the line are among the newest.
+            # Not every visitor calls ``leave``. Those with a question in the line are among the newest.
             del self._turns[next(iter(self._turns))]
 
     def _serve(self) -> None:
@@ -278,8 +278,8 @@ class Showcase:
 
 
 def open_showcase(checkpoint: str = SHIPPED, teacher: str | None = None, *, limits: Limits | None = None) -> Showcase:
-    """The showcase of a packed checkpoint, by any of its names, and its teacher (default: the model it was made from);
-    both begin to load. Votes are kept in home()/showcase.
+    """The showcase of a packed checkpoint, given by any of its names, and its teacher (default: the model it was made
+    from); starts to load both. Votes are kept in home()/showcase.
 
     Raises CheckpointError, ModelError, RunError.
     """
@@ -308,7 +308,7 @@ def _comparable(answers: tuple[Answer, Answer]) -> bool:
 
 
 def _hidden(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
-    """The answers without what tells the models apart: their figures, and which of them is the faster one."""
+    """The answers without what identifies the models: their figures, and which model is faster."""
     left, right = answers
     return _keeping_pace(left, right), _keeping_pace(right, left)
 

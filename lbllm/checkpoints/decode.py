@@ -1,12 +1,12 @@
 """Decoding on the CPU: all packed decoder blocks as one operator, and an output head that stays in bfloat16.
 
-A token passes some sixty operators in a block of transformers' code, and calling them takes longer than what they
-compute. Where all blocks are of LLaMA's kind and their layers are packed, one token at a time goes through
-``torch.ops.lbllm.decode`` instead, which wakes the other threads once a token; everything else, prompts and batches
-included, takes the usual way, and both ways share the KV cache.
+In a block of transformers' code a token goes through some sixty operators, and calling them takes longer than their
+computation. If all blocks are like LLaMA's and their layers are packed, one token at a time goes through
+``torch.ops.lbllm.decode`` instead, which wakes the other threads once a token; everything else, also prompts and
+batches, runs the usual code, and both share the KV cache.
 
-A checkpoint holds embeddings in bfloat16. Expanding them to float32 doubles what is read for every token and changes
-no value, so a model that computes in float32 keeps them as they are.
+A checkpoint holds embeddings in bfloat16. Expanding them to float32 doubles the bytes read per token and
+changes no value, so a model that computes in float32 keeps them as they are.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def speed_up(model: PreTrainedModel) -> None:
 
 
 def computing_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What the model's blocks compute in: ``model.dtype`` is that of its embeddings."""
+    """The dtype in which the blocks compute; ``model.dtype`` is that of the embeddings."""
     head = model.get_output_embeddings()
     return torch.float32 if head is not None and isinstance(head.forward, HalfHead) else model.dtype
 
@@ -81,7 +81,7 @@ def _fits(block: nn.Module) -> bool:
 
 class FusedForward:
     """The forward of a decoder (the model without its output head): one token of one sequence goes through the
-    operator, all else through the class's own."""
+    operator, everything else through the class's own forward."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
@@ -122,8 +122,8 @@ class FusedForward:
         )
 
     def _let_keep_halves(self, kwargs: dict[str, Any]) -> None:
-        """Where the KV cache keeps 16 bits: let an empty one of transformers, or the one that it would make, keep them
-        in layers that the operator reads."""
+        """If the KV cache keeps 16 bits: let an empty cache of transformers, or the one that it would make, keep its
+        entries in layers that the operator reads."""
         cache, config = kwargs.get("past_key_values"), self.decoder.config
         if cache is None:
             wanted = kwargs.get("use_cache")
@@ -149,7 +149,7 @@ class FusedForward:
     def _weights(self) -> tuple[list[Any], ...]:
         """The layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as a list."""
         layers = self.layers
-        # A layer that was saved or moved meanwhile has put its bits back, and would hold them twice.
+        # A layer that was saved or moved in between has restored its own bits and would hold them twice.
         if self._lists is None or any(
             layer.words is not words for layer, words in zip(layers, self._lists[0], strict=True)
         ):
@@ -169,7 +169,7 @@ class FusedForward:
                 [layer.in_features for layer in layers],
                 [layer.length for layer in layers],
             )
-            # The bits were read from the checkpoint's file once more.
+            # The bits were read from the checkpoint's file again.
             memory.trim()
         return self._lists
 
@@ -183,14 +183,14 @@ class FusedForward:
         use_cache: bool | None = None,
         **others: Any,
     ) -> list[PackedKVLayer] | None:
-        """The cache's layers where this call is one for the operator, else None."""
+        """The cache's layers if the operator can do this call, else None."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None) or given.shape[:2] != (1, 1):
             return None
         if not self._fits_here():
             return None
         config = self.decoder.config
-        # Whoever asks for more than the last state gets it from the class's own code.
+        # A call that asks for more than the last state runs the class's own code.
         if use_cache is False or config.output_hidden_states or config.output_attentions:
             return None
         if any(value for name, value in others.items() if name != "return_dict"):

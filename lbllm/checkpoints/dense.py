@@ -1,6 +1,6 @@
 """An ordinary dense model from a packed one, for programs that don't know the packed format.
 
-Its weights are what the packed bits and levels stand for, rounded to bfloat16. Packed layers quantize their
+Its weights are the values of the packed bits and levels, rounded to bfloat16. Packed layers quantize their
 activations, and the packed cache its entries; this copy has neither, so it answers like the A16 model.
 """
 
@@ -19,9 +19,10 @@ from lbllm.quant.packed_layer import PackedLinear
 
 @torch.no_grad()
 def dense_copy(packed: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class with bfloat16 weights, on the CPU: 2 bytes a weight in memory beside the packed ones.
+    """A model of the same class with bfloat16 weights, on the CPU: 2 bytes per weight in memory, in addition to the
+    packed ones.
 
-    It is there to be written: buffers that no file holds (the rotary embedding's) are left on the meta device.
+    It is only for writing to disk: buffers that are not saved (the rotary embedding's) are left on the meta device.
     """
     config = copy.deepcopy(packed.config)
     del config.quantization_config

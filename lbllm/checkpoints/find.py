@@ -1,15 +1,15 @@
-"""Find a model by any of its names, and open it: the one place where commands, pages and benchmarks look names up.
+"""Find a model by any of its names and load it. Commands, pages and benchmarks all look names up here.
 
-A name is looked up in this order, and the first that fits counts:
+A name is looked up in this order; the first match counts:
 
-    1. ``shipped``, the packed checkpoint that comes with the project
+    1. ``shipped``, the packed checkpoint included with the project
     2. a catalogue id, in small or capital letters
-    3. a .gguf file, or a folder: a teacher as save_pretrained writes it, a packed checkpoint, or a run's folder
+    3. a .gguf file, or a folder: a Hugging Face model folder, a packed checkpoint, or a run's folder
     4. a hub id, owner/name
     5. the id of a finished run in the run store
 
-So a folder that is called like a catalogue id is given as ./name. A checkpoint's own files are not searched for further
-names.
+So if a folder has the same name as a catalogue id, give it as ./name. The files of a checkpoint are not searched for
+further names.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _CATALOGUE = {entry.id: entry.id for entry in MODELS}
 class FoundCheckpoint:
     """A packed checkpoint.
 
-    ``stated``: the folder with its config.json and record; of the shipped one that is not the folder with the weights.
-    ``run`` and ``evaluations``: the run of the store that it was found by, and what was measured of that run.
+    ``stated``: the folder with its config.json and record; for the shipped checkpoint this is not the folder with the
+    weights. ``run`` and ``evaluations``: the stored run by whose id it was found, and what was measured of that run.
     """
 
     stated: Path
@@ -53,7 +53,7 @@ class FoundCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder to load from. The shipped one is put together at the first call. Raises CheckpointError,
+        """The folder to load from. The shipped one is assembled at the first call. Raises CheckpointError,
         ModelError."""
         return shipped_checkpoint() if self.shipped else self.stated
 
@@ -67,7 +67,7 @@ class FoundCheckpoint:
 
     @property
     def record(self) -> RunRecord:
-        """What is known of the run that made it. Raises CheckpointError where its files can't be read."""
+        """What is known of the run that made it. Raises CheckpointError if its files can't be read."""
         record = read_record(self.stated)
         return record if self.run is None else record.with_evaluations(list(self.evaluations), self.run)
 
@@ -75,8 +75,8 @@ class FoundCheckpoint:
 def find_model(name: str, store: RunStore | None = None) -> ModelSource | FoundCheckpoint:
     """Where the name of a teacher or of a packed checkpoint leads. Nothing is loaded or downloaded.
 
-    ``store``: where runs are looked up, by default the usual one, opened only if the name is not found before. Raises
-    ModelError, CheckpointError, RunError.
+    ``store``: where runs are looked up (default: the usual store), opened only if no earlier rule finds the name.
+    Raises ModelError, CheckpointError, RunError.
     """
     found = _find(name, store)
     if found is None:
@@ -86,7 +86,7 @@ def find_model(name: str, store: RunStore | None = None) -> ModelSource | FoundC
 
 
 def find_teacher(name: str, store: RunStore | None = None) -> ModelSource:
-    """The same where only a teacher, a full-precision model, can be used. Raises ModelError, RunError."""
+    """Like ``find_model``, but only for a teacher, a full-precision model. Raises ModelError, RunError."""
     found = _find(name, store)
     if found is None:
         raise unknown_name(name, _CATALOGUE, TEACHERS)
@@ -96,18 +96,18 @@ def find_teacher(name: str, store: RunStore | None = None) -> ModelSource:
 
 
 def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint:
-    """The same where only a packed checkpoint can be used. Raises CheckpointError, ModelError, RunError."""
+    """Like ``find_model``, but only for a packed checkpoint. Raises CheckpointError, ModelError, RunError."""
     found = _find(name, store)
     if found is None:
         raise unknown_name(name, {SHIPPED: SHIPPED} | _finished(store), CHECKPOINTS)
     if isinstance(found, ModelSource):
-        raise CheckpointError(f"{name} is no packed checkpoint; give {CHECKPOINTS}")
+        raise CheckpointError(f"{name} is not a packed checkpoint; give {CHECKPOINTS}")
     return found
 
 
 def find_run(name: str, store: RunStore | None = None) -> FoundCheckpoint | None:
-    """The checkpoint of the run with this id; None where the store does not have it. Raises RunError where the run is
-    not finished, CheckpointError where its checkpoint is gone."""
+    """The checkpoint of the run with this id; None if the store does not have it. Raises RunError if the run is
+    not finished, CheckpointError if its checkpoint is gone."""
     with _opened(store) as runs:
         try:
             run = runs.get(name)
@@ -153,7 +153,7 @@ def _find(name: str, store: RunStore | None) -> ModelSource | FoundCheckpoint | 
 
 
 def _in_folder(folder: Path, store: RunStore | None) -> FoundCheckpoint | None:
-    """The packed checkpoint that a folder is, or that lies in it because it is a run's folder."""
+    """The packed checkpoint in a folder: the folder itself, or the checkpoint of a run's folder."""
     if is_checkpoint(folder):
         return FoundCheckpoint(folder)
     if folder.resolve().parent == (store.root if store is not None else (home() / "runs").resolve()):
@@ -167,7 +167,7 @@ def _in_folder(folder: Path, store: RunStore | None) -> FoundCheckpoint | None:
 
 
 def _finished(store: RunStore | None) -> dict[str, str]:
-    """What a message calls the finished runs, by their ids and by the names that people gave them."""
+    """The finished runs as messages name them, by id and by the name that the user gave."""
     with _opened(store) as runs:
         done = [run for run in runs.all() if run.state == "done"]
     return {key: f"{run.id} ({run.name})" for run in done for key in (run.name, run.id)}
@@ -175,7 +175,7 @@ def _finished(store: RunStore | None) -> dict[str, str]:
 
 @contextmanager
 def _opened(store: RunStore | None) -> Iterator[RunStore]:
-    """The store, or the usual one for as long as it is needed."""
+    """The given store, or the usual one, opened as long as it is needed."""
     if store is not None:
         yield store
         return

@@ -2,12 +2,11 @@
 
 A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors, tokenizer. Importing
 ``lbllm`` registers the method. Without it transformers would only warn of an unknown method and load wrong weights,
-so two things stop it: the packed tensors carry the name ``weight`` with a shape no dense layer has, and config.json
-names a weights file that does not exist and whose name says what to do; with lbllm registered that name is put aside
-before files are looked for.
+so two things stop it: the packed tensors carry the name ``weight`` with a shape that no dense layer has, and
+config.json names a weights file that does not exist and whose name says what to do. If lbllm is registered, it removes
+that name before transformers looks for files.
 
-config.json also holds two hashes, so that ``load`` refuses tensors or a format that are not the ones that were saved
-together.
+config.json also holds two hashes, so that ``load`` refuses tensors and a format that were not saved together.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ METHOD = "lbllm"
 VERSION = 1
 GUARD = "PACKED BY LBLLM: install lbllm and run `import lbllm` before from_pretrained"
 WEIGHTS = "model.safetensors"
-CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the way out of every damaged checkpoint
+CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the advice for every damaged checkpoint
 
 
 @register_quantization_config(METHOD)
@@ -60,7 +59,7 @@ class LbllmConfig(QuantizationConfigMixin):
         self.provenance: dict[str, Any] = kwargs.get("provenance") or {}
         if version != VERSION:
             raise CheckpointError(_other_version("this checkpoint", version))
-        # The same tensors would compute something else with other bits or groups, and nothing would tell.
+        # With other bits or groups the same tensors would silently compute something else.
         if kwargs.get("format_sha256") not in (None, self.format_sha256):
             raise CheckpointError(_other_format("this checkpoint's config.json"))
 
@@ -72,14 +71,13 @@ class LbllmConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LbllmQuantizer(HfQuantizer):
-    """Puts packed layers in place of the dense ones before weights are loaded, and the packed KV cache in front of
-    the model."""
+    """Replaces dense layers by packed ones before weights are loaded, and gives the model the packed KV cache."""
 
     requires_calibration = True
     quantization_config: LbllmConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Called before files are looked for: put the guard against loading without lbllm aside."""
+        """Called before files are looked for: remove the guard against loading without lbllm."""
         if getattr(config, "transformers_weights", None) == GUARD:
             del config.transformers_weights
         return config
@@ -91,7 +89,7 @@ class LbllmQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # transformers would write neither the guard nor the new hash, and has no hook behind its writing.
+        # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         speed_up(model)
         return model
@@ -129,8 +127,8 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
 def attach_kv_cache(
     model: nn.Module, bits: int, kind: type[PackedKVLayer] | type[TrainingKVLayer] = PackedKVLayer
 ) -> None:
-    """Make the model keep its KV cache in ``bits`` bits, whoever creates the cache: generate(), a caller, or a plain
-    forward call, of the model or of the part of it without the head. Comes before the layers are replaced."""
+    """Make the model keep its KV cache in ``bits`` bits, no matter who creates the cache: generate(), a caller, or a
+    plain forward call of the model or of its decoder without the head. Call it before the layers are replaced."""
     if bits >= 16:
         return
     layer_class = type(kind.__name__, (kind,), {"bits": bits})
@@ -143,7 +141,7 @@ def attach_kv_cache(
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         if cache is None:
-            # Attention reads what the cache returns, so a pass without a cache of its own needs one as well.
+            # Attention reads what the cache returns, so a pass without a cache needs one, too.
             kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
         elif not is_packed(cache):
             if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
@@ -157,7 +155,7 @@ def attach_kv_cache(
         return (), kwargs
 
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # Whoever wants no cache feeds all tokens again: the one of this pass must not come back with the next.
+        # A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one.
         if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = None
 
@@ -166,7 +164,7 @@ def attach_kv_cache(
 
 
 def _cache_holder(model: nn.Module) -> nn.Module:
-    """The innermost module round the decoder blocks that takes a KV cache: every pass that uses one goes through it."""
+    """The innermost module around the decoder blocks that takes a KV cache: every pass with a cache goes through it."""
     path, _ = decoder_blocks(model)
     while path:
         path = path.rpartition(".")[0]
@@ -205,7 +203,7 @@ def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> N
     """
     if options.pop("push_to_hub", False):
         raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
-    # One file whatever its size: it is what the hash is of.
+    # Always one file, since the hash is computed from it.
     with quiet():
         type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})
     if options.get("is_main_process", True):
@@ -235,8 +233,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a packed checkpoint folder and its tokenizer; fails closed.
 
-    Raises CheckpointError where the folder is no LBLLM checkpoint, of another version, or where any tensor is
-    missing, of another shape, or not what was saved.
+    Raises CheckpointError if the folder is not an LBLLM checkpoint, has another version, or if any tensor is
+    missing, has another shape, or differs from what was saved.
     """
     folder = Path(folder)
     _check_files(folder)
@@ -266,7 +264,7 @@ def load(
 
 
 def _check_files(folder: Path) -> None:
-    """Raise CheckpointError unless config.json is of our method and version and its hashes are those of the folder."""
+    """Raise CheckpointError unless config.json has our method and version and its hashes match the folder."""
     config, weights = folder / "config.json", folder / WEIGHTS
     if not config.is_file():
         raise CheckpointError(f"{config} does not exist; give the folder of a packed checkpoint")

@@ -3,8 +3,8 @@
 Settings, text, licence and the figures that the run measured travel with the weights, so that a model card can be
 written on any machine. A folder without the file still has its settings, in config.json; the rest is then not known.
 
-A folder or file of this machine is named by its last part alone in what others get: the rest of its path says
-something of a machine and nothing of the model.
+What others get names a folder or file of this machine only by the last part of its path: the rest describes the
+machine, not the model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _MEASURED_ON = re.compile(r"(held-out part of )?(.*)(, \d+ windows of \d+ tokens
 
 
 class RunRecord(BaseModel):
-    """A run's settings and results; None is what is not known. ``base_model``: the teacher's id on the hub, if it has
+    """A run's settings and results; None means not known. ``base_model``: the teacher's id on the hub, if it has
     one; ``precision``: what the teacher's weights were stored as; ``run``: the id in the store that made it; ``start``:
-    the record of the checkpoint that the run went on from."""
+    the record of the starting checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +48,7 @@ class RunRecord(BaseModel):
     start: RunRecord | None = None
 
     def with_evaluations(self, more: list[Evaluated], run: str) -> RunRecord:
-        """The record of a run in a store, with what was measured since: of one model on one text the newest."""
+        """The record of a run in a store, with later measurements: for each model and text only the newest."""
         newest = {(one.what, one.text): one for one in (*self.evaluations, *more)}
         return self.model_copy(update={"evaluations": tuple(newest.values()), "run": run})
 
@@ -70,7 +70,7 @@ def _public_model(name: str) -> str:
 
 
 def checkpoint_name(name: str) -> str:
-    """What a checkpoint's folder is called: by its last part, that of a run by the run's id."""
+    """The name of a checkpoint's folder: the last part of its path, or the run's id in a run's folder."""
     last = last_part(name)
     return last_part(name[: -len(last)].rstrip("/\\")) or last if last == "checkpoint" else last
 
@@ -85,8 +85,8 @@ def _public_text(text: str) -> str:
 
 
 def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
-    """Copy a packed checkpoint for others: its files as they are, but for what config.json and the record say of the
-    run; a card is written anew."""
+    """Copy a packed checkpoint for others: its files unchanged, except for what config.json and the record say about
+    the run; the card is written again."""
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in (RECORD, "README.md"):
             shutil.copyfile(path, folder / path.name)
@@ -109,9 +109,9 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """The record of a packed checkpoint's folder, from config.json where it has no file of its own.
+    """The record of a packed checkpoint's folder, from config.json if the folder has no record.
 
-    Raises CheckpointError where either can't be read.
+    Raises CheckpointError if one of them can't be read.
     """
     path = folder / RECORD
     try:
@@ -131,11 +131,11 @@ def read_record(folder: Path) -> RunRecord:
     except (OSError, ValueError, KeyError, ValidationError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
-            f"{path} can't be read ({reason}); copy the checkpoint again, or delete {RECORD} to do without what it says"
+            f"{path} can't be read ({reason}); copy the checkpoint again, or delete {RECORD} to ignore it"
         ) from error
 
 
 def provenance(checkpoint: Path) -> dict[str, str]:
-    """What a checkpoint says about its origin: "model", "precision", "licence", where known."""
+    """What a checkpoint says about its origin: "model", "precision", "licence", if known."""
     stated = json.loads((checkpoint / "config.json").read_text())["quantization_config"].get("provenance") or {}
     return {key: str(stated[key]) for key in ("model", "precision", "licence") if stated.get(key)}

@@ -1,10 +1,10 @@
-"""The binarized checkpoint that comes with the project, so that the first minute needs no run.
+"""The binarized checkpoint included with the project, so that you can try it without a run.
 
-Of a whole checkpoint assets/checkpoint/ keeps what binarization made: bits, group parameters, knees and clips.
-Embeddings and norms, which are most of the bytes, are the embedded teacher's own and are taken from it when the
-checkpoint is put together in the cache, once. Its hash covers the whole file, so any difference is noticed by ``load``.
+assets/checkpoint/ contains the part of a checkpoint that binarization made: bits, group parameters, knees and clips.
+Embeddings and norms, which are most of the bytes, are those of the embedded teacher and are copied from it when the
+checkpoint is assembled in the cache, once. Its hash covers the whole file, so ``load`` notices any difference.
 
-    python -m lbllm.checkpoints.shipped runs/quick      # what assets/checkpoint/ was made by
+    python -m lbllm.checkpoints.shipped runs/quick      # how assets/checkpoint/ was made
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act"
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the whole checkpoint, put together at the first call. Raises CheckpointError, ModelError."""
+    """The folder of the whole checkpoint, assembled at the first call. Raises CheckpointError, ModelError."""
     check_assets()
     stated = json.loads((ASSET_FOLDER / "config.json").read_text())["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
@@ -44,14 +44,14 @@ def shipped_checkpoint() -> Path:
 
 
 def check_assets() -> None:
-    """Raise CheckpointError where the project's assets lack the checkpoint."""
+    """Raise CheckpointError if the project's assets lack the checkpoint."""
     config = ASSET_FOLDER / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{config} is missing; get the project's assets again, or binarize a model by a run")
 
 
 def strip(checkpoint: Path, target: Path) -> None:
-    """Write of a checkpoint folder what ``assemble`` can't take from the teacher."""
+    """Write the part of a checkpoint folder that ``assemble`` can't take from the teacher."""
     with safe_open(checkpoint / WEIGHTS, "pt") as file, new_folder(target, replace=True) as folder:
         names = set(file.keys())
         layers = _packed_layers(names)
@@ -61,7 +61,7 @@ def strip(checkpoint: Path, target: Path) -> None:
 
 
 def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
-    """Put a whole checkpoint together from a stripped one and its teacher. Raises CheckpointError where that is not
+    """Assemble a whole checkpoint from a stripped one and its teacher. Raises CheckpointError if the result is not
     the file that was stripped."""
     expected = json.loads((stripped / "config.json").read_text())["quantization_config"]["tensors_sha256"]
     tensors = load_file(stripped / PACKED)
@@ -84,7 +84,7 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
 
 
 def _packed_layers(names: Iterable[str]) -> set[str]:
-    """Of the names of a checkpoint's tensors the layers that are packed."""
+    """The names of the packed layers among the names of a checkpoint's tensors."""
     return {name.removesuffix(".params") for name in names if name.endswith(".params")}
 
 

@@ -1,1 +1,1 @@
-"""The commands of the command line, by what they are about. None imports torch before it needs it."""
+"""The commands of the command line, grouped by topic. A command imports torch only when it needs it."""

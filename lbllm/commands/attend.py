@@ -86,13 +86,13 @@ def attend(
     """Start a queued run, or resume one that ended early, and show it on ``console`` until it ends.
 
     The checkpoint is copied to ``out`` if given. ``expected``: the estimated seconds of each stage; None: estimate them
-    here. Raises RunError where the run ends before it is done, StoppedByUser where Ctrl-C stopped it, ResourceError
-    where the checkpoint can't be copied to ``out``.
+    here. Raises RunError if the run ends before it is done, StoppedByUser if Ctrl-C stopped it, ResourceError
+    if the checkpoint can't be copied to ``out``.
     """
     view = RunView(run.id)
     active = next((other.id for other in store.all() if other.state == "running"), None)
     if active is not None:
-        plain(console, f"waiting until run {active} ends: one works at a time")
+        plain(console, f"waiting until run {active} ends: only one run works at a time")
     # A resumed run's earlier events count, but are not shown again.
     with view.caught_up(store):
         pass
@@ -114,7 +114,7 @@ def attend(
 
 
 def _outcome(run: Run, view: RunView, asked: bool, out: Path | None) -> Outcome:
-    again = f"Go on with: python -m lbllm runs resume {run.id}" + (f" --out {shlex.quote(str(out))}" if out else "")
+    again = f"Continue with: python -m lbllm runs resume {run.id}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if run.state == "done" and view.result is not None:
         return Outcome(run.id, Path(view.result.path), view.result.bpw, view.result.disk_bytes, view.result.seconds)
     if run.state == "stopped" and asked:
@@ -123,12 +123,12 @@ def _outcome(run: Run, view: RunView, asked: bool, out: Path | None) -> Outcome:
         raise RunError(f"run {run.id} failed: {view.failure}. {again}")
     if run.state == "interrupted":
         log = run.folder / "worker.log"
-        raise RunError(f"run {run.id}: its worker ended without a word, perhaps killed; {log} may say more. {again}")
+        raise RunError(f"run {run.id}: its worker ended without a message, perhaps it was killed; see {log}. {again}")
     raise RunError(f"run {run.id} is {run.state}" + (f". {again}" if run.state == "stopped" else ""))
 
 
 def _follow(store: RunStore, display: RunDisplay, pressed: list[float]) -> bool:
-    """Show a run until it ends. Ctrl-C, which is in ``pressed``, asks it to stop; returns whether that happened."""
+    """Show a run until it ends. Ctrl-C, recorded in ``pressed``, asks it to stop; returns whether that happened."""
     asked = False
     run_id = display.view.run_id
     with display:
@@ -171,13 +171,13 @@ def deliver(checkpoint: Path, out: Path) -> None:
             shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     except OSError as error:
         raise ResourceError(
-            f"the checkpoint is finished and lies in {checkpoint}, but it can't be copied to {out} ({error}); "
+            f"the checkpoint is finished and is in {checkpoint}, but it can't be copied to {out} ({error}); "
             "free some space there or copy it elsewhere"
         ) from error
 
 
 class RunDisplay:
-    """Shows a run on a console: live in a terminal, otherwise a line for each event that is worth one.
+    """Shows a run on a console: live in a terminal, otherwise a line for each important event.
 
     ``expected``: the estimated seconds of each stage. Use as a context manager: ``take`` each event, ``draw`` as often
     as the terminal should be redrawn.
@@ -211,7 +211,7 @@ class RunDisplay:
 
 
 def line(view: RunView, event: Event, expected: Mapping[Stage, float]) -> str | None:
-    """One plain line about the event that the view took in last; None where it isn't worth one."""
+    """One plain line about the last event; None if it needs no line."""
     match event:
         case RunLoading():
             return WAITING["loading"]

@@ -52,21 +52,21 @@ def corpora_sample(
     batch: Annotated[int, typer.Option(min=1, help="Rows sampled at once.")] = 256,
     seed: int = 0,
     questions: Annotated[
-        Path | None, typer.Option(help="Text file with one question a line: these and answers alone.")
+        Path | None, typer.Option(help="Text file with one question per line: only these and answers.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.05, max=2, help="Below 1: less varied, nearer to what it says in a chat.")
+        float, typer.Option(min=0.05, max=2, help="Below 1: less varied, nearer to its answers in a chat.")
     ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model write a training text: conversations and documents on varied seeds. Goes on where it was ended."""
+    """Let a model write a training text: conversations and documents on varied seeds. Continues an unfinished file."""
     from lbllm.checkpoints.find import open_teacher
     from lbllm.texts.documents import read_lines
     from lbllm.texts.sampling import sample_corpus
 
     asked = [line.strip() for line in read_lines(questions) if line.strip()] if questions is not None else []
     if questions is not None and not asked:
-        raise CorpusError(f"{questions} has no questions; give a text file with one a line")
+        raise CorpusError(f"{questions} has no questions; give a text file with one per line")
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     teacher = open_teacher(model or DEFAULT_MODEL)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def _sets(name: str, *, capped: bool = False) -> Any:
-    """The option that sets a setting, with the setting's own help and least value, if ``capped`` its greatest, too."""
+    """The option that sets a setting, with the setting's own help and lower bound; with ``capped`` also its upper
+    bound."""
     field = ChatSettings.model_fields[name]
     least, greatest = bounds(field)
     return typer.Option(min=least, max=greatest if capped else None, help=field.description)
@@ -28,7 +29,9 @@ def _sets(name: str, *, capped: bool = False) -> Any:
 
 def chat(
     model: Annotated[list[str], typer.Option("--model", "-m", help="A teacher or a packed checkpoint; two compare.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end; else talk.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this prompt and exit; without it: chat.")
+    ] = None,
     system: Annotated[str | None, _sets("system")] = None,
     max_new_tokens: Annotated[int, _sets("max_new_tokens")] = 256,
     temperature: Annotated[float, _sets("temperature")] = TEMPERATURE,
@@ -40,9 +43,9 @@ def chat(
 ) -> None:
     """Talk to one model, or to two at once. Ctrl-C ends an answer, Ctrl-D or an empty line the conversation."""
     if as_json and prompt is None:
-        raise typer.BadParameter("--json needs --prompt: a conversation is no single document")
+        raise typer.BadParameter("--json needs --prompt: a conversation is not a single document")
     if prompt is not None and not prompt.strip():
-        raise typer.BadParameter("--prompt is empty; give it a question, or leave it out to talk")
+        raise typer.BadParameter("--prompt is empty; give it a question, or leave it out to chat")
     if len(model) > 2:
         raise typer.BadParameter(f"--model was given {len(model)} times; one or two models can answer")
     from lbllm.checkpoints.find import open_model
@@ -86,7 +89,7 @@ def _answer(
     options: dict[str, Any],
     out: Console,
 ) -> dict[str, Any]:
-    """Write the answer as it comes, then its measurements. Ctrl-C ends it where it is."""
+    """Write the answer as it comes, then its measurements. Ctrl-C ends the answer at once."""
     from lbllm.chat.stream import ChatPiece, stream
 
     stop = threading.Event()

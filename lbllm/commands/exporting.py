@@ -30,11 +30,11 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Then upload it to the hub, a new repository being private."),
+        typer.Option(metavar="OWNER/NAME", help="Then upload it to the hub; a new repository is private."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a finished checkpoint as a folder to give away, with a model card, or as a Space that shows it.
+    """Export a finished checkpoint to a folder with a model card, or as a Space that shows it.
 
     --push takes the token from HF_TOKEN or `hf auth login`, or asks for it.
     """
@@ -65,7 +65,7 @@ def export(
 
 
 def _token(*, may_ask: bool) -> str:
-    """The user's token for the hub, which is kept nowhere. Raises ConfigError where there is none."""
+    """The user's token for the hub, which is not stored. Raises ConfigError if there is no token."""
     from huggingface_hub import get_token
 
     token = get_token()

@@ -1,9 +1,9 @@
-"""The command line: ``python -m lbllm COMMAND``. The engine does the work; here it is asked for and shown.
+"""The command line: ``python -m lbllm COMMAND``. It calls the engine and shows the results.
 
-Each command but ui, demo and showcase takes --json: one JSON document on stdout and nothing else there. Errors a user
-can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an error,
-2 bad usage, 130 Ctrl-C.
-The engine, and torch with it, is imported inside the commands that need it, so that --help answers at once.
+Each command but ui, demo and showcase takes --json: one JSON document on stdout and nothing else there. Errors that a
+user can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an
+error, 2 bad usage, 130 Ctrl-C. The engine, and torch with it, is imported inside the commands that need it, so that
+--help answers at once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build() -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` (default: the process's own arguments); returns the exit code."""
+    """Run the command line on ``argv`` (default: the arguments of the process); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     command = typer.main.get_command(build())

@@ -75,8 +75,8 @@ def evaluate(
     wrong = [name for name, value in document.items() if isinstance(value, float) and math.isnan(value)]
     if wrong:
         raise ModelError(
-            f"{model} on {text}: {' and '.join(wrong)} came out as no number. Its weights or what is computed from "
-            "them are damaged: load the model anew, or try --device cpu"
+            f"{model} on {text}: {' and '.join(wrong)} became NaN. Its weights or its "
+            "activations are damaged: load the model again, or try --device cpu"
         )
     if as_json:
         print_json(document)
@@ -84,7 +84,7 @@ def evaluate(
     counted = f"{document['tokens']:,} tokens, windows of {sequences.shape[1]}"
     plain(results(), f"perplexity {document['perplexity']:.4f}  ({counted})")
     if teacher is not None:
-        plain(results(), f"teacher {document['teacher_perplexity']:.4f}, KL {document['kl']:.4f} nats a token")
+        plain(results(), f"teacher {document['teacher_perplexity']:.4f}, KL {document['kl']:.4f} nats per token")
         plain(results(), f"same most likely token: {100 * document['top1_agreement']:.1f}%")
 
 
@@ -128,7 +128,7 @@ def _show_task(show: Callable[[str, int, int], None], model: str, task: str, don
 
 def table(
     run: RunArgument,
-    text: Annotated[str | None, typer.Option(help="As for evaluate. \\[default: wikitext2 if it can be had]")] = None,
+    text: Annotated[str | None, typer.Option(help="As for evaluate. \\[default: wikitext2 if available]")] = None,
     seq_len: SeqLenOption = None,
     limit: LimitOption = 10,
     as_json: JsonOption = False,
@@ -154,9 +154,9 @@ def evaluate_run(
     seq_len: int | None = None,
     limit: int | None = None,
 ) -> tuple[str, list[TableRow]]:
-    """What the rows were measured on, and the rows. Each also goes on record as an event of the run.
+    """The name of the text, and the rows. Each row is also stored as an event of the run.
 
-    Without a ``text`` it is WikiText-2, or the embedded text's held-out part where WikiText-2 can't be had.
+    Without a ``text`` it is WikiText-2, or the embedded text's held-out part if WikiText-2 is not available.
     """
     from lbllm.checkpoints.find import open_teacher
     from lbllm.machine import device_named

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the settings that those of a run add up to."""
+"""Options that several commands share, and how a run's options become its settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SetOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="JSON file of settings, as a run's config.json.")]
 HostOption = Annotated[
-    str, typer.Option(envvar="LBLLM_HOST", help="Address to listen on; 0.0.0.0: every address, so the network, too.")
+    str, typer.Option(envvar="LBLLM_HOST", help="Address to listen on; 0.0.0.0: every address, so also the network.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `runs list` shows it.")]
 FromOption = Annotated[str | None, _sets("start", metavar="CHECKPOINT")]
@@ -76,7 +76,7 @@ def run_config(
     start: str | None = None,
 ) -> RunConfig:
     """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError, and RunError or
-    CheckpointError where ``start`` is no checkpoint."""
+    CheckpointError if ``start`` is not a checkpoint."""
     named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
     if start is not None:
         from lbllm.pipeline.start import settings_to_go_on

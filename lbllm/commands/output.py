@@ -1,4 +1,4 @@
-"""Where commands write: results to stdout, all else to stderr."""
+"""Output of commands: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 def results() -> Console:
-    """The console of what was asked for."""
+    """The console for results."""
     return Console()
 
 
 def notices(*, quiet: bool = False) -> Console:
-    """The console of progress and messages; silent where the result is JSON."""
+    """The console for progress and messages; silent if the result is JSON."""
     return Console(stderr=True, quiet=quiet)
 
 
 def plain(console: Console, text: str, **options: Any) -> None:
-    """Print text that is not ours to format: as it is, without markup and line breaks of rich's."""
+    """Print text unchanged, without rich's markup and line breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True, **options)
 
 
 def print_json(value: Any) -> None:
-    """Print one document. Numbers that are none become null, paths strings."""
+    """Print one document. NaN and infinity become null, paths strings."""
     typer.echo(json.dumps(_document(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -46,7 +46,7 @@ def _document(value: Any) -> Any:
 
 @contextmanager
 def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars, shown in a terminal alone; gives a callable (what, done, total)."""
+    """Progress bars, shown only in a terminal; gives a callable (what, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}

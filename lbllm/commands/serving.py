@@ -30,7 +30,7 @@ def ui(
     host: HostOption = ADDRESS,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs go on."""
+    """Open the workbench: configure, watch and compare in the browser. Ctrl-C ends it; runs continue."""
     with extra("app", "the workbench"):
         import pandas  # noqa: F401 - the pages draw with both
         import plotly  # noqa: F401
@@ -45,7 +45,7 @@ def ui(
     sys.path.insert(0, str(BUNDLE))
     options = streamlit_options(host, port, browser)
     bootstrap.load_config_options(options)
-    # Streamlit takes a folder pages/ for the whole navigation until the entry script says otherwise, and so a page that
+    # Streamlit uses a folder pages/ as the whole navigation until the entry script says otherwise, so a page that
     # is opened by its own address before that would run without it.
     PagesManager.uses_pages_directory = False
     # Before the first page is asked for: transformers can't be imported by two threads at once.
@@ -58,7 +58,7 @@ def ui(
 
 
 def _exposed(host: str, port: int) -> str | None:
-    """What to know where others than this machine's users may reach the workbench; None where they can't."""
+    """A warning if users of other machines may reach the workbench, else None."""
     from lbllm.places import root
 
     if host.startswith("127."):
@@ -70,8 +70,8 @@ def _exposed(host: str, port: int) -> str | None:
 
 
 def _port(host: str, wanted: int | None) -> int:
-    """The port to listen on. Raises ResourceError where it, or each of the usual ones, is taken, and where ``host`` is
-    no address of this machine."""
+    """The port to listen on. Raises ResourceError if it, or each of the default ports, is taken, or if ``host`` is
+    not an address of this machine."""
     candidates = range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else [wanted]
     for port in candidates:
         with socket.socket() as probe:
@@ -83,7 +83,7 @@ def _port(host: str, wanted: int | None) -> int:
                     continue
                 raise ResourceError(
                     f"host {host!r} can't be listened on ({error.strerror}); give --host an IPv4 address of this "
-                    f"machine, {ADDRESS} for itself alone or {EVERY_ADDRESS} for every address it has"
+                    f"machine, {ADDRESS} for this machine only or {EVERY_ADDRESS} for all its addresses"
                 ) from None
             return port
     raise ResourceError(f"port {candidates[0]} of {host} is taken or not allowed; give another with --port")
@@ -95,13 +95,13 @@ def streamlit_options(host: str, port: int, browser: bool) -> dict[str, Any]:
     options = {
         "server_address": host,
         "server_port": port,
-        # A page elsewhere must not reach the server under a name of its own (DNS rebinding).
+        # A foreign page must not reach the server under its own host name (DNS rebinding).
         "server_allowedHosts": names,
         "server_fileWatcherType": "none",
         "server_maxUploadSize": 5,
         # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
         "runner_postScriptGC": False,
-        # A page's script goes on to its next call and starts anew there, on one thread. Otherwise a second thread would
+        # A page's script continues to its next call and restarts there, on one thread. Otherwise a second thread would
         # begin beside it, and the first one could not tell a changed setting from a closed page.
         "runner_fastReruns": False,
         "browser_gatherUsageStats": False,
@@ -113,14 +113,14 @@ def streamlit_options(host: str, port: int, browser: bool) -> dict[str, Any]:
         "theme_base": str(ASSETS / "theme" / "theme.toml"),
         "global_developmentMode": False,
     }
-    # Where there is no display Streamlit itself opens none.
+    # Without a display Streamlit itself opens no browser.
     return options if browser else options | {"server_headless": True}
 
 
 CheckpointArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A packed checkpoint: its folder, a finished run, or shipped. \\[default: shipped, which comes with the "
+        help="A packed checkpoint: its folder, a finished run, or shipped. \\[default: shipped, included with the "
         "program]"
     ),
 ]

@@ -81,14 +81,14 @@ def _quantize(
         try:
             check_memory(result, config.device)
         except ResourceError as error:
-            raise ResourceError(f"{error}; --ignore-memory starts it all the same") from None
+            raise ResourceError(f"{error}; --ignore-memory starts it anyway") from None
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
     return attend(store, run, console, out, result.stage_seconds)
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    """What a finished run gave."""
+    """Print the result of a finished run."""
     if as_json:
         print_json(asdict(outcome))
         return
@@ -110,7 +110,7 @@ def estimate(
     start: FromOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say beforehand what a run gives and takes: bits per weight, disk, memory, time."""
+    """Estimate a run's result and cost: bits per weight, disk, memory, time."""
     from lbllm.measure.estimate import estimate
 
     settings = run_config(
@@ -128,11 +128,11 @@ def demo(
     model: TeacherOption = None,
     preset: PresetOption = None,
     limit: LimitOption = 10,
-    prompt: Annotated[str, typer.Option(help="What both models are asked.")] = "What is the capital of France?",
+    prompt: Annotated[str, typer.Option(help="The question for both models.")] = "What is the capital of France?",
 ) -> None:
     """Binarize, print the table of all stages, and let teacher and student answer: the whole thing in one command.
 
-    A checkpoint that lies in --out already is used as it is; an unfinished run of the same settings is resumed.
+    If --out already has a checkpoint, it is used; an unfinished run of the same settings is resumed.
     """
     from lbllm.checkpoints.hf import is_checkpoint
 
@@ -144,7 +144,7 @@ def demo(
     unfinished = [run for run in same if run.state in RESUMABLE]
     if finished and is_checkpoint(out):
         run = finished[-1]
-        plain(console, f"{out} is there already, from run {run.id} or one like it")
+        plain(console, f"{out} exists already, from run {run.id} or an equal one")
     else:
         if unfinished:
             check_out(out)

@@ -1,13 +1,13 @@
 """Packed layers on a GPU, in Triton: weights are read as bits and become numbers in registers.
 
-    works()                    whether they do on this machine's GPU
+    works()                    whether they work on this machine's GPU
     packed_linear(...)         y = x W^T + bias from the planes and parameters as a checkpoint stores them
-    quantize_activations(...)  the piecewise quantizer of lbllm.activations
+    quantize_activations(...)  the piecewise quantizer of lbllm.quant.activations
 
-One kernel serves all numbers of tokens: a program computes some rows for some tokens and goes along the input. For a
-few tokens that is a product and a sum in float32, whose time is that of reading the bits; from 16 tokens on a tile of
-the weights meets the tokens in ``tl.dot``. Float32 input is multiplied in float32, half precision in its own dtype with
-float32 sums.
+One kernel handles any number of tokens: a program computes some rows for some tokens and loops over the input. For a
+few tokens it multiplies and sums in float32, limited by the time to read the bits; from 16 tokens on it multiplies a
+tile of the weights with the tokens in ``tl.dot``. Float32 input is multiplied in float32, half precision in its own
+dtype with float32 sums.
 
 With TRITON_INTERPRET=1 the same code runs in Triton's interpreter on the CPU, which is how it is tested.
 """
@@ -64,7 +64,7 @@ def _linear(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row_in, token_in = row < rows, token < tokens
-    # Rows and columns of large models together pass 2^31.
+    # In large models rows * columns exceeds 2^31.
     wide = row.to(tl.int64)
     stride = tl.cdiv(columns, 8)
     total = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
@@ -146,7 +146,7 @@ def works() -> bool:
 
 
 def _is_right(tokens: int) -> bool:
-    """Whether a layer all of whose weights are mu_1 + alpha_1 = 3 sums its inputs."""
+    """Check a layer whose weights are all mu_1 + alpha_1 = 3: it must give three times the sum of its inputs."""
     weight = torch.zeros(8, 2, 8, dtype=torch.uint8, device="cuda")
     weight[:, 0] = 255
     params = torch.tensor([5.0, 7.0, 1.0, 2.0], device="cuda").half().repeat(8, 2, 1)
@@ -168,7 +168,7 @@ def packed_linear(
     """y (..., rows) = x W^T + bias in x's dtype.
 
     ``weight`` uint8 (rows, planes, ceil(columns / 8)), ``params`` float16 (rows, groups, 2 planes), or uint8, perhaps
-    two a byte, with ``scale`` float16 (rows, 2 planes, 2), groups of ``length`` columns, as in ``lbllm.packing``.
+    two a byte, with ``scale`` float16 (rows, 2 planes, 2), groups of ``length`` columns, as in ``lbllm.quant.packing``.
     """
     rows, planes, _ = weight.shape
     flat = x.reshape(-1, columns).contiguous()

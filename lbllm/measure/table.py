@@ -18,7 +18,7 @@ from lbllm.sections import Origin
 
 @dataclass(frozen=True)
 class TableRow:
-    """One model's figures; KL (nats a token) and agreement: to the teacher. ``what``: teacher, rtn, start, or
+    """One model's figures; KL (nats per token) and agreement are to the teacher. ``what``: teacher, rtn, start, or
     a stage."""
 
     what: str
@@ -39,8 +39,8 @@ def stages_table(
 ) -> list[TableRow]:
     """Evaluate the models of a run on windows of token ids (n, T), side by side. ``stages``: its packed models.
 
-    Round-to-nearest has as many code bits and the group size of the run's default format and leaves activations alone.
-    Its dense weights are what this needs in memory besides the teacher; the stages' models are packed.
+    Round-to-nearest has as many code bits and the group size of the run's default format and does not quantize
+    activations. Its dense weights need memory besides the teacher's; the models of the stages are packed.
     """
     quant = config.quant
     labels = row_labels(config, teacher.precision)

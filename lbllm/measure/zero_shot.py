@@ -34,8 +34,8 @@ from lbllm.models.blocks import context_length
 from lbllm.places import data_dir
 from lbllm.texts.sources import hub_dataset
 
-BATCH = 8  # choices per batch where they go through the model one by one
-TRIED = 5  # questions that decide whether all choices of a question can go through at once
+BATCH = 8  # choices per batch if they go through the model one by one
+TRIED = 5  # questions to test whether all choices of a question can go through at once
 TOLERANCE = 1e-2  # largest difference in log-likelihood between the two ways
 LONGEST = 2_048  # tokens of a question with its answer; longer ones lose their beginning
 
@@ -99,7 +99,7 @@ def zero_shot(
         import lm_eval.api.task as tasks
         from lm_eval import simple_evaluate
 
-    vars(tasks)["tqdm"] = partial(tasks.tqdm, disable=True)  # its bars would lie over the caller's
+    vars(tasks)["tqdm"] = partial(tasks.tqdm, disable=True)  # its bars would cover the caller's
     judge = _judge(model, tokenizer)
     for name in names:
         judge.report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
@@ -141,7 +141,7 @@ def _configured(name: str, manager: Any, limit: int | None) -> Any:
     split = config.get("test_split") or config["validation_split"]
     found = _questions(name, config["dataset_path"], config.get("dataset_name"), split)
     if limit is not None:
-        # Here, not in lm-eval: it edits all questions of HellaSwag, five times, before it takes the first ones.
+        # Here, not in lm-eval: lm-eval edits all questions of HellaSwag five times before it takes the first ones.
         found = found.select(range(min(limit, len(found))))
     member = {
         "task": name,
@@ -150,13 +150,13 @@ def _configured(name: str, manager: Any, limit: int | None) -> Any:
         "validation_split": split,
         "test_split": None,
     }
-    # The catalogue takes changes to a task's file only for the members of a group.
+    # The catalogue accepts changes to a task's file only for the members of a group.
     return manager.load({"group": "zero_shot", "task": [member]})["tasks"][name]
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the progress bars of datasets, which would lie over the caller's: some tasks edit their questions."""
+    """Without the progress bars of datasets, which would cover the caller's: some tasks edit their questions."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
@@ -197,7 +197,7 @@ def _hub_form(row: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The loaded model as lm-eval's kind of model, which reports its progress. All choices of a question go through the
-    model at once, after the question's text, if the model gives them the likelihoods that it gives to each alone."""
+    model at once, after the question's text, if that gives the same likelihoods as one choice at a time."""
     from lm_eval.models.huggingface import HFLM
 
     class Judge(HFLM):
@@ -269,7 +269,7 @@ def likelihoods(
 
 
 def _same_at_once(model: PreTrainedModel, asked: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether ``likelihoods`` gives a choice that follows another one the value that the model gives it alone, in most
+    """Whether ``likelihoods`` gives a choice after another one the same value as without the other, in most
     of these pairs of text and choice. Not in all: with quantized activations another order of summing may change a
     rounding. Attention with a sliding window gives other values."""
     apart = []

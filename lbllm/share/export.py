@@ -1,10 +1,10 @@
-"""A finished checkpoint as a folder to give away: packed, as a dense copy, or as GGUF, each with its model card; or as
-a Space that shows it.
+"""Export a finished checkpoint to a folder: packed, as a dense copy, or as GGUF, each with its model card; or as a
+Space that shows it.
 
     source = find_checkpoint("20261122-103041-1d371b")       or a packed folder, or "shipped"
     export(source, "gguf", Path("exports/mine"))
 
-The folder appears under its name only when everything in it is written.
+The folder is written atomically.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Exported:
 def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
     """Write the checkpoint to the new or empty folder ``out``.
 
-    Raises ConfigError where ``out`` has something in it, CheckpointError for a damaged checkpoint, ModelError where
-    GGUF has no place for the model or a Space's teacher is not found, ResourceError where the disk doesn't suffice.
+    Raises ConfigError if ``out`` is not empty, CheckpointError for a damaged checkpoint, ModelError if the model
+    can't be written as GGUF or a Space's teacher is not found, ResourceError if there is too little disk space.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
     if kind == "space":
         write_space(source.folder, out)
         return Exported(out, kind, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
-    # Loaded whichever kind it is: that checks every tensor, and a damaged checkpoint is not passed on.
+    # Load it for every kind: loading checks every tensor, so a damaged checkpoint is not exported.
     model, tokenizer = load(source.folder, dtype=torch.bfloat16)
     if kind == "gguf":
         with extra("gguf", "an export to GGUF"):
@@ -102,7 +102,7 @@ def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    """Raise ResourceError where fewer than ``needed`` bytes are free on the folder's disk."""
+    """Raise ResourceError if fewer than ``needed`` bytes are free on the folder's disk."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(

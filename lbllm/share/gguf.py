@@ -2,9 +2,9 @@
 
     write_gguf(dense_copy(model), tokenizer, Path("model.gguf"), name="My model", licence="Apache-2.0")
 
-llama.cpp has code for each architecture, so only those are written that were compared with transformers' own answers;
-others are refused by name. So are tokenizers: a GGUF file doesn't hold how a text is split before the merges, it
-names one of llama.cpp's own ways.
+llama.cpp has code for each architecture, so only those are written whose answers were compared with those of
+transformers; others are refused by name. Other tokenizers are refused, too: a GGUF file doesn't contain the rule that
+splits a text before the merges, only the name of one of llama.cpp's rules.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen
 
 
 def check_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError, with a way out, where the model of this transformers config can't be written as GGUF."""
+    """Raise ModelError, with a way out, if the model of this transformers config can't be written as GGUF."""
     kind = config.model_type
     if kind not in _ARCHITECTURES:
         raise ModelError(
@@ -59,8 +59,8 @@ def check_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, name: str, licence: str | None
 ) -> None:
-    """Write the model with bfloat16 weights and its tokenizer to ``file``. Raises ModelError where it can't be
-    written as GGUF, OSError where the disk doesn't take it."""
+    """Write the model with bfloat16 weights and its tokenizer to ``file``. Raises ModelError if it can't be
+    written as GGUF, OSError if writing to disk fails."""
     config: Any = model.config
     check_exportable(config, tokenizer)
     arch = _ARCHITECTURES[config.model_type]
@@ -92,7 +92,7 @@ def write_gguf(
 
 
 def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """The model's tensors by name; a tied head is the embeddings once more, which llama.cpp knows."""
+    """The model's tensors by name; a tied head is the same tensor as the embeddings, which llama.cpp knows."""
     seen: set[int] = set()
     found = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -103,7 +103,7 @@ def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
-    if tensor.ndim == 1:  # llama.cpp adds and multiplies by vectors in float32 alone
+    if tensor.ndim == 1:  # llama.cpp adds and multiplies by vectors only in float32
         writer.add_tensor(name, tensor.float().numpy())
         return
     values: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
@@ -111,8 +111,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys (heads * d, ...) in llama.cpp's order: it turns neighbouring values of a head, where
-    transformers turns value i with value i + d / 2."""
+    """Rows of queries or keys (heads * d, ...) in llama.cpp's order: it rotates neighbouring values of a head, while
+    transformers rotates value i with value i + d / 2."""
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -134,7 +134,7 @@ def _add_settings(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _frequency_factors(config: Any) -> Tensor | None:
-    """By how much each frequency of the rotary embedding is divided (d / 2,), float32; None for none."""
+    """The divisor of each frequency of the rotary embedding (d / 2,), float32; None if they are not scaled."""
     if config.rope_parameters["rope_type"] == "default":
         return None
     used, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
@@ -174,7 +174,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _pre_tokenizer(document: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json splits texts. Raises ModelError where none is known here."""
+    """llama.cpp's name for how a tokenizer.json splits texts. Raises ModelError if it is not known here."""
     normalizer, model = document["normalizer"], document["model"]
     steps = document["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])

@@ -19,8 +19,8 @@ def check_repository(repository: str) -> None:
 def push(folder: Path, repository: str, token: str, *, space: bool = False) -> str:
     """Upload the files of ``folder`` to ``repository``, a model's or a Space's, and return its address.
 
-    A repository that isn't there yet is made, a private one. The token goes to the hub and nowhere else. Raises
-    HubError where the hub can't be reached or refuses; the folder is complete whatever happens.
+    A repository that doesn't exist yet is created as a private one. The token is sent only to the hub. Raises
+    HubError if the hub can't be reached or refuses; the folder stays complete in every case.
     """
     api = HfApi(token=token)
     kind = "space" if space else "model"
@@ -40,7 +40,7 @@ def push(folder: Path, repository: str, token: str, *, space: bool = False) -> s
         raise HubError(f"the hub refuses {repository} ({_first_line(error)}). {again}") from None
     except (errors.HFValidationError, ValueError) as error:
         raise HubError(f"{repository} can't be pushed ({_first_line(error)}). {again}") from None
-    except Exception as error:  # whatever the hub's client and the network below it raise
+    except Exception as error:  # any error of the hub's client or of the network
         raise HubError(f"the hub at {api.endpoint} can't be reached ({_first_line(error)}). {again}") from None
     return str(address)
 

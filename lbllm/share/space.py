@@ -63,9 +63,9 @@ def write_space(
     the checkpoint. Raises CheckpointError, ModelError, ConfigError, ResourceError.
     """
     if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
-        raise CheckpointError(f"{checkpoint} is no packed checkpoint; give the folder that a run wrote")
+        raise CheckpointError(f"{checkpoint} is not a packed checkpoint; give the folder that a run wrote")
     if hub_id is not None and not HUB_ID.fullmatch(hub_id):
-        raise ConfigError(f"{hub_id!r} is no hub id; give owner/name")
+        raise ConfigError(f"{hub_id!r} is not a hub id; give owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResourceError(f"{out} exists already; give a new folder")
     if not (APP / "showcase" / "page.py").is_file():

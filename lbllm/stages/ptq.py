@@ -40,7 +40,7 @@ from lbllm.sections import LayerFormat, PtqConfig
 class Binarized:
     """A layer after stage 1. ``latent`` (out, in): the compensated weights, whose nearest levels are the result;
     ``levels`` (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each
-    row; ``grid``: what 4-bit group parameters can be."""
+    row; ``grid``: the values that 4-bit group parameters can have."""
 
     latent: Tensor
     levels: Tensor
@@ -49,7 +49,7 @@ class Binarized:
     grid: ParamGrid | None = None
 
     def split(self, rows: list[int]) -> list[Binarized]:
-        """The results of the layers whose rows follow each other in this one."""
+        """The results of the single layers whose rows were joined in this one."""
         tensors = (self.latent, self.levels, self.error, self.energy)
         layers = [Binarized(*parts) for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
         if self.grid is not None:
@@ -58,14 +58,14 @@ class Binarized:
         return layers
 
     def check(self, name: str) -> None:
-        """Raise LbllmError naming the layer where the result is not finite."""
+        """Raise LbllmError naming the layer if the result is not finite."""
         if not (self.latent.isfinite().all() and self.levels.isfinite().all()):
             raise _degenerate(name)
 
 
 def _degenerate(name: str) -> LbllmError:
     return LbllmError(
-        f"{name}: stage 1 met values that are not finite. The layer's inputs are degenerate for these texts: use "
+        f"{name}: stage 1 computed values that are not finite. The layer's inputs are degenerate for these texts: use "
         f"other text, or raise {setting_name('ptq.tokens')} or {setting_name('ptq.damping')}"
     )
 
@@ -96,7 +96,7 @@ def binarize_layer(
 ) -> Binarized:
     """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64).
 
-    ``factors``: the Hessian's ``factorize``, where it is known.
+    ``factors``: the Hessian's ``factorize``, if it is known.
     """
     weight = weight.to(hessian.dtype)
     hessian, factor = factors or factorize(hessian, config.damping)
@@ -133,7 +133,7 @@ def _first_grid(weight: Tensor, fmt: LayerFormat, importance: Tensor, em_steps: 
 
 
 def on_grid(levels: Tensor, grid: ParamGrid | None) -> Tensor:
-    """Ascending levels (out, K) of one group as parameters of 4 bits can give them."""
+    """The nearest ascending levels (out, K) of one group that 4-bit parameters can give."""
     if grid is None:
         return levels
     return params_to_levels(grid.round(levels_to_params(levels)[:, None]))[:, 0].sort(-1).values
@@ -141,8 +141,8 @@ def on_grid(levels: Tensor, grid: ParamGrid | None) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep PyTorch's CPU operations on the calling thread. Thousands of small ones gain nothing from a second thread,
-    and on a busy machine each would wait for it to be scheduled: a stage took four times as long beside one busy
+    """Keep PyTorch's CPU operations on the calling thread. A second thread does not speed up thousands of small
+    operations, and on a busy machine each of them would wait for it: a stage took four times as long beside one busy
     process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -204,14 +204,14 @@ def _descend(
     optimum."""
     local, count = hessian[span, span], levels.shape[-1]
     index = assign(latent[span].t(), levels)
-    # What the group's own values are fitted to: the objective's gradient at zero values of this group.
+    # The target of the group's values: the gradient of the objective where this group's values are zero.
     pull = hessian[span] @ (target - value) + local @ value[span]
 
     member = torch.stack([index == k for k in range(count)], -1).to(value.dtype)
     spread = (local @ member.transpose(0, 1).flatten(1)).view(len(local), *levels.shape).transpose(0, 1)
     normal = member.transpose(1, 2) @ spread
     right = (member.transpose(1, 2) @ pull.t()[..., None])[..., 0]
-    # A level that nobody uses, and levels hard to tell apart, stay near the present ones: a small ridge towards those.
+    # A small ridge keeps unused and nearly equal levels close to their present values.
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
     fitted = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels)
     present = take_levels(fitted, index).t()
@@ -229,8 +229,8 @@ def _descend(
 
 
 def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLinear:
-    """The frozen layer of a result of stage 1, to replace the dense layer ``source``; its parameters are rounded to
-    what a checkpoint stores."""
+    """The frozen layer of a result of stage 1, to replace the dense layer ``source``; its parameters are rounded as
+    in a checkpoint."""
     in_features = result.latent.shape[1]
     groups = to_groups(result.latent, group_length(fmt.group_size, in_features))
     index = from_groups(assign(groups, result.levels), in_features).contiguous()
@@ -249,12 +249,13 @@ def ptq_block(
     config: PtqConfig,
     batch: int,
 ) -> Iterator[tuple[str, Binarized, BinaryLinear]]:
-    """Binarize a block's layers in their order of use; later layers see what the earlier ones have become.
+    """Binarize a block's layers in their order of use; later layers get the outputs of the binarized earlier ones.
 
-    ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is what
-    earlier, already binarized blocks deliver; ``meant`` has, in the same batches, what reaches the teacher's layers on
-    its own stream, (tokens, in), at least for the first of those that read one input. ``formats`` names the layers to
-    binarize. Yields each layer's name, its result, and the layer of that result as a checkpoint stores it.
+    ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is the
+    output of the earlier, already binarized blocks; ``meant`` has, in the same batches, the inputs (tokens, in) of the
+    teacher's layers on its own stream, at least for the first of the layers that share an input. ``formats`` names the
+    layers to binarize. Yields each layer's name, its result, and the frozen layer with the values that a checkpoint
+    stores.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
         for fmt, names in by_format(sharing, formats):
@@ -274,7 +275,7 @@ def ptq_block(
 
 
 def by_format(sharing: list[str], formats: dict[str, LayerFormat]) -> Iterator[tuple[LayerFormat, list[str]]]:
-    """Of layers that share an input those to binarize, grouped by format."""
+    """The layers to binarize among those that share an input, grouped by format."""
     for fmt in sorted({formats[name] for name in sharing if name in formats}, key=str):
         yield fmt, [name for name in sharing if formats.get(name) == fmt]
 
@@ -288,9 +289,10 @@ def binarize_together(
     drift: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Binarized]:
-    """Stage 1 for the named layers of a block: they have one input, so one Hessian, and their rows are solved together.
+    """Stage 1 for the named layers of a block: they share an input and therefore a Hessian, so their rows are solved
+    together.
 
-    With ``drift`` the weights are first aligned to it. Raises LbllmError naming a layer where a result is not finite.
+    With ``drift`` the weights are first aligned to it. Raises LbllmError naming a layer if a result is not finite.
     """
     weights = [linear_weight(block.get_submodule(name)) for name in names]
     weight = torch.cat(weights)
@@ -310,8 +312,8 @@ def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[T
     """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
     tokens; float32.
 
-    Tokens of massive activation would rule H alone: a token of more than ten times the median energy counts as if it
-    had that.
+    Without a limit, tokens of massive activation would dominate H: a token with more than ten times the median energy
+    counts as if it had ten times the median.
     """
     hessian = drift = torch.zeros(())
     tokens = 0
@@ -330,7 +332,7 @@ def align(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> 
     """The dense weight (out, in) that comes nearest to the teacher's outputs on the student's inputs: W + W D H^-1.
 
     It is the least-squares solution of X W'^T = X_teacher W^T (the asymmetric calibration of GPTAQ, Li et al. 2025,
-    in closed form), damped towards W, so that a layer also undoes what earlier layers have shifted.
+    in closed form), damped towards W, so that a layer also corrects the drift of earlier layers.
     """
     if not config.align:
         return weight.to(hessian.dtype)

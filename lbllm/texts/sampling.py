@@ -3,12 +3,12 @@
     python -m lbllm corpora sample --model smollm2-135m-instruct --tokens 1000000 --out assets/corpus.jsonl.gz
     python -m lbllm corpora sample --questions questions.txt --temperature 0.6 --tokens 100000 --out answers.jsonl.gz
 
-A language model's own samples are the text whose distribution the student has to match, they need no download and no
-foreign licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat
+The student has to match the distribution of the teacher's own samples, and these need no download and no foreign
+licence (data-free distillation, LLM-QAT, Liu et al. 2023). Half of the rows are conversations in the chat
 template: a seed question, the teacher's answer, then the teacher also writes the next user turn (Magpie, Xu et al.
-2024). The other half are documents that continue a short opening. With questions of one's own all rows are
-conversations on them. Rows advance in lock step and have the same length,
-so that nothing is padded: a row that ends a turn or a document goes on with forced template or seed tokens.
+2024). The other half are documents that continue a short opening. If you give questions, all rows are
+conversations on them. Rows advance in lock step and have the same length, so nothing is padded: when a turn or a
+document ends, forced template or seed tokens follow in the row.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def _seeds(rng: random.Random, table: dict[str, list[str]]) -> tuple[str, str]:
 
 
 def draw(logits: torch.Tensor, temperature: float, min_p: float, generator: torch.Generator) -> torch.Tensor:
-    """One token a row, (rows,) int64, from (rows, vocabulary) logits, after Nguyen et al. 2024 (min-p).
+    """One token per row, (rows,) int64, from (rows, vocabulary) logits, after Nguyen et al. 2024 (min-p).
 
-    Works on the few tokens above the threshold alone: a softmax and a cumulative sum over a large vocabulary take as
-    long as a good part of a small model.
+    Works only on the few tokens above the threshold: a softmax and a cumulative sum over a large vocabulary take as
+    long as a large part of a small model.
     """
     least = logits.amax(-1, keepdim=True) + temperature * math.log(min_p)
     row, token = (logits >= least).nonzero(as_tuple=True)
@@ -114,10 +114,10 @@ def sample_rows(
 ) -> Iterator[dict[str, str]]:
     """Sample ``rows`` rows of ``length`` tokens in lock step; yields {"kind": "chat" | "text", "text": str}.
 
-    Where ``questions`` are given, a row is one conversation after the other, each of one of them and its answer. Tokens
-    below ``min_p`` times the most likely token's probability are never drawn. Products are in bfloat16 where the CPU
-    has it; deterministic in ``seed`` on one machine. Raises CorpusError for questions to a model without a chat
-    template.
+    If ``questions`` are given, a row is a series of conversations, each with one question and its answer. Tokens
+    below ``min_p`` times the most likely token's probability are never drawn. Matrix products are in bfloat16 if the
+    CPU supports it; deterministic in ``seed`` on one machine. Raises CorpusError for questions to a model without a
+    chat template.
     """
     if questions and tokenizer.chat_template is None:
         raise CorpusError("questions need a model with a chat template, which this one lacks; leave --questions out")
@@ -129,7 +129,7 @@ def sample_rows(
     head, middle, after, end = chat_pieces(tokenizer) if templated else ("", "", "", "")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     end_ids = {tokenizer.eos_token_id, document_separator(tokenizer) if templated else None}
-    # The template's own end of turn is sampled, not forced: what follows it in the template is.
+    # The template's end of turn is sampled; only what follows it in the template is forced.
     eos = tokenizer.eos_token or ""
     to_answer = encode(middle.removeprefix(eos))
     to_question = encode(after.removeprefix(eos))
@@ -186,8 +186,8 @@ def sample_corpus(
 ) -> Iterator[int]:
     """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
 
-    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call goes on from there. Several
-    processes may work on one file, each on batches of its own; the one that ends last writes it. Small batches on one
+    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call continues from there. Several
+    processes may work on one file, each on its own batches; the last one to finish writes it. Small batches on one
     thread each (OMP_NUM_THREADS=1) make better use of the cores than one process on all of them.
     """
     check_length(model, length, "--length")
@@ -222,7 +222,7 @@ def sample_corpus(
     with _lock_of(out).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(part.exists() for part in parts):
-            return  # somebody else still works on one, or has just written the file
+            return  # another process still works on a batch, or has just written the file
         with (
             new_file(out) as file,
             file.open("wb") as raw,

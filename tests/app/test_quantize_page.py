@@ -69,7 +69,7 @@ def upload(app: AppTest, content: bytes) -> AppTest:
 def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
     assert not app.error
     assert not app.exception
-    assert figure(app, "Bits a weight") == "3.02"
+    assert figure(app, "Bits per weight") == "3.02"
     assert figure(app, "On disk") == "96.9 MB"
     assert any("106M" in text.value and "will be binarized" in text.value for text in app.markdown)
     assert "Apache" in said(app.caption)
@@ -81,12 +81,12 @@ def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
 def test_figures_follow_every_change(app: AppTest) -> None:
     widget(app, "quant.param_bits").set_value(16).run()
     widget(app, "quant.group_size").set_value(64).run()
-    assert figure(app, "Bits a weight") == "3.00"
+    assert figure(app, "Bits per weight") == "3.00"
     assert figure(app, "On disk") == "96.6 MB"
     widget(app, "quant.group_size").set_value(-1).run()
-    assert figure(app, "Bits a weight") == "2.09"
+    assert figure(app, "Bits per weight") == "2.09"
     widget(app, "quant.format").set_value("w1").run()
-    assert figure(app, "Bits a weight") == "1.05"
+    assert figure(app, "Bits per weight") == "1.05"
     widget(app, "quant.param_bits").set_value(8).run()
     assert settings(app).quant.param_bits == 8
     assert not start_is_disabled(app)

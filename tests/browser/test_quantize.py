@@ -21,19 +21,19 @@ def figure(page: Page, label: str) -> Locator:
 
 def test_configure_preview_start(server: Server, page: Page) -> None:
     page.goto(server.url("quantize"))
-    expect(figure(page, "Bits a weight")).to_have_text("3.02", timeout=60_000)
+    expect(figure(page, "Bits per weight")).to_have_text("3.02", timeout=60_000)
 
     # Every change shows at once, and the page is as wide as the window.
     choose(page, "Preset", "Preview")
     # What the preset sets is on the page before anything is changed by hand: it would replace that.
     expect(page.get_by_role("spinbutton", name="Stage 2, training tokens")).to_have_value("2048")
     choose(page, "Group size", "128")
-    expect(figure(page, "Bits a weight")).to_have_text("2.54")
+    expect(figure(page, "Bits per weight")).to_have_text("2.54")
     choose(page, "Weights", "W1")
-    expect(figure(page, "Bits a weight")).to_have_text("1.27")
+    expect(figure(page, "Bits per weight")).to_have_text("1.27")
     choose(page, "Weights", "W(1+1)")
     choose(page, "Group size", "row")
-    expect(figure(page, "Bits a weight")).to_have_text("2.09")
+    expect(figure(page, "Bits per weight")).to_have_text("2.09")
     page.get_by_test_id("stSelectbox").filter(has=page.get_by_text("Stages", exact=True)).locator("input").click()
     page.get_by_role("option", name="1", exact=True).click()
     main = page.get_by_test_id("stMain")
@@ -46,7 +46,7 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     expect(chart).to_be_visible(timeout=300_000)
     expect(chart.get_by_text("you are here")).to_be_visible()
     choose(page, "Group size", "128")
-    expect(figure(page, "Bits a weight")).to_have_text("2.54")
+    expect(figure(page, "Bits per weight")).to_have_text("2.54")
     expect(chart).to_have_count(1)  # the old one leaves the page after the new one has come
     expect(chart.get_by_text("you are here")).to_be_visible()
     expect(page.get_by_text("press Preview again")).to_have_count(0)
@@ -65,9 +65,9 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
 
     # The settings are still there when the page is opened again from another.
     page.get_by_role("link", name="Runs").click()
-    expect(figure(page, "Bits a weight")).to_have_count(0)
+    expect(figure(page, "Bits per weight")).to_have_count(0)
     page.get_by_role("link", name="Quantize").click()
-    expect(figure(page, "Bits a weight")).not_to_have_text("3.02")
+    expect(figure(page, "Bits per weight")).not_to_have_text("3.02")
     page.get_by_text("As a command, as a file").click()
     expect(page.get_by_test_id("stCode").first).to_contain_text("down_proj")
 

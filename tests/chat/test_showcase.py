@@ -185,7 +185,7 @@ def test_a_blind_turn_tells_nothing_before_the_vote(make: Make) -> None:
             showcase.vote("me", "left")
         time.sleep(0.01)
     assert unlike == 0, "the faster model shows"
-    with pytest.raises(VisitorError, match="'best' is no vote"):
+    with pytest.raises(VisitorError, match="'best' is not a vote"):
         showcase.vote("me", "best")
     showcase.vote("me", "left")
     seen = showcase.seen(turn)
@@ -293,7 +293,7 @@ def test_the_command_names_what_is_wrong(
 ) -> None:
     monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
     assert main(["showcase", str(tmp_path)]) == 1
-    assert f"{tmp_path} is no packed checkpoint" in capsys.readouterr().err
+    assert f"{tmp_path} is not a packed checkpoint" in capsys.readouterr().err
     assert main(["showcase", "--port", "70000"]) == 2
     # What shows only while it loads ends the server.
     (tmp_path / "empty").mkdir()

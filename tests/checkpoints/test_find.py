@@ -43,7 +43,7 @@ def test_every_name_of_a_teacher(models: NamedModels, kind: str) -> None:
     assert open_teacher(name).name == name
     with pytest.raises(CheckpointError) as error:
         find_checkpoint(name)
-    assert str(error.value) == f"{name} is no packed checkpoint; give {CHECKPOINTS}"
+    assert str(error.value) == f"{name} is not a packed checkpoint; give {CHECKPOINTS}"
 
 
 @pytest.mark.parametrize("kind", PACKED)

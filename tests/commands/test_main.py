@@ -363,7 +363,7 @@ def test_demo_and_its_repetition(terminal: Terminal, monkeypatch: pytest.MonkeyP
     for part in ("is done", "Stage 3", "wikitext2, 1 windows", wider, str(tmp_path / "out")):
         assert part in first.out
     second = terminal(*options)
-    assert "is there already" in second.err
+    assert "exists already" in second.err
     assert "Stage 3" in second.out
 
 

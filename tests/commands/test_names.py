@@ -102,7 +102,7 @@ def test_a_hub_id_is_a_teachers(call: Any, command: str) -> None:
     if TEACHERS[0] in COMMANDS[command][2]:
         assert "Qwen/Qwen3-0.6B can't be downloaded" in errors
     else:
-        assert "Qwen/Qwen3-0.6B is no packed checkpoint" in errors
+        assert "Qwen/Qwen3-0.6B is not a packed checkpoint" in errors
     assert code == 1
 
 

@@ -37,7 +37,7 @@ def test_a_host_that_is_not_this_machine_s_is_refused_by_name(host: str, capsys:
     assert main(["ui", "--host", host, "--no-browser"]) == 1
     message = " ".join(capsys.readouterr().err.split())
     assert f"host '{host}' can't be listened on" in message
-    assert "127.0.0.1 for itself alone" in message
+    assert "127.0.0.1 for this machine only" in message
 
 
 def test_the_workbench_is_for_this_machine_alone(

@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="its hash differs"):
         run_tiny(settings.model_copy(update={"start": str(damaged)}), tmp_path / "bytes", bfloat_teacher())
-    with pytest.raises(CheckpointError, match="is no packed checkpoint; give 'shipped'"):
+    with pytest.raises(CheckpointError, match="is not a packed checkpoint; give 'shipped'"):
         settings_to_go_on(str(tmp_path))
 
 
@@ -233,8 +233,8 @@ def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) 
     ("document", "complaint"),
     [
         ({"stages": ["e2e"]}, "start .*stage e2e needs a stage before it, or a packed checkpoint here"),
-        ({"start": "shipped"}, "start .*run from a checkpoint has stage e2e alone, or aar and e2e"),
-        ({"start": "shipped", "stages": ["ptq", "e2e"]}, "start .*has stage e2e alone, or aar and e2e"),
+        ({"start": "shipped"}, "start .*run from a checkpoint has only stage e2e, or aar and e2e"),
+        ({"start": "shipped", "stages": ["ptq", "e2e"]}, "start .*has only stage e2e, or aar and e2e"),
         (
             {"start": "shipped", "stages": ["aar", "e2e"], "quant": {"act_bits": 16, "kv_bits": 16}},
             r"quant \(Format\): stage aar has no bits to lower: set quant\.act_bits .* or quant\.kv_bits .* below 16",
