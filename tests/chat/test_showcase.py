@@ -252,7 +252,7 @@ def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch:
     base.wait()
     assert base.completes
     assert base.names[0] == "base"
-    with pytest.raises(CheckpointError, match="no packed checkpoint"):
+    with pytest.raises(CheckpointError, match="not a packed checkpoint"):
         open_showcase(str(teacher))
     with pytest.raises(ModelError, match="missing does not exist"):
         open_showcase(str(checkpoint), str(tmp_path / "missing"))

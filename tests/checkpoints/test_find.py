@@ -68,7 +68,7 @@ def test_every_name_of_a_packed_checkpoint(models: NamedModels, kind: str) -> No
 def test_a_hub_id_is_not_asked_for_before_it_is_loaded() -> None:
     assert find_model("Qwen/Qwen3-0.6B").place == "Qwen/Qwen3-0.6B"  # type: ignore[union-attr]
     assert find_teacher("somebody/their-model").kind == "hub"
-    with pytest.raises(CheckpointError, match="no packed checkpoint"):
+    with pytest.raises(CheckpointError, match="not a packed checkpoint"):
         find_checkpoint("somebody/their-model")
 
 

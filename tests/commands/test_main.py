@@ -270,7 +270,10 @@ def test_sampling_answers_to_own_questions(terminal: Terminal, tmp_path: Path) -
     assert len(set(asked)) == 2
     questions.write_text("\n")
     none = terminal(*sampling, "--questions", str(questions), "--json")
-    assert (none.code, none.document["error"]) == (1, f"{questions} has no questions; give a text file with one a line")
+    assert (none.code, none.document["error"]) == (
+        1,
+        f"{questions} has no questions; give a text file with one per line",
+    )
 
 
 def test_no_runs_yet(terminal: Terminal) -> None:
