@@ -38,6 +38,21 @@ TOGETHER = (
     "tests/share/test_space.py",
     "tests/pipeline/test_worker.py",
 )
+# These and the above take most of the time of all tests; `make quick-test` leaves them out.
+SLOW = (
+    *TOGETHER,
+    "tests/app/",
+    "tests/baselines/",
+    "tests/benchmarks/",
+    "tests/commands/test_main.py",
+    "tests/kernels/",
+    "tests/measure/test_estimate.py",
+    "tests/measure/test_zero_shot.py",
+    "tests/pipeline/",
+    "tests/stages/test_wat.py",
+    "tests/test_files.py",
+    "tests/texts/test_corpus.py",
+)
 
 
 class Sharing(LoadScopeScheduling):
@@ -45,6 +60,13 @@ class Sharing(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make quick-test` leaves out."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:

@@ -21,7 +21,7 @@ from lbllm.errors import ConfigError
 from lbllm.events import BlockDone, BlockStarted, Event, RunDone, RunStopped, StageStarted, StepMetric
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.teacher import Teacher
-from lbllm.pipeline import run as pipeline
+from lbllm.pipeline import end_to_end
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.quant.kv_cache import TrainingKVLayer
@@ -278,7 +278,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bytes(
 def test_killed_between_two_savings_it_repeats_steps_and_ends_the_same(
     whole: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(end_to_end, "SAVE_SECONDS", 0.0)
     saved = 0
     keep = BlockStore.save
 
