@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/quick}
 
-python -m lbllm quantize --model smollm2-135m-instruct --preset quick --corpus embedded+wikipedia --out "$out"
+python -m lbllm quantize --model smollm2-135m-instruct --preset quick --out "$out"
 python -m lbllm table "$(benchmarks/recipes/newest_run.sh)" --text wikitext2 --limit 10
