@@ -30,7 +30,10 @@ def extra(name: Extra, purpose: str) -> Iterator[None]:
         missing = (error.name or "").partition(".")[0]
         if missing not in MODULES[name]:
             raise
-        raise ResourceError(
-            f"{purpose} needs the package {missing}: pip install 'lbllm[{name}]' "
-            f"(in a folder with the source of lbllm: pip install '.[{name}]')"
-        ) from None
+        raise ResourceError(f"{purpose} needs the package {missing}: {installation(name)}") from None
+
+
+def installation(*names: Extra) -> str:
+    """The commands that install extras."""
+    extras = ",".join(names)
+    return f"pip install 'lbllm[{extras}]' (in a folder with the source of lbllm: pip install '.[{extras}]')"

@@ -22,6 +22,7 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
+from lbllm.extras import installation
 from lbllm.files import new_folder, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
@@ -152,7 +153,7 @@ def _requirements() -> list[str]:
     except metadata.PackageNotFoundError as error:
         raise ResourceError(
             f"a Space needs the package {error.name}, in the version that it will install: "
-            "pip install 'lbllm[showcase,gguf]' (in a folder with the source of lbllm: pip install '.[showcase,gguf]')"
+            f"{installation('showcase', 'gguf')}"
         ) from None
 
 
