@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lbllm.commands import catalogues, chatting, exporting, measuring, stored_runs, training
+from lbllm.commands import catalogues, chatting, checking, exporting, measuring, stored_runs, training
 from lbllm.commands import serving as showcasing
 from lbllm.commands import serving as workbench
 from lbllm.commands.attend import StoppedByUser
@@ -39,6 +39,7 @@ def build() -> typer.Typer:
         exporting.export,
         chatting.chat,
         catalogues.models,
+        checking.doctor,
         workbench.ui,
         showcasing.showcase,
     ):

@@ -65,9 +65,14 @@ def instruction_set() -> InstructionSet:
     return "avx512" if found == "AVX512" else "avx2" if found == "AVX2" else "portable"
 
 
+def find_compiler() -> str | None:
+    """The path of the system's C++ compiler: CXX, else c++, g++ or clang++."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+
+
 def build(folder: Path, instructions: InstructionSet) -> Path:
     """The library for these instructions in ``folder``; compiles it if it is missing. Raises BuildError."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
     # PyTorch runs its threads with GCC's OpenMP runtime. With another compiler there would be a second runtime.
