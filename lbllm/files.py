@@ -37,6 +37,24 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
 _FOLDER_EXISTS = (errno.ENOTEMPTY, errno.EEXIST)
 
 
+def refuse_links(folder: Path) -> None:
+    """Check a folder before its files are published: a link in it may show any file of this machine.
+
+    A link to a file of the same folder passes, and one from a snapshot in the hub's cache to that cache's blobs.
+    Raises ResourceError.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent) / name for name in (*folders, *names)):
+            if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+                raise ResourceError(
+                    f"{path} is a link to {path.readlink()}, which lies outside {folder}; put the file itself there "
+                    "if it is meant to be published"
+                )
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file atomically. Its folder must exist. Raises OSError."""
     with new_file(path) as file:

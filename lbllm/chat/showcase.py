@@ -25,10 +25,10 @@ from lbllm.chat.pool import ModelPool, Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, VoteStore, tally
-from lbllm.checkpoints.find import find_checkpoint, find_teacher
+from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
 from lbllm.checkpoints.record import provenance
 from lbllm.config import SHIPPED
-from lbllm.errors import LbllmError, ModelError
+from lbllm.errors import LbllmError
 from lbllm.models.catalogue import model_title
 from lbllm.places import home
 from lbllm.runs.store import RunStore
@@ -285,18 +285,8 @@ def open_showcase(checkpoint: str = SHIPPED, teacher: str | None = None, *, limi
     """
     found = find_checkpoint(checkpoint)
     made_from = provenance(found.stated).get("model")
-    if teacher is not None:
-        find_teacher(teacher)
-    elif made_from is None:
-        raise ModelError(f"{checkpoint} does not say which model it was made from; give it with --teacher")
-    else:
-        try:
-            find_teacher(made_from)
-        except LbllmError:
-            raise ModelError(
-                f"{checkpoint} was made from {made_from}, which is not here; give its place with --teacher"
-            ) from None
-        teacher = made_from
+    teacher = teacher or teacher_of(found)
+    find_teacher(teacher)
     student = f"{model_title(made_from or found.name)} binarized"
     pool = ModelPool()
     slots = pool.get(teacher), pool.get(found.name)

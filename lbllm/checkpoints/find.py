@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lbllm.checkpoints.hf import is_checkpoint, load
-from lbllm.checkpoints.record import RunRecord, read_record
+from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint, load, stated_sha256, tensors_sha256
+from lbllm.checkpoints.record import RunRecord, provenance, read_record
 from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
-from lbllm.errors import CheckpointError, ModelError, RunError
+from lbllm.errors import CheckpointError, LbllmError, ModelError, RunError
 from lbllm.events import Evaluated
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import TEACHERS, ModelSource, find_source, unknown_name
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import home
-from lbllm.runs.store import RunStore
+from lbllm.runs.store import Run, RunStore
 
 CHECKPOINTS = f"{SHIPPED!r}, the id of a finished run (see `lbllm runs list`), or the folder of a checkpoint or a run"
 _CATALOGUE = {entry.id: entry.id for entry in MODELS}
@@ -43,12 +43,14 @@ class FoundCheckpoint:
     """A packed checkpoint.
 
     ``stated``: the folder with its config.json and record; for the shipped checkpoint this is not the folder with the
-    weights. ``run`` and ``evaluations``: the stored run by whose id it was found, and what was measured of that run.
+    weights. ``run``, ``model`` and ``evaluations``: the stored run that made it, the model that this run's user chose,
+    and what was measured of it.
     """
 
     stated: Path
     shipped: bool = False
     run: str | None = None
+    model: str | None = None
     evaluations: tuple[Evaluated, ...] = ()
 
     @property
@@ -105,6 +107,65 @@ def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint
     return found
 
 
+def teacher_of(found: FoundCheckpoint, store: RunStore | None = None) -> str:
+    """The name of the model that a checkpoint was made from, to be loaded as its teacher.
+
+    A checkpoint can come from anywhere, so a path in it is never followed: it must name a model of the catalogue or
+    the hub. Only where the weights are those of a run in the store, that run's own setting counts, and it may be a
+    path. Raises ModelError, with the way out, if there is no name to follow or it leads nowhere.
+    """
+    stated = provenance(found.stated).get("model")
+    if not stated:
+        raise ModelError(f"{found.name} does not say which model it was made from; give its teacher with --teacher")
+    if _is_public(stated):
+        return stated
+    own = _own_teacher(found, store)
+    if own is None and Path(stated).expanduser().exists():
+        raise ModelError(
+            f"{found.name} names {stated} as the model it was made from. A path in a checkpoint is not followed; if "
+            "this is the right model, give it with --teacher"
+        )
+    name = own or stated
+    try:
+        find_teacher(name, store)
+    except LbllmError:
+        raise ModelError(
+            f"{found.name} was made from {name}, which is not here; give its place with --teacher"
+        ) from None
+    return name
+
+
+def _is_public(name: str) -> bool:
+    """Whether this is the name of a model of the catalogue or the hub, and leads to no file or folder."""
+    try:
+        source = find_source(name)
+    except LbllmError:
+        return False
+    return source is not None and source.kind in ("embedded", "hub")
+
+
+def _own_teacher(found: FoundCheckpoint, store: RunStore | None) -> str | None:
+    """The model of the finished run whose checkpoint this is, or is a copy of."""
+    if found.run is not None:
+        return found.model
+    hashed = tensors_sha256(found.folder / WEIGHTS)
+    with _opened(store) as runs:
+        for run in runs.all():
+            if run.state == "done" and stated_sha256(run.folder / "checkpoint") == hashed:
+                return _model_of(run)
+    return None
+
+
+def _model_of(run: Run) -> str | None:
+    """A run's model; relative paths begin where the run was started. None if its settings can't be read."""
+    try:
+        name = run.config.model
+    except RunError:
+        return None
+    path = run.cwd / Path(name).expanduser()
+    return str(path) if path.exists() and name.lower() not in _CATALOGUE else name
+
+
 def find_run(name: str, store: RunStore | None = None) -> FoundCheckpoint | None:
     """The checkpoint of the run with this id; None if the store does not have it. Raises RunError if the run is
     not finished, CheckpointError if its checkpoint is gone."""
@@ -120,7 +181,7 @@ def find_run(name: str, store: RunStore | None = None) -> FoundCheckpoint | None
             raise CheckpointError(f"run {run.id} is done, but its checkpoint {checkpoint} is gone; use a copy of it")
         events = (stored.event for stored in runs.events(run.id, kinds=("evaluated",)))
         measured = tuple(event for event in events if isinstance(event, Evaluated))
-    return FoundCheckpoint(checkpoint, run=run.id, evaluations=measured)
+        return FoundCheckpoint(checkpoint, run=run.id, model=_model_of(run), evaluations=measured)
 
 
 def open_model(

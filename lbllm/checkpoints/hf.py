@@ -196,6 +196,15 @@ def tensors_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def stated_sha256(folder: Path) -> str | None:
+    """The hash of the tensors that a checkpoint's config.json states; None if there is none."""
+    try:
+        document = json.loads((folder / "config.json").read_text())
+        return str(document["quantization_config"]["tensors_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
     """``model.save_pretrained(folder)`` of a packed model, with the hash of the tensors and the guard in config.json.
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.events import Evaluated
-from lbllm.files import write_file
+from lbllm.files import refuse_links, write_file
 from lbllm.models.catalogue import catalogue_hub_id, last_part
 from lbllm.texts.catalogue import parts
 
@@ -86,10 +87,13 @@ def _public_text(text: str) -> str:
 
 def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
     """Copy a packed checkpoint for others: its files unchanged, except for what config.json and the record say about
-    the run; the card is written again."""
+    the run; the card is written again. Raises ResourceError for a link to a file outside the checkpoint."""
+    refuse_links(checkpoint)
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in (RECORD, "README.md"):
             shutil.copyfile(path, folder / path.name)
+    if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
     record = record.public()
     write_record(folder, record)
     document = json.loads((folder / "config.json").read_text())

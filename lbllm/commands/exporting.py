@@ -32,6 +32,13 @@ def export(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Then upload it to the hub; a new repository is private."),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The teacher in a Space: catalogue id, hub id, folder or .gguf file. \\[default: what the checkpoint "
+            "was made from]"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a finished checkpoint to a folder with a model card, or as a Space that shows it.
@@ -48,7 +55,7 @@ def export(
     from lbllm.checkpoints.find import find_checkpoint
     from lbllm.share.export import export
 
-    exported = export(find_checkpoint(checkpoint), to, out)
+    exported = export(find_checkpoint(checkpoint), to, out, teacher=teacher)
     document = asdict(exported)
     if not as_json:
         what = "`python app.py` in it starts the showcase" if to == "space" else "with a model card (README.md)"

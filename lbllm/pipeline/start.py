@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm.checkpoints.find import find_checkpoint
+from lbllm.checkpoints.find import find_checkpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
-from lbllm.errors import ConfigError
+from lbllm.errors import ConfigError, ModelError
 from lbllm.models.blocks import decoder_blocks
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline.block_store import BlockStore
@@ -128,5 +128,7 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
     if found.weights_alone:  # how activations are quantized is open still
         quant["act_group_size"] = ACT_GROUP_SIZE
     document = {"start": checkpoint.name, "stages": list(FROM_CHECKPOINT), "quant": quant}
-    model = stated.get("provenance", {}).get("model")
-    return document if model is None else document | {"model": model}
+    try:
+        return document | {"model": teacher_of(checkpoint)}
+    except ModelError:  # the user has to name it
+        return document

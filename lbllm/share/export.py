@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.dense import dense_copy
-from lbllm.checkpoints.find import FoundCheckpoint
+from lbllm.checkpoints.find import FoundCheckpoint, teacher_of
 from lbllm.checkpoints.hf import load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
-from lbllm.files import new_folder, write_errors
+from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import last_part
 from lbllm.models.loading import quiet
 from lbllm.quant.packed_layer import PackedLinear
@@ -43,17 +43,21 @@ class Exported:
     disk_bytes: int
 
 
-def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
-    """Write the checkpoint to the new or empty folder ``out``.
+def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str | None = None) -> Exported:
+    """Write the checkpoint to the new or empty folder ``out``. ``teacher``: that of a Space, see ``write_space``.
 
     Raises ConfigError if ``out`` is not empty, CheckpointError for a damaged checkpoint, ModelError if the model
-    can't be written as GGUF or a Space's teacher is not found, ResourceError if there is too little disk space.
+    can't be written as GGUF or a Space's teacher is not found, ResourceError if there is too little disk space or the
+    checkpoint has links to files outside it.
     """
+    if teacher is not None and kind != "space":
+        raise ConfigError(f"only a Space has a teacher; leave out the teacher {teacher}, or export to a Space")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
     if kind == "space":
-        write_space(source.folder, out)
+        write_space(source.folder, out, teacher=teacher or teacher_of(source))
         return Exported(out, kind, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+    refuse_links(source.folder)  # what is loaded is written again: a chat template, for example
     # Load it for every kind: loading checks every tensor, so a damaged checkpoint is not exported.
     model, tokenizer = load(source.folder, dtype=torch.bfloat16)
     if kind == "gguf":
@@ -72,10 +76,11 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path) -> Exported:
             tokenizer.save_pretrained(folder)
         else:
             _write_gguf(source.record, model, tokenizer, folder / f"{out.name}-BF16.gguf")
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        written = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
         card = model_card(source.record, kind, out.name, files, contents, chat=tokenizer.chat_template is not None)
         (folder / "README.md").write_text(card)
-        total = sum(path.stat().st_size for path in folder.iterdir())
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Exported(out, kind, total)
 
 

@@ -169,8 +169,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name, of which llama.cpp uses the default one
+        template = template.get("default")
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def _pre_tokenizer(document: dict[str, Any]) -> str:

@@ -18,12 +18,14 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from lbllm.checkpoints.find import find_teacher
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
 from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.extras import installation
-from lbllm.files import new_folder, write_errors
+from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
@@ -50,7 +52,7 @@ _NEEDED = (
 )
 _TEACHER = "teacher"
 _LICENCE_FILES = ("LICENSE", "NOTICE")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", CHAT_TEMPLATE_DIR)
 _TEMPLATES = environment(__file__)
 
 
@@ -59,7 +61,7 @@ def write_space(
 ) -> None:
     """Write the Space of a packed checkpoint to the new or empty folder ``out``.
 
-    ``teacher``: catalogue id, hub id, model folder or GGUF file (default: the model that the checkpoint was made from).
+    ``teacher``: catalogue id, hub id, model folder or GGUF file (default: what ``teacher_of`` gives).
     ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the folder contains
     the checkpoint. Raises CheckpointError, ModelError, ConfigError, ResourceError.
     """
@@ -71,10 +73,7 @@ def write_space(
         raise ResourceError(f"{out} exists already; give a new folder")
     if not (APP / "showcase" / "page.py").is_file():
         raise ResourceError(f"the showcase's page is not at {APP}; install lbllm again")
-    stated = provenance(checkpoint)
-    teacher = teacher or stated.get("model")
-    if not teacher:
-        raise ModelError(f"{checkpoint} does not say which model it was made from; give it as the teacher")
+    teacher = teacher or teacher_of(find_checkpoint(str(checkpoint.absolute())))
     requirements = _requirements()
     with write_errors(out), new_folder(out) as folder:
         named = _put_teacher(teacher, folder)
@@ -82,7 +81,7 @@ def write_space(
             (folder / "checkpoint").mkdir()
             copy_public(checkpoint, read_record(checkpoint), folder / "checkpoint")
         _put_source(folder)
-        readme = _readme(checkpoint, teacher, hub_id, title, stated.get("licence", ""), requirements)
+        readme = _readme(checkpoint, teacher, hub_id, title, provenance(checkpoint).get("licence", ""), requirements)
         # The hub requires a mark on large files.
         lfs = "filter=lfs diff=lfs merge=lfs -text"
         for name, text in {
@@ -105,6 +104,7 @@ def _put_teacher(name: str, out: Path) -> str:
     place = Path(source.place)
     if source.kind == "folder":
         target = out / _TEACHER / place.resolve().name
+        refuse_links(place)
         ignored = {path.name for path in place.iterdir() if not any(path.match(kind) for kind in _MODEL_FILES)}
         shutil.copytree(place, target, ignore=lambda folder, names: ignored & set(names))
         return target.relative_to(out).as_posix()

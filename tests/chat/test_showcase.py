@@ -243,7 +243,9 @@ def test_what_can_not_be_voted_on(make: Make) -> None:
 def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lbllm.chat.showcase.home", lambda: tmp_path)
     teacher, checkpoint = folders
-    showcase = open_showcase(str(checkpoint))
+    with pytest.raises(ModelError, match="--teacher"):  # a path in a checkpoint is not followed
+        open_showcase(str(checkpoint))
+    showcase = open_showcase(str(checkpoint), str(teacher))
     assert showcase.names == ("teacher", "teacher binarized")
     showcase.wait()
     assert showcase.ready

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm
 from lbllm.checkpoints.dense import dense_copy
-from lbllm.checkpoints.find import find_checkpoint
+from lbllm.checkpoints.find import find_checkpoint, teacher_of
 from lbllm.checkpoints.record import RECORD, read_record
 from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError, RunError
@@ -137,6 +138,87 @@ def test_files_of_this_machine_are_named_by_their_last_part(
     assert record.settings.corpus == text.name
     assert record.evaluations[-1].text == f"{text.name}, 2 windows of 32 tokens"
     assert {one.text.partition(",")[0] for one in record.evaluations[:4]} == {f"held-out part of {text.name}"}
+
+
+def of_a_space(kind: ExportKind, run: Run) -> dict[str, str]:
+    """The options that an export of a foreign folder needs."""
+    return {"teacher": run.config.model} if kind == "space" else {}
+
+
+@pytest.fixture
+def with_templates(run: Run, tmp_path: Path) -> Path:
+    """The checkpoint, saved anew with two chat templates by name."""
+    folder = tmp_path / "several"
+    model, tokenizer = lbllm.load(run.folder / "checkpoint")
+    tokenizer.chat_template = TEMPLATES
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TEMPLATES = {
+    "default": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    "tool_use": "{% for message in messages %}tool {{ message.content }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense", "gguf", "space"])
+def test_every_chat_template_is_kept(
+    run: Run, store: RunStore, with_templates: Path, kind: ExportKind, tmp_path: Path
+) -> None:
+    found = find_checkpoint(str(with_templates), store)
+    out = export(found, kind, tmp_path / "out", **of_a_space(kind, run)).path
+    if kind == "gguf":  # llama.cpp uses one
+        (file,) = out.glob("*.gguf")
+        assert GGUFReader(file).fields["tokenizer.chat_template"].contents() == TEMPLATES["default"]
+        return
+    tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint" if kind == "space" else out)
+    assert tokenizer.chat_template == TEMPLATES
+    if kind == "packed":
+        assert "additional_chat_templates/tool_use.jinja" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["packed", "dense", "gguf", "space"])
+@pytest.mark.parametrize("linked", ["model.safetensors", "chat_template.jinja", "notes", "gone.txt"])
+def test_links_out_of_a_checkpoint_are_refused(
+    run: Run, store: RunStore, kind: ExportKind, linked: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run.folder / "checkpoint", tmp_path / "foreign"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    target = outside if linked == "notes" else outside / linked
+    if (folder / linked).exists():
+        shutil.move(folder / linked, target)
+    elif linked == "notes":
+        (outside / "secret.txt").write_text("a secret")
+    (folder / linked).symlink_to(target)
+    with pytest.raises(ResourceError, match=f"{linked} is a link to"):
+        export(find_checkpoint(str(folder), store), kind, tmp_path / "out", **of_a_space(kind, run))
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hub_s_cache_are_followed(run: Run, store: RunStore, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in (run.folder / "checkpoint").iterdir():
+        shutil.copyfile(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    out = export(find_checkpoint(str(snapshot), store), "packed", tmp_path / "out").path
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert (out / "model.safetensors").read_bytes() == (blobs / "model.safetensors").read_bytes()
+
+
+def test_the_teacher_of_an_own_run_is_its_setting_also_of_a_copy(run: Run, store: RunStore, tmp_path: Path) -> None:
+    assert teacher_of(find_checkpoint(run.id, store), store) == run.config.model
+    copy = Path(shutil.copytree(run.folder / "checkpoint", tmp_path / "copy"))
+    assert teacher_of(find_checkpoint(str(copy), store), store) == run.config.model
+    # Other weights than those of the run that they name.
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="--teacher"):
+        teacher_of(find_checkpoint(str(copy), store), store)
 
 
 def test_dense_holds_what_the_bits_stand_for(run: Run, dense: Path) -> None:

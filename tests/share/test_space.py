@@ -44,7 +44,7 @@ def settings(space: Path) -> dict[str, Any]:
 def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, checkpoint = pair
     space = tmp_path / "space"
-    write_space(checkpoint, space)
+    write_space(checkpoint, space, teacher=str(teacher))
     assert {path.name for path in space.iterdir()} == {
         *("README.md", "app.py", "requirements.txt", "packages.txt", ".gitattributes"),
         *("lbllm", "app", "assets", "checkpoint", "teacher", "LICENSE", "NOTICE"),
@@ -150,7 +150,8 @@ def test_the_embedded_teacher_comes_as_its_gguf_file(pair: tuple[Path, Path], tm
 
 def test_the_command_writes_it(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "space"
-    assert main(["export", str(pair[1]), "--to", "space", "--out", str(out), "--json"]) == 0
+    command = ["export", str(pair[1]), "--to", "space", "--teacher", str(pair[0]), "--out", str(out), "--json"]
+    assert main(command) == 0
     files = [path for path in out.rglob("*") if path.is_file()]
     assert out / "app.py" in files
     assert json.loads(capsys.readouterr().out) == {
@@ -160,6 +161,43 @@ def test_the_command_writes_it(pair: tuple[Path, Path], tmp_path: Path, capsys: 
     }
 
 
+def stating(checkpoint: Path, folder: Path, model: str) -> Path:
+    """A copy of the checkpoint that says it was made from ``model``."""
+    shutil.copytree(checkpoint, folder)
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"]["provenance"]["model"] = model
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_a_path_in_a_foreign_checkpoint_is_not_followed(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "private" / "notes"
+    private.mkdir(parents=True)
+    (private / "README.md").write_text("a secret")
+    (private / "config.json").write_text('{"key": "a secret"}')
+    monkeypatch.chdir(tmp_path)
+    # The second one looks like a name on the hub, and is a folder of this machine.
+    for number, named in enumerate((str(private), "private/notes", "../" + tmp_path.name + "/private/notes")):
+        foreign = stating(pair[1], tmp_path / f"foreign{number}", named)
+        with pytest.raises(ModelError, match="--teacher"):
+            write_space(foreign, tmp_path / "space")
+        assert main(["export", str(foreign), "--to", "space", "--out", str(tmp_path / "space")]) == 1
+        assert not (tmp_path / "space").exists()
+    write_space(stating(pair[1], tmp_path / "public", "qwen3-0.6b"), tmp_path / "space")
+    assert 'str(HERE / "checkpoint"), "qwen3-0.6b"' in (tmp_path / "space" / "app.py").read_text()
+
+
+def test_links_out_of_the_teacher_s_folder_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    teacher = shutil.copytree(pair[0], tmp_path / "teacher")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (teacher / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ResourceError, match=r"notes\.txt is a link to .*secret\.txt"):
+        write_space(pair[1], tmp_path / "space", teacher=str(teacher))
+    assert not (tmp_path / "space").exists()
+
+
 def test_what_can_not_become_a_space_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, checkpoint = pair
     (tmp_path / "full").mkdir()
@@ -167,7 +205,7 @@ def test_what_can_not_become_a_space_is_named(pair: tuple[Path, Path], tmp_path:
     refused: list[tuple[type[LbllmError], Path, Path, dict[str, str], str]] = [
         (CheckpointError, teacher, tmp_path / "a", {}, str(teacher)),
         (ResourceError, checkpoint, tmp_path / "full", {}, "exists already"),
-        (ResourceError, checkpoint, tmp_path / "full" / "file" / "b", {}, "full/file"),
+        (ResourceError, checkpoint, tmp_path / "full" / "file" / "b", {"teacher": str(teacher)}, "full/file"),
         (ModelError, checkpoint, tmp_path / "c", {"teacher": "/nowhere/at/all"}, "/nowhere/at/all"),
         (ConfigError, checkpoint, tmp_path / "d", {"hub_id": "no-owner"}, "no-owner"),
     ]
