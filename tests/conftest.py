@@ -27,6 +27,7 @@ TOGETHER = (
     "tests/checkpoints/test_hf.py",
     "tests/test_packaging.py",
     "tests/pipeline/test_run.py",
+    "tests/pipeline/test_start.py",
     "tests/measure/test_preview.py",
     "tests/benchmarks/test_quality.py",
     "tests/app/test_quantize_preview.py",

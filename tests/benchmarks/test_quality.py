@@ -130,6 +130,7 @@ def test_accuracies_are_printed_with_their_errors() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.soak
 def test_the_command_makes_rows_at_once_and_prints_them_in_order(options: Options, tmp_path: Path) -> None:
     shared = {"--teacher": options.teacher, "--corpus": options.corpus, "--texts": options.texts[0]}
     numbers = {"--tokens": "256", "--seq-len": "32", "--window": "32", "--limit": "4", "--group-sizes": "16"}

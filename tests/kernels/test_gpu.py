@@ -19,7 +19,7 @@ from lbllm.kernels import gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@cases(40)
+@cases(15)
 @given(
     st.integers(1, 90),
     st.integers(1, 300),
@@ -51,7 +51,7 @@ def test_no_tokens_and_more_dimensions() -> None:
     assert gpu.packed_linear(torch.randn(2, 3, 40, device=DEVICE), *parts).shape == (2, 3, 5)
 
 
-@cases(60)
+@cases(30)
 @given(quantizer_cases(5))
 @torch.no_grad()
 def test_the_quantizer_gives_the_values_of_training(case: tuple[ActQuantizer, Tensor]) -> None:

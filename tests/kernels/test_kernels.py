@@ -322,7 +322,7 @@ def test_other_instruction_sets_compute_the_same(instructions: str) -> None:
         "-k",
         "any_layer or bits_come or tables",
     ]
-    environment = os.environ | {"LBLLM_KERNELS": instructions, "PYTEST_PORTABLE": "1"}
+    environment = os.environ | {"LBLLM_KERNELS": instructions, "PYTEST_PORTABLE": "1", "LBLLM_FEW_CASES": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "3 passed" in result.stdout

@@ -47,6 +47,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint"
 
 
+@pytest.fixture(scope="module")
+def weights_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of stages 1 and 2: its settings and its folder."""
+    settings, folder = tiny_config(stages=["ptq", "wat"]), tmp_path_factory.mktemp("weights")
+    run_tiny(settings, folder, bfloat_teacher())
+    return settings, folder
+
+
 def further(checkpoint: Path, **changes: Any) -> RunConfig:
     """Settings of a run that goes on from a checkpoint of a tiny teacher."""
     document = {**settings_to_go_on(str(checkpoint)), "model": "tiny"}
@@ -59,10 +67,17 @@ def steps(events: list[Event]) -> list[int]:
 
 @pytest.mark.parametrize(
     "first",
-    [{}, {"quant": {"param_bits": 8}}, {"quant": {"param_bits": 4}}, {"quant": {"format": "w1"}}, {"stages": ["ptq"]},
-     {"quant": {"overrides": {"*.down_proj": {"act_bits": 8}}, "skip": ["*.1.*"]}}],
+    [
+        {},
+        {"quant": {"param_bits": 4}},
+        {"quant": {"overrides": {"*.down_proj": {"act_bits": 8}}, "skip": ["*.1.*"]}},
+        *(
+            pytest.param(settings, marks=pytest.mark.soak)
+            for settings in ({"quant": {"param_bits": 8}}, {"quant": {"format": "w1"}}, {"stages": ["ptq"]})
+        ),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_run_that_changes_nothing_gives_the_same_checkpoint(first: dict[str, Any], tmp_path: Path) -> None:
     settings = tiny_config(**first)
     run_tiny(settings, tmp_path / "first", bfloat_teacher())
@@ -157,16 +172,15 @@ def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_p
     ids=str,
 )
 def test_groups_may_be_cut_and_their_parameters_get_other_bits(
-    groups: dict[str, Any], same: bool, tmp_path: Path
+    groups: dict[str, Any], same: bool, weights_alone: tuple[RunConfig, Path], tmp_path: Path
 ) -> None:
-    first = tiny_config(stages=["ptq", "wat"])
-    run_tiny(first, tmp_path / "first", bfloat_teacher())
-    document = settings_to_go_on(str(tmp_path / "first" / "checkpoint")) | {"model": "tiny"}
+    first, folder = weights_alone
+    document = settings_to_go_on(str(folder / "checkpoint")) | {"model": "tiny"}
     document["quant"] |= groups
     settings = tiny_config(**document, e2e=E2E)
     run_tiny(settings, tmp_path / "second", bfloat_teacher())
     assert load(tmp_path / "second" / "checkpoint")[0].config.quantization_config.format == settings.quant
-    before = stage_model(first, tmp_path / "first", "wat", bfloat_teacher())
+    before = stage_model(first, folder, "wat", bfloat_teacher())
     begun = stage_model(settings, tmp_path / "second", "start", bfloat_teacher())
     with torch.no_grad():
         meant, found = (model(token_ids(2, seed=1)).logits for model in (before, begun))
