@@ -6,7 +6,8 @@
 The operators, for example packed_linear, are in torch.ops.lbllm once ready() has returned True; operators.h lists them.
 The system's C++ compiler (CXX, else c++, g++ or clang++) builds the library for the widest instruction set that PyTorch
 finds (AVX-512, AVX2, or portable code). The library is kept in LBLLM_HOME/kernels under a name with the hash of
-everything that it depends on. Without a compiler the layers compute in PyTorch, slowly, with the same results.
+everything that it depends on, with its own hash beside it: a damaged library would end the process that loads it, so it
+is built anew. Without a compiler the layers compute in PyTorch, slowly, with the same results.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
-from lbllm.files import locked, new_file
+from lbllm.files import locked, new_file, write_file
 from lbllm.places import home
 
 # Every .cpp is a translation unit of its own.
@@ -53,7 +56,33 @@ _ALWAYS = (
 
 
 class BuildError(LbllmError):
-    """There is no compiler, or compilation failed."""
+    """There is no compiler, it failed, or the library can't be read or written. The message has the way out."""
+
+
+_OTHER_COMPILER = "Set CXX to a C++20 compiler that works and start again"
+Result = TypeVar("Result")
+
+
+class Once(Generic[Result]):
+    """A function without parameters that works at its first call. Threads may call it at once; one does the work."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        functools.update_wrapper(self, work)
+        self._work, self._lock = work, threading.RLock()
+        self._results: list[Result] = []
+
+    def __call__(self) -> Result:
+        """Return the result."""
+        results = self._results
+        if not results:
+            with self._lock:
+                if not results:
+                    results.append(self._work())
+        return results[0]
+
+    def cache_clear(self) -> None:
+        """Let the next call work anew."""
+        self._results = []
 
 
 def instruction_set() -> InstructionSet:
@@ -74,22 +103,53 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     """The library for these instructions in ``folder``; compiles it if it is missing. Raises BuildError."""
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++)")
+        raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++). Install one (g++) and start again")
     # PyTorch runs its threads with GCC's OpenMP runtime. With another compiler there would be a second runtime.
     threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [*_ALWAYS, *_FLAGS[instructions], *threads, abi]
     library = folder / f"operators-{instructions}-{_key(SOURCES, flags, torch.__version__, compiler)}.so"
-    if library.exists():
+    if _is_whole(library):
         return library
     try:
         with locked(folder / "lock"):  # of several processes at once one compiles
-            if not library.exists():
+            if not _is_whole(library):
+                _remove_leftovers(folder)
                 with new_file(library) as made:
                     _compile(compiler, flags, made)
+                    digest = _digest(made)
+                write_file(_digest_file(library), digest.encode())
     except OSError as error:
-        raise BuildError(f"{folder} can't be written ({error})") from error
+        raise BuildError(
+            f"the compiled kernels can't be kept in {folder} ({error}). Make the folder writable, or set LBLLM_HOME to "
+            "a folder that is"
+        ) from error
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is the file that was built."""
+    try:
+        return _digest(library) == _digest_file(library).read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what builds that were killed left, also of other versions. The caller holds the folder's lock."""
+    for left in (*folder.glob(".operators-*.new"), *folder.glob("operators-*.tmp")):
+        shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            left.unlink()
 
 
 def _key(sources: Iterable[Path], *others: object) -> str:
@@ -114,28 +174,36 @@ def _compile(compiler: str, flags: Sequence[str], library: Path) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise BuildError(f"{command[0]} failed: {result.stderr.strip()[-600:]}")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"the compiler {command[0]} can't be run ({error}). {_OTHER_COMPILER}") from error
+    made = Path(command[command.index("-o") + 1])
+    if result.returncode != 0 or not made.is_file():
+        said = result.stderr.strip()[-600:] or f"exit code {result.returncode}, without a message"
+        raise BuildError(f"the compiler {command[0]} failed: {said}. {_OTHER_COMPILER}")
 
 
-@functools.cache
+@Once
 def ready() -> bool:
     """Whether torch.ops.lbllm can be used. Compiles the library if it is missing; warns once if that fails."""
     if os.environ.get("LBLLM_KERNELS") == "none":
         return False
     try:
-        torch.ops.load_library(str(build(home() / "kernels", instruction_set())))
-    except (BuildError, OSError) as error:
-        warnings.warn(
-            f"packed layers compute in PyTorch, slowly: {error}. Install a C++ compiler (g++) and start again",
-            stacklevel=2,
-        )
+        library = build(home() / "kernels", instruction_set())
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            raise BuildError(
+                f"{library}, which the compiler made, can't be loaded ({error}). Delete it. {_OTHER_COMPILER}"
+            ) from error
+    except BuildError as error:
+        warnings.warn(f"packed layers compute in PyTorch, slowly: {error}", stacklevel=4)
         return False
     return True
 
 
-@functools.cache
+@Once
 def on_gpu() -> ModuleType | None:
     """``lbllm.kernels.gpu`` if it works on this machine's GPU, else None. Tried once; warns once if it doesn't work."""
     if os.environ.get("LBLLM_KERNELS") == "none" or not torch.cuda.is_available():
