@@ -3,7 +3,8 @@
 In a block of transformers' code a token goes through some sixty operators, and calling them takes longer than their
 computation. If all blocks are like LLaMA's and their layers are packed, one token at a time goes through
 ``torch.ops.lbllm.decode`` instead, which wakes the other threads once a token; everything else, also prompts and
-batches, runs the usual code, and both share the KV cache.
+batches, runs the usual code, and both share the KV cache. A model whose blocks were changed or are listened to, by a
+hook, an adapter or a wrapper, runs the usual code alone: ``lbllm.checkpoints.structure`` looks at every token.
 
 A checkpoint holds embeddings in bfloat16. Expanding them to float32 doubles the bytes read per token and
 changes no value, so a model that computes in float32 keeps them as they are.
@@ -11,7 +12,7 @@ changes no value, so a model that computes in float32 keeps them as they are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,17 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm import kernels, memory
+from lbllm.checkpoints.structure import Structure
 from lbllm.quant.kv_cache import HalfKVLayer, PackedKVLayer, is_packed
-from lbllm.quant.packed_layer import PackedLinear
-
-NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
-# Blocks of transformers that compute what the operator computes: RMS norms before attention and MLP, rotary embedding
-# by halves, grouped queries, a gated MLP; on queries and keys perhaps norms of their own.
-BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+from lbllm.quant.packed_layer import Arranged
 
 
 def speed_up(model: PreTrainedModel) -> None:
     """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
     decoder: Any = model.base_model
-    blocks = list(getattr(decoder, "layers", []))
-    if blocks and all(map(_fits, blocks)) and decoder.config.hidden_act == "silu":
-        decoder.forward = FusedForward(decoder)
+    structure = Structure.of(decoder)
+    if structure is not None:
+        decoder.forward = FusedForward(decoder, structure)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or type(embedding) is not nn.Embedding:
         return
@@ -74,23 +71,38 @@ class HalfHead:
         return nn.functional.linear(x, weight.to(x.dtype))
 
 
-def _fits(block: nn.Module) -> bool:
-    known = type(block).__name__ in BLOCKS and type(block).__module__.startswith("transformers.models.")
-    return known and all(type(block.get_submodule(name)) is PackedLinear for name in NAMES)
+class Operands(NamedTuple):
+    """What the operator takes of the packed layers, each as a list over the layers.
+
+    ``arranged``: their bits; ``acts``: knee and clips of all quantizers (count, 3), of which ``quantizers`` was made;
+    None without quantizers.
+    """
+
+    arranged: list[Arranged]
+    scales: list[Tensor | None]
+    acts: Tensor | None
+    quantizers: list[float]
+    columns: list[int]
+    lengths: list[int]
 
 
 class FusedForward:
     """The forward of a decoder (the model without its output head): one token of one sequence goes through the
     operator, everything else through the class's own forward."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: Any, structure: Structure) -> None:
         self.decoder = decoder
-        self.layers = [block.get_submodule(name) for block in decoder.layers for name in NAMES]
-        self._lists: tuple[list[Any], ...] | None = None
+        self._structure: Structure | Literal[False] | None = structure  # False: the blocks don't fit; None: of a copy
+        self._operands: Operands | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds; a copy looks at its own decoder."""
+        return {"decoder": self.decoder, "_structure": None, "_operands": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = None if args else self._cache_layers(**kwargs)
-        if cache is None:
+        weights = None if cache is None else self._weights()
+        if cache is None or weights is None:
             if not args:
                 self._let_keep_halves(kwargs)
             return type(self.decoder).forward(self.decoder, *args, **kwargs)
@@ -99,15 +111,12 @@ class FusedForward:
         length = cache[0].length
         position = kwargs.get("position_ids")
         cosine, sine = self.decoder.rotary_emb(hidden, torch.tensor([[length]]) if position is None else position)
-        words, *layers = self._weights()
         attention = self.decoder.layers[0].self_attn
         result: Tensor = torch.ops.lbllm.decode(
             hidden.float().contiguous(),
             cosine.float(),
             sine.float(),
-            self._norms(),
-            words,
-            *layers,
+            *weights,
             [part for layer in cache for part in layer.next_token()],
             length,
             attention.config.num_attention_heads,
@@ -131,47 +140,62 @@ class FusedForward:
                 return
         elif type(cache) is not DynamicCache or cache.offloading or is_packed(cache) or cache.get_seq_length() > 0:
             return
-        if getattr(config, "sliding_window", None) is not None or not self._fits_here():
+        if getattr(config, "sliding_window", None) is not None or not self._fits_here() or not self._is_untouched():
             return
         if cache is None:
             kwargs["past_key_values"] = Cache(layer_class_to_replicate=HalfKVLayer)
         else:
             cache.layers, cache.layer_class_to_replicate = [], HalfKVLayer
 
-    def _norms(self) -> list[Tensor]:
-        norms = []
-        for block in self.decoder.layers:
-            norms += [block.input_layernorm, block.post_attention_layernorm]
-            if hasattr(block.self_attn, "q_norm"):
-                norms += [block.self_attn.q_norm, block.self_attn.k_norm]
-        return [norm.weight.float() for norm in (*norms, self.decoder.norm)]
-
-    def _weights(self) -> tuple[list[Any], ...]:
-        """The layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as a list."""
-        layers = self.layers
+    def _weights(self) -> tuple[list[Any], ...] | None:
+        """The norms, then the layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as
+        a list; None if the operator can't read one of them."""
+        assert self._structure
+        norms, layers, known = self._structure.norms(), self._structure.layers, self._operands
+        acts = self._structure.quantizers()
+        act = torch.stack(acts) if acts else None
         # A layer that was saved or moved in between has restored its own bits and would hold them twice.
-        if self._lists is None or any(
-            layer.words is not words for layer, words in zip(layers, self._lists[0], strict=True)
+        if known is None or not all(
+            layer.__dict__["_arranged"] is arranged and layer.holds(arranged)
+            for layer, arranged in zip(layers, known.arranged, strict=True)
         ):
-            self._lists = None
+            known = None
+        if known is None or (act is not None and (known.acts is None or not torch.equal(act, known.acts))):
+            made = [layer.arranged() for layer in layers]
+            if any(arranged is None for arranged in made):
+                return None
             quantizers: list[float] = []
             for layer in layers:
                 knee, low, high, bits, tail = (
                     (0.0, 0.0, 0.0, 0, 0) if layer.quantizer is None else layer.quantizer.settings()
                 )
                 quantizers += [bits, tail, knee, low, high, layer.range_length]
-            self._lists = (
-                [layer.arranged() for layer in layers],
-                [layer.params for layer in layers],
-                [layer.affine() for layer in layers],
-                [layer.bias for layer in layers],
-                quantizers,
-                [layer.in_features for layer in layers],
-                [layer.length for layer in layers],
-            )
+            arranged = [layer for layer in made if layer is not None]
+            # Assigned as a whole: another thread may read it at any time.
+            self._operands, known = (
+                Operands(
+                    arranged,
+                    [layer.scale for layer in arranged],
+                    act,
+                    quantizers,
+                    [layer.in_features for layer in layers],
+                    [layer.length for layer in layers],
+                ),
+            ) * 2
             # The bits were read from the checkpoint's file again.
             memory.trim()
-        return self._lists
+        if norms is None:
+            return None
+        return (
+            norms,
+            [layer.words for layer in known.arranged],
+            [layer.params for layer in known.arranged],
+            known.scales,
+            self._structure.biases(),
+            known.quantizers,
+            known.columns,
+            known.lengths,
+        )
 
     def _cache_layers(
         self,
@@ -191,13 +215,14 @@ class FusedForward:
             return None
         config = self.decoder.config
         # A call that asks for more than the last state runs the class's own code.
-        if use_cache is False or config.output_hidden_states or config.output_attentions:
+        wanted = (getattr(config, "output_hidden_states", None), getattr(config, "output_attentions", None))
+        if use_cache is False or any(value is not None and value is not False for value in wanted):
             return None
-        if any(value for name, value in others.items() if name != "return_dict"):
+        if any(value is not None and value is not False for name, value in others.items() if name != "return_dict"):
             return None
         layers = getattr(past_key_values, "layers", [])
         blocks = self.decoder.layers
-        if len(layers) != len(blocks) or any(block._forward_hooks or block._forward_pre_hooks for block in blocks):
+        if len(layers) != len(blocks) or not self._is_untouched():
             return None
         for layer in layers:
             if not isinstance(layer, PackedKVLayer) or layer.length == 0:
@@ -219,3 +244,9 @@ class FusedForward:
         """Whether the operator could compute what the model does now."""
         usual = self.decoder.device.type == "cpu" and self.decoder.dtype != torch.float64
         return usual and not torch.is_grad_enabled() and kernels.ready()
+
+    def _is_untouched(self) -> bool:
+        """Whether the blocks are as they were loaded, with nothing in them that a token of the operator would skip."""
+        if self._structure is None:
+            self._structure = Structure.of(self.decoder) or False
+        return bool(self._structure) and self._structure.holds(self.decoder.config)

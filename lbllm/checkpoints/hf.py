@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -33,7 +32,7 @@ from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.loading import quiet
-from lbllm.quant.kv_cache import PackedKVLayer, TrainingKVLayer, is_packed
+from lbllm.quant.kv_cache import KeepBits, KVLayer, PackedKVLayer, leave_no_cache, with_bits
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
 
@@ -124,43 +123,15 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
             block.set_submodule(name, packed)
 
 
-def attach_kv_cache(
-    model: nn.Module, bits: int, kind: type[PackedKVLayer] | type[TrainingKVLayer] = PackedKVLayer
-) -> None:
+def attach_kv_cache(model: nn.Module, bits: int, kind: KVLayer = PackedKVLayer) -> None:
     """Make the model keep its KV cache in ``bits`` bits, no matter who creates the cache: generate(), a caller, or a
     plain forward call of the model or of its decoder without the head. Call it before the layers are replaced."""
     if bits >= 16:
         return
-    layer_class = type(kind.__name__, (kind,), {"bits": bits})
     decoder = _cache_holder(model)
     names = list(inspect.signature(decoder.forward).parameters)
-
-    def prepare(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            # Attention reads what the cache returns, so a pass without a cache needs one, too.
-            kwargs["past_key_values"] = Cache(layer_class_to_replicate=layer_class)
-        elif not is_packed(cache):
-            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
-                raise ConfigError(
-                    f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
-                    "pass no cache, or an empty DynamicCache"
-                )
-            # In place, since the caller keeps its own reference to the cache it made.
-            cache.layers = []
-            cache.layer_class_to_replicate = layer_class
-        return (), kwargs
-
-    def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one.
-        if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
-            output.past_key_values = None
-
-    decoder.register_forward_pre_hook(prepare, with_kwargs=True)
-    decoder.register_forward_hook(finish, with_kwargs=True)
+    decoder.register_forward_pre_hook(KeepBits(with_bits(kind, bits), names), with_kwargs=True)
+    decoder.register_forward_hook(leave_no_cache, with_kwargs=True)
 
 
 def _cache_holder(model: nn.Module) -> nn.Module:
@@ -212,6 +183,8 @@ def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> N
     """
     if options.pop("push_to_hub", False):
         raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
+    if options.pop("variant", None) is not None:
+        raise ConfigError("a packed model has no variants: its parameters keep their precision; leave out variant")
     # Always one file, since the hash is computed from it.
     with quiet():
         type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lbllm import kernels
 from lbllm.quant.levels import float_mask, from_groups, group_length, to_groups
@@ -101,6 +102,7 @@ class _Compiled(torch.autograd.Function):
         return torch.ops.lbllm.quantize_activations(x, *ctx.settings)
 
     @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_x, by_act = torch.ops.lbllm.quantize_activations_backward(
             grads[0], *ctx.saved_tensors, *ctx.settings, ctx.tau
@@ -122,6 +124,7 @@ class _FakeQuant(torch.autograd.Function):
         return decode(codes, grid)
 
     @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, body, low, high, zero, in_body, in_low, in_high = ctx.saved_tensors
@@ -161,6 +164,14 @@ def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return float_mask(torch.ge, x, low).mul_(float_mask(torch.le, x, high))
 
 
+class _Latest(NamedTuple):
+    """The input and result of a quantizer's last pass with gradients, and the versions of input and parameters then."""
+
+    given: weakref.ref[Tensor]
+    result: weakref.ref[Tensor]
+    versions: tuple[int, int]
+
+
 class ActQuantizer(nn.Module):
     """Dynamic fake quantization of a layer's input to ``bits`` (4: piecewise with ``tail`` steps per tail; 8: uniform).
 
@@ -175,7 +186,11 @@ class ActQuantizer(nn.Module):
         self.tail = tail if bits == 4 else 0
         self.act = nn.Parameter(torch.tensor([0.3, 1.0, 1.0], dtype=torch.float32))
         # Layers that share an input share its quantizer: they can reuse the last result while the graph holds it.
-        self._latest: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self._latest: _Latest | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: not the last result."""
+        return self.__dict__ | {"_latest": None}
 
     @torch.no_grad()
     def bound(self) -> None:
@@ -208,10 +223,11 @@ class ActQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., features) rounded to its grid, in x's dtype; computed in float32."""
-        if torch.is_grad_enabled() and self._latest is not None and self._latest[0]() is x:
-            latest = self._latest[1]()
-            if latest is not None:
-                return from_groups(latest, x.shape[-1])
+        latest = self._latest  # read once: another thread may replace it
+        if latest is not None and torch.is_grad_enabled() and latest.given() is x:
+            result = latest.result()
+            if result is not None and latest.versions == (x._version, self.act._version):
+                return from_groups(result, x.shape[-1])
         ranges = self.ranges(x)
         if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0 and kernels.ready():
             quantized = _Compiled.apply(ranges, self.bounded(), self.bits, self.tail, self.temperature)
@@ -220,7 +236,7 @@ class ActQuantizer(nn.Module):
             quantized = _FakeQuant.apply(value, *self.grid(value), self.bits, self.tail, self.temperature)
             quantized = quantized.to(x.dtype)
         if quantized.requires_grad:  # refer to the base tensor: the graph may not hold the view that is returned
-            self._latest = weakref.ref(x), weakref.ref(quantized)
+            self._latest = _Latest(weakref.ref(x), weakref.ref(quantized), (x._version, self.act._version))
         return from_groups(quantized, x.shape[-1])
 
 

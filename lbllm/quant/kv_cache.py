@@ -1,14 +1,20 @@
-"""Quantize and store the KV cache: asymmetric, with one range per token and head."""
+"""Quantize and store the KV cache: asymmetric, with one range per token and head.
+
+PackedKVLayer, HalfKVLayer, TrainingKVLayer    the cache of one layer of a transformers cache
+with_bits(kind, bits)                          the class of that kind which keeps so many bits
+KeepBits, leave_no_cache                       hooks of a decoder: whoever makes the cache, it keeps these bits
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lbllm.errors import ConfigError
 from lbllm.quant.activations import RoundThrough
 
 
@@ -42,6 +48,9 @@ def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
     """Return ``decode_kv(encode_kv(x))`` for x (..., head_dim), with straight-through gradients."""
+    if bits == 16:
+        end = torch.finfo(torch.float16).max
+        return x.clamp(-end, end).half().to(x.dtype)
     low, step = _kv_grid(x, bits)
     scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
     return (RoundThrough.apply(scaled) * step + low).to(x.dtype)
@@ -73,10 +82,17 @@ class TrainingKVLayer(DynamicLayer):
         return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
 
 
+class TrainingKV8Layer(TrainingKVLayer):
+    """``TrainingKVLayer`` with 8 bits."""
+
+    bits = 8
+
+
 class PackedKVLayer(DynamicLayer):
     """The KV cache of one layer, stored in 4 bits (two codes per byte), 8 bits or float16.
 
-    With 4 and 8 bits, each token and head has a minimum and a step in float16.
+    With 4 and 8 bits, each token and head has a minimum and a step in float16. The states of a call get the gradient
+    that they have in training; those of earlier calls are stored without one, so a call that would need it is refused.
     """
 
     bits = 4
@@ -87,6 +103,7 @@ class PackedKVLayer(DynamicLayer):
         # Codes and scales of keys and of values; they have space for more tokens than ``length``, the number so far.
         self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
         self.length = 0
+        self.followed = False  # whether a stored token's states were part of a graph
 
     @property
     def stores(self) -> list[tuple[Tensor, Tensor] | None]:
@@ -106,26 +123,38 @@ class PackedKVLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append states (batch, heads, new, head_dim) and return the states of all tokens, decoded, in their dtype.
 
-        With 16 bits, the first call returns the given states unchanged.
+        With 16 bits, the first call returns the given states unchanged. Raises ConfigError if a gradient to the states
+        of an earlier call is wanted.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        follows = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if torch.is_grad_enabled() and self.followed and self.length:
+            raise ConfigError(
+                f"the KV cache keeps {self.bits} bits and no gradient, and the tokens in it were part of a graph; "
+                "pass all tokens in one call, or call with torch.no_grad()"
+            )
+        self.followed = follows or (self.followed and self.length > 0)
         unpacked = []
         length = self.length + key_states.shape[-2]
         # With 16 bits the first call uses the exact states: a text that is read in one pass may never use its cache.
         exact = self.bits == 16 and self.length == 0
         for which, states in enumerate((key_states, value_states)):
-            codes, scale = encode_kv(states, self.bits)
+            codes, scale = encode_kv(states.detach(), self.bits)
             if self.bits == 4:
                 codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
                 codes = codes[..., ::2] | (codes[..., 1::2] << 4)
             room = self._room(which, (codes, scale))
             for place, new in zip(room, (codes, scale), strict=True):
                 place[..., self.length : length, :] = new
-            codes, scale = (place[..., :length, :] for place in room)
+            stop = self.length if follows else length
+            codes, scale = (place[..., :stop, :] for place in room)
             if self.bits == 4:
                 codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
-            unpacked.append(states if exact else decode_kv(codes, scale, self.dtype))
+            known = decode_kv(codes, scale, self.dtype)
+            if follows:
+                known = torch.cat((known, fake_quant_kv(states, self.bits).to(self.dtype)), -2)
+            unpacked.append(states if exact else known)
         self.length = length
         return unpacked[0], unpacked[1]
 
@@ -164,7 +193,7 @@ class PackedKVLayer(DynamicLayer):
     def reset(self) -> None:
         """Empty the cache."""
         super().reset()
-        self.rooms, self.length = [None, None], 0
+        self.rooms, self.length, self.followed = [None, None], 0, False
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.rooms = [None if store is None else (change(store[0]), change(store[1])) for store in self.stores]
@@ -192,10 +221,68 @@ class PackedKVLayer(DynamicLayer):
         return sum(part.nbytes for store in self.stores if store is not None for part in store)
 
 
+class PackedKV8Layer(PackedKVLayer):
+    """``PackedKVLayer`` with 8 bits."""
+
+    bits = 8
+
+
 class HalfKVLayer(PackedKVLayer):
     """``PackedKVLayer`` with 16 bits, for models that use the decode operator, which reads this layout."""
 
     bits = 16
+
+
+KVLayer = type[PackedKVLayer] | type[TrainingKVLayer]
+_EIGHT: dict[KVLayer, KVLayer] = {PackedKVLayer: PackedKV8Layer, TrainingKVLayer: TrainingKV8Layer}
+
+
+def with_bits(kind: KVLayer, bits: int) -> KVLayer:
+    """Return the class like ``kind``, PackedKVLayer or TrainingKVLayer, that keeps 4 or 8 bits.
+
+    Each is a class of this module, so that caches and models can be pickled.
+    """
+    return {4: kind, 8: _EIGHT[kind]}[bits]
+
+
+class KeepBits:
+    """A forward pre-hook of a decoder: its KV cache keeps its entries in layers of ``layer_class``.
+
+    ``names`` are the parameters of the decoder's forward, in order.
+    """
+
+    def __init__(self, layer_class: KVLayer, names: Sequence[str]) -> None:
+        self.layer_class, self.names = layer_class, list(names)
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with a cache that keeps the bits. Raises ConfigError for a cache that can't."""
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            # Attention reads what the cache returns, so a pass without a cache needs one, too.
+            kwargs["past_key_values"] = Cache(layer_class_to_replicate=self.layer_class)
+        elif not is_packed(cache):
+            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+                bits = self.layer_class.bits
+                raise ConfigError(
+                    f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
+                    "pass no cache, or an empty DynamicCache"
+                )
+            # In place, since the caller keeps its own reference to the cache it made.
+            cache.layers = []
+            cache.layer_class_to_replicate = self.layer_class
+        return (), kwargs
+
+
+def leave_no_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A forward hook of a decoder: without ``use_cache`` the output holds no cache.
+
+    A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one.
+    """
+    if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
+        output.past_key_values = None
 
 
 def is_packed(cache: Cache) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from lbllm import kernels
 from lbllm.quant.activations import ActQuantizer
@@ -34,6 +37,23 @@ from lbllm.sections import WHOLE_ROW, LayerFormat
 
 TILE = 32  # rows that the table lookup kernel processes at once
 LONGEST = 2048  # largest number of columns in a group whose sum of codes fits into 16 bits
+# Held while a layer's bits change their order. One lock for all layers: it is needed once a layer, and a lock inside a
+# layer could not be copied or pickled.
+_ORDER = threading.RLock()
+
+
+class Arranged(NamedTuple):
+    """A layer's tensors in the order of this processor's kernels.
+
+    ``words``: tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute; for other
+    layers the result of ``pack_words``, int32. ``params``: as the kernel of these words reads them. ``scale``: as
+    ``PackedLinear.affine`` returns it. ``empty``: what stands for the layer's ``weight`` meanwhile.
+    """
+
+    words: Tensor
+    params: Tensor
+    scale: Tensor | None
+    empty: Tensor
 
 
 class PackedLinear(nn.Module):
@@ -43,6 +63,9 @@ class PackedLinear(nn.Module):
     for this processor, and it restores the stored order when it is saved or moved. On a GPU ``lbllm.kernels.gpu``
     reads the bits as stored. On other devices, and without a compiler, the PyTorch reference path expands the weight
     for one call and then drops it, unless ``keep_dense`` was called.
+
+    Threads may share a layer. Its gradients are those of the PyTorch path on every device: straight through the
+    rounding of activations inside their clipped range, as in training. The packed weights have no gradient.
     """
 
     def __init__(
@@ -66,6 +89,7 @@ class PackedLinear(nn.Module):
             self.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).requires_grad_(False)
         self.dense: Tensor | None = None
         self.register_buffer("words", None, persistent=False)
+        self._arranged: Arranged | None = None
         self.words: Tensor | None
         self.weight: Tensor
         self.params: Tensor
@@ -105,10 +129,10 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Return level indices uint8 (out, in) and group parameters float32 (out, n, K): the inverse of ``pack``."""
-        self._put_back()
-        planes = unpack_plane(self.weight, self.in_features)
+        weight, stored = self._stored()
+        planes = unpack_plane(weight, self.in_features)
         index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
-        params = self.params if self.grid is None else unpack_nibbles(self.params)
+        params = stored if self.grid is None else unpack_nibbles(stored)
         return index, decode_params(params, self.affine())
 
     @property
@@ -126,29 +150,46 @@ class PackedLinear(nn.Module):
         """Expand the weight once for all later passes: faster, same output, but 16 to 32 bits of memory per weight."""
         self.dense = self.dequantize().to(dtype)
 
-    def arranged(self) -> Tensor:
+    def arranged(self) -> Arranged | None:
         """Return the bits in the order of this processor's kernels. The layer then no longer keeps the stored order.
 
-        The result is tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute;
-        for other layers it is words.
+        None if the layer's tensors were replaced since, for example by ``torch.func.functional_call``: only the PyTorch
+        path can compute from these.
         """
-        if self.words is not None and (self.words.dtype == torch.uint8) != self.looks_up():
-            self._put_back()
-        if self.words is None:
-            if self.looks_up():
-                rows, planes, columns = self.weight.shape
-                halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
-                self.words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
-                self.params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
-            else:
-                self.words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
-                # Copies: a view of a memory-mapped file would keep the whole mapping in memory.
-                self.params = self.params.clone()
-                for name in ("params_scale", "params_range"):
-                    tensor = getattr(self, name)
-                    setattr(self, name, None if tensor is None else tensor.clone())
-            self.weight = self.weight.new_empty(0)
-        return self.words
+        found = self._arranged
+        if found is None or not self.holds(found) or (found.words.dtype == torch.uint8) != self.looks_up():
+            with _ORDER:
+                found = self._arranged
+                if found is not None and not self.holds(found):
+                    return None
+                if found is not None and (found.words.dtype == torch.uint8) != self.looks_up():
+                    self._put_back()
+                found = self._arranged or self._arrange()
+        return found
+
+    def holds(self, arranged: Arranged) -> bool:
+        """Return whether ``arranged`` still is what the layer's own tensors say."""
+        own = self._buffers
+        return own["weight"] is arranged.empty and own["params"] is arranged.params
+
+    def _arrange(self) -> Arranged:
+        if self.looks_up():
+            rows, planes, columns = self.weight.shape
+            halves = self.weight.view(rows // TILE, 2, TILE // 2, planes, columns)
+            words = halves.permute(0, 4, 3, 2, 1).contiguous().flatten(-2)
+            params = self.params.unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
+        else:
+            words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
+            # Copies: a view of a memory-mapped file would keep the whole mapping in memory.
+            params = self.params.clone()
+            for name in ("params_scale", "params_range"):
+                tensor = getattr(self, name)
+                setattr(self, name, None if tensor is None else tensor.clone())
+        made = Arranged(words, params, self.affine(), self.weight.new_empty(0))
+        self.weight, self.params, self.words = made.empty, params, words
+        # Last: another thread that finds it computes from it.
+        self._arranged = made
+        return made
 
     def looks_up(self) -> bool:
         """Return whether the layer is computed by table lookup: 4-bit activations with one range per token, float16
@@ -159,58 +200,78 @@ class PackedLinear(nn.Module):
         groups = self.length % 8 == 0 and self.length <= LONGEST
         return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
 
-    def _put_back(self) -> None:
-        """Restore the stored order of the bits, which files and other devices use."""
-        if self.words is None:
-            return
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Return ``weight`` and ``params`` in the stored order, whatever order the layer keeps."""
+        with _ORDER:
+            found = self._arranged
+            if found is None or not self.holds(found):
+                return self.weight, self.params
         planes = LEVELS[self.fmt.format] // 2
-        if self.words.dtype == torch.uint8:
-            halves = self.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
-            self.weight = halves.reshape(self.out_features, planes, -1)
-            self.params = self.params.permute(0, 3, 1, 2).flatten(0, 1).contiguous()
-        else:
-            self.weight = torch.ops.lbllm.unpack_words(self.words, self.in_features, self.length, planes)
-        self.words = None
+        if found.words.dtype == torch.uint8:
+            halves = found.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
+            params = found.params.permute(0, 3, 1, 2).flatten(0, 1).contiguous()
+            return halves.reshape(self.out_features, planes, -1), params
+        return torch.ops.lbllm.unpack_words(found.words, self.in_features, self.length, planes), found.params
+
+    def _put_back(self) -> None:
+        """Restore the stored order of the bits, which files and other devices use. The caller holds ``_ORDER``."""
+        if self._arranged is not None:
+            self.weight, self.params = self._stored()
+            self.words = self._arranged = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the layer holds: its tensors in the stored order."""
+        with _ORDER:
+            weight, params = self._stored()
+            buffers = self._buffers | {"weight": weight, "params": params, "words": None}
+            return self.__dict__ | {"_buffers": buffers, "_arranged": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._put_back()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _ORDER:
+            self._put_back()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._put_back()
-        super()._load_from_state_dict(*args)
+        with _ORDER:
+            self._put_back()
+            super()._load_from_state_dict(*args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Move the layer. A new dtype applies to the bias only: stored parameters keep their dtype and values."""
-        self._put_back()
-        stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
-        act = None if self.quantizer is None else self.quantizer.act.data
-        super()._apply(*args, **kwargs)
-        for name, before in stored.items():
-            if before is not None and getattr(self, name).dtype != before.dtype:
-                setattr(self, name, before.to(self.weight.device))
-        if self.quantizer is not None and act is not None and self.quantizer.act.dtype != act.dtype:
-            self.quantizer.act.data = act.to(self.weight.device)
+        with _ORDER:
+            self._put_back()
+            stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
+            act = None if self.quantizer is None else self.quantizer.act.data
+            super()._apply(*args, **kwargs)
+            for name, before in stored.items():
+                if before is not None and getattr(self, name).dtype != before.dtype:
+                    setattr(self, name, before.to(self.weight.device))
+            if self.quantizer is not None and act is not None and self.quantizer.act.dtype != act.dtype:
+                self.quantizer.act.data = act.to(self.weight.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., out) for x (..., in), in x's dtype."""
+        if self.dense is None and self._needs_gradient(x):
+            quantized = x if self.quantizer is None else self.quantizer(x)
+            result: Tensor = _Product.apply(quantized, self.bias, x, self)
+            return result
+        return self._output(x)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        """Return whether the output must carry a gradient. The kernels alone would lose it."""
+        if forward_ad._current_level >= 0:
+            return True  # ``_Product`` has no forward-mode derivative and says so
+        parts = (x, self.bias, None if self.quantizer is None else self.quantizer.act)
+        return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+
+    def _output(self, x: Tensor) -> Tensor:
         result: Tensor
         # The kernels sum in float32.
         if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
-            words = self.arranged()
-            if self.quantizer is not None and self.looks_up():
-                knee, low, high, _, tail = self.quantizer.settings()
-                result = torch.ops.lbllm.packed_lookup(
-                    x, words, self.params, self.bias, self.in_features, self.length, knee, low, high, tail
-                )
-                return result
-            if self.quantizer is not None:
-                x = self.quantizer.deployed(x, torch.ops.lbllm.quantize_activations)
-            result = torch.ops.lbllm.packed_linear(
-                x, words, self.params, self.affine(), self.bias, self.in_features, self.length
-            )
-            return result
+            arranged = self.arranged()
+            if arranged is not None:
+                return self._by_kernels(x, arranged)
         gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
         if gpu is not None and x.dtype != torch.float64:
             if self.quantizer is not None:
@@ -225,9 +286,45 @@ class PackedLinear(nn.Module):
         weight = self.dequantize() if self.dense is None else self.dense
         return nn.functional.linear(x, weight.to(x.dtype), bias)
 
+    def _by_kernels(self, x: Tensor, arranged: Arranged) -> Tensor:
+        words, params, scale, _ = arranged
+        result: Tensor
+        if words.dtype == torch.uint8:
+            assert self.quantizer is not None
+            knee, low, high, _, tail = self.quantizer.settings()
+            result = torch.ops.lbllm.packed_lookup(
+                x, words, params, self.bias, self.in_features, self.length, knee, low, high, tail
+            )
+            return result
+        if self.quantizer is not None:
+            x = self.quantizer.deployed(x, torch.ops.lbllm.quantize_activations)
+        result = torch.ops.lbllm.packed_linear(x, words, params, scale, self.bias, self.in_features, self.length)
+        return result
+
     def extra_repr(self) -> str:
         """Return the shape and the format as text."""
         return f"{self.in_features}, {self.out_features}, {self.fmt}"
+
+
+class _Product(torch.autograd.Function):
+    """The output of a packed layer for x (..., in), with the gradients of its quantized input and of its bias.
+
+    The expanded weight is made again for the backward pass: the graph of a large model could not hold all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, quantized: Tensor, bias: Tensor | None, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._output(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        by_input, by_bias, *_ = ctx.needs_input_grad
+        weight = ctx.layer.dequantize().to(grad.dtype) if by_input else None
+        bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.layer.bias.dtype) if by_bias else None
+        return None if weight is None else grad @ weight, bias, None, None
 
 
 def named_groups(layers: Sequence[PackedLinear]) -> str:
