@@ -249,4 +249,4 @@ class FusedForward:
         """Whether the blocks are as they were loaded, with nothing in them that a token of the operator would skip."""
         if self._structure is None:
             self._structure = Structure.of(self.decoder) or False
-        return bool(self._structure) and self._structure.holds(self.decoder.config)
+        return self._structure is not False and self._structure.holds(self.decoder.config)

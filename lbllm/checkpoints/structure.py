@@ -28,7 +28,7 @@ NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" fo
 # by halves, grouped queries, a gated MLP; on queries and keys perhaps norms of their own.
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _LIBRARIES = ("torch.nn.", "transformers.", "lbllm.")
-_FOLDERS = tuple(Path(module.__file__).parent for module in (torch, transformers, lbllm))
+_FOLDERS = tuple(Path(place) for module in (torch, transformers, lbllm) for place in module.__path__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = (
     torch_module._global_forward_hooks,
@@ -61,7 +61,7 @@ class Structure:
         hidden = set(map(id, inside))
         modules = [module for block in blocks for module in block.modules() if id(module) not in hidden]
         self._modules: list[nn.Module] = [decoder.layers, *modules, decoder.norm]
-        self._types = [*map(type, self._modules)]
+        self._types: list[type[nn.Module]] = [*map(type, self._modules)]
         self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
         self._attributes = [module.__dict__ for module in self._modules]
         self._decoder = decoder._modules

@@ -102,7 +102,7 @@ class _Compiled(torch.autograd.Function):
         return torch.ops.lbllm.quantize_activations(x, *ctx.settings)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         by_x, by_act = torch.ops.lbllm.quantize_activations_backward(
             grads[0], *ctx.saved_tensors, *ctx.settings, ctx.tau
@@ -124,7 +124,7 @@ class _FakeQuant(torch.autograd.Function):
         return decode(codes, grid)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, body, low, high, zero, in_body, in_low, in_high = ctx.saved_tensors

@@ -318,7 +318,7 @@ class _Product(torch.autograd.Function):
         return layer._output(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         by_input, by_bias, *_ = ctx.needs_input_grad

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lbllm
 from lbllm.checkpoints.decode import FusedForward
+from tests.checkpoints.test_decode import count_fused
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 # 8 bits: a value that falls on the neighbouring code changes little.
@@ -102,6 +103,16 @@ def new_forward(module: Any) -> None:
     module.forward = lambda *args, **kwargs: louder(usual(*args, **kwargs))
 
 
+def tensor_for(norm: Any) -> None:
+    del norm.weight
+    norm.weight = torch.rand(48) * 3
+
+
+def one_less(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+
+
 def one_more(model: Any) -> None:
     extra = copy.deepcopy(model.model.layers[0])
     extra.self_attn.layer_idx = len(model.model.layers)
@@ -180,10 +191,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another attention": own_attention,
     "norm in place": lambda m: block(m).input_layernorm.weight.data.mul_(2),
     "norm replaced": lambda m: setattr(block(m).self_attn.q_norm, "weight", nn.Parameter(torch.rand(16) * 3)),
-    "a tensor for a norm": lambda m: (
-        delattr(block(m).input_layernorm, "weight"),
-        setattr(block(m).input_layernorm, "weight", torch.rand(48) * 3),
-    ),
+    "a tensor for a norm": lambda m: tensor_for(block(m).input_layernorm),
     "last norm in place": lambda m: m.model.norm.weight.data.mul_(2),
     "epsilon of one norm": lambda m: setattr(block(m).post_attention_layernorm, "variance_epsilon", 1.0),
     "scaling of one attention": lambda m: setattr(block(m).self_attn, "scaling", 2.0),
@@ -191,10 +199,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "clips replaced": lambda m: setattr(
         block(m).mlp.up_proj.quantizer, "act", nn.Parameter(torch.tensor([1, 0.3, 0.3]))
     ),
-    "a block less": lambda m: (
-        setattr(m.model, "layers", m.model.layers[:1]),
-        setattr(m.config, "num_hidden_layers", 1),
-    ),
+    "a block less": one_less,
     "fewer blocks in the config": lambda m: setattr(m.config, "num_hidden_layers", 1),
     "a block more": one_more,
     "blocks changed places": lambda m: m.model.layers._modules.update({"0": block(m), "1": m.model.layers[0]}),
@@ -241,8 +246,8 @@ def test_a_changed_model_answers_as_its_class_does(model: Any, change: str, mome
 
 @torch.no_grad()
 def test_a_hook_sees_every_token_and_then_the_operator_is_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, usual, seen = [], FusedForward._weights, []
-    monkeypatch.setattr(FusedForward, "_weights", lambda self: (fused.append(1), usual(self))[1])
+    fused: list[bool] = count_fused(monkeypatch)
+    seen: list[int] = []
     handle = block(model).self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
     answers(model)
     assert (len(seen), fused) == (8, [])
