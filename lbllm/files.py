@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from lbllm.errors import ResourceError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
+_OLD_DRAFTS = (".{}.unfinished", ".{}.part")
 _FOLDER_EXISTS = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -119,6 +120,10 @@ def locked(file: Path) -> Iterator[None]:
 @contextmanager
 def _draft(path: Path) -> Iterator[tuple[Path, int]]:
     """A draft folder for ``path`` and its mode, which the umask has formed. Removes the drafts of killed writers."""
+    for old in _OLD_DRAFTS:  # of earlier versions, which held no lock
+        left = path.with_name(old.format(path.name))
+        with suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.new")
     for draft in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
         with suppress(OSError), _locked_draft(draft, path):
