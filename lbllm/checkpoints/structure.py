@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import lbllm
 from lbllm.quant.packed_layer import PackedLinear
 
 NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -28,7 +27,7 @@ NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" fo
 # by halves, grouped queries, a gated MLP; on queries and keys perhaps norms of their own.
 BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _LIBRARIES = ("torch.nn.", "transformers.", "lbllm.")
-_FOLDERS = tuple(Path(place) for module in (torch, transformers, lbllm) for place in module.__path__)
+_FOLDERS = (*map(Path, (*torch.__path__, *transformers.__path__)), Path(__file__).parents[1])
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERYWHERE = (
     torch_module._global_forward_hooks,

@@ -103,7 +103,9 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
     """The library for these instructions in ``folder``; compiles it if it is missing. Raises BuildError."""
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("no C++ compiler was found (CXX, c++, g++ or clang++). Install one (g++) and start again")
+        raise BuildError(
+            "no C++ compiler was found (CXX, c++, g++ or clang++). Install a C++ compiler (g++) and start again"
+        )
     # PyTorch runs its threads with GCC's OpenMP runtime. With another compiler there would be a second runtime.
     threads = ["-fopenmp"] if sys.platform == "linux" and "clang" not in Path(compiler).resolve().name else []
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
