@@ -173,6 +173,11 @@ class RunConfig(Section):
         return frozenset({"model", *(path for path in SETTINGS if path.partition(".")[0] in sections)} - free)
 
     @property
+    def run_name(self) -> str:
+        """What a run of these settings is called where nobody gives it a name."""
+        return f"{Path(self.model).name} {self.quant.format} g{self.quant.group_size}"
+
+    @property
     def e2e_seq_len(self) -> int:
         """Tokens of a sequence in stage 4."""
         return min(self.seq_len, self.e2e.seq_len)
@@ -334,7 +339,7 @@ def parse_config(document: object) -> RunConfig:
         problems = error.errors(include_url=False)
         lines = []
         for problem in problems[:_MOST_PROBLEMS]:
-            place = setting_name(".".join(shortened(str(part)) for part in problem["loc"]))
+            place = setting_name(".".join(shortened(str(part)) for part in problem["loc"]) or "a name")
             said = _PROBLEMS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             given = "" if problem["type"] == "extra_forbidden" else f" (given: {shown(problem['input'])})"
             lines.append(f"{place}: {said}{given}")

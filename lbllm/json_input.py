@@ -11,8 +11,8 @@ DEEPEST = 8  # levels of objects and lists
 
 
 def decode_object(data: str | bytes, *, largest: int = LARGEST, deepest: int = DEEPEST) -> dict[str, Any]:
-    """The JSON object in ``data``. Raises ValueError, worded as the rest of a sentence on the text, for anything else and
-    for an object that is larger or nested more deeply than is allowed."""
+    """The JSON object in ``data``. Raises ValueError for anything else, and for an object that is larger or nested more
+    deeply than is allowed; its message continues a sentence that begins with the source."""
     if len(data) > largest:
         raise ValueError(f"has more than {largest / 1e6:.0f} MB")
     try:

@@ -75,6 +75,7 @@ def _quantize(
     from lbllm.measure.estimate import check_memory, estimate
 
     check_out(out)
+    _tell_reading(config, console)
     result = estimate(config)
     console.print(_estimate_table(config, result))
     if not ignore_memory:
@@ -116,6 +117,7 @@ def estimate(
     settings = run_config(
         model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
     )
+    _tell_reading(settings, notices(quiet=as_json))
     result = estimate(settings)
     if as_json:
         print_json(asdict(result))
@@ -164,6 +166,14 @@ def _has_config(run: Run, config: RunConfig) -> bool:
         return run.config == config
     except LbllmError:
         return False
+
+
+def _tell_reading(config: RunConfig, console: Console) -> None:
+    from lbllm.texts.corpus import reading_note  # late: it brings torch
+
+    note = reading_note(config.corpus, config.tokens)
+    if note is not None:
+        plain(console, note)
 
 
 def _estimate_table(config: RunConfig, result: Estimate) -> Table:
