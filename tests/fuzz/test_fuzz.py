@@ -9,7 +9,7 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ LAYERS = [f"model.layers.{block}.{name}" for block in (0, 29) for name in ("self
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], None]]:
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     def say(text: str) -> None:
         with capsys.disabled():
             print(f"\n{text}", end="")  # noqa: T201 - what the test is there to tell
