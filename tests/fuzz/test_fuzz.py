@@ -274,7 +274,7 @@ def text_file(rng: random.Random) -> tuple[str, bytes]:
     if rng.random() < 0.4:
         rows = [{"messages": [{"role": role, "content": text} for role in ("user", "assistant")]} for text in texts]
     for number in range(len(rows)):
-        if rng.random() < 0.1:
+        if rng.random() < 0.05:
             rows[number] = changed_document(rng, [rows[number]])
             rows[number] = rows[number][0] if rows[number] else None
     return rng.choice(("a.jsonl", "A.JSONL")), b"\n".join(map(written, rows))
@@ -285,7 +285,7 @@ def test_texts(tmp_path: Path, say: Callable[[str], None]) -> None:
 
     def make(rng: random.Random) -> tuple[str, bytes]:
         name, data = text_file(rng)
-        match rng.randrange(12):
+        match rng.randrange(14):
             case 0 | 1:
                 data = changed_bytes(rng, data)
             case 2:
@@ -324,7 +324,7 @@ def test_texts(tmp_path: Path, say: Callable[[str], None]) -> None:
         begun = read_beginning(path, 10**9)
         assert begun.whole
         assert sum(document.size for document in documents) <= len(begun.text)
-        assert replaced(begun.text).encode()
+        replaced(begun.text).encode()  # can be stored
         corpus = load_corpus(str(path), tokenizer, seq_len=8, tokens=10**6)
         assert corpus.tokens > 0
 

@@ -222,12 +222,16 @@ def test_a_damaged_store_is_made_anew(home: Path, how: str, capsys: pytest.Captu
     damaged = path.read_bytes() if path.exists() else b""
 
     capsys.readouterr()
+    # Whoever first reads a damaged page makes the file anew.
+    said = ""
+    for arguments in [["list"], *(["show", run.id] for run in [*runs, begun])]:
+        assert main(["runs", *arguments]) == 0
+        said += capsys.readouterr().err
     assert main(["runs", "list", "--json"]) == 0
-    printed = capsys.readouterr()
-    listed = {run["id"]: run["state"] for run in json.loads(printed.out)["runs"]}
+    listed = {run["id"]: run["state"] for run in json.loads(capsys.readouterr().out)["runs"]}
     assert listed == {run.id: "done" for run in runs} | {begun.id: "interrupted"}
-    assert "made anew" in printed.err
-    assert str(path) in printed.err
+    assert said.count("made anew") == 1
+    assert str(path) in said
     aside = list(path.parent.glob("runs.db.damaged-*"))
     assert [file.read_bytes() for file in aside] == ([damaged] if how not in ("missing", "empty") else [])
     assert main(["runs", "list"]) == 0
