@@ -34,7 +34,7 @@ from lbllm.commands.options import (
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.runs.store import RESUMABLE, Run, RunStore
+from lbllm.runs.store import Run, RunStore
 from lbllm.units import duration, size
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def demo(
     store = RunStore()
     same = [run for run in store.all() if _has_config(run, config)]
     finished = [run for run in same if run.state == "done"]
-    unfinished = [run for run in same if run.state in RESUMABLE]
+    unfinished = [run for run in same if run.can_be_resumed]
     if finished and is_checkpoint(out):
         run = finished[-1]
         plain(console, f"{out} exists already, from run {run.id} or an equal one")

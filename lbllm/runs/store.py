@@ -74,6 +74,11 @@ class Run:
             raise RunError(f"run {self.id}: its settings can't be read from {path} ({error})") from error
 
     @property
+    def can_be_resumed(self) -> bool:
+        """Whether the run ended early, or its starter died before the run had a worker."""
+        return self.state in RESUMABLE or (self.state == "queued" and not is_held(self.folder / "alive.lock"))
+
+    @property
     def failure(self) -> str | None:
         """Why the run's last worker ended, where the store could not take that."""
         try:

@@ -91,5 +91,5 @@ def _check(name: str, fmt: LayerFormat, weight: Tensor, tensors: dict[str, Tenso
             )
         if key == "index" and (tensor.dtype != torch.uint8 or int(tensor.max()) >= levels):
             raise CheckpointError(
-                f"the state of {name}: {key} has other values than 0 to {levels - 1}; delete the file"
+                f"the state of {name}: {key} has other values than 0 to {levels - 1}; delete the file and resume"
             )

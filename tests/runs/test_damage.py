@@ -340,14 +340,17 @@ def test_damaged_settings_are_one_message_with_file_and_run(store: RunStore, con
 def test_a_queued_run_whose_starter_died_can_be_resumed(store: RunStore) -> None:
     run = store.create(CONFIG.model_copy(update={"model": "/nowhere/model"}))
     assert store.get(run.id).state == "queued"
+    assert store.get(run.id).can_be_resumed
     assert store.resume(run.id).wait(120) == 1
     assert store.get(run.id).state == "failed"
     last = store.events(run.id)[-1].event
     assert isinstance(last, RunFailed)
     assert "/nowhere/model" in last.message
     again = store.create(RunConfig())
-    with store.enqueue(again.id, "run", ("queued",)), pytest.raises(RunError, match="is queued and can't be resumed"):
-        store.resume(again.id)
+    with store.enqueue(again.id, "run", ("queued",)):
+        assert not store.get(again.id).can_be_resumed
+        with pytest.raises(RunError, match="is queued and can't be resumed"):
+            store.resume(again.id)
 
 
 def test_the_settings_of_a_run_damaged_before_its_start_are_its_failure(store: RunStore) -> None:
