@@ -14,7 +14,7 @@ from lbllm.config import SHIPPED
 from lbllm.errors import ConfigError, ModelError
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import ModelSource
-from lbllm.places import root
+from lbllm.places import home, root
 from lbllm.texts.catalogue import TEXTS
 
 
@@ -48,6 +48,15 @@ def model_name(text: str) -> str:
 def teacher_name(text: str) -> str:
     """The same, but only for a teacher, with the errors of ``find_teacher``."""
     return _model(text, find_teacher)
+
+
+def start_name(text: str) -> str:
+    """The same for the checkpoint that a run starts from; one in a run's folder, as the page itself names it, is as
+    good as the run's id."""
+    path = Path(text.strip())
+    if path.name == "checkpoint" and path.parent.parent == (home() / "runs").resolve():
+        return model_name(path.parent.name)
+    return model_name(text)
 
 
 def _model(text: str, find: Callable[[str], ModelSource | FoundCheckpoint]) -> str:

@@ -124,7 +124,12 @@ def _store(root: Path) -> RunStore:
 
 def store() -> RunStore:
     """Return the run store, which is opened once per process. Raises RunError, ResourceError."""
-    return _store(home() / "runs")
+    opened = _store(home() / "runs")
+    said = opened.database.repaired
+    if said is not None and st.session_state.get("store repaired") != said:
+        st.session_state["store repaired"] = said
+        st.warning(plain(said))
+    return opened
 
 
 def checkpoints(store: RunStore) -> dict[str, Path]:

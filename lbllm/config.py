@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from lbllm.errors import ConfigError
+from lbllm.json_input import LARGEST, check_depth, decode_object, shortened, shown
 from lbllm.presets import PRESETS
 from lbllm.sections import (
     ACTIVATION_BITS,
@@ -171,6 +173,11 @@ class RunConfig(Section):
         return frozenset({"model", *(path for path in SETTINGS if path.partition(".")[0] in sections)} - free)
 
     @property
+    def run_name(self) -> str:
+        """What a run of these settings is called where nobody gives it a name."""
+        return f"{Path(self.model).name} {self.quant.format} g{self.quant.group_size}"
+
+    @property
     def e2e_seq_len(self) -> int:
         """Tokens of a sequence in stage 4."""
         return min(self.seq_len, self.e2e.seq_len)
@@ -247,17 +254,19 @@ def _set(document: dict[str, Any], assignment: str) -> None:
     """Apply ``section.key=value`` (the value as JSON, else as a plain string) to a nested dict."""
     path, separator, text = assignment.partition("=")
     if not separator or not path:
-        raise ConfigError(f"--set {assignment!r}: expected key=value, for example wat.epochs=4")
+        raise ConfigError(f"--set {shown(assignment)}: expected key=value, for example wat.epochs=4")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:
         value = text
+    except RecursionError:
+        raise ConfigError(f"--set {shown(assignment)}: the value is nested too deeply") from None
     *sections, key = path.split(".")
     place = document
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {assignment!r}: {section!r} is not a section")
+            raise ConfigError(f"--set {shown(assignment)}: {shown(section)} is not a section")
     place[key] = value
 
 
@@ -267,6 +276,7 @@ def make_config(
     """The preset with nested ``changes`` and then ``key=value`` assignments applied. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
+    _check_depth(changes or {})
     document = _merge(_merge({"preset": preset}, copy.deepcopy(PRESETS[preset])), copy.deepcopy(changes or {}))
     for assignment in assignments:
         _set(document, assignment)
@@ -277,36 +287,64 @@ def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str,
     """The preset that a settings file names, if it is a known one, and its other settings. Raises ConfigError naming
     ``source``. A whole document, as runs write it, gets missing settings from the defaults, not from a
     preset: these settings did not exist when it was written, and their defaults are what that run did."""
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{source} is not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{source} holds a {type(document).__name__}; a JSON object of settings is needed")
+    document = _decode(text, source)
     named = document.pop("preset", None)
     if {"schema_version", "quant", "ptq", "wat", "aar"} <= document.keys():
         document = _merge(RunConfig().model_dump(mode="json", exclude={"preset"}), document)
-    return (named if named in PRESETS else None), document
+    return (named if isinstance(named, str) and named in PRESETS else None), document
 
 
+def read_config(path: Path) -> RunConfig:
+    """The settings in a run's ``config.json``. Raises OSError, and ConfigError naming the file."""
+    with path.open("rb") as file:
+        return parse_config(_decode(file.read(LARGEST + 1), str(path)))
+
+
+def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """``read_settings`` of a file. Raises OSError, too."""
+    with path.open("rb") as file:
+        return read_settings(file.read(LARGEST + 1), str(path))
+
+
+def _decode(text: str | bytes, source: str) -> dict[str, Any]:
+    try:
+        return decode_object(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} {error}") from None
+
+
+def _check_depth(document: object) -> None:
+    try:
+        check_depth(document)
+    except ValueError as error:
+        raise ConfigError(f"the settings document {error}") from None
+
+
+_MOST_PROBLEMS = 8  # that one message names
 # Replaces a message in pydantic's own terms.
 _PROBLEMS = {"extra_forbidden": "is not a setting", "model_type": "a JSON object of settings is needed"}
 
 
-def parse_config(document: dict[str, Any]) -> RunConfig:
+def parse_config(document: object) -> RunConfig:
     """Check a settings document, e.g. one read from a file. Raises ConfigError naming each bad key and its value."""
+    _check_depth(document)
+    if not isinstance(document, dict):
+        raise ConfigError(f"settings are a {type(document).__name__}; a JSON object of settings is needed")
     version = document.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
-        raise ConfigError(f"settings of schema version {version!r}: this program reads version {SCHEMA_VERSION}")
+        raise ConfigError(f"settings of schema version {shown(version)}: this program reads version {SCHEMA_VERSION}")
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
+        problems = error.errors(include_url=False)
         lines = []
-        for problem in error.errors():
-            place = setting_name(".".join(str(part) for part in problem["loc"]))
+        for problem in problems[:_MOST_PROBLEMS]:
+            place = setting_name(".".join(shortened(str(part)) for part in problem["loc"]) or "a name")
             said = _PROBLEMS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] == "extra_forbidden" else f" (given: {problem['input']!r})"
+            given = "" if problem["type"] == "extra_forbidden" else f" (given: {shown(problem['input'])})"
             lines.append(f"{place}: {said}{given}")
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         raise ConfigError("bad settings: " + "; ".join(lines)) from None
 
 

@@ -14,8 +14,9 @@ from lbllm.sections import Stage
 
 
 class _Event(BaseModel):
-    # JSON has no NaN: it is written as a string, which is read back as the number.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    # JSON has no NaN: it is written as a string, which is read back as the number. A field of a later version is
+    # ignored, so that this version can still read the event.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class RunQueued(_Event):
@@ -31,7 +32,8 @@ class RunLoading(_Event):
 
 
 class RunStarted(_Event):
-    """The model is loaded and work begins. ``resumed_blocks``: the number of (stage, block) pairs finished before."""
+    """The model is loaded and work begins. ``resumed_blocks``: the number of (stage, block) pairs finished before;
+    ``rows_left_out``: rows of the text that have none."""
 
     kind: Literal["run_started"] = "run_started"
     stages: tuple[Stage, ...]
@@ -43,6 +45,7 @@ class RunStarted(_Event):
     tokens: int
     bpw: float
     resumed_blocks: int = 0
+    rows_left_out: int = 0
 
 
 def stage_parts(stage: Stage, blocks: int) -> int:

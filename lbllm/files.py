@@ -4,6 +4,7 @@
     new_file(path)            context manager: write to the file that it names; at the end the file becomes ``path``
     new_folder(path)          the same for a folder
     locked(file)              context manager: of several processes at once one does the work, the others wait
+    is_held(file)             whether a process holds that lock
 
 A writer works in a draft folder beside its target: ``.<name>.<8 hex digits>.new``. It flushes the new file or folder to
 disk and renames it. As long as it works, it holds the lock file in its draft. So a draft that nobody holds was left by
@@ -115,6 +116,18 @@ def locked(file: Path) -> Iterator[None]:
     with file.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the exclusive lock on a file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager

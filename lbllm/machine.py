@@ -124,15 +124,23 @@ def check_device(device: str) -> None:
 
 
 def device_named(name: str) -> str:
-    """Return the torch device of auto, cpu, cuda or cuda:N. Raises ConfigError if the machine does not have it."""
+    """Return the torch device of auto, cpu, cuda or cuda:N. Raises ConfigError if the machine does not have it.
+
+    mps and xpu, which nobody has tried, are let through on a machine that has them.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    counts = {"cpu": lambda: 1, "cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
+    counts["mps"] = lambda: int(torch.backends.mps.is_available())
     try:
         device = torch.device(name)
-    except RuntimeError:
+        count = counts[device.type]()
+    except (RuntimeError, KeyError):
         raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: no CUDA device is visible here; use cpu")
+    if count == 0:
+        raise ConfigError(f"--device {name}: torch finds no such device on this machine; use cpu")
+    if (device.index or 0) >= count:
+        raise ConfigError(f"--device {name}: this machine has {count} of these devices, counted from 0")
     return name
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 WHOLE_ROW = -1
 ACT_GROUP_SIZE = 64  # inputs of a token that share a range, unless the paper or a checkpoint says otherwise
@@ -48,12 +48,26 @@ def _no_empty_group(value: int) -> int:
     return value
 
 
+LARGEST_INTEGER = 10**12  # of any setting
+MOST_EPOCHS = 10_000
+MOST_PATTERNS = 1_000  # of a setting
+LayerPattern = Annotated[str, Field(max_length=300)]
 GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_no_empty_group)]
 
 
 class Section(BaseModel):
     # JSON has no infinity: settings with one could be written, but not read again.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within_reason(cls, value: object) -> object:
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"no run can use more than {LARGEST_INTEGER:,}")
+        if isinstance(value, list | tuple | dict) and len(value) > MOST_PATTERNS:
+            # Before each of them is checked, which takes time; and every layer would be compared with each of them.
+            raise ValueError(f"{len(value):,} entries; at most {MOST_PATTERNS:,} are allowed")
+        return value
 
 
 class LayerOverride(Section):
@@ -127,12 +141,12 @@ class QuantConfig(Section):
         title="Tail steps",
         description="How many of the steps of a 4-bit activation range each of its tails gets.",
     )
-    skip: tuple[str, ...] = Field(
+    skip: tuple[LayerPattern, ...] = Field(
         (),
         title="Layers to leave dense",
         description="Name patterns of layers that are not binarized and keep 16 bits, for example *.down_proj.",
     )
-    overrides: dict[str, LayerOverride] = Field(
+    overrides: dict[LayerPattern, LayerOverride] = Field(
         {},
         title="Settings per layer",
         description="Other settings for layers whose names match a pattern. If several patterns match a layer, the "
@@ -211,7 +225,7 @@ class WatConfig(Section):
     tokens: int = Field(
         24_576, gt=0, title="Training tokens", description="How much text stage 2 learns from. Its time grows with it."
     )
-    epochs: int = Field(1, ge=1, title="Epochs", description="How many times the text is used.")
+    epochs: int = Field(1, ge=1, le=MOST_EPOCHS, title="Epochs", description="How many times the text is used.")
     batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
     lr_weight: float = Field(
         2e-2,
@@ -265,7 +279,11 @@ class AarConfig(Section):
         8_192, gt=0, title="Training tokens", description="How much text stage 3 learns from. Its time grows with it."
     )
     epochs: int = Field(
-        2, ge=0, title="Epochs", description="How many times the text is used; 0: only the first knees are chosen."
+        2,
+        ge=0,
+        le=MOST_EPOCHS,
+        title="Epochs",
+        description="How many times the text is used; 0: only the first knees are chosen.",
     )
     batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
     search_tokens: int = Field(
@@ -304,7 +322,7 @@ class E2eConfig(Section):
         title="Tokens per sequence",
         description="Longer sequences of the text are cut to this length in stage 4. Memory grows with it.",
     )
-    epochs: int = Field(1, ge=1, title="Epochs", description="How many times the text is used.")
+    epochs: int = Field(1, ge=1, le=MOST_EPOCHS, title="Epochs", description="How many times the text is used.")
     batch_tokens: int = Field(1_024, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
     lr_weight: float = Field(
         0.0,

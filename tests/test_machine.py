@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import ConfigError
-from lbllm.machine import bfloat16_products, float32_products, make_accelerator, matmul_rate
+from lbllm.machine import bfloat16_products, device_named, float32_products, make_accelerator, matmul_rate
 from tests.helpers.cases import cases
 from tests.helpers.tiny_runs import tiny_teacher, token_ids
 
@@ -60,6 +60,13 @@ def test_an_unknown_device_is_refused_with_the_choices(device: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["mps", "xpu", "cuda", "cuda:7", "cpu:3", "meta", "hpu", "no", "", "cuda:-1", "a b"])
+def test_a_device_that_the_machine_lacks_is_one_message(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=f"--device '?{device}'?"):
+        device_named(device)
+
+
 def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(ConfigError, match="no GPU that torch can use; choose cpu"):
         make_accelerator("cuda")

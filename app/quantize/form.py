@@ -12,7 +12,7 @@ from typing import Any
 import pandas
 import streamlit as st
 
-from app.paths import corpus_name, teacher_name
+from app.paths import corpus_name, start_name, teacher_name
 from app.quantize.settings import ACT_BITS, FORMAT, KV_BITS, STAGE_SETTING, WIDGETS, Setting
 from app.view import store
 from lbllm.config import (
@@ -154,6 +154,8 @@ def take_upload(key: str) -> None:
         return
     try:
         config = make_config(named or DEFAULT_PRESET, document)
+        if config.start is not None:
+            config = config.model_copy(update={"start": start_name(config.start)})
         load(config if named else config.model_copy(update={"preset": "custom"}))
     except LbllmError as error:
         st.session_state[UPLOAD_ERROR] = f"{upload.name}: {error}"

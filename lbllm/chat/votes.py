@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lbllm.chat.settings import ChatSettings
 from lbllm.runs.database import Database
@@ -26,7 +26,7 @@ _CSV = ("time", "left", "right", "choice", "prompt", "left_answer", "right_answe
 class Vote(BaseModel):
     """A vote. ``exchange``: a unique id; ``time``: seconds since the epoch; ``left``, ``right``: the models' names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     exchange: str
     time: float
@@ -73,9 +73,16 @@ class VoteStore:
             db.execute("DELETE FROM votes WHERE exchange = ?", (exchange,))
 
     def all(self) -> list[Vote]:
-        """Return all votes, the oldest first."""
-        rows = self._database.query("SELECT body FROM votes ORDER BY time, exchange")
-        return [Vote.model_validate_json(body) for (body,) in rows]
+        """Return all votes, the oldest first. One that can't be read is left out, with a warning."""
+        votes = []
+        for (body,) in self._database.query("SELECT body FROM votes ORDER BY time, exchange"):
+            try:
+                votes.append(Vote.model_validate_json(body))
+            except (ValidationError, TypeError):
+                self._database.warn_once(
+                    f"{self._database.path}: some votes are left out, because they are damaged or from a later version"
+                )
+        return votes
 
 
 def tally(votes: Iterable[Vote], left: str, right: str) -> Tally:

@@ -43,7 +43,7 @@ from lbllm.labels import STAGE_NAMES
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import Phase, RunView
 from lbllm.sections import Stage
-from lbllm.units import duration, size
+from lbllm.units import duration, rows_left_out, size
 
 POLL_SECONDS = 0.1
 WAITING: dict[Phase, str] = {
@@ -97,10 +97,7 @@ def attend(
     with view.caught_up(store):
         pass
     with interrupts() as pressed:
-        if run.state == "queued":
-            store.start(run.id)
-        else:
-            store.resume(run.id)
+        store.resume(run.id)
         if expected is None:
             from lbllm.measure.estimate import expected_seconds  # late: the worker needn't wait for torch
 
@@ -121,6 +118,8 @@ def _outcome(run: Run, view: RunView, asked: bool, out: Path | None) -> Outcome:
         raise StoppedByUser(f"run {run.id} is stopped, its finished blocks are kept. {again}")
     if run.state == "failed" and view.failure is not None:
         raise RunError(f"run {run.id} failed: {view.failure}. {again}")
+    if run.state == "interrupted" and run.failure is not None:
+        raise RunError(f"run {run.id} ended: {run.failure}. {again}")
     if run.state == "interrupted":
         log = run.folder / "worker.log"
         raise RunError(f"run {run.id}: its worker ended without a message, perhaps it was killed; see {log}. {again}")
@@ -217,9 +216,10 @@ def line(view: RunView, event: Event, expected: Mapping[Stage, float]) -> str | 
             return WAITING["loading"]
         case RunStarted():
             resumed = f", {event.resumed_blocks} finished blocks taken over" if event.resumed_blocks else ""
+            left_out = f"; {rows_left_out(event.rows_left_out)}" if event.rows_left_out else ""
             return (
                 f"{event.blocks} blocks, {event.layers} layers, {event.weights:,} weights at {event.bpw:.3f} bits, "
-                f"{event.tokens:,} tokens, on {event.device}{resumed}"
+                f"{event.tokens:,} tokens, on {event.device}{resumed}{left_out}"
             )
         case StageStarted():
             return STAGE_NAMES[event.stage]
@@ -287,7 +287,7 @@ def _detail(view: RunView) -> str:
         case StepMetric():
             reg = f" + {last.reg:.2g} polarization" if last.reg else ""
             return (
-                f"step {last.step}/{view.steps[last.stage]}: loss {last.loss:.4g}{reg}, "
+                f"step {last.step}/{view.steps.get(last.stage, last.step)}: loss {last.loss:.4g}{reg}, "
                 f"{last.tokens_per_second:,.0f} tokens/s"
             )
         case LayerDone():

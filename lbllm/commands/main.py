@@ -8,6 +8,7 @@ error, 2 bad usage, 130 Ctrl-C. The engine, and torch with it, is imported insid
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,23 @@ def build() -> typer.Typer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` (default: the arguments of the process); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings = _Warnings()
+    logging.getLogger("lbllm").addHandler(warnings)
+    try:
+        return _run(arguments)
+    finally:
+        logging.getLogger("lbllm").removeHandler(warnings)
+
+
+class _Warnings(logging.Handler):
+    """Shows what the engine warns of on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            plain(notices(), f"Warning: {record.getMessage()}", style="yellow")
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     command = typer.main.get_command(build())
     try:

@@ -49,12 +49,13 @@ def evaluate(
     from lbllm.checkpoints.find import open_model
     from lbllm.machine import device_named
     from lbllm.measure.perplexity import divergence, perplexity
-    from lbllm.texts.windows import evaluation_windows
+    from lbllm.texts.windows import check_text, evaluation_windows
 
     if tasks is not None:
         evaluate_tasks(model, teacher, tasks, limit, device, as_json)
         return
     place = device_named(device)
+    check_text(text, limit)
     student, tokenizer = open_model(model, device=place)
     sequences = evaluation_windows(text, student, tokenizer, seq_len, limit)
     document: dict[str, Any] = {"model": model, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}

@@ -16,7 +16,7 @@ from lbllm.config import (
     TO_ACTIVATIONS,
     RunConfig,
     make_config,
-    read_settings,
+    read_settings_file,
 )
 from lbllm.fields import allowed, choices
 from lbllm.sections import ACTIVATION_BITS
@@ -77,7 +77,7 @@ def run_config(
 ) -> RunConfig:
     """The preset, changed by the settings file, then by the options, then by --set. Raises ConfigError, and RunError or
     CheckpointError if ``start`` is not a checkpoint."""
-    named, document = read_settings(file.read_bytes(), str(file)) if file is not None else (None, {})
+    named, document = read_settings_file(file) if file is not None else (None, {})
     if start is not None:
         from lbllm.pipeline.start import settings_to_go_on
 

@@ -31,7 +31,9 @@ def plain(console: Console, text: str, **options: Any) -> None:
 
 def print_json(value: Any) -> None:
     """Print one document. NaN and infinity become null, paths strings."""
-    typer.echo(json.dumps(_document(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_document(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate, as in a file name that is not UTF-8, becomes an escape of JSON.
+    typer.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _document(value: Any) -> Any:

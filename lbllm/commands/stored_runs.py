@@ -15,7 +15,6 @@ from lbllm.commands.attend import attend, check_out, line, render
 from lbllm.commands.options import JsonOption, RunArgument
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.commands.training import print_outcome
-from lbllm.errors import RunError
 from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
 from lbllm.runs.store import Request, Run, RunStore
 from lbllm.runs.view import RunView
@@ -61,6 +60,8 @@ def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
             plain(console, one.event.message, style="red")
         elif isinstance(one.event, StageDone | Evaluated | RunDone):
             plain(console, str(line(view, one.event, {})))
+    if found.state == "interrupted" and found.failure is not None:
+        plain(console, found.failure, style="red")
     if found.state == "running" and stored:
         # Without an estimate, which takes seconds: the time left is shown where the finished blocks tell it.
         console.print(render(view, time.time(), {}))
@@ -76,8 +77,6 @@ def runs_resume(
     found = store.get(run)
     if out is not None:
         check_out(out)
-    if found.state == "queued":
-        raise RunError(f"run {run} is queued and can't be resumed; only runs that ended early can")
     print_outcome(attend(store, found, notices(quiet=as_json), out), as_json=as_json)
 
 

@@ -34,7 +34,7 @@ from lbllm.commands.options import (
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.runs.store import RESUMABLE, Run, RunStore
+from lbllm.runs.store import Run, RunStore
 from lbllm.units import duration, size
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _quantize(
     from lbllm.measure.estimate import check_memory, estimate
 
     check_out(out)
+    _tell_reading(config, console)
     result = estimate(config)
     console.print(_estimate_table(config, result))
     if not ignore_memory:
@@ -116,6 +117,7 @@ def estimate(
     settings = run_config(
         model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
     )
+    _tell_reading(settings, notices(quiet=as_json))
     result = estimate(settings)
     if as_json:
         print_json(asdict(result))
@@ -141,7 +143,7 @@ def demo(
     store = RunStore()
     same = [run for run in store.all() if _has_config(run, config)]
     finished = [run for run in same if run.state == "done"]
-    unfinished = [run for run in same if run.state in RESUMABLE]
+    unfinished = [run for run in same if run.can_be_resumed]
     if finished and is_checkpoint(out):
         run = finished[-1]
         plain(console, f"{out} exists already, from run {run.id} or an equal one")
@@ -164,6 +166,14 @@ def _has_config(run: Run, config: RunConfig) -> bool:
         return run.config == config
     except LbllmError:
         return False
+
+
+def _tell_reading(config: RunConfig, console: Console) -> None:
+    from lbllm.texts.corpus import reading_note  # late: it brings torch
+
+    note = reading_note(config.corpus, config.tokens)
+    if note is not None:
+        plain(console, note)
 
 
 def _estimate_table(config: RunConfig, result: Estimate) -> Table:

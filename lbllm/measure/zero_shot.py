@@ -10,7 +10,6 @@ under LBLLM_DATA_DIR if they are there, else from the hub.
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from lbllm.extras import extra
 from lbllm.machine import float32_products
 from lbllm.models.blocks import context_length
 from lbllm.places import data_dir
+from lbllm.texts.reading import json_rows, replaced
 from lbllm.texts.sources import hub_dataset
 
 BATCH = 8  # choices per batch if they go through the model one by one
@@ -175,8 +175,7 @@ def _questions(name: str, dataset: str, configuration: str | None, split: str) -
     folder = data_dir()
     file = f"tasks/{name}_{split}.jsonl.gz"
     if folder is not None and (folder / file).is_file():
-        with gzip.open(folder / file, "rt", encoding="utf-8") as stream:
-            return Dataset.from_list([_hub_form(json.loads(line)) for line in stream])
+        return Dataset.from_list(_questions_of(folder / file))
     try:
         return hub_dataset(dataset, configuration, split, streaming=False)
     except CorpusError as error:
@@ -186,13 +185,32 @@ def _questions(name: str, dataset: str, configuration: str | None, split: str) -
         ) from error
 
 
+def _questions_of(file: Path) -> list[dict[str, Any]]:
+    """The questions of a file in the form of the hub. Raises CorpusError unless all have the same fields."""
+    found: list[dict[str, Any]] = []
+    for place, row in json_rows(file):
+        try:
+            # Lone surrogates are replaced in every text of the row.
+            found.append(_hub_form(json.loads(replaced(json.dumps(row, ensure_ascii=False)))))
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError):
+            raise CorpusError(f"{place}: not a question in the form of this file; copy it again") from None
+        if found[-1].keys() != found[0].keys():
+            raise CorpusError(f"{place}: its fields are not those of the first question; copy the file again")
+    if not found:
+        raise CorpusError(f"{file} has no questions; copy it again")
+    return found
+
+
 def _hub_form(row: dict[str, Any]) -> dict[str, Any]:
     """A question of a file, which has a list of choices and a label from 0, in the form of the hub: choices with
     letters, and the letter of the answer. Tasks whose choices are not in a list have the same form in both."""
     if "choices" not in row:
         return row
-    letters = list(string.ascii_uppercase[: len(row["choices"])])
-    return row | {"choices": {"text": row["choices"], "label": letters}, "answerKey": letters[row["label"]]}
+    letters = dict(enumerate(string.ascii_uppercase[: len(row["choices"])]))
+    return row | {
+        "choices": {"text": row["choices"], "label": list(letters.values())},
+        "answerKey": letters[row["label"]],
+    }
 
 
 def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:

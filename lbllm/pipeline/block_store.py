@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.files import write_file
+from lbllm.json_input import shortened
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
 
@@ -97,7 +98,7 @@ class BlockStore:
             )
         except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error}); delete it and resume: the block is done again"
+                f"{path} is damaged ({shortened(str(error))}); delete it and resume: the block is done again"
             ) from error
 
     def finished(self, stage: Origin, block: int) -> BlockState:

@@ -34,6 +34,7 @@ from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import Ended, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
+from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.pipeline.packed_model import save_checkpoint, stage_model
 from lbllm.pipeline.start import checkpoint_blocks
 from lbllm.quant.plan import bits_per_weight, block_formats
@@ -103,6 +104,7 @@ def run(
         tokens=corpus.sequences.numel(),
         bpw=bpw,
         resumed_blocks=finished,
+        rows_left_out=corpus.left_out,
     )
     try:
         yield from _evaluate(state, "teacher", lambda: model, held_out)
@@ -153,7 +155,7 @@ def _evaluate(
     run: RunContext, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None
 ) -> Iterator[Event]:
     """Measure the perplexity of ``model`` on the held-out text and yield it, unless the run's folder already has it."""
-    known = _known(run)
+    known = read_evaluated(run.store.folder, run.config)
     if held_out is None or what in known:
         return
     evaluated, losses = model(), []
@@ -162,17 +164,7 @@ def _evaluate(
         losses.append(math.log(perplexity(evaluated, window).perplexity))
     value = math.exp(sum(losses) / len(losses))
     yield _evaluation(what, value, held_out)
-    write_file(_evaluated_path(run), json.dumps(known | {what: value}).encode())
-
-
-def _evaluated_path(run: RunContext) -> Path:
-    return run.store.folder / "evaluated.json"
-
-
-def _known(run: RunContext) -> dict[str, float]:
-    """Return the perplexities measured so far, by stage."""
-    path = _evaluated_path(run)
-    return json.loads(path.read_text()) if path.exists() else {}
+    write_evaluated(run.store.folder, run.config, known | {what: value})
 
 
 def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
@@ -184,11 +176,16 @@ def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:
 def _evaluations(run: RunContext, held_out: Corpus | None) -> Iterator[Evaluated]:
     """Yield all evaluations of a run, those of earlier workers too."""
     if held_out is not None:
-        for what, value in _known(run).items():
+        for what, value in read_evaluated(run.store.folder, run.config).items():
             yield _evaluation(what, value, held_out)
 
 
 def _recorded_precision(folder: Path) -> str | None:
     """Return the precision that the run began with, or None; a resumed run must keep it."""
-    path = folder / "precision"
-    return path.read_text() if path.exists() else None
+    try:
+        written = (folder / "precision").read_bytes()
+    except OSError:
+        return None
+    # A damaged file counts as missing: this machine then chooses again, as at the beginning of the run. Finished blocks
+    # of another precision are refused.
+    return {b"no": "no", b"bf16": "bf16"}.get(written.strip())

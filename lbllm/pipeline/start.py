@@ -3,18 +3,19 @@ them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from lbllm.checkpoints.find import find_checkpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
-from lbllm.errors import ConfigError, ModelError
+from lbllm.errors import CheckpointError, ConfigError, ModelError
+from lbllm.json_input import decode_object, shortened, shown
 from lbllm.models.blocks import decoder_blocks
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline.block_store import BlockStore
@@ -26,6 +27,7 @@ from lbllm.stages.block_state import grid_tensors
 
 # What every run from a checkpoint may change of the format. Stage 3 lowers the bits of activations that have 16.
 FREE = {*CONTINUATIONS[FROM_CHECKPOINT]}
+_LARGEST_CONFIG = 50_000_000  # bytes
 
 
 def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
@@ -122,8 +124,7 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
     ``start``: any name that ``find_checkpoint`` takes. Raises CheckpointError, ModelError, RunError.
     """
     checkpoint = find_checkpoint(start)
-    stated = json.loads((checkpoint.stated / "config.json").read_text())["quantization_config"]
-    found = QuantConfig.model_validate(stated["quant"])
+    found = _stated(checkpoint.stated / "config.json")
     quant = found.model_dump(mode="json")  # with what it doesn't state: it is no preset's
     if found.weights_alone:  # how activations are quantized is open still
         quant["act_group_size"] = ACT_GROUP_SIZE
@@ -132,3 +133,23 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
         return document | {"model": teacher_of(checkpoint)}
     except ModelError:  # the user has to name it
         return document
+
+
+def _stated(path: Path) -> QuantConfig:
+    """The format that a checkpoint's config.json states. Raises CheckpointError, also for an origin that can't be
+    read."""
+    try:
+        stated = decode_object(path.read_bytes(), largest=_LARGEST_CONFIG, deepest=20)["quantization_config"]
+        model = (stated.get("provenance") or {}).get("model")
+        if model is not None and not isinstance(model, str):
+            raise TypeError(f"its model is {shown(model)}")
+        return QuantConfig.model_validate(stated["quant"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(shortened(str(part)) for part in first['loc'])}: {first['msg']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = shortened(str(error))
+    raise CheckpointError(
+        f"{path}: its quantization_config can't be read ({reason}); copy the checkpoint again, or install the lbllm "
+        "that wrote it"
+    )

@@ -28,6 +28,7 @@ from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError
 from lbllm.events import Acknowledged, Event, RunDone, RunFailed, RunLoading, RunStopped
 from lbllm.runs.store import RESUMABLE, Request, Run, RunStore
+from lbllm.texts.reading import replaced
 
 POLL_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -91,19 +92,20 @@ class Requests:
         if select.select([self._woken], [], [], POLL_SECONDS)[0]:
             signalled = any(number in STOP_SIGNALS for number in self._woken.recv(64))
         try:
-            written = (self._run.folder / "request").read_text()
+            with (self._run.folder / "request").open("rb") as file:
+                written = file.read(64).strip()
         except OSError:
-            written = ""
-        if written == "cancel":
+            written = b""
+        if written == b"cancel":
             return "cancel"
-        return "stop" if signalled or written == "stop" else None
+        return "stop" if signalled or written == b"stop" else None
 
 
 def failure_message(error: Exception, config: RunConfig, folder: Path) -> str:
     """Return the message for an exception that ended a run: what happened, where, and what the user can do."""
     if isinstance(error, LbllmError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
+        return replaced(str(error))
+    text = replaced(f"{type(error).__name__}: {error}")
     # torch and safetensors report a lack of memory or disk space with other exceptions; only their text tells.
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return (
@@ -145,11 +147,13 @@ def work(store: RunStore, run: Run) -> int:
 
     # The lock is released when the process ends: only then is its memory free for the next run.
     turn = os.open(store.root / "worker.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    config: RunConfig | None = None
     with Requests(store, run) as requests:
         try:
             if not wait_for_turn(turn, requests):
                 record(RunStopped(request=requests.pending or "stop"))
                 return 0
+            config = run.config  # before the state becomes "running"
             record(RunLoading())
             # The run may have been resumed from another folder. If its own folder is gone, relative paths fail with a
             # clear error.
@@ -158,14 +162,19 @@ def work(store: RunStore, run: Run) -> int:
             memory.keep_large_allocations()
             from lbllm.pipeline import run as pipeline  # late: a waiting worker needs neither torch nor its memory
 
-            for event in pipeline.run(run.config, run.folder, request=lambda: requests.pending):
+            for event in pipeline.run(config, run.folder, request=lambda: requests.pending):
                 record(event)
         except Exception as error:
-            # On a full disk, writing to the log and the store may fail; the state is then "interrupted".
+            # On a full disk, writing to the log and the store may fail.
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
-            with contextlib.suppress(LbllmError, sqlite3.Error):
-                record(RunFailed(message=failure_message(error, run.config, run.folder)))
+            # An error before the settings are known does not depend on them.
+            message = failure_message(error, config or RunConfig(), run.folder)
+            try:
+                record(RunFailed(message=message))
+            except (LbllmError, sqlite3.Error):  # the state is then "interrupted"
+                with contextlib.suppress(OSError):
+                    run.keep_failure(message)
             return 1
     return 0
 

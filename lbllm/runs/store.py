@@ -5,16 +5,19 @@
     root/<run id>/            config.json, blocks/, checkpoint/, worker.log
     root/<run id>/alive.lock  locked as long as the run's worker lives
     root/<run id>/request     "stop" or "cancel", until the run is resumed
+    root/<run id>/failure     why the run's last worker ended, where the store could not take that
 
 A reader follows a run by ``events(run_id, after_seq)`` and holds nothing but that number. The state of a run is stored
 nowhere: it follows from the last of its ``LIFECYCLE`` events and from whether a worker holds the run's lock. The kernel
 drops the lock with the process, however that ends, so a worker killed by ``kill -9`` is noticed at once.
+
+An event or a run's row that can't be read is left out with a warning, so that it hides nothing else. A damaged file is
+made anew (``runs/repair.py``).
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -29,17 +32,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal
 
-from lbllm.config import RunConfig, parse_config
+from pydantic import ValidationError
+
+from lbllm.config import RunConfig, read_config
 from lbllm.errors import ConfigError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
-from lbllm.files import write_file
+from lbllm.files import is_held, write_errors, write_file
 from lbllm.places import home
-from lbllm.runs.database import IS_LIFECYCLE, Database
+from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
+from lbllm.runs.repair import RUN_ID
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
 ACTIVE: tuple[State, ...] = ("queued", "running")
 RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
+# Bytes for a last message, written before the work begins: to write over them needs no space on a full disk.
+_LAST_WORDS = 4096
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,30 @@ class Run:
         """The run's settings, from its folder. Raises RunError where the file is gone or damaged."""
         path = self.folder / "config.json"
         try:
-            return parse_config(json.loads(path.read_text()))
-        except (OSError, ValueError, ConfigError) as error:
+            return read_config(path)
+        except (OSError, ConfigError) as error:
             raise RunError(f"run {self.id}: its settings can't be read from {path} ({error})") from error
 
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether the run ended early, or its starter died before the run had a worker."""
+        return self.state in RESUMABLE or (self.state == "queued" and not is_held(self.folder / "alive.lock"))
 
-def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock file's lock."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    @property
+    def failure(self) -> str | None:
+        """Why the run's last worker ended, where the store could not take that."""
+        try:
+            with (self.folder / "failure").open("rb") as file:
+                return file.read(_LAST_WORDS).decode("utf-8", "replace").strip(" \0\n") or None
+        except OSError:
+            return None
+
+    def keep_failure(self, message: str) -> None:
+        """Keep a worker's last message where it needs no further space. Raises OSError."""
+        data = message.encode("utf-8", "replace")[: _LAST_WORDS - 1]
+        with (self.folder / "failure").open("r+b") as file:
+            file.write(data.ljust(_LAST_WORDS - 1) + b"\n")
+            os.fsync(file.fileno())
 
 
 def _take(path: Path) -> IO[bytes] | None:
@@ -127,15 +144,19 @@ class RunStore:
 
     def create(self, config: RunConfig, name: str | None = None) -> Run:
         """A new run, queued until ``start``. ``name`` is for people; by default model, format and group size."""
-        quant = config.quant
-        name = name or f"{Path(config.model).name} {quant.format} g{quant.group_size}"
+        name = (name or config.run_name).encode("utf-8", "replace").decode()
         created = time.time()
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(created)) + secrets.token_hex(3)
         folder = self.root / run_id
         with self.database.transaction() as db:
-            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (run_id, name, created, str(Path.cwd())))
+            cwd = str(Path.cwd()).encode("utf-8", "replace").decode()
+            db.execute("INSERT INTO runs (id, name, created, cwd) VALUES (?, ?, ?, ?)", (run_id, name, created, cwd))
             folder.mkdir()
-            write_file(folder / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+            try:
+                write_file(folder / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return self.get(run_id)
 
     def get(self, run_id: str) -> Run:
@@ -147,10 +168,15 @@ class RunStore:
 
     def all(self) -> list[Run]:
         """All runs, oldest first."""
-        return [
-            self._run(*row)
-            for row in self.database.query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")
-        ]
+        rows = self.database.query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")
+        found = []
+        for row in rows:
+            # The id is the name of a folder: no other folder may be reached by it.
+            if isinstance(row[0], str) and RUN_ID.fullmatch(row[0]):
+                found.append(self._run(*row))
+            else:
+                self.database.warn_once(f"{self.database.path}: a run has the id {row[0]!r} and is left out")
+        return found
 
     def append(self, run_id: str, event: Event) -> StoredEvent:
         """Add an event to a run; it is on record when this returns. Any process may do it."""
@@ -173,11 +199,22 @@ class RunStore:
         """
         query = "SELECT seq, time, body FROM events WHERE run_id = ? AND seq > ?"
         if kinds:
-            query += f" AND kind IN ({', '.join('?' * len(kinds))})"
+            query += f" AND {KIND} IN ({', '.join('?' * len(kinds))})"
         rows = self.database.query(f"{query} ORDER BY seq", run_id, after_seq, *kinds)
         if not rows and not self.database.query("SELECT 1 FROM runs WHERE id = ?", run_id):
             raise RunError(f"no run {run_id!r} in {self.root}")
-        return [StoredEvent(seq=seq, time=moment, event=EVENT.validate_json(body)) for seq, moment, body in rows]
+        return [stored for row in rows if (stored := self._stored(run_id, *row)) is not None]
+
+    def _stored(self, run_id: str, seq: int, moment: float, body: str) -> StoredEvent | None:
+        """The event of a row; None, with a warning, if it can't be read."""
+        try:
+            return StoredEvent(seq=seq, time=moment, event=EVENT.validate_json(body))
+        except (ValidationError, TypeError, ValueError):
+            self.database.warn_once(
+                f"{self.database.path}: some events of run {run_id} are left out, because they are damaged or from a "
+                "later version"
+            )
+            return None
 
     def follow(self, run_id: str, after_seq: int = 0, poll: float = 0.1) -> Iterator[StoredEvent]:
         """The events after ``after_seq`` and those to come, until the run is neither queued nor running."""
@@ -198,9 +235,10 @@ class RunStore:
     def resume(self, run_id: str) -> subprocess.Popen[bytes]:
         """Start a worker that goes on from the finished blocks.
 
-        Raises RunError, naming the state, unless the run is stopped, failed or interrupted.
+        Raises RunError, naming the state, unless the run is stopped, failed or interrupted, or queued without a worker,
+        as a run is whose starter was killed.
         """
-        return self._spawn(run_id, "resumed", RESUMABLE)
+        return self._spawn(run_id, "resumed", (*RESUMABLE, "queued"))
 
     def request(self, run_id: str, request: Request) -> None:
         """Ask a queued or running run to stop, its finished blocks kept, or to cancel, which deletes them.
@@ -231,19 +269,30 @@ class RunStore:
         Raises RunError, worded with the participle ``verb``, where the run's state is none of ``allowed``.
         """
         lock = self._claim(run_id, verb, allowed)
-        (self.root / run_id / "request").unlink(missing_ok=True)
-        self.append(run_id, RunQueued())
+        folder = self.root / run_id
+        try:
+            with write_errors(folder):
+                (folder / "request").unlink(missing_ok=True)
+                write_file(folder / "failure", b" " * (_LAST_WORDS - 1) + b"\n")
+            self.append(run_id, RunQueued())
+        except BaseException:
+            lock.close()
+            raise
         return lock
 
     def _claim(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> IO[bytes]:
         run = self.get(run_id)
-        lock = _take(run.folder / "alive.lock")
+        if not run.folder.is_dir():
+            raise RunError(f"run {run_id} can't be {verb}: its folder {run.folder} is gone; start a new run")
+        with write_errors(run.folder):
+            lock = _take(run.folder / "alive.lock")
         # With the lock in our hands nobody else changes the state; without it, a worker has just taken it.
         state = self.get(run_id).state if lock is None else _at_rest(self._last(run_id)[1])
         if lock is not None and state in allowed:
             return lock
-        if lock is not None:
-            lock.close()
+        if lock is None:
+            raise RunError(f"run {run_id} is {state} and can't be {verb}: it has a worker")
+        lock.close()
         raise RunError(f"run {run_id} is {state} and can't be {verb}; only {', '.join(allowed)} runs can")
 
     def _spawn(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> subprocess.Popen[bytes]:
@@ -266,8 +315,12 @@ class RunStore:
         threading.Thread(target=process.wait, daemon=True).start()
         return process
 
-    def _run(self, run_id: str, name: str, created: float, cwd: str) -> Run:
-        return Run(run_id, name, self.root / run_id, created, Path(cwd), self._state(run_id))
+    def _run(self, run_id: str, name: object, created: object, cwd: object) -> Run:
+        # Of a damaged row, what can't be used is replaced: the run is still listed.
+        named = name if isinstance(name, str) else "name can't be read"
+        since = created if isinstance(created, float | int) and abs(created) < 1e11 else 0.0
+        place = Path(cwd) if isinstance(cwd, str) else self.root
+        return Run(run_id, named, self.root / run_id, since, place, self._state(run_id))
 
     def _state(self, run_id: str) -> State:
         while True:
@@ -282,7 +335,19 @@ class RunStore:
                 return "interrupted"
 
     def _last(self, run_id: str) -> tuple[int, Event | None]:
-        """The last event of the run's lifecycle and its ``seq``; (0, None) before the first."""
-        query = f"SELECT seq, body FROM events INDEXED BY lifecycle WHERE run_id = ? AND {IS_LIFECYCLE}"
+        """The last event of the run's lifecycle that can be read, and its ``seq``; (0, None) before the first. If none
+        can be read, the run is taken for a queued one."""
+        query = f"SELECT seq, time, body FROM events INDEXED BY lifecycle WHERE run_id = ? AND {IS_LIFECYCLE}"
         rows = self.database.query(f"{query} ORDER BY seq DESC LIMIT 1", run_id)
-        return (rows[0][0], EVENT.validate_json(rows[0][1])) if rows else (0, None)
+        if not rows:
+            return 0, None
+        last = self._stored(run_id, *rows[0])
+        if last is not None:
+            return last.seq, last.event
+        # Without the index, which is as old as the rows were when they were written.
+        query = f"SELECT seq, time, body FROM events WHERE run_id = ? AND {KIND} IN {LIFECYCLE} ORDER BY seq DESC"
+        for row in self.database.query(query, run_id):
+            last = self._stored(run_id, *row)
+            if last is not None:
+                return last.seq, last.event
+        return rows[0][0], RunQueued()

@@ -37,7 +37,7 @@ from lbllm.events import (
 )
 from lbllm.runs.database import LIFECYCLE
 from lbllm.runs.store import Request, RunStore
-from lbllm.sections import Stage
+from lbllm.sections import STAGES, Stage
 
 MAX_POINTS = 800
 HEAT_COLUMNS = 40
@@ -237,9 +237,8 @@ class RunView:
     @property
     def finished(self) -> list[BlockView]:
         """The finished blocks of all stages, in the order of stages and blocks."""
-        order = self.started.stages if self.started is not None else ()
         done = [view for view in self.blocks.values() if view.done is not None]
-        return sorted(done, key=lambda view: (order.index(view.stage), view.block))
+        return sorted(done, key=lambda view: (STAGES.index(view.stage), view.block))
 
     @property
     def diverged(self) -> list[BlockView]:
@@ -302,6 +301,8 @@ class RunView:
         if self.started is None or self.stage is None or self.phase != "running" or self.asked is not None:
             return None
         stages = self.started.stages
+        if self.stage not in stages:  # an event of a damaged store is missing
+            return None
         total = 0.0
         for stage in stages[stages.index(self.stage) :]:
             left = stage_parts(stage, self.started.blocks) - self.blocks_done(stage)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from lbllm.models.blocks import share_copy
+from lbllm.errors import CheckpointError
+from lbllm.models.blocks import linear_weight, share_copy
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.levels import group_length
 from lbllm.quant.packing import ParamGrid
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import LayerFormat
@@ -44,11 +47,12 @@ def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
 def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, Tensor], tail: int) -> nn.Module:
     """Return a copy of a teacher's block with frozen ``BinaryLinear`` layers from a saved state.
 
-    The copy shares the dense layers with the teacher.
+    The copy shares the dense layers with the teacher. Raises CheckpointError for tensors of other layers.
     """
     student: nn.Module = share_copy(teacher)
     device = next(teacher.parameters()).device
     for name, fmt in formats.items():
+        _check(name, fmt, linear_weight(teacher.get_submodule(name)), tensors)
         # A copy: training changes it in place, and a block that diverges is restored from the saved state.
         params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
         grid = None
@@ -60,3 +64,32 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
             layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
         student.set_submodule(name, layer)
     return student
+
+
+def _check(name: str, fmt: LayerFormat, weight: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless a layer's tensors have the shapes and types that its format gives them."""
+    levels = 4 if fmt.format == "w1+1" else 2
+    groups = -(-weight.shape[1] // group_length(fmt.group_size, weight.shape[1]))
+    shapes = {
+        "params": (weight.shape[0], groups, levels),
+        "index": tuple(weight.shape),
+        "latent": tuple(weight.shape),
+        "act": (3,),
+        "scale": (weight.shape[0],),
+        "ranges": (levels, 2),
+    }
+    for key, shape in shapes.items():
+        tensor = tensors.get(f"{name}.{key}")
+        other = {"scale": "ranges", "ranges": "scale"}.get(key)
+        needed = key in ("params", "index") or (other is not None and f"{name}.{other}" in tensors)
+        if tensor is None and not needed:
+            continue
+        if tensor is None or tuple(tensor.shape) != shape or tensor.is_floating_point() != (key != "index"):
+            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and type {tensor.dtype}"
+            raise CheckpointError(
+                f"the state of {name}: {key} {found}, needed is shape {shape}; delete the file and resume"
+            )
+        if key == "index" and (tensor.dtype != torch.uint8 or int(tensor.max()) >= levels):
+            raise CheckpointError(
+                f"the state of {name}: {key} has other values than 0 to {levels - 1}; delete the file and resume"
+            )

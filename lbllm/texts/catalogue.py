@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +112,15 @@ def find_text(name: str) -> CorpusEntry | Path | None:
     if entry is not None:
         return entry
     below = data_dir()
-    candidates = [Path(name).expanduser(), *([below / name] if below else [])]
-    return next((path for path in candidates if name and path.exists()), None)
+    try:
+        candidates = [Path(name).expanduser(), *([below / name] if below else [])]
+        return next((path for path in candidates if name and path.exists()), None)
+    except RuntimeError:  # no home folder of a user
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # perhaps several names joined by "+"
+            return None
+        raise CorpusError(f"text {name!r} can't be looked for ({error.strerror})") from None
 
 
 def local_path(entry: CorpusEntry) -> Path | None:

@@ -26,9 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lbllm.config import setting_name
 from lbllm.errors import CorpusError
-from lbllm.texts.catalogue import parts
+from lbllm.texts.catalogue import CorpusEntry, find_text, local_path, parts
 from lbllm.texts.documents import SHARES, Document, Part
+from lbllm.texts.reading import replaced
 from lbllm.texts.sources import open_text
+from lbllm.units import rows_left_out, size
 
 # Characters to read from a source for each token: texts have 4 to 5 characters per token, so 8 are enough.
 _CHARACTERS_PER_TOKEN = 8
@@ -38,11 +40,13 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Corpus:
-    """``sequences``: int64 token ids (n, seq_len). ``hash``: SHA-256 over them and seq_len."""
+    """``sequences``: int64 token ids (n, seq_len). ``hash``: SHA-256 over them and seq_len. ``left_out``: rows without
+    text among those that were read."""
 
     name: str
     hash: str
     sequences: Tensor
+    left_out: int = 0
 
     @property
     def tokens(self) -> int:
@@ -68,10 +72,26 @@ def load_corpus(
     names = parts(name)
     share = -(-wanted // len(names))
     found = [_sequences(one, tokenizer, seq_len=seq_len, wanted=share, part=part, seed=seed) for one in names]
-    rounds = itertools.zip_longest(*(list(one) for one in found))
+    rounds = itertools.zip_longest(*(list(one) for one, _ in found))
     rows = [row for turn in rounds for row in turn if row is not None]
     sequences = torch.stack(rows[:wanted])
-    return Corpus(name=name, hash=sequences_hash(sequences), sequences=sequences)
+    return Corpus(name, sequences_hash(sequences), sequences, sum(left_out for _, left_out in found))
+
+
+def reading_note(name: str, tokens: int) -> str | None:
+    """A sentence for each text on this machine of which a run on ``tokens`` reads only the beginning; None if there is
+    no such text. Only sizes are looked at."""
+    said = []
+    for one in parts(name):
+        found = find_text(one)
+        path = local_path(found) if isinstance(found, CorpusEntry) else found
+        budget = _budget("train", _CHARACTERS_PER_TOKEN * tokens, streamed=False)
+        if path is not None and path.is_file() and path.stat().st_size > budget:
+            said.append(
+                f"{path} has {size(path.stat().st_size)}. Only its first {budget / 1e6:,.0f} million characters are "
+                f"read, enough for {tokens:,} tokens; give a shorter file to choose others"
+            )
+    return "\n".join(said) or None
 
 
 def sequences_hash(sequences: Tensor) -> str:
@@ -92,9 +112,10 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _sequences(
     name: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, wanted: int, part: Part, seed: int
-) -> Tensor:
-    """Return at least one and at most ``wanted`` sequences (n, seq_len) of one corpus. Raises CorpusError."""
-    documents = _part(name, tokenizer, part, _CHARACTERS_PER_TOKEN * wanted * seq_len)
+) -> tuple[Tensor, int]:
+    """Return at least one and at most ``wanted`` sequences (n, seq_len) of one corpus, and the number of rows without
+    text that were left out. Raises CorpusError."""
+    documents, left_out = _part(name, tokenizer, part, _CHARACTERS_PER_TOKEN * wanted * seq_len)
     random.Random(seed).shuffle(documents)
     start = _start_token(tokenizer)
     body = seq_len if start is None else seq_len - 1
@@ -106,14 +127,15 @@ def _sequences(
             break
     count = min(wanted, len(ids) // body)
     if count == 0:
+        without = f" ({rows_left_out(left_out)})" if left_out else ""
         raise CorpusError(
-            f"corpus {name}: its {part} part has {len(ids)} tokens in {len(documents)} documents, "
+            f"corpus {name}: its {part} part has {len(ids)} tokens in {len(documents)} documents{without}, "
             f"one sequence needs {seq_len}; use a longer text or lower {setting_name('seq_len')}"
         )
     sequences = torch.frombuffer(ids, dtype=torch.long)[: count * body].clone().view(count, body)
     if start is not None:
         sequences = torch.cat([torch.full((count, 1), start), sequences], dim=1)
-    return sequences
+    return sequences, left_out
 
 
 def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, start: int | None) -> Iterator[list[int]]:
@@ -141,18 +163,20 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
             raise CorpusError(
                 f"{document.place}: the model's chat template refuses this conversation: {error}"
             ) from None
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return replaced(text)
 
 
-def _part(name: str, tokenizer: PreTrainedTokenizerBase, part: Part, characters: int) -> list[Document]:
-    """Return the distinct documents of one part; stop reading a large source after about ``characters`` of the part."""
+def _part(name: str, tokenizer: PreTrainedTokenizerBase, part: Part, characters: int) -> tuple[list[Document], int]:
+    """Return the distinct documents of one part, and how many rows without text were left out; stop reading a large
+    source after about ``characters`` of the part."""
     streamed, source = open_text(name, tokenizer)
-    budget = int(characters / SHARES[part])
-    if not streamed:
-        budget = max(budget, _READ_ALWAYS)
+    budget = _budget(part, characters, streamed=streamed)
     unique: dict[bytes, Document] = {}
-    read = 0
+    read = left_out = 0
     for document in source:
+        if document.empty:
+            left_out += 1
+            continue
         unique.setdefault(document.digest, document)
         read += document.size
         if read >= budget:
@@ -160,8 +184,14 @@ def _part(name: str, tokenizer: PreTrainedTokenizerBase, part: Part, characters:
     documents = list(unique.values())
     if all(document.part != "train" for document in documents):
         # With only one or two documents, all may belong to the small parts; the train part then takes them all.
-        return documents if part == "train" else []
-    return [document for document in documents if document.part == part]
+        return (documents if part == "train" else []), left_out
+    return [document for document in documents if document.part == part], left_out
+
+
+def _budget(part: Part, characters: int, *, streamed: bool) -> int:
+    """How many characters of a source are read for ``characters`` of a part; of a file always the same beginning."""
+    budget = int(characters / SHARES[part])
+    return budget if streamed else max(budget, _READ_ALWAYS)
 
 
 def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -29,6 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.errors import CorpusError
 from lbllm.files import new_file, write_file
+from lbllm.json_input import decode_object
 from lbllm.machine import bfloat16_products
 from lbllm.models.blocks import check_length
 from lbllm.places import ASSETS
@@ -186,14 +188,17 @@ def sample_corpus(
 ) -> Iterator[int]:
     """Write about ``tokens`` sampled tokens to ``out`` (.jsonl.gz); yields the tokens done after each batch of rows.
 
-    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call continues from there. Several
+    Each finished batch lies in ``out``'s folder as ``<name>.part<k>``; a second call with the same model and settings
+    continues from there, one with others raises CorpusError. A damaged part is sampled again. Several
     processes may work on one file, each on its own batches; the last one to finish writes it. Small batches on one
     thread each (OMP_NUM_THREADS=1) make better use of the cores than one process on all of them.
     """
     check_length(model, length, "--length")
-    if out.exists():
-        raise CorpusError(f"{out} exists already; delete it, or choose another --out")
+    _check_out(out)
     parts = [out.with_name(f"{out.name}.part{index}") for index in range(-(-tokens // (batch * length)))]
+    mark = _settings_hash(model, tokenizer, length, batch, seed, questions, temperature)
+    for part in parts:
+        _read_part(part, mark)
     for index, part in enumerate(parts):
         with _lock_of(part).open("ab") as lock:
             try:
@@ -204,7 +209,7 @@ def sample_corpus(
                 lock.close()
                 _lock_of(part).unlink()
                 return
-            if not part.exists():
+            if _read_part(part, mark) is None:
                 rows = list(
                     sample_rows(
                         model,
@@ -216,24 +221,75 @@ def sample_corpus(
                         temperature=temperature,
                     )
                 )
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_file(part, lines.encode())
+                _write_part(part, mark, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         yield sum(part.exists() for part in parts) * batch * length
     with _lock_of(out).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all(part.exists() for part in parts):
             return  # another process still works on a batch, or has just written the file
+        _check_out(out)
         with (
             new_file(out) as file,
             file.open("wb") as raw,
             gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
         ):
             for part in parts:
-                packed.write(part.read_bytes())
+                rows_of = _read_part(part, mark)
+                if rows_of is None:
+                    raise CorpusError(f"{part} was damaged just now; sample again to make it anew")
+                packed.write(rows_of)
         for part in parts:
             part.unlink()
             _lock_of(part).unlink()
     _lock_of(out).unlink(missing_ok=True)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists():
+        raise CorpusError(f"{out} exists already; delete it, or choose another --out")
+
+
+def _settings_hash(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    batch: int,
+    seed: int,
+    questions: Sequence[str],
+    temperature: float,
+) -> str:
+    """A hash over all that decides what is sampled."""
+    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in model.named_parameters()}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    sampled = [length, batch, seed, list(questions), temperature]
+    text = json.dumps([weights, vocabulary, tokenizer.chat_template, sampled], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _write_part(part: Path, mark: str, rows: bytes) -> None:
+    """Write the rows of a batch after a line with the hashes of the settings and of the rows."""
+    head = {"settings": mark, "sha256": hashlib.sha256(rows).hexdigest()}
+    write_file(part, json.dumps(head).encode() + b"\n" + rows)
+
+
+def _read_part(part: Path, mark: str) -> bytes | None:
+    """The rows of a finished batch; None if it is missing or damaged, so that it is sampled again. Raises CorpusError
+    if it was sampled with other settings."""
+    try:
+        head, _, rows = part.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    try:
+        stated = decode_object(head)
+    except ValueError:
+        return None
+    # A part of version 0.2 begins with its first row.
+    if "kind" in stated or ("settings" in stated and stated["settings"] != mark):
+        raise CorpusError(
+            f"{part} was sampled from another model, with other settings or by an earlier version; give the same "
+            "settings to continue it, choose another --out, or delete the parts to begin anew"
+        )
+    return rows if stated == {"settings": mark, "sha256": hashlib.sha256(rows).hexdigest()} else None
 
 
 def _lock_of(path: Path) -> Path:

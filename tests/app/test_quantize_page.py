@@ -196,6 +196,14 @@ def test_a_bad_file_gets_the_engines_message_and_changes_nothing(app: AppTest) -
     assert settings(app).seed == 3
 
 
+@pytest.mark.parametrize("start", ["/etc", "../..", "/tmp/checkpoint", "~"])
+def test_a_file_cannot_start_from_a_path_outside_the_root(app: AppTest, start: str) -> None:
+    before = settings(app)
+    upload(app, json.dumps({"start": start, "stages": ["e2e"]}).encode())
+    assert "outside" in said(app.error)
+    assert settings(app) == before
+
+
 def test_a_file_cannot_name_a_path_outside_the_root(app: AppTest) -> None:
     upload(app, json.dumps({"model": "/etc", "corpus": "/etc/passwd"}).encode())
     assert "lies outside" in said(app.error)

@@ -126,7 +126,16 @@ def test_bad_values_are_named(terminal: Terminal, tmp_path: Path, arguments: lis
 
 def test_settings_files(terminal: Terminal, tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
-    for content, complaint in [("{", "not valid JSON"), ("[1]", "list"), ('{"wat": {"epoch": 2}}', "wat.epoch")]:
+    layers = [f'"*.{number}": {{"group_size": 16}}' for number in range(100_000)]
+    for content, complaint in [
+        ("{", "not valid JSON"),
+        ("[1]", "list"),
+        ('{"wat": {"epoch": 2}}', "wat.epoch"),
+        ('{"preset": [], "wat": {"epoch": 2}}', "wat.epoch"),
+        ('{"a":' * 900 + "1" + "}" * 900, "nested more than 8 levels"),
+        ('{"quant": {"overrides": {%s}}}' % ", ".join(layers), "more than 1 MB"),
+        ('{"quant": {"overrides": {%s}}}' % ", ".join(layers[:2_000]), "at most 1,000"),
+    ]:
         file.write_text(content)
         result = terminal("estimate", "--config", str(file))
         assert result.code == 1
@@ -186,6 +195,32 @@ def test_evaluate_on_too_short_or_missing_text(terminal: Terminal, tmp_path: Pat
         result = terminal("evaluate", "--model", terminal.model, "--text", name, "--json")
         assert result.code == 1
         assert name in result.document["error"]
+
+
+def test_evaluate_refuses_what_training_refuses_and_counts_rows_without_text(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    for name in ("a.json", "a.csv", "a.parquet"):
+        (tmp_path / name).write_text(Path(terminal.text).read_text())
+        result = terminal("evaluate", "--model", terminal.model, "--text", str(tmp_path / name), "--seq-len", "32")
+        assert result.code == 1
+        assert f"can't read text from a {Path(name).suffix} file" in result.err
+    rows = [{"text": line} for line in SENTENCES * 3] + [{"text": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = (
+        "evaluate",
+        "--model",
+        terminal.model,
+        "--text",
+        str(tmp_path / "a.jsonl"),
+        "--seq-len",
+        "32",
+        "--json",
+    )
+    result = terminal(*arguments)
+    assert result.code == 0
+    assert result.document["windows"] > 2
+    assert "1 row without text was left out" in result.err
 
 
 def test_chat_one_shot(terminal: Terminal) -> None:

@@ -139,3 +139,38 @@ def test_layers_that_share_a_quantizer_are_stored_one_by_one(tmp_path: Path) -> 
     loaded = store.load("aar", 0)
     assert loaded is not None
     assert torch.equal(loaded.tensors["0.act"], loaded.tensors["1.act"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("0.params", None),
+        ("1.index", None),
+        ("0.params", torch.rand(6, 2, 4)),
+        ("0.params", torch.rand(6, 3, 2)),
+        ("0.index", torch.full((6, 20), 4, dtype=torch.uint8)),
+        ("0.index", torch.zeros(6, 20)),
+        ("0.index", torch.zeros(20, 6, dtype=torch.uint8)),
+        ("1.act", torch.ones(1, 3)),
+        ("1.act", torch.ones(4)),
+        ("0.latent", torch.rand(20, 6)),
+        ("0.scale", torch.rand(6).half()),
+    ],
+)
+def test_a_state_of_other_layers_is_refused(name: str, tensor: torch.Tensor | None, tmp_path: Path) -> None:
+    tensors = block_state().tensors
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    with pytest.raises(CheckpointError, match=rf"the state of {name[0]}: .*delete the file and resume"):
+        restore(block(), dict.fromkeys("01", FORMAT), tensors, 3)
+
+
+def test_a_damaged_state_is_told_in_a_short_message(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    header = b'{"__metadata__": "' + b"a" * 100_000 + b'"}'
+    store.path("ptq", 0).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=r"ptq-0000\.safetensors is damaged .*delete it and resume") as raised:
+        store.load("ptq", 0)
+    assert len(str(raised.value)) < 500

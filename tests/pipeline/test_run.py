@@ -170,6 +170,17 @@ def test_perplexities_on_the_held_out_text_come_as_they_become_known_and_once(te
             assert event.tokens == windows[:, 1:].numel()
     again = list(pipeline.run(config, folder, request=lambda: None, teacher=teacher))
     assert not any(isinstance(event, Evaluated) for event in again)
+    # What is damaged is measured again; a damaged precision is chosen again.
+    measured = [event for event in events if isinstance(event, Evaluated)]
+    file = folder / "blocks" / "evaluated.json"
+    whole = file.read_bytes()
+    place = whole.index(b"teacher") + 11
+    (folder / "precision").write_bytes(b"no\n")
+    for damaged in (b"", whole[: len(whole) // 2], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+        file.write_bytes(damaged)
+        again = list(pipeline.run(config, folder, request=lambda: None, teacher=teacher))
+        assert [event for event in again if isinstance(event, Evaluated)] == measured
+        assert file.read_bytes() == whole
 
 
 SUBSETS = [

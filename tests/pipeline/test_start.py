@@ -339,6 +339,29 @@ def test_a_checkpoint_from_before_there_were_ranges_goes_on_with_one_a_token(
     assert [event.stage for event in events if isinstance(event, BlockDone)] == ["e2e"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant": {"format": "w1+1", "colour": "red"}},
+        {"quant": []},
+        {"quant": None},
+        {"provenance": "x"},
+        {"provenance": [1]},
+        {"provenance": {"model": 5}},
+        {"quant": {"group_size": 10**30}},
+    ],
+)
+def test_a_format_that_cannot_be_read_is_one_message(checkpoint: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    document = json.loads((checkpoint / "config.json").read_text())
+    document["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"config\.json: its quantization_config can't be read .*copy") as raised:
+        settings_to_go_on(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_from_a_run_in_the_store_to_a_card_that_tells_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
     store = RunStore()

@@ -24,7 +24,7 @@ from benchmarks.kill_resume import compare, hashes
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import CorpusError, RunError
 from lbllm.events import Acknowledged, RunDone, RunFailed, RunQueued, RunStarted, RunStopped, StepMetric
-from lbllm.pipeline.worker import failure_message
+from lbllm.pipeline.worker import Requests, failure_message
 from lbllm.runs.store import Request, Run, RunStore, State
 from lbllm.sections import STAGES
 from tests.helpers import ROOT, waiting
@@ -174,7 +174,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 sys.argv[0] = "-m"  # as in our own commands: no import of what isn't needed
 from lbllm.config import RunConfig
-from lbllm.pipeline.worker import failure_message
+from lbllm.pipeline.worker import Requests, failure_message
 folder, tensor = Path(sys.argv[1]), torch.zeros(100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (
@@ -248,11 +248,32 @@ def test_a_store_that_can_take_no_more_ends_the_worker_and_nothing_else(store: R
     assert "free some space" in told
     assert kinds(store, run) == ["run_queued"]
     assert store.get(run.id).state == "interrupted"
+    # The reason is in a file that had its room from the start.
+    reason = store.get(run.id).failure
+    assert reason is not None
+    assert "can't be written" in reason
     with another_run_at_work(store):
         resumed = store.resume(run.id)
         assert store.get(run.id).state == "queued"
+        assert store.get(run.id).failure is None
         store.request(run.id, "stop")
         assert resumed.wait(60) == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"stopp", b"stop" * 10_000])
+def test_a_damaged_request_asks_for_nothing_and_the_next_one_is_heard(store: RunStore, content: bytes) -> None:
+    run = store.create(RunConfig())
+    asked = Requests(store, run)
+    (run.folder / "request").write_bytes(content)
+    assert asked._asked() is None
+    for written, request in ((b"stop\n", "stop"), (b"cancel", "cancel")):
+        (run.folder / "request").write_bytes(written)
+        assert asked._asked() == request
+
+
+def test_a_failure_can_always_be_stored() -> None:
+    message = failure_message(CorpusError("row \ud800"), RunConfig(), Path("store/a-run"))
+    assert RunFailed(message=message).message == "row ?"
 
 
 # Whole runs of a tiny model.

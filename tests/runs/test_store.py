@@ -256,7 +256,7 @@ def test_one_worker_a_run(store: RunStore) -> None:
         store.start(run_id)
 
 
-@pytest.mark.parametrize("end", [[], [STARTED, DONE], [STARTED, RunStopped(request="cancel")]])
+@pytest.mark.parametrize("end", [[STARTED, DONE], [STARTED, RunStopped(request="cancel")]])
 def test_only_an_unfinished_run_can_be_resumed(store: RunStore, end: list[Event]) -> None:
     run_id = store.create(RunConfig()).id
     for event in end:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import CorpusError
-from lbllm.texts.sampling import draw, sample_rows
+from lbllm.texts.sampling import draw, sample_corpus, sample_rows
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import tiny
 
@@ -63,3 +68,46 @@ def test_questions_need_a_chat_template() -> None:
     tokenizer.chat_template = None
     with pytest.raises(CorpusError, match="chat template, which this one lacks"):
         next(sample_rows(model, tokenizer, rows=1, length=8, seed=0, questions=["Why?"]))
+
+
+def some_parts(out: Path, **changes: Any) -> list[Path]:
+    """Sample the first of three batches."""
+    model, tokenizer = tiny("llama", seed=changes.pop("model", 0))
+    settings: dict[str, Any] = {"tokens": 3 * 4 * 16, "length": 16, "batch": 4} | changes
+    next(sample_corpus(model, tokenizer, out, **settings))
+    return sorted(out.parent.glob("*.part?"))
+
+
+def whole(out: Path, **changes: Any) -> bytes:
+    model, tokenizer = tiny("llama")
+    list(sample_corpus(model, tokenizer, out, **{"tokens": 3 * 4 * 16, "length": 16, "batch": 4} | changes))
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    return gzip.decompress(out.read_bytes())
+
+
+def test_parts_are_continued_with_the_same_settings_alone(tmp_path: Path) -> None:
+    for folder in ("once", "twice"):
+        (tmp_path / folder).mkdir()
+    once, twice = (tmp_path / folder / "out.jsonl.gz" for folder in ("once", "twice"))
+    (part,) = some_parts(twice)
+    before = part.read_bytes()
+    for change in ({"seed": 1}, {"temperature": 0.5}, {"questions": ["Why?"]}, {"model": 1}, {"batch": 3}):
+        with pytest.raises(CorpusError, match=r"out\.jsonl\.gz\.part0 was sampled from another model"):
+            some_parts(twice, **change)
+    assert part.read_bytes() == before
+    rows = whole(twice)
+    assert rows == whole(once)
+    assert [json.loads(line).keys() for line in rows.splitlines()] == [{"kind", "text"}] * 12
+
+
+def test_a_damaged_part_is_sampled_again_and_one_of_an_earlier_version_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl.gz"
+    (part,) = some_parts(out)
+    data = part.read_bytes()
+    for damaged in (b"", data[:50], data[:-5], data[:-5] + b"xxxxx", b"\xff" * 100):
+        part.write_bytes(damaged)
+        some_parts(out)
+        assert part.read_bytes() == data
+    part.write_bytes(data.partition(b"\n")[2])
+    with pytest.raises(CorpusError, match="by an earlier version"):
+        some_parts(out)
