@@ -34,9 +34,8 @@ def complete_config(config: PretrainedConfig, metadata: dict[str, Any], file: Pa
         if hasattr(config, setting) and f"blk.0.{layer}.bias" in tensors:
             setattr(config, setting, True)
     _complete_rotation(config_any, tensors, file)
-    known: dict[str, Any] = (
-        GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(str(config_any.model_type)) or {}
-    )
+    mapping: Any = GGUF_CONFIG_MAPPING
+    known = mapping.get(architecture) or mapping.get(str(config_any.model_type)) or {}
     for key, value in metadata.items():
         prefix, _, name = key.partition(".")
         if prefix == architecture and known.get(name) is None and not _is_kept(config_any, name, value):
