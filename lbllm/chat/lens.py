@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.chat.stream import Messages, prompt_ids, room_for
 from lbllm.errors import ModelError
+from lbllm.models.tokens import check_ids
 
 TOP = 5
 TOKENS = 512
@@ -114,8 +115,10 @@ def lens(
             f"the lens compares models with the same vocabulary; these have {sizes[0]} and {sizes[1]} tokens. "
             "Choose a student and the teacher it was made from"
         )
+    text = text.encode("utf-8", "replace").decode("utf-8")  # halves of characters
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     own: Tensor = encoded["input_ids"].long()
+    check_ids(teacher, tokenizer, own)
     if own.shape[1] == 0:
         raise ModelError("the text is empty: the lens needs at least one token")
     before = prompt_ids(tokenizer, messages, template=template) if messages else own[:, :0]

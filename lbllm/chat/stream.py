@@ -7,6 +7,7 @@ random state does not change.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -30,9 +30,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from lbllm.chat.generation import chat_generation
 from lbllm.chat.settings import REPETITION_PENALTY, TEMPERATURE, TOP_P
 from lbllm.errors import ModelError
 from lbllm.models.blocks import context_length
+from lbllm.models.chat_template import render
+from lbllm.models.tokens import check_ids
 
 Messages = list[dict[str, str]]
 
@@ -55,19 +58,17 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, templ
     """Return the prompt for a model: the messages in its chat template, or joined by blank lines.
 
     ``messages``: {"role": "system" | "user" | "assistant", "content": str} in order. Without a chat template, or with
-    ``template`` off, the model continues the text. Raises ModelError if the template refuses the messages.
+    ``template`` off, the model continues the text. Raises ModelError if the template refuses the messages or fails.
     """
     if tokenizer.chat_template is None or not template:
         return "\n\n".join(message["content"] for message in messages)
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise ModelError(f"the model's chat template refuses these messages: {error}") from None
+    return render(tokenizer, messages, add_generation_prompt=True)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> Tensor:
     """Return the token ids (1, T), int64, of ``prompt_text``. Raises ModelError if there are no tokens."""
     text = prompt_text(tokenizer, messages, template=template)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # halves of characters, as in the texts of a run
     # A chat template already contains the special tokens.
     plain = tokenizer.chat_template is None or not template
     encoded: Any = tokenizer(text, add_special_tokens=plain, return_tensors="pt")
@@ -95,9 +96,12 @@ def stream(
     ``temperature`` 0 is greedy decoding. ``repetition_penalty`` above 1 makes tokens less likely that the answer (not
     the prompt) already contains. With ``template`` off, a chat model continues the plain text. Setting ``stop``, or
     closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
-    Raises ModelError if the prompt fills the context.
+    The model's own generation settings count where they fit a chat (``chat_generation``). Raises ModelError if the
+    prompt fills the context.
     """
-    ids = prompt_ids(tokenizer, messages, template=template).to(model.device)
+    ids = prompt_ids(tokenizer, messages, template=template)
+    check_ids(model, tokenizer, ids)
+    ids = ids.to(model.device)
     room = room_for(model, ids.shape[1])
     if room <= 0:
         raise ModelError(
@@ -116,25 +120,22 @@ def stream(
             processors.append(TopPLogitsWarper(top_p))
         processors.append(_Gumbel(seed))
 
+    settings = chat_generation(model, tokenizer, min(max_new_tokens, room))
+    # generate() fills what the given settings leave open from those of the model: a second view of the same model,
+    # with its own attributes, has these alone, and the model keeps its settings for whoever saves it.
+    generator: Any = copy.copy(model)
+    generator.generation_config = copy.deepcopy(settings)
+
     def generate() -> None:
         try:
-            generator: Any = model  # typed as a plain tensor by nn.Module's attribute lookup
             generator.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                tokenizer=tokenizer,  # for stop strings
                 streamer=_Pieces(tokenizer, pieces),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
-                max_new_tokens=min(max_new_tokens, room),
-                eos_token_id=_end_ids(model, tokenizer),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                num_beams=1,
-                do_sample=False,
-                # A model's own sampling settings would only cause warnings here.
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
+                generation_config=settings,
             )
             pieces.put(None)
         except BaseException as error:
@@ -218,11 +219,3 @@ def room_for(model: PreTrainedModel, tokens: int) -> int:
     If the model's config has no context length, 2^20 tokens are assumed.
     """
     return (context_length(model) or 1 << 20) - tokens
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Return the ids of the tokens that end an answer, from the generation settings and the tokenizer."""
-    known = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = known if isinstance(known, list) else [known]
-    ids = {token for token in [*listed, tokenizer.eos_token_id] if isinstance(token, int)}
-    return sorted(ids) or None

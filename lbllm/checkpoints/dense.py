@@ -29,7 +29,7 @@ def dense_copy(packed: PreTrainedModel) -> PreTrainedModel:
     config.dtype = torch.bfloat16
     with quiet():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.load_state_dict(_tensors(packed, model), assign=True)
         model.tie_weights()
     model.generation_config = packed.generation_config

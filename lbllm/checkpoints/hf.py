@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,7 +31,7 @@ from lbllm.config import setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.models.loading import quiet
+from lbllm.models.loading import FileFault, load_model, quiet, settle_tied_weights
 from lbllm.quant.kv_cache import KeepBits, KVLayer, PackedKVLayer, leave_no_cache, with_bits
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
@@ -90,6 +90,7 @@ class LbllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
+        settle_tied_weights(model)
         speed_up(model)
         return model
 
@@ -221,28 +222,24 @@ def load(
     folder = Path(folder)
     _check_files(folder)
     try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
-            )
+        model = load_model(folder, guard=GUARD, dtype=dtype)
     except CheckpointError:
         raise
+    except FileFault as fault:
+        raise CheckpointError(f"{folder}: {fault}; {CORRUPT}") from None
     except Exception as error:
         raise CheckpointError(f"{folder}: can't be loaded ({type(error).__name__}: {error}); {CORRUPT}") from error
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}; {CORRUPT}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
-    model = model.to(device).eval()
+    placed: Any = model  # its own method is typed for no arguments
+    placed = placed.to(device).eval()
     memory.trim()
-    return model, tokenizer
+    return placed, tokenizer
 
 
 def _check_files(folder: Path) -> None:
@@ -259,7 +256,11 @@ def _check_files(folder: Path) -> None:
             f"{folder} was not packed by LBLLM (quant_method in its config.json is not {METHOD!r}); give the folder of "
             "a packed checkpoint"
         )
-    stated = json.loads(config.read_text())["quantization_config"]
+    document = json.loads(config.read_text())
+    stated = document["quantization_config"]
+    # transformers would read another file than the one whose hash is checked.
+    if document.get("transformers_weights", GUARD) != GUARD:
+        raise CheckpointError(f"{config} names another weights file than {WEIGHTS}; {CORRUPT}")
     if stated.get("version") != VERSION:
         raise CheckpointError(_other_version(str(config), stated.get("version")))
     if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):

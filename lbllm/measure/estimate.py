@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.machine import check_device, fastest_matmul_rate, free_memory
+from lbllm.machine import check_device, fastest_matmul_rate, free_memory, has_bfloat16
 from lbllm.models.blocks import FORWARD_TOKENS, check_length, check_supported, linear_weight
 from lbllm.models.teacher import skeleton
 from lbllm.quant.levels import LEVELS, group_length
@@ -30,8 +30,8 @@ from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.aar import CLIPS, KNEES
 
 # Memory, in bytes.
-PROGRAM = 660_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
-LOGITS = 5  # per token of one sequence and vocabulary entry: the first pass through the whole model
+PROGRAM = 620_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
+LOGITS = 8  # per token of one sequence and vocabulary entry: logits and their logarithms while a model is measured
 STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # copies of all tokens' hidden states: while a block runs forward, or trains
 FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
 TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
@@ -43,7 +43,8 @@ AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded w
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
-E2E_LOGITS = 40  # per token of one sequence and vocabulary entry: both models' logits, the loss and its gradient
+E2E_LOGITS = 4  # numbers per token of one sequence and vocabulary entry: both models' logits and two gradients
+E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
 
 # Time, in FLOPs: a forward pass takes 2 per weight and token, a backward pass 4.
 PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
@@ -234,16 +235,23 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
     text = model.config.get_text_config()
     moments = [
         {"weights file being read": read * model.num_parameters()},
-        {"logits of one sequence": LOGITS * config.seq_len * text.vocab_size},
+        {
+            "logits of one sequence": LOGITS * config.seq_len * text.vocab_size,
+            "packed model being measured": disk_bytes
+            + 4 * (model.num_parameters() - sum(layer.weights for layer in layers)),
+        },
         {"checkpoint being written": 2 * disk_bytes},
     ]
     for stage in config.stages:
         settings = getattr(config, stage)
         if stage == "e2e":
             kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
-            logits = E2E_LOGITS * config.e2e_seq_len * text.vocab_size
+            number = 2 if has_bfloat16() or config.device not in ("auto", "cpu") else 4
+            each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
+            logits = each_logit * config.e2e_seq_len * text.vocab_size
+            head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products
             each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
-            training = each * sum(layer.weights for layer in layers)
+            training = each * sum(layer.weights for layer in layers) + head
             moments.append({activations: kept, "logits of one sequence": logits, "weights in training": training})
             continue
         stream = 4 * text.hidden_size * config.seq_len * math.ceil(settings.tokens / config.seq_len)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,8 +34,11 @@ from lbllm.models.blocks import check_supported, decoder_blocks, linear_layers, 
 from lbllm.models.catalogue import EMBEDDED_PRECISION
 from lbllm.models.gguf import converted_folder, gguf_model_config, read_metadata
 from lbllm.models.gguf import precision as gguf_precision
-from lbllm.models.loading import quiet
+from lbllm.models.loading import FileFault, load_model, quiet, read_config
+from lbllm.models.sizes import check_sizes
 from lbllm.models.source import GATED, ModelSource, dense_place, resolve
+from lbllm.models.stored import untie_stored_head
+from lbllm.models.tokens import check_tokenizer, embedding_rows
 from lbllm.places import home
 
 _COPY = "its files are damaged, give another copy of the model"
@@ -81,37 +83,13 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
         _check_weights(Path(place))
     placement = {} if device == "cpu" else {"device_map": device}
     try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=offline,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below
-                **placement,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        model = load_model(place, offline=offline, config=config, dtype=dtype, **placement)
+    except FileFault as fault:
+        raise ModelError(f"{name}: {fault}; {_COPY}") from None
+    except Exception as error:  # whatever a foreign config or file makes the libraries do
         raise _load_error(name, error) from error
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(
-            f"{name}: {len(report['missing_keys'])} weights are missing from its files, e.g. {missing}; {_COPY}"
-        )
-    if report["mismatched_keys"]:
-        (key, stored, wanted), *_ = sorted(report["mismatched_keys"])
-        raise ModelError(f"{name}: {key} has shape {tuple(stored)}, but config.json requires {tuple(wanted)}; {_COPY}")
     tokenizer = _tokenizer(name, place, offline)
-    rows = model.get_input_embeddings().num_embeddings
-    # Added tokens don't count: some models have added tokens that their texts never use.
-    if tokenizer.vocab_size > rows:
-        raise ModelError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, but its embeddings have {rows}; put the "
-            "tokenizer of the same model beside its weights"
-        )
+    check_tokenizer(name, tokenizer, embedding_rows(model))
     return Teacher(
         name=name,
         model=model.eval().requires_grad_(False),
@@ -133,15 +111,23 @@ def skeleton(name: str) -> PreTrainedModel:
     ``config.dtype`` is the dtype of the stored weights.
     """
     source = resolve(name)
+    folder: Path | None = None
     if source.kind in ("embedded", "gguf"):
         file = Path(source.place)
         folder = converted_folder(file, home() / "models")
         config = _checked_config(name, str(folder), True) if folder.is_dir() else gguf_model_config(file)
     else:
-        config = _checked_config(name, *dense_place(source))
+        place, offline = dense_place(source)
+        config = _checked_config(name, place, offline)
+        folder = Path(place) if source.kind == "folder" else None
     stored = config.dtype
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # whatever a foreign config makes transformers do
+        raise _load_error(name, error) from error
+    if folder is not None:
+        untie_stored_head(model, folder)
     model.config.dtype = stored  # from_config sets it to float32
     return model.eval()
 
@@ -198,8 +184,12 @@ def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
     if offline and Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise ModelError(f"folder {place} has no config.json; give a model folder written by save_pretrained")
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_sizes(read_config(place, offline))
+        with quiet():
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=offline)
+    except FileFault as fault:
+        raise ModelError(f"{name} can't be loaded: {fault}; {_COPY}") from None
+    except Exception as error:  # whatever a foreign config makes transformers do
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{name} needs custom code, which never runs here; "
@@ -208,7 +198,8 @@ def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
         raise _load_error(name, error) from error
     quantized: Any = getattr(config, "quantization_config", None)
     if quantized is not None:
-        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+        stated = quantized if isinstance(quantized, dict) else vars(quantized)
+        method = stated.get("quant_method", "?")
         raise ModelError(f"{name} is already quantized ({method}); give the dense model it was made from")
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{name} is of type {config.model_type}, which is not a decoder-only language model")
@@ -266,7 +257,10 @@ def _licence(source: ModelSource, place: str) -> str:
         return f"see https://huggingface.co/{source.place}"
     stated = Path(place) / "source.json"
     if stated.is_file():
-        return str(json.loads(stated.read_text())["licence"])
+        try:
+            return str(json.loads(stated.read_text())["licence"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "not stated in the folder"
     card = Path(place) / "README.md"
     match = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
     return match.group(1) if match else "not stated in the folder"

@@ -14,6 +14,7 @@ from lbllm.checkpoints.hf import load
 from lbllm.config import RunConfig
 from lbllm.errors import CorpusError
 from lbllm.events import Event
+from lbllm.models.loading import settle_tied_weights
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import run as pipeline
 from lbllm.texts.corpus import Corpus, sequences_hash
@@ -52,8 +53,13 @@ def quantize(
 
 
 def _teacher(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a float32 copy in eval mode without gradients; it shares weights that are already float32."""
+    """Return a float32 copy in eval mode without gradients; it shares weights that are already float32.
+
+    Its config says whether its output head is its embeddings, whatever that of the given model says.
+    """
     memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     frozen: PreTrainedModel = copy.deepcopy(model, memo)
-    return frozen.float().eval()
+    frozen = frozen.float().eval()
+    settle_tied_weights(frozen)
+    return frozen

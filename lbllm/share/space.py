@@ -27,6 +27,7 @@ from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, R
 from lbllm.extras import installation
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import HUB_ID, HUB_LICENCES, model_title
+from lbllm.models.gguf_parts import all_parts
 from lbllm.models.source import hub_id as hub_id_of
 from lbllm.places import APP, ASSETS, BUNDLE
 from lbllm.templates import environment
@@ -112,7 +113,11 @@ def _put_teacher(name: str, out: Path) -> str:
         # The showcase shows the name of its file.
         target = out / _TEACHER / (f"{model_title(name)}.gguf" if source.kind == "embedded" else place.name)
         target.parent.mkdir()
-        shutil.copyfile(place, target)
+        parts = all_parts(place)
+        if len(parts) > 1:  # a model in several files is found by any of them
+            target = target.with_name(parts[0].name)
+        for part in parts:
+            shutil.copyfile(part, target if part == parts[0] else target.with_name(part.name))
         return target.relative_to(out).as_posix()
     return name
 
