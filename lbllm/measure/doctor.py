@@ -260,8 +260,12 @@ def _runs() -> Lines:
         found = database.query("PRAGMA quick_check")
     finally:
         database.close()
-    sound = found == [("ok",)]
-    yield "run store", "ok" if sound else "fault", str(folder / "runs.db") if sound else f"damaged: {found[0][0]}", ""
+    if found != [("ok",)]:
+        yield "run store", "fault", f"damaged: {found[0][0]}", ""
+    elif database.repaired is not None:
+        yield "run store", "note", database.repaired, ""
+    else:
+        yield "run store", "ok", str(folder / "runs.db"), ""
     states = [run.state for run in RunStore(folder).all()]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     yield "runs", "ok", counted or "none", ""

@@ -191,10 +191,12 @@ def _questions_of(file: Path) -> list[dict[str, Any]]:
     for place, row in json_rows(file):
         try:
             # Lone surrogates are replaced in every text of the row.
-            found.append(_hub_form(json.loads(replaced(json.dumps(row, ensure_ascii=False)))))
+            question = _hub_form(json.loads(replaced(json.dumps(row, ensure_ascii=False))))
+            fields = question.keys()
         except (TypeError, ValueError, LookupError, AttributeError, RecursionError):
             raise CorpusError(f"{place}: not a question in the form of this file; copy it again") from None
-        if found[-1].keys() != found[0].keys():
+        found.append(question)
+        if fields != found[0].keys():
             raise CorpusError(f"{place}: its fields are not those of the first question; copy the file again")
     if not found:
         raise CorpusError(f"{file} has no questions; copy it again")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.measure.zero_shot import TASKS, likelihoods, task_names, zero_shot
+from lbllm.measure.zero_shot import TASKS, _questions_of, likelihoods, task_names, zero_shot
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
@@ -192,3 +192,25 @@ def test_questions_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CorpusError, match=r"task piqa: baber/piqa can't be read from the hub.*tasks/piqa_validation"):
         list(zero_shot(*tiny("llama"), ["piqa"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no questions"),
+        (b'{"question_stem": "a", "choices": ["x", "y"], "label": 0}\n[1]\n', "line 2: not a question"),
+        (b'{"question_stem": "a", "choices": ["x", "y"], "label": 5}\n', "line 1: not a question"),
+        (b'{"question_stem": "a", "choices": 3, "label": 0}\n', "line 1: not a question"),
+        (b'{"goal": "a"}\n{"sol1": "b"}\n', "line 2: its fields are not those of the first question"),
+        (b"{", "line 1: not JSON"),
+        (b'{"goal": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_a_damaged_file_of_questions_is_one_message(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "piqa_validation.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(CorpusError, match=message) as raised:
+        _questions_of(path)
+    assert str(path) in str(raised.value)
+    path.write_bytes(gzip.compress(json.dumps({"goal": "a\ud800"}).encode()))
+    assert _questions_of(path) == [{"goal": "a?"}]
