@@ -42,13 +42,15 @@ class ChatPiece:
     """New text and the measurements so far.
 
     ``first_token_seconds``: from the call to the first token; this includes reading the prompt. ``tokens_per_second``:
-    the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far.
+    the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far. ``cut``: the limit of
+    tokens was reached before the model had ended its answer.
     """
 
     text: str
     tokens_per_second: float
     first_token_seconds: float
     tokens: int
+    cut: bool = False
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
@@ -106,6 +108,7 @@ def stream(
         )
     stop = stop or threading.Event()
     closed = threading.Event()
+    limit, ends = min(max_new_tokens, room), _end_ids(model, tokenizer)
     pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
     processors = LogitsProcessorList()
     if repetition_penalty > 1:
@@ -122,11 +125,11 @@ def stream(
             generator.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=_Pieces(tokenizer, pieces),
+                streamer=_Pieces(tokenizer, pieces, limit, ends or []),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
-                max_new_tokens=min(max_new_tokens, room),
-                eos_token_id=_end_ids(model, tokenizer),
+                max_new_tokens=limit,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 num_beams=1,
                 do_sample=False,
@@ -179,10 +182,16 @@ class _Pieces(BaseStreamer):
     """Turns tokens into pieces of text. Bytes of an incomplete character wait until it is complete."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, pieces: queue.SimpleQueue[ChatPiece | BaseException | None]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pieces: queue.SimpleQueue[ChatPiece | BaseException | None],
+        limit: int,
+        ends: list[int],
     ) -> None:
         self.tokenizer = tokenizer
         self.pieces = pieces
+        self.limit = limit
+        self.ends = ends
         self.tokens: list[int] | None = None
         self.written = 0
         self.started = time.monotonic()
@@ -202,13 +211,15 @@ class _Pieces(BaseStreamer):
             self._write(complete)
 
     def end(self) -> None:
-        self._write(str(self.tokenizer.decode(self.tokens or [], skip_special_tokens=True)))
+        tokens = self.tokens or []
+        cut = len(tokens) >= self.limit and tokens[-1] not in self.ends
+        self._write(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), cut=cut)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, *, cut: bool = False) -> None:
         count = len(self.tokens or [])
         since = self.latest - self.first
         speed = (count - 1) / since if count > 1 and since > 0 else 0.0
-        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count))
+        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count, cut))
         self.written = max(self.written, len(text))
 
 
