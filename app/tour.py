@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app.components.browser import TOUR_COOKIE
+from app.visits import sent_cookie
 
 SEEN = "tour seen"
 STEPS = (
@@ -31,7 +32,7 @@ def show() -> bool:
     shown."""
     # The empty place remains after the tour is dismissed: otherwise all elements below would be drawn again.
     place = st.empty()
-    if st.session_state.setdefault(SEEN, TOUR_COOKIE in st.context.cookies):
+    if st.session_state.setdefault(SEEN, bool(sent_cookie(TOUR_COOKIE))):
         return False
     with place.container(border=True, key="tour"):
         *columns, last = st.columns([10, 10, 10, 3], gap="medium")

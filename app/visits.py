@@ -105,9 +105,15 @@ def _visits() -> _Visits:
     return _Visits()
 
 
+def sent_cookie(name: str) -> str:
+    """Return a cookie that the browser sent when the session began; empty if it sent none."""
+    value: object = st.context.cookies.get(name)
+    return value if isinstance(value, str) else ""
+
+
 def visit() -> Visit:
     """Return what is kept for this browser. Without a cookie it lasts as long as the session."""
-    cookie = st.context.cookies.get(COOKIE, "")
+    cookie = sent_cookie(COOKIE)
     if _VALID.fullmatch(cookie):
         return _visits().get(cookie)
     found: Visit = st.session_state.setdefault("visit", Visit())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.chat.conversation import Conversation
+from lbllm.chat.conversation import Conversation, Exchange
 from lbllm.chat.votes import VoteStore
 from lbllm.runs.database import Database
 from tests.helpers import ROOT
@@ -44,6 +45,11 @@ def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
         page.query_params["left"], page.query_params["right"] = left, right
         page.run()
         assert not page.exception
+        if any(button.key == "compare_load" for button in page.button):
+            # A link only chooses.
+            assert "compare_slots" not in page.session_state
+            assert page.chat_input(key="compare_prompt").disabled
+            page.button(key="compare_load").click().run()
         for slot in page.session_state.get("compare_slots", ()):
             assert slot.wait(60)
         page.run()
@@ -54,7 +60,7 @@ def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
 
 
 def talk(page: AppTest) -> Conversation:
-    found: Conversation = page.session_state["compare_conversation"]
+    found: Conversation = page.session_state["kept"].conversation
     return found
 
 
@@ -72,8 +78,10 @@ def ask(page: AppTest, prompt: str = "What is the capital of France?") -> AppTes
 
 def written(page: AppTest) -> str:
     """All text that the page shows."""
-    parts = [*page.markdown, *page.caption, *page.error, *page.text, *page.subheader]
-    return "\n".join(str(part.value) for part in parts)
+    parts = [*page.markdown, *page.caption, *page.error, *page.text, *page.subheader, *page.info]
+    shown = [str(part.value) for part in parts]
+    # Texts of people and models are HTML, escaped.
+    return "\n".join([*shown, *(unescape(element.proto.body) for element in page.get("html"))])
 
 
 def test_the_first_sight_explains_and_offers_prompts(opened: Open) -> None:

@@ -477,8 +477,7 @@ def test_an_unexpected_error_is_one_line_in_the_log(
 
 
 def test_a_space_may_be_framed_by_the_hub(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYSTEM", "spaces")
-    monkeypatch.setenv("SPACE_ID", "somebody/showcase")
+    monkeypatch.setattr("app.showcase.page.get_space", lambda: "somebody/showcase")
     with serve(make(MANY), host="127.0.0.1", port=free_port()) as url:
         headers = httpx.get(url).headers
     assert "x-frame-options" not in headers
