@@ -38,7 +38,7 @@ def show_exchange(exchange: Exchange) -> list[Place]:
     at = first_difference(left.text, right.text) if over and left.text and right.text else None
     places = []
     with st.container(key="compare_tabs"):
-        tabs_view(exchange.names, key="compare_tabs_view")
+        tabs_view(("Left answer", "Right answer"), key="compare_tabs_view")
     for side, (answer, column) in enumerate(zip(exchange.answers, st.columns(2, gap="medium"), strict=True)):
         with column, st.container(border=True, key=f"compare_answer_{side}"):
             completes = " · continues the text" if answer.completes else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.chat.conversation import Conversation, Exchange
+from lbllm.chat.conversation import Conversation
 from lbllm.chat.votes import VoteStore
 from lbllm.runs.database import Database
 from tests.helpers import ROOT
