@@ -249,6 +249,7 @@ def ask_to_load(values: list[str]) -> None:
 
 def page() -> None:
     """The whole page."""
+    visits.arrive()
     talk = conversation()
     picked, waiting, states = pickers()
     ready = picked is not None and not waiting

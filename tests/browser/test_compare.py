@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,9 @@ def test_ask_stop_look_vote_save(
 
 
 @pytest.fixture(scope="module")
-def answered(browser: Browser, server: Server) -> list[Cookie]:
-    """The cookies of a browser that has asked both models something."""
+def answered(browser: Browser, server: Server) -> Iterator[list[Cookie]]:
+    """The cookies of a browser that has asked both models something. Its page stays open on Quantize, so that the
+    models stay loaded and the conversation is free for another page."""
     context = browser.new_context()
     page = context.new_page()
     open_page(page, server)
@@ -164,9 +166,9 @@ def answered(browser: Browser, server: Server) -> list[Cookie]:
     ask(page, "Say hello. " + "And again. " * 80)
     expect(page.get_by_text("▌").first).to_be_visible(timeout=LOADING)
     stop(page)
-    cookies = context.cookies()
+    page.get_by_role("link", name="Quantize").click()
+    yield context.cookies()
     context.close()
-    return cookies
 
 
 @screens(Screen(*PHONE, "light"), Screen(*LAPTOP, "dark"))

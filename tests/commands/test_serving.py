@@ -25,8 +25,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
     servers: list[Started] = []
 
     def run(app: streamlit.App, *, config: Mapping[str, Any]) -> None:
-        (gate,) = [middleware for middleware in app._user_middleware if middleware.cls is Gate]
-        servers.append(Started(config, gate.kwargs["names"]))
+        gates: list[Any] = [one for one in app._user_middleware if getattr(one, "cls", None) is Gate]
+        servers.append(Started(config, gates[0].kwargs["names"]))
 
     monkeypatch.setattr(streamlit.App, "run", run)
     monkeypatch.setattr(PagesManager, "uses_pages_directory", PagesManager.uses_pages_directory)
