@@ -133,11 +133,12 @@ def test_every_screen_shows_it_all(browser: Browser, address: str, showcase: Sho
     assert (height <= screen.height) == (screen.width > 720)
     boxes = [page.locator(".block.answer").nth(side) for side in (0, 1)]
     boxes += [page.get_by_role("button", name=name) for name in ("A is better", "B is better", "Tie", "Both bad")]
-    areas = [box.bounding_box() for box in boxes]
+    areas = [box.bounding_box() for box in (page.get_by_role("button", name="Ask", exact=True), *boxes)]
     for number, one in enumerate(areas):
         for other in areas[:number]:
             assert one
             assert other
+            assert 0 <= one["x"] <= screen.width - one["width"]
             beside = one["x"] >= other["x"] + other["width"] or other["x"] >= one["x"] + one["width"]
             assert beside or one["y"] >= other["y"] + other["height"], (one, other)
     for box in boxes:
