@@ -156,9 +156,9 @@ def test_ask_stop_look_vote_save(
 
 
 @pytest.fixture(scope="module")
-def answered(browser: Browser, server: Server) -> Iterator[list[Cookie]]:
-    """The cookies of a browser that has asked both models something. Its page stays open on Quantize, so that the
-    models stay loaded and the conversation is free for another page."""
+def answered(browser: Browser, server: Server) -> Iterator[tuple[list[Cookie], str]]:
+    """The cookies of a browser that has asked both models something, and the address of that conversation. Its page
+    stays open, so that the models stay loaded."""
     context = browser.new_context()
     page = context.new_page()
     open_page(page, server)
@@ -166,17 +166,17 @@ def answered(browser: Browser, server: Server) -> Iterator[list[Cookie]]:
     ask(page, "Say hello. " + "And again. " * 80)
     expect(page.get_by_text("▌").first).to_be_visible(timeout=LOADING)
     stop(page)
-    page.get_by_role("link", name="Quantize").click()
-    yield context.cookies()
+    yield context.cookies(), page.url
     context.close()
 
 
 @screens(Screen(*PHONE, "light"), Screen(*LAPTOP, "dark"))
-def test_every_screen_shows_it_all(browser: Browser, server: Server, answered: list[Cookie], screen: Screen) -> None:
+def test_every_screen_shows_it_all(browser: Browser, answered: tuple[list[Cookie], str], screen: Screen) -> None:
+    cookies, address = answered
     context = screen.context(browser)
-    context.add_cookies(answered)  # type: ignore[arg-type]
+    context.add_cookies(cookies)  # type: ignore[arg-type]
     page = context.new_page()
-    open_page(page, server, "compare")
+    page.goto(address)
     expect(page.get_by_text("mean divergence")).to_be_visible(timeout=LOADING)
     assert serious(page, KNOWN) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= screen.width

@@ -75,9 +75,6 @@ def finished(showcase: Showcase, turn: Turn) -> Turn:
     return turn
 
 
-# ------------------------------------------------------------------------------------------------ limits
-
-
 def test_a_rate_limit_counts_each_key_by_itself_and_forgets() -> None:
     now = 0.0
     limit = RateLimit(2, 60, clock=lambda: now)
@@ -256,9 +253,6 @@ def test_what_can_not_be_voted_on(make: Make) -> None:
         showcase.vote(who("me"), "left")
     showcase.stop(first)
     assert showcase.tally().total == 0
-
-
-# ------------------------------------------------------------------------------------------------ opening
 
 
 def test_what_is_opened(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
