@@ -1,8 +1,11 @@
-"""The tour: a short introduction, shown once per visit on the first page."""
+"""The tour: a short introduction, shown once in a browser, on the first page."""
 
 from __future__ import annotations
 
 import streamlit as st
+
+from app.components.browser import TOUR_COOKIE
+from app.visits import sent_cookie
 
 SEEN = "tour seen"
 STEPS = (
@@ -24,17 +27,19 @@ STEPS = (
 )
 
 
-def show() -> None:
-    """Show the tour, unless it was dismissed in this visit."""
+def show() -> bool:
+    """Show the tour, unless it was dismissed, or shown in an earlier visit of this browser. Return whether it is
+    shown."""
     # The empty place remains after the tour is dismissed: otherwise all elements below would be drawn again.
     place = st.empty()
-    if st.session_state.get(SEEN):
-        return
+    if st.session_state.setdefault(SEEN, bool(sent_cookie(TOUR_COOKIE))):
+        return False
     with place.container(border=True, key="tour"):
         *columns, last = st.columns([10, 10, 10, 3], gap="medium")
         for column, (title, text) in zip(columns, STEPS, strict=True):
             column.markdown(f"**{title}**  \n{text}")
         last.button("Got it", key="tour dismissed", on_click=_dismiss)
+    return True
 
 
 def offer() -> None:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import tour
+from app import tour, visits
+from app.components import browser
 from app.view import THEME, guard
 
 st.set_page_config(page_title="LBLLM Workbench", layout="wide", initial_sidebar_state="collapsed")
 st.logo(str(THEME / "logo.svg"), size="medium")
-first = st.Page("pages/compare.py", title="Compare", url_path="compare", default=True)
+st.html(THEME / "workbench.css")
+first = st.Page("pages/compare.py", title="Compare", url_path="compare")
+
+
+def home() -> None:
+    """Lead from the bare address to the first page."""
+    st.switch_page(first, query_params=dict(st.query_params))
+
+
 page = st.navigation(
     [
+        st.Page(home, title="Home", default=True, visibility="hidden"),
         first,
         st.Page("pages/quantize.py", title="Quantize", url_path="quantize"),
         st.Page("pages/runs.py", title="Runs", url_path="runs"),
     ],
     position="top",
 )
-if page == first:
-    tour.show()
+visits.arrive()
+shown = page == first and tour.show()
+browser.attend(tour=shown)
 with guard():
     page.run()
 if page == first:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app.components.lens_view import answer_view
+from app.components.lens_view import answer_view, tabs_view
 from app.view import plain, size_text
 from lbllm.chat.conversation import Exchange
 from lbllm.chat.duel import Answer
 from lbllm.chat.lens import first_difference
+from lbllm.chat.page import folded
 from lbllm.templates import environment
 
 _STATES = {"waiting": "Waiting for the model", "reading": "Reading the prompt", "writing": "Writing"}
@@ -17,10 +18,14 @@ Place = tuple[DeltaGenerator, DeltaGenerator]
 _TEMPLATES = environment(__file__)
 
 
+def prompt_bubble() -> DeltaGenerator:
+    """Return the place of a prompt, above both answers."""
+    return st.chat_message("user", avatar=":material/person:")
+
+
 def show_prompt(prompt: str) -> None:
-    """Show the prompt above both answers, as plain text."""
-    with st.chat_message("user", avatar=":material/person:"):
-        st.text(prompt)
+    """Show a prompt as plain text; a long one is folded."""
+    st.html(_TEMPLATES.get_template("prompt.html.jinja").render(text=prompt, beginning=folded(prompt)))
 
 
 def show_exchange(exchange: Exchange) -> list[Place]:
@@ -32,6 +37,8 @@ def show_exchange(exchange: Exchange) -> list[Place]:
     over = exchange.duel.over
     at = first_difference(left.text, right.text) if over and left.text and right.text else None
     places = []
+    with st.container(key="compare_tabs"):
+        tabs_view(("Left answer", "Right answer"), key="compare_tabs_view")
     for side, (answer, column) in enumerate(zip(exchange.answers, st.columns(2, gap="medium"), strict=True)):
         with column, st.container(border=True, key=f"compare_answer_{side}"):
             completes = " · continues the text" if answer.completes else ""
@@ -46,15 +53,24 @@ def show_exchange(exchange: Exchange) -> list[Place]:
 
 def show_live(exchange: Exchange, places: list[Place], elapsed: float) -> None:
     """Write the present state of both answers into their places."""
-    for answer, (text, figures) in zip(exchange.answers, places, strict=True):
+    for side, (answer, (text, figures)) in enumerate(zip(exchange.answers, places, strict=True)):
         if answer.error:
             text.error(plain(answer.error))
         elif answer.text:
             # The block marks the place of the next word.
-            text.text(answer.text + ("" if answer.over else " ▌"))
+            written = answer.text + ("" if answer.over else " ▌")
+            text.html(_TEMPLATES.get_template("prompt.html.jinja").render(text=written, beginning=""))
         elif not answer.over:
-            text.caption(f"{_STATES[answer.state]}, {elapsed:.0f} s")
+            text.caption(f"{turn_text(exchange, side)}, {elapsed:.0f} s")
         figures.html(figures_html(answer))
+
+
+def turn_text(exchange: Exchange, side: int) -> str:
+    """Return what the model of a side, which has written nothing yet, is doing, or whom it waits for."""
+    answer, other = exchange.answers[side], exchange.answers[1 - side]
+    if answer.timed and answer.state == "waiting" and side == 1 and not other.over:
+        return f"One after the other: it is the turn of the left model, {plain(exchange.names[0])}"
+    return _STATES[answer.state]
 
 
 def _write_end(answer: Answer, text: DeltaGenerator, figures: DeltaGenerator) -> None:
@@ -63,7 +79,14 @@ def _write_end(answer: Answer, text: DeltaGenerator, figures: DeltaGenerator) ->
     elif not answer.text:
         text.caption("Stopped before the first word." if answer.state == "stopped" else "No text.")
     if answer.tokens:
-        figures.html(figures_html(answer))
+        figures.html(figures_html(answer) + cut_html(answer))
+
+
+def cut_html(answer: Answer) -> str:
+    """Return a note as HTML if the limit of tokens cut a finished answer off."""
+    if not answer.cut or answer.state != "done":
+        return ""
+    return _TEMPLATES.get_template("cut.html.jinja").render(tokens=answer.cut)
 
 
 def _final_text(answer: Answer) -> str:
@@ -102,6 +125,11 @@ def show_earlier(exchanges: list[Exchange]) -> None:
         return
     with st.expander(f"Earlier in this conversation ({len(exchanges)})"):
         for exchange in exchanges:
-            show_prompt(exchange.prompt)
-            for answer, column in zip(exchange.answers, st.columns(2, gap="medium"), strict=True):
-                column.text(answer.text or "No text.")
+            with prompt_bubble():
+                show_prompt(exchange.prompt)
+            for name, answer, column in zip(exchange.names, exchange.answers, st.columns(2, gap="medium"), strict=True):
+                column.markdown(f"**{plain(name)}**")
+                text = answer.text or "No text."
+                column.html(
+                    _TEMPLATES.get_template("prompt.html.jinja").render(text=text, beginning="") + cut_html(answer)
+                )

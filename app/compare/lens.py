@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import streamlit as st
 
 from app.compare.models import SIDES
@@ -77,6 +79,35 @@ def look(
     if kept is not None and kept[0] == key:
         found: Lens = kept[1]
         return found
+    with st.spinner("Both models are reading the text"):
+        found = _lens_of(conversation, slots, sides, exchange, text)
+    st.session_state["compare_lens_kept"] = (key, found)
+    if exchange is not None:
+        exchange.lens = found, (exchange.names[sides[0]], exchange.names[sides[1]])
+    return found
+
+
+def complete(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
+    """Give every exchange of these two models a lens that has none yet, over the teacher's answer, where that is
+    possible."""
+    if slots[0] is slots[1] or not all(slot.state == "ready" for slot in slots):
+        return
+    sides = order(slots)
+    for exchange in conversation.exchanges:
+        text = exchange.answers[sides[0]].text
+        if exchange.lens is None and exchange.names == names and text.strip():
+            with suppress(ModelError):
+                found = _lens_of(conversation, slots, sides, exchange, text)
+                exchange.lens = found, (names[sides[0]], names[sides[1]])
+
+
+def _lens_of(
+    conversation: Conversation,
+    slots: tuple[Slot, Slot],
+    sides: tuple[int, int],
+    exchange: Exchange | None,
+    text: str,
+) -> Lens:
     teacher, student = (slots[side].loaded for side in sides)
     if not same_vocabulary(teacher.tokenizer, student.tokenizer):
         raise ModelError(
@@ -88,12 +119,7 @@ def look(
         settings = exchange.settings[sides[0]]
         template = settings.template
         messages = visible_messages(teacher, conversation.messages(exchange, sides[0]), settings)
-    with st.spinner("Both models are reading the text"):
-        found = lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
-    st.session_state["compare_lens_kept"] = (key, found)
-    if exchange is not None:
-        exchange.lens = found, (exchange.names[sides[0]], exchange.names[sides[1]])
-    return found
+    return lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
 
 
 def _text(options: list[str], last: Exchange | None, sides: tuple[int, int]) -> tuple[str, int | None]:

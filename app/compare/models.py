@@ -1,4 +1,8 @@
-"""The two model pickers of the compare page: their choices, the chosen models, and the state of loading."""
+"""The two model pickers of the compare page: their choices, the chosen models, and the state of loading.
+
+A link may come from anybody, so an address only chooses models. They are loaded when the user asks for them: by a
+picker, by the button "Load these models", or by a link inside the workbench.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import NamedTuple
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from app import visits
 from app.paths import model_name
 from app.view import checkpoints, plain, sentence, size_text, store
 from lbllm.chat.pool import ModelPool, Slot
@@ -65,6 +70,8 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
         format_func=lambda value: offered[value].label if value in offered else str(value),
         accept_new_options=True,
         persist_state="session",
+        on_change=_picked,
+        args=(key,),
         help="Choose a checkpoint or a model of the catalogue, or type a run's id, a folder, a .gguf file or a hub id "
         "(owner/name).",
     )
@@ -73,6 +80,22 @@ def pick(side: str, offered: dict[str, Offer]) -> str:
     if st.query_params.get(side) != value:
         st.query_params[side] = value
     return value
+
+
+def _picked(key: str) -> None:
+    allow(str(st.session_state[key] or ""))
+
+
+def allow(*values: str) -> None:
+    """The user asked for these models by a click: this browser may load them."""
+    visits.visit().models.update(values)
+
+
+def allowed(side: str, value: str) -> bool:
+    """Whether a picked model may be loaded: not if it only stands in the address that the session began with."""
+    if value in (SHIPPED, DEFAULT_MODEL) or not visits.came_by_link(side, value):
+        return True
+    return value in visits.visit().models
 
 
 def resolve(value: str, offered: dict[str, Offer]) -> Offer:

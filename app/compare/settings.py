@@ -21,7 +21,7 @@ _OFFERED: dict[str, tuple[float, float]] = {
 def settings() -> tuple[ChatSettings, ChatSettings, bool]:
     """Show the controls in a popover; return the settings of the left and the right side, and whether the models answer
     one after the other."""
-    with st.popover("Settings", icon=":material/tune:", width="stretch"):
+    with st.popover("Settings", icon=":material/tune:"):
         timed = st.toggle(
             "One after the other",
             key="compare_timed",
@@ -33,6 +33,7 @@ def settings() -> tuple[ChatSettings, ChatSettings, bool]:
             "Two settings",
             key="compare_apart",
             persist_state="session",
+            on_change=_start_from_shared,
             help="Use separate settings for each side, for example to compare one model at two temperatures.",
         )
         if not apart:
@@ -48,6 +49,27 @@ def settings() -> tuple[ChatSettings, ChatSettings, bool]:
     return first, second, timed
 
 
+def chosen() -> dict[str, Any]:
+    """Return what is chosen in the widgets of this page, by their keys, for a session that continues this one."""
+    return {key: st.session_state[key] for key in _keys() if key in st.session_state}
+
+
+def _keys() -> list[str]:
+    names = [f"{name}_{side}" for name in ChatSettings.model_fields for side in ("both", "left", "right")]
+    return [f"compare_{name}" for name in (*names, "apart", "timed", "shared")]
+
+
+def _start_from_shared() -> None:
+    """Two settings start from the shared ones. What was chosen for the sides is kept until the shared ones change."""
+    state = st.session_state
+    shared = {name: state.get(f"compare_{name}_both") for name in ChatSettings.model_fields}
+    if state["compare_apart"] and shared != state.get("compare_shared"):
+        state["compare_shared"] = shared
+        for name, value in shared.items():
+            for side in ("left", "right"):
+                state[f"compare_{name}_{side}"] = value
+
+
 def _controls(side: str) -> ChatSettings:
     def shared(name: str) -> dict[str, Any]:
         """Return the arguments that all widgets of a setting have."""
@@ -59,11 +81,16 @@ def _controls(side: str) -> ChatSettings:
         least, greatest = _OFFERED.get(name) or bounds(ChatSettings.model_fields[name])
         kind = type(step)
         ends = {"min_value": kind(least), "max_value": kind(greatest)}  # type: ignore[arg-type]
-        return shared(name) | ends | {"value": getattr(_FIRST, name), "step": step}
+        return shared(name) | ends | _first(name, side) | {"step": step}
 
-    chosen = {name: st.slider(**number(name, 0.05)) for name in ("temperature", "top_p", "repetition_penalty")}
+    values = {name: st.slider(**number(name, 0.05)) for name in ("temperature", "top_p", "repetition_penalty")}
     for column, (name, step) in zip(st.columns(2), (("seed", 1), ("max_new_tokens", 8)), strict=True):
-        chosen[name] = column.number_input(**number(name, step))
+        values[name] = column.number_input(**number(name, step))
     system = st.text_area(**shared("system"), height=80, max_chars=4000, placeholder="None")
-    template = st.toggle(**shared("template"), value=_FIRST.template)
-    return ChatSettings(system=system or "", template=template, **chosen)
+    template = st.toggle(**shared("template"), **_first("template", side))
+    return ChatSettings(system=system or "", template=template, **values)
+
+
+def _first(name: str, side: str) -> dict[str, Any]:
+    """Return the argument for a widget's first value, which Streamlit allows only while nothing is chosen."""
+    return {} if f"compare_{name}_{side}" in st.session_state else {"value": getattr(_FIRST, name)}

@@ -54,7 +54,7 @@ def show_votes(exchange: Exchange) -> None:
     else:
         bar[1].caption("No votes on this pair yet.")
     if votes:
-        with bar[2].popover("Votes", width="stretch"):
+        with bar[2].popover("Votes"):
             st.caption(f"All {len(votes)} stored votes, with prompts, answers and settings.")
             st.download_button("As CSV", lambda: votes_csv(_votes().all()), "votes.csv", "text/csv", on_click="ignore")
             st.download_button(

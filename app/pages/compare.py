@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
-from streamlit.runtime.scriptrunner import StopException
 
-from app.compare.answers import difference_text, show_earlier, show_exchange, show_live, show_prompt
-from app.compare.lens import show_lens
-from app.compare.models import SIDES, Offer, choices, hold, pick, resolve, show_state, write_state
-from app.compare.settings import settings
+from app import visits
+from app.compare.answers import difference_text, prompt_bubble, show_earlier, show_exchange, show_live, show_prompt
+from app.compare.lens import complete, show_lens
+from app.compare.models import SIDES, Offer, allow, allowed, choices, hold, pick, resolve, show_state, write_state
+from app.compare.settings import chosen, settings
 from app.compare.votes import show_votes, votes_of
 from app.view import guard, plain
 from lbllm.chat.conversation import Conversation, Exchange
@@ -26,9 +27,8 @@ TICK = 0.1
 
 
 def conversation() -> Conversation:
-    """This session's conversation."""
-    found: Conversation = st.session_state.setdefault("compare_conversation", Conversation())
-    return found
+    """This session's conversation, which a reload of the page keeps."""
+    return visits.kept().conversation
 
 
 def contenders(names: tuple[str, str], both: tuple[ChatSettings, ChatSettings]) -> tuple[str, str]:
@@ -74,6 +74,11 @@ def edit() -> None:
     st.session_state["compare_editing"] = True
 
 
+def cancel_edit() -> None:
+    """Close the last prompt's form; the prompt stays as it was."""
+    st.session_state.pop("compare_editing", None)
+
+
 def ask_edited() -> None:
     """Put the edited prompt in the last one's place."""
     text = st.session_state["compare_edited"].strip()
@@ -88,51 +93,55 @@ def clear() -> None:
     st.session_state.pop("compare_editing", None)
 
 
-def pickers() -> tuple[Offer, Offer] | None:
-    """Both model pickers; what was picked, None if one of the picks can't be used."""
+def pickers() -> tuple[tuple[Offer, Offer] | None, list[str], list[DeltaGenerator]]:
+    """Both model pickers. Return what was picked, None if one of the picks can't be used, the picks that wait for a
+    click because a link chose them, and a place under each picker."""
     offered = choices()
     columns = st.columns(2, gap="medium")
     values = []
     for side, column in zip(SIDES, columns, strict=True):
         with column:
             values.append(pick(side, offered))
-    picked = []
-    for value, column in zip(values, columns, strict=True):
+    picked, waiting, places = [], [], []
+    for side, value, column in zip(SIDES, values, columns, strict=True):
+        places.append(column.empty())
         try:
             picked.append(resolve(value, offered))
         except LbllmError as error:
             column.error(plain(str(error)))
-    return (picked[0], picked[1]) if len(picked) == 2 else None
+        if not allowed(side, value):
+            waiting.append(value)
+    return (picked[0], picked[1]) if len(picked) == 2 else None, waiting, places
 
 
-def composer(talk: Conversation) -> tuple[ChatSettings, ChatSettings, bool]:
+def composer(talk: Conversation, *, ready: bool) -> tuple[ChatSettings, ChatSettings, bool]:
     """Prompt box, stop, settings, examples; the settings of both sides and whether they answer in turn."""
-    bar = st.columns([6, 1.1, 1.35, 1.45], vertical_alignment="center")
-    # In a column, not at the window's lower edge: there it would scroll the page down with every new word.
-    bar[0].chat_input("Ask both models", key="compare_prompt", on_submit=asked, max_chars=8000, disabled=talk.running)
-    bar[1].button(
-        "Stop",
-        icon=":material/stop:",
-        type="primary" if talk.running else "secondary",
-        key="compare_stop",
-        width="stretch",
-        disabled=not talk.running,
-        on_click=stop,
-    )
-    with bar[2]:
+    closed = talk.running or not ready
+    # Not at the window's lower edge: there it would scroll the page down with every new word.
+    with st.container(horizontal=True, vertical_alignment="center", key="compare_composer"):
+        with st.container():
+            st.chat_input("Ask both models", key="compare_prompt", on_submit=asked, max_chars=8000, disabled=closed)
+        st.button(
+            "Stop",
+            icon=":material/stop:",
+            type="primary" if talk.running else "secondary",
+            key="compare_stop",
+            disabled=not talk.running,
+            on_click=stop,
+        )
         left, right, timed = settings()
-    with bar[3], st.popover("Examples", icon=":material/lightbulb:", width="stretch"):
-        for kind in example_prompts():
-            st.markdown(f"**{kind.kind}**")
-            for prompt in kind.prompts:
-                st.button(
-                    plain(prompt),
-                    key=f"compare_menu_{prompt}",
-                    type="tertiary",
-                    on_click=ask,
-                    args=(prompt,),
-                    disabled=talk.running,
-                )
+        with st.popover("Examples", icon=":material/lightbulb:"):
+            for kind in example_prompts():
+                st.markdown(f"**{kind.kind}**")
+                for prompt in kind.prompts:
+                    st.button(
+                        plain(prompt),
+                        key=f"compare_menu_{prompt}",
+                        type="tertiary",
+                        on_click=ask,
+                        args=(prompt,),
+                        disabled=closed,
+                    )
     return left, right, timed
 
 
@@ -166,84 +175,102 @@ def welcome() -> None:
             )
 
 
-def running(exchange: Exchange, slots: tuple[Slot, Slot], states: list[DeltaGenerator]) -> None:
+def running(exchange: Exchange, slots: tuple[Slot, Slot] | None, states: list[DeltaGenerator]) -> None:
     """The exchange that is being written: both answers grow here until both have ended."""
-    show_prompt(exchange.prompt)
+    with prompt_bubble():
+        show_prompt(exchange.prompt)
     places = show_exchange(exchange)
-    try:
-        while not exchange.duel.over:
-            show_live(exchange, places, time.monotonic() - exchange.duel.started)
-            for slot, state in zip(slots, states, strict=True):
-                write_state(slot, state)
-            time.sleep(TICK)
-    except StopException:
-        # The session has ended: nobody reads the rest.
-        exchange.duel.stop()
-        raise
+    # A page that is closed or reloaded does not end the answers: after a reload it shows what was written meanwhile.
+    while not exchange.duel.over:
+        show_live(exchange, places, time.monotonic() - exchange.duel.started)
+        for slot, state in zip(slots or (), states, strict=False):
+            write_state(slot, state)
+        time.sleep(TICK)
     st.rerun()
 
 
 def finished(exchange: Exchange) -> None:
     """The last exchange, its prompt open for editing where that was asked for."""
-    if st.session_state.get("compare_editing"):
-        with st.form("compare_edit"):
-            st.text_area("Edit the prompt", exchange.prompt, key="compare_edited", max_chars=8000)
-            st.form_submit_button("Ask again", type="primary", on_click=ask_edited)
-    else:
-        show_prompt(exchange.prompt)
+    with prompt_bubble():
+        if st.session_state.get("compare_editing"):
+            with st.form("compare_edit", border=False):
+                st.text_area("Edit the prompt", exchange.prompt, key="compare_edited", max_chars=8000)
+                with st.container(horizontal=True):
+                    st.form_submit_button("Ask again", type="primary", on_click=ask_edited)
+                    st.form_submit_button("Cancel", on_click=cancel_edit)
+        else:
+            with st.container(horizontal=True, vertical_alignment="top"):
+                with st.container():
+                    show_prompt(exchange.prompt)
+                st.button("Edit", icon=":material/edit:", key="compare_edit_open", type="tertiary", on_click=edit)
     show_exchange(exchange)
 
 
-def actions(talk: Conversation) -> None:
+def save(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> str:
+    """The conversation as a page of HTML, with a lens for every exchange of the models that are loaded."""
+    complete(talk, slots, names)
+    return comparison_page(talk.exchanges, votes=votes_of(talk.exchanges))
+
+
+def actions(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
     """What can be done with the last exchange."""
     exchange = talk.exchanges[-1]
     left, right = exchange.answers
     if left.text and right.text:
         st.markdown(difference_text(left.text, right.text))
         show_votes(exchange)
-    buttons = st.columns([1.1, 1, 1, 1.2, 1.6])
-    buttons[0].button(
-        "Regenerate",
-        icon=":material/refresh:",
-        key="compare_regenerate",
-        width="stretch",
-        help="Answer again, with the next seed.",
-        on_click=regenerate,
-    )
-    buttons[1].button("Edit", icon=":material/edit:", key="compare_edit_open", width="stretch", on_click=edit)
-    buttons[2].button("Clear", icon=":material/delete:", key="compare_clear", width="stretch", on_click=clear)
-    buttons[3].download_button(
-        "Save as page",
-        lambda: comparison_page(talk.exchanges, votes=votes_of(talk.exchanges), lens=exchange.lens),
-        "comparison.html",
-        "text/html",
-        icon=":material/download:",
-        key="compare_save",
-        width="stretch",
-        on_click="ignore",
-        help="One HTML file with the prompts, both answers, their figures and the lens.",
-    )
+    with st.container(horizontal=True):
+        st.button(
+            "Regenerate",
+            icon=":material/refresh:",
+            key="compare_regenerate",
+            help="Answer again, with the next seed.",
+            on_click=regenerate,
+        )
+        st.button("Clear", icon=":material/delete:", key="compare_clear", on_click=clear)
+        st.download_button(
+            "Save as page",
+            partial(save, talk, slots, names),
+            "comparison.html",
+            "text/html",
+            icon=":material/download:",
+            key="compare_save",
+            on_click="ignore",
+            help="One HTML file with the prompts, both answers, their figures and the lens of each.",
+        )
+
+
+def ask_to_load(values: list[str]) -> None:
+    """Say that a link chose models, and let the user load them."""
+    names = " and ".join(f"**{plain(value)}**" for value in dict.fromkeys(values))
+    st.info(f"The link that opened this page chose {names}. Nothing is loaded until you say so.")
+    st.button("Load these models", type="primary", key="compare_load", on_click=allow, args=tuple(values))
 
 
 def page() -> None:
     """The whole page."""
+    visits.arrive()
     talk = conversation()
-    picked = pickers()
-    states = st.columns(2, gap="medium")
-    left, right, timed = composer(talk)
+    picked, waiting, states = pickers()
+    ready = picked is not None and not waiting
+    left, right, timed = composer(talk, ready=ready)
+    visits.kept().settings = chosen()
     # A place for each state of the page: the one that is not filled vanishes at once, not at the end of the script.
     beginning, earlier, stage, below, lens = (st.empty() for _ in range(5))
-    if picked is None:
-        st.session_state.pop("compare_ready", None)
-        return
-    slots = hold((picked[0].name, picked[1].name))
-    names = contenders((picked[0].title, picked[1].title), (left, right))
-    st.session_state["compare_ready"] = (slots, names, (left, right), timed)
-    if not talk.running:
+    slots, names = None, ("", "")
+    st.session_state.pop("compare_ready", None)
+    if picked is not None and waiting:
+        with beginning.container():
+            ask_to_load(waiting)
+    elif picked is not None:
+        slots = hold((picked[0].name, picked[1].name))
+        names = contenders((picked[0].title, picked[1].title), (left, right))
+        st.session_state["compare_ready"] = (slots, names, (left, right), timed)
+    if slots is not None and not talk.running:
         for slot, place, side in zip(slots, states, SIDES, strict=True):
-            with place:
+            with place.container():
                 show_state(slot, side)
-    if not talk.exchanges:
+    if slots is not None and not talk.exchanges:
         with beginning.container():
             welcome()
     if len(talk.exchanges) > 1:
@@ -251,14 +278,16 @@ def page() -> None:
             show_earlier(talk.exchanges[:-1])
     if talk.running:
         with stage.container():
-            running(talk.exchanges[-1], slots, [place.empty() for place in states])
+            running(talk.exchanges[-1], slots, states)
     elif talk.exchanges:
         with stage.container():
             finished(talk.exchanges[-1])
-        with below.container():
-            actions(talk)
-    with lens.container():
-        show_lens(talk, slots, names)
+        if slots is not None:
+            with below.container():
+                actions(talk, slots, names)
+    if slots is not None:
+        with lens.container():
+            show_lens(talk, slots, names)
 
 
 with guard():

@@ -3,46 +3,51 @@
     from gradio_client import Client
 
     client = Client("http://127.0.0.1:7860")
-    job = client.submit("Why is the sky blue?", blind=True, api_name="/ask")
+    secret = secrets.token_urlsafe()                        # only for votes: whoever knows it can vote in your name
+    job = client.submit("Why is the sky blue?", blind=True, secret=secret, api_name="/ask")
     for seen in job: ...                                    # every change: position in the queue, both answers so far
-    client.predict("left", api_name="/vote")                # left, right, tie, both bad; reveals which model was which
-    client.predict(api_name="/stop"); client.predict(api_name="/tally"); client.predict(api_name="/about")
+    client.predict("left", secret, api_name="/vote")        # left, right, tie, both bad; reveals which model was which
+    client.predict(secret, api_name="/stop"); client.predict(api_name="/tally"); client.predict(api_name="/about")
 
-A refusal (too long, too often, full queue) is raised there with the message that the page shows. A client is one
-visitor, with the same limits as on the page.
+A refusal (too long, too often, full queue) is raised there with the message that the page shows. Whoever asks with the
+same secret is one visitor, and without a secret a client is one, with the same limits as on the page.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 from gradio.events import api
 
-from lbllm.chat.showcase import Seen, Showcase
+from lbllm.chat.showcase import Seen, Showcase, Visitor
 from lbllm.errors import LbllmError
+from lbllm.web import harmless
 
 POLL_SECONDS = 0.1
+_log = logging.getLogger("lbllm.showcase")
 
 
-def visitor(request: gr.Request) -> str:
-    """Return the visitor's id: the session that Gradio gives to every loaded page and every client."""
-    return str(request.session_hash)
+def visitor(request: gr.Request, secret: object) -> Visitor:
+    """Return who asks: the session that Gradio gives to every loaded page and every client, and the secret that only
+    this visitor has. Raises VisitorError for a secret of a wrong length."""
+    return Visitor(str(request.session_hash), secret if isinstance(secret, str) else "")
 
 
 async def follow(
-    showcase: Showcase, request: gr.Request, prompt: str, *, blind: bool, seed: int | None = None
+    showcase: Showcase, request: gr.Request, prompt: str, secret: object, *, blind: bool, seed: int | None = None
 ) -> AsyncGenerator[Seen]:
     """Ask a question and yield its turn after each change, until it is over.
 
     If the caller stops reading, the question is stopped. Raises VisitorError.
     """
     address = request.client.host if request.client else ""
-    turn = showcase.ask(visitor(request), address, prompt, blind=blind, seed=seed)
+    turn = showcase.ask(visitor(request, secret), address, prompt, blind=blind, seed=seed)
     try:
         last = None
         while last is None or last.state != "over":
@@ -60,35 +65,34 @@ def add(showcase: Showcase) -> None:
     """Add the endpoints to the page that is being built."""
 
     async def ask(
-        prompt: str, request: gr.Request, blind: bool = False, seed: int | None = None
+        prompt: str, request: gr.Request, blind: bool = False, seed: int | None = None, secret: str = ""
     ) -> AsyncIterator[dict[str, Any]]:
         """Ask both models. Yields updates until "state" is "over", with these keys: "state" (waiting, answering, over),
         "number" in the order of arrival, "position" in the queue (1 is next), "names" and "answers" of the left and the
         right side, "votable". In a blind turn names and figures are missing until the vote. The same seed gives the
-        same answers again."""
-        if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
-            raise _error("prompt must be a text, and seed must be empty or a whole number from 0 to 2147483647.")
-        try:
-            async with aclosing(follow(showcase, request, prompt, blind=bool(blind), seed=seed)) as turn:
+        same answers again. "secret" is any random text of 16 to 200 characters; a vote needs the same one."""
+        with _refusals():
+            if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**31)):
+                raise _error("prompt must be a text, and seed must be empty or a whole number from 0 to 2147483647.")
+            async with aclosing(follow(showcase, request, prompt, secret, blind=bool(blind), seed=seed)) as turn:
                 async for seen in turn:
                     yield _document(seen)
-        except LbllmError as error:
-            raise _error(str(error)) from None
 
-    def stop(request: gr.Request) -> bool:
-        """Stop your answers, or leave the queue; return whether there was anything to stop."""
-        turn = showcase.current(visitor(request))
-        if turn is None or turn.over:
-            return False
-        showcase.stop(turn)
-        return True
+    def stop(request: gr.Request, secret: str = "") -> bool:
+        """Stop your answers, or leave the queue; return whether there was anything to stop. Give the secret that you
+        asked with, if you did."""
+        with _refusals():
+            turn = showcase.current(visitor(request, secret))
+            if turn is None or turn.over:
+                return False
+            showcase.stop(turn)
+            return True
 
-    def vote(choice: str, request: gr.Request) -> dict[str, Any]:
-        """Vote on your last blind question: left, right, tie or both bad. Returns the turn with names and figures."""
-        try:
-            return _document(showcase.seen(showcase.vote(visitor(request), choice)))
-        except LbllmError as error:
-            raise _error(str(error)) from None
+    def vote(choice: str, request: gr.Request, secret: str = "") -> dict[str, Any]:
+        """Vote on your last blind question, with the secret that you asked it with: left, right, tie or both bad.
+        Returns the turn with names and figures."""
+        with _refusals():
+            return _document(showcase.seen(showcase.vote(visitor(request, secret), choice)))
 
     def tally() -> dict[str, Any]:
         """Return the numbers of all blind votes on this pair of models."""
@@ -117,3 +121,22 @@ def _document(seen: Seen) -> dict[str, Any]:
 
 def _error(message: str) -> gr.Error:
     return gr.Error(message, print_exception=False)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell a client about every error in one message; Gradio would write a traceback to the log."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except LbllmError as error:
+        raise _error(str(error)) from None
+    except Exception as error:
+        raise unexpected(error) from None
+
+
+def unexpected(error: Exception) -> gr.Error:
+    """Write one line about an unexpected error to the log; return what the visitor sees."""
+    _log.error("unexpected error: %s", harmless(f"{type(error).__name__}: {error}"))
+    return _error("An unexpected error occurred. Ask again; if it happens again, tell whoever runs this showcase.")

@@ -1,7 +1,7 @@
 """The showcase: a binarized model and its teacher side by side, for an audience; ``python -m lbllm showcase``.
 
 The page and the named endpoints (``app/showcase/api.py``) use the same ``lbllm.chat.showcase.Showcase``. A visitor is a
-Gradio session; every load of the page starts a new session.
+loaded page: its script makes a random secret, which the page sends with each question and vote.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from gradio.utils import get_space
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.showcase import api as showcase_api
 from app.showcase import view as showcase_view
+from app.showcase.questions import OnlyQuestions
 from lbllm.chat.showcase import Showcase
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.texts.prompts import example_prompts
+from lbllm.web import LOOPBACK, Gate, names_of
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_REFUSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/stream")
+# Each takes the place of the handler's inputs: the secret stays in the page, and is in no component.
+_ASK = "(prompt, blind) => [prompt, blind, window.lbllmSecret]"
+_ALONE = "() => [window.lbllmSecret]"
 
 
 def build(showcase: Showcase) -> gr.Blocks:
@@ -36,7 +39,7 @@ def build(showcase: Showcase) -> gr.Blocks:
     kinds = example_prompts()
     with gr.Blocks(title="LBLLM Showcase", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(elem_id="top"):
-            gr.HTML(view.logo(), elem_id="logo")
+            gr.HTML(view.title(), elem_id="logo")
             tally = gr.HTML(elem_id="tally")
         with gr.Row(elem_id="question"):
             prompt = gr.Textbox(
@@ -49,6 +52,8 @@ def build(showcase: Showcase) -> gr.Blocks:
                 autofocus=True,
                 elem_id="prompt",
             )
+            # Where a handler's input comes from; the value is always the script's.
+            secret = gr.Textbox(visible=False)
             ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
             stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=120, visible=False)
         with gr.Row(elem_id="below"):
@@ -67,7 +72,7 @@ def build(showcase: Showcase) -> gr.Blocks:
             others = gr.Button("Other examples", variant="secondary", size="sm", elem_id="others")
             shown = gr.State(0)
         with gr.Row(elem_id="answers", visible=False, equal_height=True) as answers:
-            sides = [_side(number) for number in (0, 1)]
+            sides = [_side() for _ in (0, 1)]
         with gr.Row(elem_id="votes", visible=False) as votes:
             choices = [(choice, gr.Button(label, elem_classes="vote")) for choice, label in view.VOTES.items()]
 
@@ -80,7 +85,7 @@ def build(showcase: Showcase) -> gr.Blocks:
             for side in (0, 1):
                 parts += [
                     view.heading(showcase, seen, side),
-                    seen.answers[side].text,
+                    view.answer(seen, side),
                     view.figures(showcase, seen, side),
                 ]
             over = seen.state == "over"
@@ -91,29 +96,34 @@ def build(showcase: Showcase) -> gr.Blocks:
             """Return values of ``outputs`` that only change the status line, to the reason of a refusal."""
             return [view.notice(str(error), kind="bad"), *(gr.skip() for _ in outputs[1:])]
 
-        async def answer(text: str, hidden: bool, request: gr.Request) -> AsyncIterator[list[Any]]:
+        async def answer(text: str, hidden: bool, own: str, request: gr.Request) -> AsyncIterator[list[Any]]:
             try:
-                async with aclosing(showcase_api.follow(showcase, request, text, blind=hidden)) as turn:
+                async with aclosing(showcase_api.follow(showcase, request, text, own, blind=hidden)) as turn:
                     async for seen in turn:
                         yield drawn(seen)
             except LbllmError as error:
                 yield refused(error)
+            except Exception as error:
+                raise showcase_api.unexpected(error) from None
 
-        def end(request: gr.Request) -> None:
-            turn = showcase.current(showcase_api.visitor(request))
-            if turn is not None:
-                showcase.stop(turn)
+        def end(own: str, request: gr.Request) -> None:
+            with suppress(LbllmError):
+                turn = showcase.current(showcase_api.visitor(request, own))
+                if turn is not None:
+                    showcase.stop(turn)
 
         def leave(request: gr.Request) -> None:
-            showcase.leave(showcase_api.visitor(request))
+            showcase.leave(str(request.session_hash))
 
-        def vote(choice: str) -> Callable[[gr.Request], list[Any]]:
-            def cast(request: gr.Request) -> list[Any]:
+        def vote(choice: str) -> Callable[[str, gr.Request], list[Any]]:
+            def cast(own: str, request: gr.Request) -> list[Any]:
                 try:
-                    turn = showcase.vote(showcase_api.visitor(request), choice)
+                    turn = showcase.vote(showcase_api.visitor(request, own), choice)
+                    return [*drawn(showcase.seen(turn))[:-1], view.tally_line(showcase)]
                 except LbllmError as error:
                     return refused(error)
-                return [*drawn(showcase.seen(turn))[:-1], view.tally_line(showcase)]
+                except Exception as error:
+                    raise showcase_api.unexpected(error) from None
 
             return cast
 
@@ -133,59 +143,29 @@ def build(showcase: Showcase) -> gr.Blocks:
 
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        gr.on([ask.click, prompt.submit], answer, [prompt, blind], outputs, **queued)
-        stop.click(end, **quick)
+        asking = [prompt, blind, secret]
+        gr.on([ask.click, prompt.submit], answer, asking, outputs, js=_ASK, **queued)
+        stop.click(end, secret, js=_ALONE, **quick)
         for choice, button in choices:
-            button.click(vote(choice), None, outputs, **quick)
+            button.click(vote(choice), secret, outputs, js=_ALONE, **quick)
         others.click(turn_over, shown, [shown, *buttons], **quick)
         for button in buttons:
             chosen = button.click(None, button, prompt, js="text => text", api_visibility="private")
-            chosen.then(answer, [prompt, blind], outputs, **queued)
+            chosen.then(answer, asking, outputs, js=_ASK, **queued)
         page.load(load, None, [loading, tally, introduction, prompt, shown, *buttons], **queued)
         page.unload(leave)
         showcase_api.add(showcase)
     return page
 
 
-def _side(number: int) -> list[gr.components.Component]:
+def _side() -> list[gr.components.Component]:
     """Add heading, answer and figures of one side to the page; return these components."""
     with gr.Column(elem_classes="side", min_width=320):
         return [
             gr.HTML(elem_classes="heading"),
-            # A text box shows any text unchanged, also HTML and Markdown.
-            gr.Textbox(
-                show_label=False,
-                label=f"Answer {showcase_view.LETTERS[number]}",
-                lines=6,
-                max_lines=6,
-                interactive=False,
-                elem_classes="answer",
-            ),
+            gr.HTML(elem_classes="answer", autoscroll=True),
             gr.HTML(elem_classes="figures-place"),
         ]
-
-
-class OnlyQuestions:
-    """Refuses requests that the showcase does not need.
-
-    These are uploads and downloads of files, and, if ``hosts`` is not empty, requests for other host names: a foreign
-    web page must not reach a local showcase through its own host name.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = ()) -> None:
-        self.app = app
-        self.hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            named = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), "")
-            name = named.rpartition(":")[0] if named.rpartition(":")[2].isdigit() else named
-            foreign = bool(self.hosts) and name.strip("[]") not in self.hosts
-            if foreign or any(path in scope["path"] for path in _REFUSED):
-                await send({"type": "http.response.start", "status": 403, "headers": []})
-                await send({"type": "http.response.body", "body": b"The showcase does not serve this."})
-                return
-        await self.app(scope, receive, send)
 
 
 @contextmanager
@@ -195,7 +175,9 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
     Raises ResourceError if the port is not available.
     """
     page = build(showcase).queue(default_concurrency_limit=None, api_open=False)
-    own = LOOPBACK if host in LOOPBACK and not share else ()
+    own = names_of(host) if host in LOOPBACK and not share else None
+    # The hub shows a Space in a frame.
+    gate = Middleware(Gate, names=own, framed=get_space() is not None)
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -207,13 +189,16 @@ def serve(showcase: Showcase, *, host: str, port: int, share: bool = False) -> I
             max_threads=showcase.limits.line + 40,
             theme=showcase_view.theme(),
             css=showcase_view.css(),
+            # Gradio narrows the rules of a media query to a part of the page that the page's own columns are not in.
+            head=f"<style>{showcase_view.css()}</style>",
+            js=showcase_view.script(),
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            app_kwargs={"middleware": [Middleware(OnlyQuestions, hosts=own)]},
+            app_kwargs={"middleware": [gate, Middleware(OnlyQuestions, page=page)]},
         )
     except OSError:
         page.close(verbose=False)

@@ -1,14 +1,16 @@
 """The small pieces of HTML that the showcase shows for a turn.
 
-They contain no text of visitors or models, which text boxes show; the templates escape everything else.
+The templates escape every text. Gradio takes a piece for a template of its own, so its signs are escaped, too.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 
 import gradio as gr
+from markupsafe import Markup
 
 from lbllm.chat.duel import Answer
 from lbllm.chat.pool import Slot
@@ -47,6 +49,9 @@ def theme() -> gr.themes.Base:
     for role, names in roles.items():
         for name in names.split():
             colours |= {name: light[role], f"{name}_dark": dark[role]}
+    # White is legible on the light theme's blue alone.
+    for name in ("button_primary_background_fill_dark", "button_primary_background_fill_hover_dark"):
+        colours[name] = light["primaryColor"]
     # Gradio has one value for both themes; the light theme's is legible in both.
     del colours["color_accent_dark"]
     colours |= {
@@ -66,9 +71,14 @@ def css() -> str:
     return (THEME / "showcase.css").read_text()
 
 
-def logo() -> str:
-    """Return the logo as SVG."""
-    return (THEME / "logo.svg").read_text()
+def script() -> str:
+    """The page's script: the visitor's secret, the direction of the question, and what to do without a server."""
+    return (THEME / "showcase.js").read_text()
+
+
+def title() -> str:
+    """The page's heading: the logo with its name."""
+    return _html("title", logo=Markup((THEME / "logo.svg").read_text()))
 
 
 def examples(kinds: Sequence[PromptKind], turn: int, *, completes: bool) -> list[str]:
@@ -120,6 +130,11 @@ def status(showcase: Showcase, seen: Seen) -> str:
     return notice(stopped)
 
 
+def answer(seen: Seen, side: int) -> str:
+    """An answer as far as it is written, with a mark where the limit cut it off."""
+    return _html("answer", answer=seen.answers[side], letter=LETTERS[side])
+
+
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
     """The name of a side's model, or its letter while the name is hidden."""
     names = showcase.names if seen is None else seen.names
@@ -148,7 +163,8 @@ def tally_line(showcase: Showcase) -> str:
 
 
 def _html(piece: str, **values: object) -> str:
-    return _TEMPLATES.get_template(f"{piece}.html.jinja").render(values)
+    made = _TEMPLATES.get_template(f"{piece}.html.jinja").render(values)
+    return re.sub(r"[{}$`]", lambda sign: f"&#{ord(sign[0])};", made)
 
 
 def _speed(answer: Answer | None) -> list[tuple[str, str]]:

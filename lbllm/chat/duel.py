@@ -29,7 +29,8 @@ class Answer:
 
     ``tokens_per_second`` and ``first_token_seconds`` as in ``ChatPiece``; 0 until they are known. ``timed``: measured
     while the other side was not running. ``weight_bytes`` and ``bpw``: those of the model, as in ``Loaded``.
-    ``completes``: the model continues the prompt as plain text.
+    ``completes``: the model continues the prompt as plain text. ``cut``: the limit of tokens, if it cut the answer off
+    before the model had ended it; else 0.
     """
 
     state: AnswerState = "waiting"
@@ -42,6 +43,7 @@ class Answer:
     weight_bytes: int = 0
     bpw: float = 0.0
     completes: bool = False
+    cut: int = 0
 
     @property
     def over(self) -> bool:
@@ -142,6 +144,7 @@ class Duel:
                 tokens=piece.tokens,
                 tokens_per_second=piece.tokens_per_second,
                 first_token_seconds=piece.first_token_seconds,
+                cut=piece.tokens if piece.cut else 0,
             )
         self._update(number, state="stopped" if self._stop.is_set() else "done")
 

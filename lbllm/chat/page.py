@@ -18,6 +18,8 @@ from lbllm.chat.votes import Choice
 from lbllm.templates import environment
 
 _TEMPLATES = environment(__file__)
+# Characters and lines up to which a prompt is shown as a whole.
+LONG_PROMPT = (600, 8)
 _VERDICTS: dict[Choice, str] = {
     "left": "The left answer is better",
     "right": "The right answer is better",
@@ -39,6 +41,7 @@ class _Side:
     figures: list[tuple[str, str]]
     settings: ChatSettings
     completes: bool
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,25 @@ class _Shown:
     left: _Side
     right: _Side
     verdict: str | None
+    lens: Lens | None
+    lens_names: tuple[str, str]
+
+    @property
+    def beginning(self) -> str:
+        """The beginning of a long prompt, shown while the rest is folded; empty if the prompt is short."""
+        return folded(self.prompt)
 
 
 def comparison_page(
     exchanges: Sequence[Exchange],
     *,
     votes: dict[str, Choice] | None = None,
-    lens: tuple[Lens, tuple[str, str]] | None = None,
 ) -> str:
-    """The page as text, to save in UTF-8. ``votes`` by exchange id; ``lens``: the lens over the last exchange, with
-    the names of teacher and student."""
-    shown, lens_names = lens if lens is not None else (None, None)
+    """The page as text, to save in UTF-8, with the lens that each exchange has. ``votes`` by exchange id."""
     return _TEMPLATES.get_template("comparison.html.jinja").render(
         names=" and ".join(dict.fromkeys(name for exchange in exchanges[-1:] for name in exchange.names)),
         when=time.strftime("%Y-%m-%d %H:%M", time.localtime(exchanges[-1].time if exchanges else time.time())),
         exchanges=[_shown(exchange, (votes or {}).get(exchange.id)) for exchange in exchanges],
-        lens=shown,
-        lens_names=lens_names,
         step_labels=step_labels(),
     )
 
@@ -72,7 +77,16 @@ def _shown(exchange: Exchange, choice: Choice | None) -> _Shown:
     left, right = exchange.answers
     at = first_difference(left.text, right.text) if left.text and right.text else None
     verdict = _VERDICTS[choice] if choice else None
-    return _Shown(exchange.prompt, _side(exchange, 0, at), _side(exchange, 1, at), verdict)
+    lens, names = exchange.lens if exchange.lens is not None else (None, exchange.names)
+    return _Shown(exchange.prompt, _side(exchange, 0, at), _side(exchange, 1, at), verdict, lens, names)
+
+
+def folded(prompt: str) -> str:
+    """Return the beginning of a prompt that is too long to be shown as a whole at first, else nothing."""
+    lines = prompt.splitlines()
+    if len(prompt) <= LONG_PROMPT[0] and len(lines) <= LONG_PROMPT[1]:
+        return ""
+    return "\n".join(lines[:3])[:200].rstrip() + " …"
 
 
 def _side(exchange: Exchange, side: int, at: int | None) -> _Side:
@@ -87,6 +101,7 @@ def _side(exchange: Exchange, side: int, at: int | None) -> _Side:
         figures=_figures(answer),
         settings=exchange.settings[side],
         completes=answer.completes,
+        cut=answer.cut if answer.state == "done" else 0,
     )
 
 

@@ -1,9 +1,10 @@
 """A binarized model beside its teacher for an audience: many visitors, one line, two answers to one question at a time.
 
     showcase = open_showcase()                              the checkpoint included with the project
-    turn = showcase.ask("visitor 7", "10.0.0.3", "Why is the sky blue?", blind=True)
+    me = Visitor("session 7", "a long random text that only this visitor has")
+    turn = showcase.ask(me, "10.0.0.3", "Why is the sky blue?", blind=True)
     showcase.seen(turn)                                     what the visitor may see now; from any thread
-    showcase.vote("visitor 7", "left")
+    showcase.vote(me, "left")
 
 Questions are answered in the order of arrival, in threads of their own, so no page has to wait for them. ``leave``
 withdraws the question of a visitor who goes away. In a blind turn the sides are swapped at random, and nothing that
@@ -34,11 +35,36 @@ from lbllm.places import home
 from lbllm.runs.store import RunStore
 
 _REMEMBERED = 1000
+SECRET_CHARS = (16, 200)
 TurnState = Literal["waiting", "answering", "over"]
 
 
 class VisitorError(LbllmError):
     """A visitor's request is not possible now; the message is shown to the visitor."""
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Somebody who asks. ``session``: what Gradio calls a loaded page or a client; others may learn it.
+
+    ``secret``: a random text that only this visitor has. Who has none can ask, and stop their own question, but not
+    vote: anybody who knows the session could vote in their name.
+    """
+
+    session: str
+    secret: str = ""
+
+    def __post_init__(self) -> None:
+        if self.secret and not SECRET_CHARS[0] <= len(self.secret) <= SECRET_CHARS[1]:
+            raise VisitorError(
+                f"The secret has {len(self.secret):,} characters; it needs {SECRET_CHARS[0]} to {SECRET_CHARS[1]}, "
+                "chosen at random."
+            )
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells this visitor from others."""
+        return ("secret", self.secret) if self.secret else ("session", self.session)
 
 
 @dataclass(frozen=True)
@@ -59,9 +85,10 @@ class Limits:
 @dataclass(eq=False)
 class Turn:
     """One question and its answers. ``number``: in the order of arrival. ``swapped``: the first model is on the
-    right."""
+    right. ``session``: the asking visitor's."""
 
     number: int
+    session: str
     prompt: str
     blind: bool
     swapped: bool
@@ -115,7 +142,7 @@ class Showcase:
         self.limits = limits or Limits()
         self._votes = VoteStore(store.database)
         self._line: deque[Turn] = deque()
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[tuple[str, str], Turn] = {}
         self._mutex = threading.RLock()
         self._serving = False
         self._count = 0
@@ -138,7 +165,7 @@ class Showcase:
             slot.wait()
             slot.loaded  # noqa: B018 - raises
 
-    def ask(self, visitor: str, address: str, prompt: str, *, blind: bool = False, seed: int | None = None) -> Turn:
+    def ask(self, visitor: Visitor, address: str, prompt: str, *, blind: bool = False, seed: int | None = None) -> Turn:
         """Put a question in the line. The same ``seed`` gives the same answers again; without one it is random.
 
         Raises VisitorError if the question is empty or too long, the visitor asks too often or has one in the line,
@@ -153,7 +180,7 @@ class Showcase:
                 f"The question has {len(prompt):,} characters; {self.limits.prompt_chars:,} are allowed. Shorten it."
             )
         with self._mutex:
-            last = self._turns.get(visitor)
+            last = self._turns.get(visitor.key)
             if last is not None and not last.over:
                 raise VisitorError("Your last question is not answered yet. Wait for it, or stop it.")
             if len(self._line) >= self.limits.line:
@@ -163,7 +190,7 @@ class Showcase:
                 seed=secrets.randbelow(2**31) if seed is None else seed, max_new_tokens=self.limits.answer_tokens
             )
             self._count += 1
-            turn = Turn(self._count, prompt, blind, blind and secrets.randbelow(2) == 1, settings)
+            turn = Turn(self._count, visitor.session, prompt, blind, blind and secrets.randbelow(2) == 1, settings)
             self._remember(visitor, turn)
             self._line.append(turn)
             if not self._serving:
@@ -198,24 +225,26 @@ class Showcase:
                 turn.withdrawn = True
                 self._line.remove(turn)
 
-    def current(self, visitor: str) -> Turn | None:
+    def current(self, visitor: Visitor) -> Turn | None:
         """The visitor's last turn."""
         with self._mutex:
-            return self._turns.get(visitor)
+            return self._turns.get(visitor.key)
 
-    def leave(self, visitor: str) -> None:
-        """Forget a visitor and stop the question that is not answered yet."""
+    def leave(self, session: str) -> None:
+        """Stop the questions of a session that are not answered yet. What was answered can still be voted on."""
         with self._mutex:
-            turn = self._turns.pop(visitor, None)
-            if turn is not None:
+            for turn in [turn for turn in self._turns.values() if turn.session == session and not turn.over]:
                 self.stop(turn)
 
-    def vote(self, visitor: str, choice: str) -> Turn:
-        """Keep the visitor's vote on the last, blind, turn, which reveals it. Raises VisitorError, ResourceError."""
+    def vote(self, visitor: Visitor, choice: str) -> Turn:
+        """Keep the visitor's vote on the last, blind, turn, which reveals it. It needs the visitor's secret. Raises
+        VisitorError, ResourceError."""
         if choice not in CHOICES:
-            raise VisitorError(f"{choice!r} is not a vote. Give one of: {', '.join(CHOICES)}.")
+            raise VisitorError(f"{str(choice)[:40]!r} is not a vote. Give one of: {', '.join(CHOICES)}.")
+        if not visitor.secret:
+            raise VisitorError("A vote needs the secret that the question was asked with. Ask with a secret to vote.")
         with self._mutex:
-            turn = self._turns.get(visitor)
+            turn = self._turns.get(visitor.key)
             if turn is None or not turn.blind:
                 raise VisitorError("There is nothing to vote on. Ask a question in blind mode first.")
             if turn.choice is not None:
@@ -250,16 +279,16 @@ class Showcase:
         first, second = self.names
         return (second, first) if turn.swapped else (first, second)
 
-    def _check_rate(self, visitor: str, address: str) -> None:
-        wait = max(self._visitor_rate.wait(visitor), self._address_rate.wait(address))
+    def _check_rate(self, visitor: Visitor, address: str) -> None:
+        wait = max(self._visitor_rate.wait(visitor.key), self._address_rate.wait(address))
         if wait:
             raise VisitorError(f"That was many questions in a minute. The next one is possible in {math.ceil(wait)} s.")
-        self._visitor_rate.take(visitor)
+        self._visitor_rate.take(visitor.key)
         self._address_rate.take(address)
 
-    def _remember(self, visitor: str, turn: Turn) -> None:
-        self._turns.pop(visitor, None)
-        self._turns[visitor] = turn
+    def _remember(self, visitor: Visitor, turn: Turn) -> None:
+        self._turns.pop(visitor.key, None)
+        self._turns[visitor.key] = turn
         if len(self._turns) > _REMEMBERED:
             # Not every visitor calls ``leave``. Those with a question in the line are among the newest.
             del self._turns[next(iter(self._turns))]
@@ -306,4 +335,9 @@ def _hidden(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
 def _keeping_pace(answer: Answer, other: Answer) -> Answer:
     length = len(answer.text) if other.over else min(len(answer.text), len(other.text))
     ended = answer.over and length == len(answer.text)
-    return Answer(state=answer.state if ended else "writing", text=answer.text[:length], error=answer.error)
+    return Answer(
+        state=answer.state if ended else "writing",
+        text=answer.text[:length],
+        error=answer.error,
+        cut=answer.cut if ended else 0,
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -45,13 +46,15 @@ class ChatPiece:
     """New text and the measurements so far.
 
     ``first_token_seconds``: from the call to the first token; this includes reading the prompt. ``tokens_per_second``:
-    the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far.
+    the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far. ``cut``: the limit of
+    tokens was reached before the model had ended its answer.
     """
 
     text: str
     tokens_per_second: float
     first_token_seconds: float
     tokens: int
+    cut: bool = False
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
@@ -132,7 +135,7 @@ def stream(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 tokenizer=tokenizer,  # for stop strings
-                streamer=_Pieces(tokenizer, pieces),
+                streamer=_Pieces(tokenizer, pieces, settings),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
                 generation_config=settings,
@@ -180,10 +183,14 @@ class _Pieces(BaseStreamer):
     """Turns tokens into pieces of text. Bytes of an incomplete character wait until it is complete."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, pieces: queue.SimpleQueue[ChatPiece | BaseException | None]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pieces: queue.SimpleQueue[ChatPiece | BaseException | None],
+        settings: GenerationConfig,
     ) -> None:
         self.tokenizer = tokenizer
         self.pieces = pieces
+        self.settings: Any = settings
         self.tokens: list[int] | None = None
         self.written = 0
         self.started = time.monotonic()
@@ -203,13 +210,17 @@ class _Pieces(BaseStreamer):
             self._write(complete)
 
     def end(self) -> None:
-        self._write(str(self.tokenizer.decode(self.tokens or [], skip_special_tokens=True)))
+        tokens = self.tokens or []
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        ended = tokens[-1:] == [] or tokens[-1] in (self.settings.eos_token_id or ())
+        ended = ended or any(string in text for string in self.settings.stop_strings or ())
+        self._write(text, cut=not ended and len(tokens) >= self.settings.max_new_tokens)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, *, cut: bool = False) -> None:
         count = len(self.tokens or [])
         since = self.latest - self.first
         speed = (count - 1) / since if count > 1 and since > 0 else 0.0
-        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count))
+        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count, cut))
         self.written = max(self.written, len(text))
 
 

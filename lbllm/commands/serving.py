@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import socket
 import sys
+import webbrowser
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
@@ -34,8 +38,9 @@ def ui(
     with extra("app", "the workbench"):
         import pandas  # noqa: F401 - the pages draw with both
         import plotly  # noqa: F401
+        import streamlit
+        from starlette.middleware import Middleware
         from streamlit.runtime.pages_manager import PagesManager
-        from streamlit.web import bootstrap
 
     script = APP / "workbench.py"
     if not script.is_file():
@@ -43,18 +48,36 @@ def ui(
     port = _port(host, port)
     # The pages are the top-level package app.
     sys.path.insert(0, str(BUNDLE))
-    options = streamlit_options(host, port, browser)
-    bootstrap.load_config_options(options)
+    from app.visits import Visitors
+    from lbllm.web import Gate, names_of
+
+    address = "localhost" if host in (ADDRESS, EVERY_ADDRESS) else host
+    url = f"http://{address}:{port}"
     # Streamlit uses a folder pages/ as the whole navigation until the entry script says otherwise, so a page that
     # is opened by its own address before that would run without it.
     PagesManager.uses_pages_directory = False
     # Before the first page is asked for: transformers can't be imported by two threads at once.
     for name in ("lbllm.chat.pool", "lbllm.measure.preview"):
         importlib.import_module(name)
-    plain(notices(), f"LBLLM Workbench: http://{options['browser_serverAddress']}:{port} (Ctrl-C ends it)")
+    plain(notices(), f"LBLLM Workbench: {url} (Ctrl-C ends it)")
     if warning := _exposed(host, port):
         plain(notices(), warning, style="yellow")
-    bootstrap.run(str(script), False, [], options)
+    workbench = streamlit.App(
+        script,
+        lifespan=partial(_opening, url if browser else None),
+        middleware=[Middleware(Gate, names=names_of(host)), Middleware(Visitors)],
+    )
+    # Streamlit takes the folder of the script that Python was started with for the application's.
+    sys.argv = [str(script)]
+    workbench.run(config=streamlit_options(host, port))
+
+
+@asynccontextmanager
+async def _opening(url: str | None, _: object) -> AsyncIterator[None]:
+    """Open the browser when the server starts, where there is a display."""
+    if url is not None and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(url)
+    yield
 
 
 def _exposed(host: str, port: int) -> str | None:
@@ -89,32 +112,27 @@ def _port(host: str, wanted: int | None) -> int:
     raise ResourceError(f"port {candidates[0]} of {host} is taken or not allowed; give another with --port")
 
 
-def streamlit_options(host: str, port: int, browser: bool) -> dict[str, Any]:
+def streamlit_options(host: str, port: int) -> dict[str, Any]:
     """Streamlit's settings: this address only, nothing sent anywhere, no tracebacks on a page."""
-    names = ["localhost", ADDRESS] if host == ADDRESS else ["localhost", ADDRESS, host, socket.gethostname()]
-    options = {
-        "server_address": host,
-        "server_port": port,
-        # A foreign page must not reach the server under its own host name (DNS rebinding).
-        "server_allowedHosts": names,
-        "server_fileWatcherType": "none",
-        "server_maxUploadSize": 5,
+    return {
+        "server.address": host,
+        "server.port": port,
+        "server.headless": True,
+        "server.fileWatcherType": "none",
+        "server.maxUploadSize": 5,
         # With torch loaded a full collection takes 0.25 s, and a page that watches a run would cause one every second.
-        "runner_postScriptGC": False,
+        "runner.postScriptGC": False,
         # A page's script continues to its next call and restarts there, on one thread. Otherwise a second thread would
         # begin beside it, and the first one could not tell a changed setting from a closed page.
-        "runner_fastReruns": False,
-        "browser_gatherUsageStats": False,
-        "browser_serverAddress": "localhost" if host in (ADDRESS, EVERY_ADDRESS) else host,
-        "client_showErrorDetails": "none",
-        "client_showErrorLinks": False,
-        "client_toolbarMode": "minimal",
-        "logger_hideWelcomeMessage": True,
-        "theme_base": str(ASSETS / "theme" / "theme.toml"),
-        "global_developmentMode": False,
+        "runner.fastReruns": False,
+        "browser.gatherUsageStats": False,
+        "client.showErrorDetails": "none",
+        "client.showErrorLinks": False,
+        "client.toolbarMode": "minimal",
+        "logger.hideWelcomeMessage": True,
+        "theme.base": str(ASSETS / "theme" / "theme.toml"),
+        "global.developmentMode": False,
     }
-    # Without a display Streamlit itself opens no browser.
-    return options if browser else options | {"server_headless": True}
 
 
 CheckpointArgument = Annotated[

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lbllm.chat.conversation import Conversation
+from app.compare.answers import turn_text
+from app.compare.lens import complete
+from lbllm.chat.conversation import Conversation, Exchange
+from lbllm.chat.duel import Answer, Duel
+from lbllm.chat.page import comparison_page
+from lbllm.chat.settings import ChatSettings
 from lbllm.chat.votes import VoteStore
 from lbllm.runs.database import Database
 from tests.helpers import ROOT
@@ -44,6 +50,11 @@ def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
         page.query_params["left"], page.query_params["right"] = left, right
         page.run()
         assert not page.exception
+        if any(button.key == "compare_load" for button in page.button):
+            # A link only chooses.
+            assert "compare_slots" not in page.session_state
+            assert page.chat_input(key="compare_prompt").disabled
+            page.button(key="compare_load").click().run()
         for slot in page.session_state.get("compare_slots", ()):
             assert slot.wait(60)
         page.run()
@@ -53,8 +64,15 @@ def opened(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     return open_page
 
 
+class Unfinished(Duel):
+    """Two answers of which the left one has begun."""
+
+    def __init__(self) -> None:
+        self.answers = [Answer("reading", timed=True), Answer(timed=True)]
+
+
 def talk(page: AppTest) -> Conversation:
-    found: Conversation = page.session_state["compare_conversation"]
+    found: Conversation = page.session_state["kept"].conversation
     return found
 
 
@@ -72,8 +90,10 @@ def ask(page: AppTest, prompt: str = "What is the capital of France?") -> AppTes
 
 def written(page: AppTest) -> str:
     """All text that the page shows."""
-    parts = [*page.markdown, *page.caption, *page.error, *page.text, *page.subheader]
-    return "\n".join(str(part.value) for part in parts)
+    parts = [*page.markdown, *page.caption, *page.error, *page.text, *page.subheader, *page.info]
+    shown = [str(part.value) for part in parts]
+    # Texts of people and models are HTML, escaped.
+    return "\n".join([*shown, *(unescape(element.proto.body) for element in page.get("html"))])
 
 
 def test_the_first_sight_explains_and_offers_prompts(opened: Open) -> None:
@@ -142,6 +162,74 @@ def test_two_settings_on_one_model(opened: Open) -> None:
     assert [settings.temperature for settings in exchange.settings] == [0.0, 1.5]
     assert exchange.names == ("chat (temperature 0)", "chat (temperature 1.5)")
     assert "the same model" in written(page)
+
+
+def test_two_settings_start_from_the_shared_ones(opened: Open) -> None:
+    page = opened()
+    page.slider(key="compare_temperature_both").set_value(0.7).run()
+    page.text_area(key="compare_system_both").set_value("Be brief.").run()
+    page.toggle(key="compare_apart").set_value(True).run()
+    for side in ("left", "right"):
+        assert page.slider(key=f"compare_temperature_{side}").value == 0.7
+        assert page.number_input(key=f"compare_max_new_tokens_{side}").value == 8
+        assert page.text_area(key=f"compare_system_{side}").value == "Be brief."
+    page.slider(key="compare_temperature_left").set_value(0.1).run()
+    # What was chosen for a side is kept until the shared settings change.
+    page.toggle(key="compare_apart").set_value(False).run()
+    assert page.slider(key="compare_temperature_both").value == 0.7
+    page.toggle(key="compare_apart").set_value(True).run()
+    assert page.slider(key="compare_temperature_left").value == 0.1
+    page.toggle(key="compare_apart").set_value(False).run()
+    page.slider(key="compare_temperature_both").set_value(0.3).run()
+    page.toggle(key="compare_apart").set_value(True).run()
+    assert page.slider(key="compare_temperature_left").value == 0.3
+
+
+def test_the_prompt_that_is_edited_can_stay_as_it_is(opened: Open) -> None:
+    page = ask(opened())
+    (before,) = talk(page).exchanges
+    page.button(key="compare_edit_open").click().run()
+    page.text_area(key="compare_edited").set_value("And of Spain?")
+    next(button for button in page.button if button.label == "Cancel").click().run()
+    assert talk(page).exchanges == [before]
+    assert all(area.key != "compare_edited" for area in page.text_area)
+
+
+def test_an_answer_that_the_limit_cut_off_says_so(opened: Open) -> None:
+    page = ask(opened(length=8))
+    cut = [answer.cut for answer in talk(page).exchanges[0].answers]
+    assert set(cut) <= {0, 8}
+    assert written(page).count("Cut off at 8 tokens") == cut.count(8)
+    assert any(cut)
+
+
+def test_one_after_the_other_says_whose_turn_it_is() -> None:
+    settings = ChatSettings()
+    exchange = Exchange("Why?", ("teacher", "student"), (settings, settings), Unfinished())
+    assert "turn of the left model, teacher" in turn_text(exchange, 1)
+    assert turn_text(exchange, 0) == "Reading the prompt"
+    exchange.duel.answers[0] = Answer("done", timed=True)
+    assert turn_text(exchange, 1) == "Waiting for the model"
+
+
+def test_the_saved_page_has_the_lens_of_every_exchange(opened: Open) -> None:
+    page = ask(ask(opened()), "And of Spain?")
+    first, second = talk(page).exchanges
+    assert second.lens is not None
+    # Nobody looked at the first one.
+    first.lens = None
+    slots = page.session_state["compare_slots"]
+    complete(talk(page), slots, first.names)
+    assert first.lens is not None
+    assert comparison_page(talk(page).exchanges).count("Lens: where") == 2
+
+
+def test_a_long_prompt_is_folded(opened: Open) -> None:
+    page = ask(opened(), "Again " * 200 + "<b>end</b>")
+    bodies = [element.proto.body for element in page.get("html")]
+    (prompt,) = [body for body in bodies if "<details>" in body]
+    assert "&lt;b&gt;end&lt;/b&gt;" in prompt
+    assert prompt.count('dir="auto"') == 2
 
 
 def test_a_base_model_is_labelled_and_goes_on_with_the_text(opened: Open) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from playwright.sync_api import BrowserContext, Page, expect
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Cookie, Page, expect
 
 from lbllm.chat.votes import VoteStore
 from tests.browser.conftest import Server, wait_until
+from tests.helpers.screens import LAPTOP, PHONE, Known, Screen, screens, serious
 
 HOSTILE = "Write a long story about <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
 LOADING = 120_000
 # How a picked model is described once it is loaded.
+# Streamlit's own markup; none of it is ours.
+KNOWN: list[Known] = []
 READY = re.compile(r"[\d.]+ bits per weight (·|in memory)")
 
 
@@ -37,8 +42,13 @@ def stop(page: Page) -> None:
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
 
 
-def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Server, tmp_path: Path) -> None:
+def test_ask_stop_look_vote_save(
+    page: Page, context: BrowserContext, browser: Browser, server: Server, tmp_path: Path
+) -> None:
     open_page(page, server)
+    expect(page).to_have_url(re.compile("/compare[?]"))
+    # The tour comes once.
+    expect(page.get_by_text("Begin here")).to_be_visible()
     # The prompt may be asked before the models are there.
     expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
     ask(page, HOSTILE)
@@ -113,11 +123,89 @@ def test_ask_stop_look_vote_save(page: Page, context: BrowserContext, server: Se
         page.set_viewport_size({"width": width, "height": height})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
-    # A reload begins a new conversation with the same models, at once, and the votes are still there.
+    # A reload keeps the conversation, the settings and the votes, and does not bring the tour back.
+    before = answers(page)
     page.reload()
-    expect(page.get_by_text("Ask both models the same thing")).to_be_visible()
+    expect(page.get_by_test_id("stChatMessage").get_by_text(HOSTILE)).to_be_visible()
     expect(page.get_by_text(READY)).to_have_count(2)
+    wait_until(lambda: answers(page) == before)
+    expect(page.get_by_role("button", name="What is this?")).to_be_visible()
+    assert page.get_by_text("Begin here").count() == 0
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_role("spinbutton", name="Seed")).to_have_value("7")
+    page.keyboard.press("Escape")
     assert len(VoteStore(server.store.database).all()) == 1
+    # So does a page that comes back from another one without the conversation in its address.
+    page.goto(server.url("runs"))
+    page.goto(server.url("compare"))
+    expect(page.get_by_test_id("stChatMessage").get_by_text(HOSTILE)).to_be_visible()
+    # The same address shows nothing of it to anybody else.
+    stranger = browser.new_context()
+    theirs = stranger.new_page()
+    theirs.goto(page.url)
+    expect(theirs.get_by_text("Ask both models the same thing")).to_be_visible()
+    assert theirs.get_by_text(HOSTILE).count() == 0
+    stranger.close()
+
+    # Without the server, the page says what to do, until it is there again.
+    page.route("**/_stcore/health", lambda route: route.abort())
+    stopped = page.get_by_role("alert").filter(has_text="The workbench has stopped. Start it again")
+    expect(stopped).to_be_visible()
+    page.unroute("**/_stcore/health")
+    expect(stopped).to_be_hidden()
+
+
+@pytest.fixture(scope="module")
+def answered(browser: Browser, server: Server) -> Iterator[tuple[list[Cookie], str]]:
+    """The cookies of a browser that has asked both models something, and the address of that conversation. Its page
+    stays open, so that the models stay loaded."""
+    context = browser.new_context()
+    page = context.new_page()
+    open_page(page, server)
+    page.get_by_role("button", name="Got it").click()
+    ask(page, "Say hello. " + "And again. " * 80)
+    expect(page.get_by_text("▌").first).to_be_visible(timeout=LOADING)
+    stop(page)
+    yield context.cookies(), page.url
+    context.close()
+
+
+@screens(Screen(*PHONE, "light"), Screen(*LAPTOP, "dark"))
+def test_every_screen_shows_it_all(browser: Browser, answered: tuple[list[Cookie], str], screen: Screen) -> None:
+    cookies, address = answered
+    context = screen.context(browser)
+    context.add_cookies(cookies)  # type: ignore[arg-type]
+    page = context.new_page()
+    page.goto(address)
+    expect(page.get_by_text("mean divergence")).to_be_visible(timeout=LOADING)
+    assert serious(page, KNOWN) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= screen.width
+    # A long prompt is folded, and a text has its own direction.
+    bubble = page.get_by_test_id("stChatMessage")
+    whole = bubble.locator("details div")
+    expect(whole).to_be_hidden()
+    bubble.locator("summary").click()
+    expect(whole).to_be_visible()
+    assert whole.get_attribute("dir") == "auto"
+    assert page.locator(".st-key-compare_answer_0 .text").get_attribute("dir") == "auto"
+
+    left, right = (page.locator(f".st-key-compare_answer_{side}") for side in (0, 1))
+    tabs = page.get_by_role("tab", name="answer")
+    if screen.width > 640:
+        expect(tabs).to_have_count(0)
+        expect(right).to_be_visible()
+        assert left.bounding_box()["y"] == right.bounding_box()["y"]  # type: ignore[index]
+    else:
+        expect(right).to_be_hidden()
+        tabs.nth(1).tap()
+        expect(right).to_be_visible()
+        expect(left).to_be_hidden()
+        expect(tabs.nth(1)).to_have_attribute("aria-selected", "true")
+        # What a model is stands below its own picker.
+        lines = [page.get_by_text(READY).nth(side).bounding_box() for side in (0, 1)]
+        second = page.get_by_role("combobox", name="Right").bounding_box()
+        assert lines[0]["y"] < second["y"] < lines[1]["y"]  # type: ignore[index]
+    context.close()
 
 
 def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:
@@ -135,11 +223,18 @@ def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:
     regenerate = page.get_by_role("button", name="Regenerate")
     expect(regenerate).to_be_visible(timeout=LOADING)
     expect(page.get_by_text(f"{model} (longest answer 3)")).to_be_visible()
+    expect(page.get_by_text("Cut off at 3 tokens")).to_be_visible()
     expect(page.get_by_text("Both sides are the same model")).to_be_visible()
     first = answers(page)
     regenerate.click()
     wait_until(lambda: regenerate.is_visible() and answers(page) != first)
-    page.get_by_role("button", name="Edit").click()
+    # The prompt is edited where it stands, or left as it is.
+    bubble = page.get_by_test_id("stChatMessage")
+    bubble.get_by_role("button", name="Edit").click()
+    bubble.get_by_role("textbox", name="Edit the prompt").fill("Something else")
+    bubble.get_by_role("button", name="Cancel").click()
+    expect(bubble.get_by_text("What is the capital of France?")).to_be_visible()
+    bubble.get_by_role("button", name="Edit").click()
     page.get_by_role("textbox", name="Edit the prompt").fill("What is the capital of Spain?")
     page.get_by_role("button", name="Ask again").click()
     expect(page.get_by_test_id("stChatMessage").get_by_text("Spain")).to_be_visible()
@@ -151,7 +246,12 @@ def test_regenerate_edit_and_two_settings(page: Page, server: Server) -> None:
 def test_models_that_can_not_be_had(page: Page, server: Server) -> None:
     open_page(page, server, "?right=../../etc")
     expect(page.get_by_text("lies outside")).to_be_visible()
+    # A link only chooses: nothing is loaded before a click.
     open_page(page, server, "?right=smollm2-135m")
+    expect(page.get_by_text("Nothing is loaded until you say so.")).to_be_visible()
+    expect(page.get_by_test_id("stChatInputTextArea")).to_be_disabled()
+    assert page.get_by_text("Loading for").count() == 0
+    page.get_by_role("button", name="Load these models").click()
     expect(page.get_by_text(re.compile("can't be downloaded.*use smollm2-135m-instruct"))).to_be_visible(
         timeout=LOADING
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from app.showcase.page import serve
-from lbllm.chat.showcase import Limits, Showcase
+from lbllm.chat.showcase import Limits, Showcase, Visitor
 from lbllm.runs.store import RunStore
 from tests.browser.conftest import wait_until
 from tests.helpers.ports import free_port
+from tests.helpers.screens import LAPTOP, PHONE, Screen, screens, serious
 from tests.helpers.tiny_showcase import NAMES, endless_slots, tiny_pair
 
 HOSTILE = "Tell of <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
@@ -36,7 +37,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def answers(page: Page) -> list[str]:
-    return [page.get_by_label(f"Answer {letter}").input_value() for letter in "AB"]
+    return [page.get_by_label(f"Answer {letter}").inner_text() for letter in "AB"]
 
 
 def stop(page: Page) -> None:
@@ -89,7 +90,7 @@ def test_refusals_and_the_line(page: Page, address: str, showcase: Showcase) -> 
     page.goto(address)
     ask(page, "x" * 201)
     expect(page.get_by_text("The question has 201 characters; 200 are allowed. Shorten it.")).to_be_visible()
-    first = showcase.ask("somebody else", "elsewhere", "Who is first?")
+    first = showcase.ask(Visitor("somebody else"), "elsewhere", "Who is first?")
     page.get_by_role("button", name="What is the capital of France?").click()
     expect(page.get_by_text("Your question is next in the line.")).to_be_visible()
     showcase.stop(first)
@@ -102,7 +103,7 @@ def test_refusals_and_the_line(page: Page, address: str, showcase: Showcase) -> 
     ask(page, "Once more?")
     expect(page.get_by_text("That was many questions in a minute.")).to_be_visible()
     # The page that is closed takes its question with it.
-    showcase.ask("somebody else", "elsewhere", "Who is first?")
+    showcase.ask(Visitor("somebody else"), "elsewhere", "Who is first?")
     other = page.context.new_page()
     other.goto(address)
     ask(other, "Still here?")
@@ -110,3 +111,53 @@ def test_refusals_and_the_line(page: Page, address: str, showcase: Showcase) -> 
     other.close()
     wait_until(lambda: not showcase._line)
     showcase.leave("somebody else")
+
+
+@screens(Screen(*PHONE, "light"), Screen(640, 900), Screen(*LAPTOP, "dark"))
+def test_every_screen_shows_it_all(browser: Browser, address: str, showcase: Showcase, screen: Screen) -> None:
+    votes = showcase.tally().total
+    context = screen.context(browser)
+    page = context.new_page()
+    page.goto(address)
+    expect(page.get_by_role("heading", level=1)).to_have_count(1)
+    expect(page.locator("#suggested button").first).to_be_visible()
+    assert serious(page) == []
+    page.get_by_label("Blind: the names after your vote").check()
+    ask(page, "Tell of {{the}} ${sea} `and` <b>more</b>")
+    wait_until(lambda: all(len(text) > 300 for text in answers(page)))
+    stop(page)
+    assert serious(page) == []
+    width, height = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+    assert width <= screen.width
+    # A large window has everything in it; a small one scrolls to it.
+    assert (height <= screen.height) == (screen.width > 720)
+    boxes = [page.locator(".block.answer").nth(side) for side in (0, 1)]
+    boxes += [page.get_by_role("button", name=name) for name in ("A is better", "B is better", "Tie", "Both bad")]
+    areas = [box.bounding_box() for box in (page.get_by_role("button", name="Ask", exact=True), *boxes)]
+    for number, one in enumerate(areas):
+        for other in areas[:number]:
+            assert one
+            assert other
+            assert 0 <= one["x"] <= screen.width - one["width"]
+            beside = one["x"] >= other["x"] + other["width"] or other["x"] >= one["x"] + one["width"]
+            assert beside or one["y"] >= other["y"] + other["height"], (one, other)
+    for box in boxes:
+        box.scroll_into_view_if_needed()
+        expect(box).to_be_in_viewport()
+    texts = [page.get_by_label("Answer A"), page.get_by_label("Answer B"), page.locator("#prompt textarea")]
+    assert all(text.get_attribute("dir") == "auto" for text in texts)
+    best = page.get_by_role("button", name="A is better")
+    best.tap() if screen.width <= 640 else best.click()
+    expect(page.get_by_text("You preferred")).to_be_visible()
+    assert showcase.tally().total == votes + 1
+    context.close()
+
+
+def test_a_showcase_that_has_stopped_says_what_to_do(page: Page, address: str) -> None:
+    page.clock.install()
+    page.goto(address)
+    expect(page.locator("#suggested button").first).to_be_visible()
+    page.route("**/app_id", lambda route: route.abort())
+    for _ in range(3):
+        page.clock.run_for(5000)
+    expect(page.get_by_role("alert").filter(has_text="The showcase has stopped.")).to_be_visible()

@@ -182,6 +182,19 @@ def test_timed_answers_come_one_after_the_other(folders: dict[str, str]) -> None
     finished(duel)
 
 
+def test_an_answer_that_the_limit_cuts_off_says_so(folders: dict[str, str]) -> None:
+    slot = ready(ModelPool().get(folders["chat"]))
+    model, tokenizer = slot.loaded.model, slot.loaded.tokenizer
+    messages = [{"role": "user", "content": "Why?"}]
+    tokenizer.eos_token = None
+    # No token ends an answer; then each of them does.
+    for ends, cut in ((None, 3), (list(range(len(tokenizer))), 0)):
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = ends
+        side = Side(slot, messages, ChatSettings(max_new_tokens=3 if ends is None else 1))
+        assert [answer.cut for answer in finished(Duel((side, side))).answers] == [cut, cut]
+
+
 def test_stop_ends_both_after_the_token_in_work(folders: dict[str, str]) -> None:
     pool = ModelPool()
     settings = ChatSettings(max_new_tokens=4096, temperature=2.0)

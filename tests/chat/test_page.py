@@ -16,7 +16,7 @@ from lbllm.chat.settings import ChatSettings
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'x' </style></body>"
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "div", "span", "b", "i"}
-TAGS |= {"mark", "code"}
+TAGS |= {"mark", "code", "details", "summary"}
 
 
 class Reader(HTMLParser):
@@ -58,6 +58,12 @@ def exchange(prompt: str, left: str, right: str, names: tuple[str, str] = ("teac
     return Exchange(prompt, names, (settings, settings), Finished(answer, other))
 
 
+def looked_at(prompt: str, left: str, right: str, lens: Lens, names: tuple[str, str]) -> Exchange:
+    one = exchange(prompt, left, right, names)
+    one.lens = lens, names
+    return one
+
+
 def some_lens(text: str) -> Lens:
     expected = (Candidate(text, 0.6), Candidate("\n", 0.3))
     token = LensToken(text, 2.5, expected, expected[::-1], 0.6, 0.1)
@@ -65,9 +71,10 @@ def some_lens(text: str) -> Lens:
 
 
 def test_everything_of_a_comparison_is_on_the_page() -> None:
-    one, two = exchange("Why?", "The sky is blue", "The sky is grey"), exchange("And?", "Yes", "Yes")
-    lens = (some_lens(" blue"), ("teacher", "student"))
-    page = Reader(comparison_page([one, two], votes={one.id: "right"}, lens=lens))
+    names = ("teacher", "student")
+    one = looked_at("Why?", "The sky is blue", "The sky is grey", some_lens(" blue"), names)
+    two = looked_at("And?", "Yes", "Yes", some_lens(" Yes"), names)
+    page = Reader(comparison_page([one, two], votes={one.id: "right"}))
     for text in ("Why?", "The sky is ", "blue", "grey", "20.5", "9.0", "0.14 s", "538.1 MB", "96.6 MB", "3.00"):
         assert text in page.text
     for text in (
@@ -76,6 +83,7 @@ def test_everything_of_a_comparison_is_on_the_page() -> None:
         "repetition penalty 1.1",
         "Be kind <b>",
         "␣blue",
+        "␣Yes",
         "60.0 %",
         "KL 2.500 nats",
     ):
@@ -85,8 +93,8 @@ def test_everything_of_a_comparison_is_on_the_page() -> None:
 
 
 def test_nothing_of_it_is_taken_for_html() -> None:
-    exchanges = [exchange(HOSTILE, HOSTILE, HOSTILE + " more", (HOSTILE, HOSTILE))]
-    page = comparison_page(exchanges, lens=(some_lens(HOSTILE), (HOSTILE, HOSTILE)))
+    names = (HOSTILE, HOSTILE)
+    page = comparison_page([looked_at(HOSTILE * 20, HOSTILE, HOSTILE + " more", some_lens(HOSTILE), names)])
     read = Reader(page)
     assert read.tags <= TAGS
     assert not any(name.startswith("on") for name in read.attributes)
@@ -106,7 +114,7 @@ def test_any_text_comes_through(left: str, right: str) -> None:
 
 
 def test_the_page_loads_nothing_and_suits_both_themes() -> None:
-    page = comparison_page([exchange("Why?", "a", "b")], lens=(some_lens("x"), ("a", "b")))
+    page = comparison_page([looked_at("Why?", "a", "b", some_lens("x"), ("a", "b"))])
     assert "default-src 'none'" in page
     assert "prefers-color-scheme: dark" in page
     assert "color-scheme: light dark" in page
@@ -119,3 +127,24 @@ def test_a_side_that_failed_says_why() -> None:
     failed = exchange("Why?", "", "text")
     failed.duel.answers[0] = Answer("failed", error="the model failed <here>")
     assert "the model failed <here>" in Reader(comparison_page([failed])).text
+
+
+def test_an_answer_that_the_limit_cut_off_says_so() -> None:
+    one = exchange("Why?", "The sky is", "The sky is blue.")
+    one.duel.answers[0] = replace(one.duel.answers[0], cut=12)
+    assert Reader(comparison_page([one])).text.count("Cut off here: the longest answer was 12 tokens.") == 1
+    # What the user stopped is no cut.
+    one.duel.answers[0] = replace(one.duel.answers[0], state="stopped")
+    assert "Cut off" not in comparison_page([one])
+
+
+def test_long_prompts_fold_and_texts_have_their_own_direction() -> None:
+    short, long = exchange("שלום", "مرحبا", "Hello"), exchange("word " * 500, "a", "b")
+    lines = exchange("line\n" * 12, "a", "b")
+    assert "<details" not in comparison_page([short])
+    assert 'dir="auto">שלום' in comparison_page([short])
+    assert comparison_page([short]).count('class="words" dir="auto"') == 2
+    for one in (long, lines):
+        page = comparison_page([one])
+        assert page.count("<details") == 1
+        assert one.prompt.strip() in Reader(page).text

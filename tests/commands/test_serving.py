@@ -2,23 +2,36 @@
 
 import socket
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pytest
+import streamlit
 from streamlit.runtime.pages_manager import PagesManager
-from streamlit.web import bootstrap
 
 from lbllm.commands.main import main
+from lbllm.web import LOOPBACK, Gate
+
+
+class Started(NamedTuple):
+    """A server that would have been started: Streamlit's settings, and the names that it answers under."""
+
+    settings: Mapping[str, Any]
+    names: frozenset[str]
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The settings of each server that would have been started."""
-    servers: list[dict[str, Any]] = []
-    monkeypatch.setattr(bootstrap, "load_config_options", lambda options: None)
-    monkeypatch.setattr(bootstrap, "run", lambda script, is_hello, args, options: servers.append(options))
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
+    servers: list[Started] = []
+
+    def run(app: streamlit.App, *, config: Mapping[str, Any]) -> None:
+        gates: list[Any] = [one for one in app._user_middleware if getattr(one, "cls", None) is Gate]
+        servers.append(Started(config, gates[0].kwargs["names"]))
+
+    monkeypatch.setattr(streamlit.App, "run", run)
     monkeypatch.setattr(PagesManager, "uses_pages_directory", PagesManager.uses_pages_directory)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.delenv("LBLLM_HOST", raising=False)
     return servers
 
@@ -40,23 +53,22 @@ def test_a_host_that_is_not_this_machine_s_is_refused_by_name(host: str, capsys:
     assert "127.0.0.1 for this machine only" in message
 
 
-def test_the_workbench_is_for_this_machine_alone(
-    started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_workbench_is_for_this_machine_alone(started: list[Started], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ui", "--no-browser"]) == 0
-    assert started[0]["server_address"] == "127.0.0.1"
-    assert started[0]["server_allowedHosts"] == ["localhost", "127.0.0.1"]
+    assert started[0].settings["server.address"] == "127.0.0.1"
+    assert started[0].names == set(LOOPBACK)
     assert "Warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_the_network_is_let_in_by_name_with_a_warning(
-    by: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    by: str, started: list[Started], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if by == "variable":
         monkeypatch.setenv("LBLLM_HOST", "0.0.0.0")
     assert main(["ui", "--no-browser", *(["--host", "0.0.0.0"] if by == "option" else [])]) == 0
-    assert started[0]["server_address"] == "0.0.0.0"
+    assert started[0].settings["server.address"] == "0.0.0.0"
     # Under a name of its own no page elsewhere gets in, although the port is open.
-    assert set(started[0]["server_allowedHosts"]) == {"localhost", "127.0.0.1", "0.0.0.0", socket.gethostname()}
+    assert started[0].names >= {*LOOPBACK, socket.gethostname().lower()}
+    assert not any("example" in name for name in started[0].names)
     assert "there is no password" in " ".join(capsys.readouterr().err.split())

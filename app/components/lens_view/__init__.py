@@ -1,9 +1,11 @@
-"""Two small components: a finished answer with its first different word marked, and the lens over a text.
+"""Three small components: a finished answer with its first different word marked, tabs for two answers on a narrow
+screen, and the lens over a text.
 
     answer_view("The sky ...", at=8, key="left")
+    tabs_view(("teacher", "student"), key="tabs")
     lens_view(lens, names=("teacher", "student"), key="lens")
 
-Both show the text of models as text nodes, never as HTML.
+All show the text of models as text nodes, never as HTML.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from lbllm.chat.lens import Lens, step_labels
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "style.css").read_text()
 _answer = st.components.v2.component("lbllm.answer", css=_CSS, js=(_HERE / "answer.js").read_text())
+_tabs = st.components.v2.component("lbllm.tabs", css=_CSS, js=(_HERE / "tabs.js").read_text())
 _lens = st.components.v2.component("lbllm.lens", css=_CSS, js=(_HERE / "lens.js").read_text())
 
 
 def answer_view(text: str | None, *, at: int | None, key: str) -> None:
     """Show an answer with the word at position ``at`` marked; for None, show an empty element as a placeholder."""
     _answer(key=key, data={"text": text or "", "at": None if at is None else _utf16(text or "", at)})
+
+
+def tabs_view(names: tuple[str, str], *, key: str) -> None:
+    """Show two tabs, one for each answer. The style sheet of the workbench hides them on a wide screen."""
+    _tabs(key=key, data={"names": list(names)})
 
 
 def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:

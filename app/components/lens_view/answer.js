@@ -6,6 +6,7 @@ export default function ({ parentElement, data }) {
   if (!node) {
     node = document.createElement("div");
     node.className = "text";
+    node.dir = "auto";
     parentElement.appendChild(node);
   }
   const { text, at } = data;

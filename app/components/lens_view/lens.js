@@ -38,6 +38,7 @@ function create(parentElement) {
   const panel = element("div", "panel");
   panel.setAttribute("aria-live", "polite");
   text.setAttribute("role", "group");
+  text.dir = "auto";
   body.append(text, panel);
   parentElement.append(legend, body);
   const state = { legend, text, panel, at: 0, data: null, drawn: null };
