@@ -24,6 +24,8 @@ _MIGRATIONS = (
         f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {IS_LIFECYCLE}",
     ),
     ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
+    # Steps may have ``probe``, which earlier versions refuse.
+    (),
 )
 VERSION = len(_MIGRATIONS)
 
