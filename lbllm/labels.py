@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lbllm.config import SETTINGS, RunConfig
+from lbllm.config import SETTINGS, RunConfig, label
 from lbllm.sections import WHOLE_ROW, Format, Origin, Stage, stage_name, stage_number
 
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
@@ -48,13 +48,13 @@ def run_facts(config: RunConfig) -> dict[str, str]:
     def size(value: int) -> str:
         return "whole row" if value == WHOLE_ROW else str(value)
 
-    facts = {"model": short(config.model), "quant.format": format_name(config, config.stages[-1])}
+    facts = {"model": short(config.model), "quant": format_name(config, config.stages[-1])}
     facts |= {"quant.group_size": size(quant.group_size), "quant.param_bits": str(quant.param_bits)}
     facts |= {"corpus": short(config.corpus), "tokens": f"{config.tokens:,}", "stages": stage_numbers(config.stages)}
     facts |= {"seed": str(config.seed)}
     if config.start is not None:
         facts["start"] = short(config.start)
-    return {str(SETTINGS[path].title) if path in SETTINGS else path.capitalize(): text for path, text in facts.items()}
+    return {label(path) or path.capitalize(): text for path, text in facts.items()}
 
 
 def format_name(config: RunConfig, stage: Origin) -> str:
