@@ -175,7 +175,7 @@ def block_picker(run: Run, view: RunView, chosen: Chosen) -> None:
     def pick() -> None:
         st.session_state[f"block {run.id}"] = st.session_state[picker]
 
-    st.selectbox("Block to show", places, format_func=place_name, key=picker, on_change=pick)
+    st.selectbox("Choose a block", places, format_func=place_name, key=picker, on_change=pick)
 
 
 def curve_controls() -> None:
