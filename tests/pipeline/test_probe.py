@@ -56,7 +56,8 @@ def config_with_held_out_text(folder: Path) -> RunConfig:
     text = folder / "text.jsonl"
     documents = (" ".join(f"{number} {line}" for line in SENTENCES) for number in range(100))
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    return config.model_copy(update={"corpus": str(text), "stages": STAGES})
+    e2e = config.e2e.model_copy(update={"tokens": 256, "batch_tokens": 64})
+    return config.model_copy(update={"corpus": str(text), "stages": STAGES, "e2e": e2e})
 
 
 def test_the_checkpoint_is_the_same_without_it_and_after_a_stop(

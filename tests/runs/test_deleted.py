@@ -122,7 +122,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert told("rename", run.id, "two") == {"run": run.id, "name": "two"}
     assert told("delete", run.id) == {"run": run.id, "for_good": False}
     assert told("list") == {"runs": []}
-    assert [one["id"] for one in told("list", "--deleted")["runs"]] == [run.id]  # type: ignore[index, attr-defined]
+    assert [one["id"] for one in told("list", "--deleted")["runs"]] == [run.id]  # type: ignore[attr-defined]
     assert "runs restore" in str(told("show", run.id, code=1)["error"])
     assert told("restore", run.id) == {"run": run.id, "state": "done"}
     told("delete", run.id, "--for-good", code=1)
