@@ -101,7 +101,7 @@ class _Beside:
     def enter(self, number: int) -> HeldOut | None:
         """Return the held-out tokens before a block; None if there is no time left to measure them."""
         self._at = None
-        if self._streams is not None and self._tokens.budget.allows(0.0):
+        if self._streams is not None and self._tokens.budget.allows(self._tokens.budget.cost):
             student, teacher = self._streams
             call = self._tokens.calls[number]
             with self._tokens.budget.timed():

@@ -57,13 +57,14 @@ class Probe:
         budget = self._budget
         if step < self._next and step != self._steps:
             return None
-        # Some is left for the passes that bring the tokens to the next block; each takes less than a measurement.
-        if not budget.allows(3 * budget.cost):
+        # Some is left for the passes that bring the tokens to the next block; each takes about as long.
+        if not budget.allows(4 * budget.cost):
             return None
         trained = budget.clock() - self._began - (budget.spent - self._spent_before)
         before = budget.spent
         with budget.timed():
             loss = self._loss()
         budget.cost = budget.spent - before
-        self._next = step + max(EVERY, math.ceil(budget.cost / (SHARE * max(trained / step, 1e-9))))
+        # Half of the time is for these; the other half for the first and last ones, and for the passes between blocks.
+        self._next = step + max(EVERY, math.ceil(budget.cost / (SHARE / 2 * max(trained / step, 1e-9))))
         return loss

@@ -68,6 +68,7 @@ def test_runs_on_every_screen(server: Server, browser: Browser, played: PlayedRu
     for label in CHARTS:
         expect(page.locator(f"[aria-label='{label}']")).to_have_attribute("data-stamp", re.compile("."))
     expect(page.get_by_text("kept as it was")).to_be_visible()
+    expect(page.get_by_test_id("stMetric").filter(has_text="Bits per weight")).to_be_visible()
     assert fits(page)
     assert serious(page, KNOWN) == []
     assert page.locator("[role=img]").locator("a, button, [tabindex]").count() == 0
