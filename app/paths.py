@@ -15,6 +15,7 @@ from lbllm.errors import ConfigError, ModelError
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import ModelSource
 from lbllm.places import home, root
+from lbllm.runs.store import Run
 from lbllm.texts.catalogue import TEXTS
 
 
@@ -96,3 +97,10 @@ def corpus_name(text: str) -> str:
             ".jsonl file or folder"
         )
     return str(path)
+
+
+def named_by_run(run: Run, name: str) -> str:
+    """A model, text or checkpoint of a run's settings, for a page: a relative path begins where the run was started."""
+    known = {SHIPPED, *(entry.id for entry in MODELS), *(entry.id for entry in TEXTS)}
+    relative = name.lower() not in known and not Path(name).is_absolute()
+    return str(run.cwd / name) if relative and (run.cwd / name).exists() else name

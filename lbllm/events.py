@@ -80,7 +80,11 @@ class LayerDone(_Event):
 
 
 class StepMetric(_Event):
-    """One optimizer step of a block. ``loss``: the reconstruction loss; ``reg``: lambda times the polarization."""
+    """One optimizer step of a block. ``loss``: the reconstruction loss; ``reg``: lambda times the polarization.
+
+    ``probe``: the loss after the step on a few tokens that the run doesn't train on, the same at all steps; it is
+    measured every few steps, and left out of the JSON elsewhere.
+    """
 
     kind: Literal["step"] = "step"
     stage: Stage
@@ -90,6 +94,7 @@ class StepMetric(_Event):
     reg: float = 0.0
     lr: float
     tokens_per_second: float
+    probe: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class BlockDone(_Event):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lbllm.config import SETTINGS, RunConfig
-from lbllm.sections import Format, Origin, Stage, stage_name, stage_number
+from pathlib import Path
+
+from lbllm.config import SETTINGS, RunConfig, label
+from lbllm.sections import WHOLE_ROW, Format, Origin, Stage, stage_name, stage_number
 
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
 
@@ -34,6 +36,25 @@ def row_labels(config: RunConfig, teacher_precision: str) -> dict[str, str]:
     labels = {"teacher": f"Teacher, {teacher_precision}"}
     labels["rtn"] = f"Round to nearest, W{CODE_BITS[config.quant.format]}A16"
     return labels | {stage: f"{STAGE_NAMES[stage]}, {format_name(config, stage)}" for stage in config.origins}
+
+
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """What a run makes from what, by the labels of the settings; a path is shortened to its last part."""
+    quant = config.quant
+
+    def short(name: str) -> str:
+        return Path(name).name if Path(name).is_absolute() else name
+
+    def size(value: int) -> str:
+        return "whole row" if value == WHOLE_ROW else str(value)
+
+    facts = {"model": short(config.model), "quant": format_name(config, config.stages[-1])}
+    facts |= {"quant.group_size": size(quant.group_size), "quant.param_bits": str(quant.param_bits)}
+    facts |= {"corpus": short(config.corpus), "tokens": f"{config.tokens:,}", "stages": stage_numbers(config.stages)}
+    facts |= {"seed": str(config.seed)}
+    if config.start is not None:
+        facts["start"] = short(config.start)
+    return {label(path) or path.capitalize(): text for path, text in facts.items()}
 
 
 def format_name(config: RunConfig, stage: Origin) -> str:

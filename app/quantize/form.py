@@ -12,7 +12,7 @@ from typing import Any
 import pandas
 import streamlit as st
 
-from app.paths import corpus_name, start_name, teacher_name
+from app.paths import corpus_name, named_by_run, start_name, teacher_name
 from app.quantize.settings import ACT_BITS, FORMAT, KV_BITS, STAGE_SETTING, WIDGETS, Setting
 from app.view import store
 from lbllm.config import (
@@ -27,6 +27,7 @@ from lbllm.config import (
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.pipeline.start import settings_to_go_on
 from lbllm.presets import PRESETS
+from lbllm.runs.store import Run
 from lbllm.sections import LayerOverride
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
@@ -37,9 +38,13 @@ CORPUS_KEY, SKIP_KEY, EDITOR_KEY, MODEL_KEY = (f"quantize {name}" for name in ("
 
 def start() -> None:
     """Before any widget is drawn: fill them from the document, at the first visit and when the page is opened again.
-    ``?from=`` a finished run makes a document that trains its checkpoint further. Raises LbllmError."""
-    run = st.query_params.get("from")
-    if run is not None:
+    ``?from=`` a finished run makes a document that trains its checkpoint further; ``?again=`` a run gives its settings.
+    Raises LbllmError."""
+    run, again = st.query_params.get("from"), st.query_params.get("again")
+    if again is not None:
+        del st.query_params["again"]
+        load(settings_again(store().get(again)))
+    elif run is not None:
         del st.query_params["from"]
         first = store().get(run)
         document = first.config.model_dump(mode="json") | settings_to_go_on(str(first.folder / "checkpoint"))
@@ -49,6 +54,13 @@ def start() -> None:
         load(make_config())
     elif FORMAT.key not in st.session_state:
         load(parse_config(st.session_state[DOCUMENT]))
+
+
+def settings_again(run: Run) -> RunConfig:
+    """The settings of a run, for another one that is started here."""
+    config = run.config
+    named = {name: getattr(config, name) for name in ("model", "corpus", "start")}
+    return config.model_copy(update={key: named_by_run(run, name) for key, name in named.items() if name is not None})
 
 
 def load(config: RunConfig) -> None:

@@ -18,27 +18,31 @@ STAGE_LABELS: dict[Stage, str] = {
     "e2e": f"{stage_number('e2e')} End to end",
 }
 WORKING = "#F0E442"
-# Blocks that wait, those finished in each stage, the current one, and diverged ones.
-_CELLS = ["--st-border-color-light", *(COLOURS[stage] for stage in STAGES), WORKING, COLOURS["bad"]]
+HATCH = "#FFFFFF"  # lines over the colour of the stage
+# Blocks that wait, those finished in each stage, and the current one.
+_CELLS = ["--st-border-color-light", *(COLOURS[stage] for stage in STAGES), WORKING]
 
 Chosen = tuple[Stage, int]
 Figure = dict[str, Any]
 
 
 def timeline(view: RunView, chosen: Chosen | None) -> Figure:
-    """One row per stage, one cell per block; the current block is yellow, the chosen one has a frame."""
+    """One row per stage, one cell per block; the current block is yellow, diverged ones are hatched, the chosen one has
+    a frame."""
     started = view.started
     if started is None:
         return {"data": [], "layout": {"height": 40}}
     codes: list[list[float]] = []
     texts: list[list[str]] = []
-    for stage in started.stages:
+    shapes: list[Figure] = []
+    for row, stage in enumerate(started.stages):
         done = stage_number(stage)
-        kinds = {"waiting": 0, "working": 5, "done": done, "diverged": 6}
-        codes.append([kinds[view.cell(stage, block)] + 0.5 for block in range(started.blocks)])
+        kinds = {"waiting": 0, "working": 5, "done": done, "diverged": done}
+        cells = [view.cell(stage, block) for block in range(started.blocks)]
+        codes.append([kinds[cell] + 0.5 for cell in cells])
         texts.append([_cell_text(view, stage, block) for block in range(started.blocks)])
+        shapes += [_hatched(row, block) for block, cell in enumerate(cells) if cell == "diverged"]
     scale = [[(index + side) / len(_CELLS), colour] for index, colour in enumerate(_CELLS) for side in (0, 1)]
-    shapes = []
     if chosen is not None and chosen[0] in started.stages:
         row = started.stages.index(chosen[0])
         shapes.append(_frame(row, chosen[1], started.blocks if chosen[0] == "e2e" else 1))
@@ -90,10 +94,16 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
         data.append(_line("raw", "each step", points(losses), colour, width=1.5) | faint)
     if smooth != "Raw":
         data.append(_line("smooth", "smoothed", points(smoothed(losses)), colour, width=2.5))
+    probes = block.probes if block is not None else {}
+    if probes:
+        measured = _line(
+            "probe", "held-out tokens", (list(probes), list(probes.values())), "--st-text-color", width=1.5
+        )
+        data.append(measured | {"mode": "lines+markers", "marker": {"size": 6, "color": "--st-text-color"}})
     steps = view.steps.get(stage, 0)
     layout: Figure = {
         "height": 300,
-        "showlegend": smooth == "Both",
+        "showlegend": smooth == "Both" or bool(probes),
         # The range of steps is kept from block to block; that of the loss belongs to one block and one kind of axis.
         "xaxis": {"title": {"text": "step"}, "uirevision": stage},
         "yaxis": _loss_axis(log) | {"uirevision": f"{stage} {number} {log}"},
@@ -102,7 +112,7 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
     if steps:
         layout["xaxis"] |= {"autorange": False, "range": [0, steps + 1]}
     if not losses:
-        layout["annotations"] = [_note(f"{place_name(chosen)}: not started yet")]
+        layout |= _empty(f"{place_name(chosen)}: not started yet")
     return {"data": data, "layout": layout}
 
 
@@ -127,7 +137,7 @@ def before_after(view: RunView, *, log: bool) -> Figure:
         axis |= {"autorange": False, "range": [0, view.started.blocks + 1]}
     layout: Figure = {"height": 300, "xaxis": axis, "yaxis": _loss_axis(log) | {"uirevision": f"{log}"}}
     if not view.finished:
-        layout["annotations"] = [_note("No block is finished yet")]
+        layout |= _empty("No block is finished yet")
     return {"data": data, "layout": layout}
 
 
@@ -138,8 +148,9 @@ def heat_map(view: RunView) -> Figure:
     layout: Figure = {"height": 300, "coloraxis": {}}
     data: list[Figure] = []
     if started is None or not stages:
-        note = "Stage 1 has no steps" if started is not None else "No step yet"
-        return {"data": [], "layout": {"height": 120, "annotations": [_note(note)], **_no_axes()}}
+        return {"data": [], "layout": layout | _empty("Stage 1 has no steps" if started is not None else "No step yet")}
+    if not any(block.losses for block in view.blocks.values()):
+        return {"data": [], "layout": layout | _empty("No step yet: training begins after stage 1")}
     widths = [float(min(view.steps.get(stage, 0), HEAT_COLUMNS) or 40) for stage in stages]
     left, gap = 0.0, 0.03
     changes: list[float] = []
@@ -170,19 +181,24 @@ def heat_map(view: RunView) -> Figure:
                 "hovertemplate": "block %{y}, step %{x:.0f}: %{z:+.1f}%<extra></extra>",
             }
         )
+        begun = any(change is not None for row in rows for change in row)
         width = widths[index] / sum(widths) * (1 - gap * (len(stages) - 1))
         axis = {"domain": [left, left + width], "showgrid": False, "zeroline": False, "uirevision": stage}
         axis |= {"title": {"text": f"step of stage {stage_number(stage)}"}, "range": [0.5, max(steps, 1) + 0.5]}
-        layout[f"xaxis{suffix}"] = axis | {"anchor": f"y{suffix}", "showticklabels": steps > 0}
+        layout[f"xaxis{suffix}"] = axis | {"anchor": f"y{suffix}", "visible": begun}
         layout[f"yaxis{suffix}"] = {
             "range": [started.blocks + 0.5, 0.5],
             "anchor": f"x{suffix}",
             "showgrid": False,
             "zeroline": False,
+            "visible": begun or index == 0,
             "showticklabels": index == 0,
             "title": {"text": "block" if index == 0 else ""},
             "matches": None if index == 0 else "y",
         }
+        if not begun:
+            note = _note(f"no step of stage {stage_number(stage)} yet")
+            layout.setdefault("annotations", []).append(note | {"x": left + width / 2})
         left += width + gap
     # A few extreme cells should not make all others pale.
     usual = sorted(changes)[int(0.95 * len(changes))] if changes else 0.0
@@ -212,12 +228,12 @@ def _layer_errors(block: BlockView | None) -> Figure:
         "height": 300,
         "xaxis": {"title": {"text": "output error, % of the layer's output energy"}, "rangemode": "tozero"},
         "yaxis": {"showgrid": False, "automargin": True, "uirevision": "layers"},
-        "margin": {"l": 80, "r": 12, "t": 28, "b": 44},
+        "margin": {"l": 80, "r": 12, "t": 50, "b": 44},
         "bargap": 0.35,
     }
     layout["xaxis"]["uirevision"] = "layers"
     if not errors:
-        layout["annotations"] = [_note("No layer of this block is binarized yet")]
+        layout |= _empty("No layer of this block is binarized yet")
     return {"data": [trace], "layout": layout}
 
 
@@ -255,6 +271,14 @@ def _frame(row: int, block: int, blocks: int) -> Figure:
     return box | {"line": {"color": "--st-text-color", "width": 2}}
 
 
+def _hatched(row: int, block: int) -> Figure:
+    """Diagonal lines over a cell, each as (x, y) from edge to edge of a cell of unit size."""
+    lines = (((0.0, 0.5), (0.5, 0.0)), ((0.0, 1.0), (1.0, 0.0)), ((0.5, 1.0), (1.0, 0.5)))
+    corners = [[(block + 0.56 + 0.88 * x, row - 0.42 + 0.84 * y) for x, y in line] for line in lines]
+    path = " ".join(f"M{x0:.2f},{y0:.2f} L{x1:.2f},{y1:.2f}" for (x0, y0), (x1, y1) in corners)
+    return {"type": "path", "path": path, "line": {"color": HATCH, "width": 2}}
+
+
 def _tick(blocks: int) -> int:
     return 1 if blocks <= 12 else 5 if blocks <= 60 else 10
 
@@ -264,5 +288,7 @@ def _note(text: str) -> Figure:
     return place | {"text": text, "font": {"color": "--st-gray-text-color"}}
 
 
-def _no_axes() -> Figure:
-    return {"xaxis": {"visible": False, "fixedrange": True}, "yaxis": {"visible": False, "fixedrange": True}}
+def _empty(note: str) -> Figure:
+    """The part of a layout that shows a note in place of axes without data."""
+    axis = {"visible": False, "fixedrange": True}
+    return {"annotations": [_note(note)], "xaxis": axis, "yaxis": axis, "dragmode": False, "showlegend": False}

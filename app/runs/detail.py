@@ -16,16 +16,20 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app.components.live_chart import encode, live_chart
 from app.runs import charts
+from app.runs.actions import header
 from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.runs.export import show_export
-from app.runs.state import BADGES, stage_seconds, state_text
+from app.runs.facts import show_legend, show_settings, teacher_of
+from app.runs.state import badge, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
-from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore
+from lbllm.events import stage_parts
+from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import RunView
 from lbllm.sections import PAPER_STAGES, STAGES, stage_number
 
 POLL_SECONDS = 1.0
+LINES = ("Raw", "Smoothed", "Both")
 
 
 @st.cache_resource(max_entries=16, show_spinner="Reading the run")
@@ -44,49 +48,6 @@ def remembered(run_id: str, chart: str, version: object, make: Callable[[], byte
     return encoded
 
 
-def header(runs: RunStore, run: Run, view: RunView) -> DeltaGenerator:
-    """The run's name and its buttons; returns the place of the state line, which changes every second."""
-    back, title, buttons = st.columns([0.35, 5, 4], vertical_alignment="center")
-    if back.button("", icon=":material/arrow_back:", type="tertiary", help="All runs", key="all runs"):
-        st.query_params.clear()
-        st.rerun()
-    title.markdown(f"#### {plain(run.name)}")
-    line = title.empty()
-    stop, cancel, resume = buttons.columns(3)
-    ending = view.asked is not None and run.state == "running"
-    over = run.state in ("done", "cancelled")
-    confirm = f"cancel {run.id}"
-    if stop.button("Save and stop", disabled=run.state not in ACTIVE or ending, width="stretch"):
-        runs.request(run.id, "stop")
-        st.rerun()
-    if cancel.button("Cancel", disabled=over or (ending and view.asked == "cancel"), width="stretch"):
-        st.session_state[confirm] = True
-    if resume.button("Resume", disabled=run.state not in RESUMABLE, type="primary", width="stretch"):
-        runs.resume(run.id)
-        st.rerun()
-    # This container is always there, so its content doesn't move what follows.
-    with st.container():
-        if st.session_state.get(confirm) and not over:
-            ask_cancel(runs, run, view, confirm)
-    return line
-
-
-def ask_cancel(runs: RunStore, run: Run, view: RunView, confirm: str) -> None:
-    """Ask for a second click: a cancelled run can't be resumed."""
-    with st.container(border=True):
-        count = len(view.finished)
-        kept = f"its {count} finished blocks" if count != 1 else "its finished block"
-        st.markdown(f"Cancel this run and delete {kept}? You can't resume it then. *Save and stop* keeps them.")
-        yes, no = st.columns([1, 3])
-        if yes.button("Cancel and delete", type="primary", width="stretch"):
-            st.session_state[confirm] = False
-            runs.request(run.id, "cancel")
-            st.rerun()
-        if no.button("Keep the run"):
-            st.session_state[confirm] = False
-            st.rerun()
-
-
 def one_loss(view: RunView) -> bool:
     """Whether the run has only stage 4: it trains all blocks at once, so single blocks have no losses."""
     return view.started is not None and view.started.stages == FROM_CHECKPOINT
@@ -94,24 +55,38 @@ def one_loss(view: RunView) -> bool:
 
 def outcome(run: Run, view: RunView) -> None:
     """How the run ended and what can be done about it."""
-    if run.state == "failed":
+    if run.is_missing:
+        st.error(
+            f"The run's folder {path_text(run.folder)} was moved or deleted, with settings, blocks and checkpoint. "
+            "What follows is kept elsewhere. Put the folder back to use the run again."
+        )
+    elif run.state == "failed":
         st.error(sentence(view.failure or "The run failed.") + "  \n*Resume* continues from the finished blocks.")
     elif run.state == "interrupted":
         st.error(
             "The worker process ended without a message: it was killed, or the machine was shut down. *Resume* "
             f"continues from the finished blocks. The worker's log is {path_text(run.folder / 'worker.log')}."
         )
+    elif run.state == "cancelled":
+        if view.started is None:
+            st.info("This run was cancelled before its model was loaded, so it has no charts. It can't be resumed.")
+        else:
+            st.info("This run was cancelled and its finished blocks are deleted. The charts show what it had done.")
+    elif run.state == "stopped":
+        before = " before its model was loaded" if view.started is None else ""
+        st.info(f"This run was stopped{before}. *Resume* continues from its finished blocks.")
     elif run.state == "done" and view.result is not None:
         done, links = st.columns([5, 2], vertical_alignment="center")
         done.success(
             f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits per weight, in "
             f"{path_text(run.folder / 'checkpoint')}"
         )
+        teacher = teacher_of(run)
         links.page_link(
             "pages/compare.py",
             label="Talk to it beside its teacher",
             icon=":material/forum:",
-            query_params={"right": run.id},
+            query_params={"right": run.id} | ({"left": teacher} if teacher is not None else {}),
             width="stretch",
         )
         links.page_link(
@@ -135,23 +110,25 @@ def outcome(run: Run, view: RunView) -> None:
 
 
 def figures(view: RunView) -> None:
-    """The numbers that become known during the run."""
+    """The numbers that become known during the run: perplexities under one heading, then all others."""
     known = view.perplexities
     stages = view.started.stages if view.started is not None else ()
     before = ("start",) if stages in CONTINUATIONS else PAPER_STAGES
     measured = ("teacher", *dict.fromkeys((*before, *stages)))
-    columns = st.columns([1] * len(measured) + [1.2, 1.2, 1])
-    for column, what in zip(columns, measured, strict=False):
-        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {stage_number(what)}"
-        column.metric(label, number_text(known[what].perplexity) if what in known else "–")
-    rate = view.tokens_per_second
-    columns[-3].metric("Tokens per second", f"{rate:,.0f}" if rate is not None else "–")
-    columns[-2].metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–")
-    columns[-1].metric("Bits per weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
     text = f" on {plain(view.evaluations[-1].text)}" if view.evaluations else ""
-    st.caption(
-        f"The first {len(measured)} figures are perplexities{text}. Lower is better; the teacher's is the target."
-    )
+    st.markdown("**Perplexity**, lower is better: the teacher's is the target")
+    row = st.container(horizontal=True, gap="medium")
+    for what in measured:
+        label = {"teacher": "Teacher", "start": "At the start"}.get(what) or f"After stage {stage_number(what)}"
+        row.metric(label, number_text(known[what].perplexity) if what in known else "–", width="content")
+    if text:
+        st.caption(f"Measured{text}.")
+    st.markdown("**Speed and size**")
+    row = st.container(horizontal=True, gap="medium")
+    rate = view.tokens_per_second
+    row.metric("Tokens per second", f"{rate:,.0f}" if rate is not None else "–", width="content")
+    row.metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–", width="content")
+    row.metric("Bits per weight", f"{view.started.bpw:.2f}" if view.started is not None else "–", width="content")
 
 
 def show_chart(
@@ -187,10 +164,43 @@ def block_heading(run: Run, chosen: Chosen) -> None:
         st.rerun()
 
 
+def block_picker(run: Run, view: RunView, chosen: Chosen) -> None:
+    """The way of the keyboard to a block's curve; a click on a chart is the other one."""
+    assert view.started is not None
+    stages, blocks = view.started.stages, view.started.blocks
+    places = [(stage, number) for stage in stages for number in range(stage_parts(stage, blocks))]
+    picker = f"picker {run.id}"
+    st.session_state[picker] = chosen
+
+    def pick() -> None:
+        st.session_state[f"block {run.id}"] = st.session_state[picker]
+
+    st.selectbox("Choose a block", places, format_func=place_name, key=picker, on_change=pick)
+
+
+def curve_controls() -> None:
+    """How the losses are drawn. The address keeps it, so that a reload does."""
+    lines, scale = st.columns([2, 1], vertical_alignment="center")
+    lines.segmented_control(
+        "Loss of single steps",
+        LINES,
+        default="Both",
+        key="line",
+        required=True,
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    scale.toggle("Log axis", key="log", bind="query-params")
+
+
+def looks() -> tuple[str, bool]:
+    """How single steps are drawn, and whether the axis of losses is logarithmic."""
+    return st.session_state.get("line") or "Both", bool(st.session_state.get("log"))
+
+
 def curve(run: Run, view: RunView, chosen: Chosen) -> None:
     """The chosen block's curve as far as it is known."""
-    smooth = st.session_state.get("loss_line") or "Both"
-    log = bool(st.session_state.get("loss_log"))
+    smooth, log = looks()
     block = view.blocks.get(chosen)
     seq = block.seq if block is not None else 0
     show_chart(
@@ -205,83 +215,104 @@ def curve(run: Run, view: RunView, chosen: Chosen) -> None:
     if block is not None and block.losses:
         text = f"Step {len(block.losses)} of {view.steps.get(block.stage, 0)}, loss {number_text(block.losses[-1])}"
         text += f", {block.rates[-1]:,.0f} tokens per second"
+        if block.probes:
+            text += f"; on held-out tokens {number_text(list(block.probes.values())[-1])}"
     elif block is not None and block.layers:
         text = f"{len(block.layers)} layers, each computed once; lower is better"
     st.caption(text or "Not started yet")
 
 
 def show_run(runs: RunStore, run_id: str) -> None:
-    """One run in full, as it is now."""
+    """One run in full, as it is now. A part that can't be shown is a message and hides no other part."""
     run = runs.get(run_id)
     view = watched(runs.root, run_id)
     with view.caught_up(runs):
         # Read the state after the events: a run that ended in between is shown as ended.
         run = runs.get(run_id)
         line = header(runs, run, view)
-        with st.container():
+        with st.container(), guard():
+            if not run.is_missing:
+                show_settings(run)
             outcome(run, view)
-        show_export(runs, run)
-        drawn = (run.state, view.news)
+        with guard():
+            show_export(runs, run)
+        drawn = (run.state, run.is_missing, view.news)
         live = POLL_SECONDS if run.state in ACTIVE else None
         if view.started is None:
             st.fragment(follow, run_every=live)(runs, run_id, None, drawn, line)
-            st.caption("The charts begin when the model is loaded.")
+            if run.state in ACTIVE:
+                st.caption("The charts begin when the model is loaded.")
             return
         chosen: Chosen = st.session_state.get(f"block {run.id}") or view.latest or (view.started.stages[0], 0)
-        count = len(view.finished)
-        choose(
-            run,
-            show_chart(
-                run.id,
-                "timeline",
-                (count, view.working, chosen),
-                "Blocks in each stage",
-                view.seq,
-                lambda: charts.timeline(view, chosen),
-            ),
-        )
-        if one_loss(view):
-            above, lines, scale = st.columns([5, 2, 1], vertical_alignment="center")
-            below = st.container()
-        else:
-            above, right = st.columns(2, gap="medium")
-            below = above
-        with above:
+        with guard():
+            time_line(run, view, chosen)
+        left, right = st.columns(2, gap="medium")
+        if any(stage in ("wat", "aar") for stage in view.started.stages):
+            with left, guard():
+                steps_map(run, view)
+        with left, guard():
+            block_picker(run, view, chosen)
+        with right:
             block_heading(run, chosen)
-        with below:
             st.fragment(follow, run_every=live)(runs, run_id, chosen, drawn, line)
-        if not one_loss(view):
-            with right:
-                st.markdown("**All finished blocks: loss after each stage**, dotted before it")
-                log = bool(st.session_state.get("loss_log"))
-                show_chart(
-                    run.id,
-                    "blocks",
-                    (count, log),
-                    "Loss of all blocks",
-                    view.seq,
-                    lambda: charts.before_after(view, log=log),
-                )
-                lines, scale = st.columns([2, 1], vertical_alignment="center")
-        lines.segmented_control(
-            "Line", ["Raw", "Smoothed", "Both"], default="Both", key="loss_line", label_visibility="collapsed"
-        )
-        scale.toggle("Log axis", key="loss_log")
-        figures(view)
+            curve_controls()
         if one_loss(view):
+            with left, guard():
+                figures(view)
             return
-        st.markdown("**Every block, every step: how far the loss is from the block's first step**")
-        choose(
-            run,
-            show_chart(
-                run.id,
-                "heat",
-                (count, len(view.steps), view.heated),
-                "Loss by block and step",
-                view.seq,
-                lambda: charts.heat_map(view),
-            ),
-        )
+        left, right = st.columns(2, gap="medium")
+        with left, guard():
+            all_blocks(run, view)
+        with right, guard():
+            figures(view)
+
+
+def time_line(run: Run, view: RunView, chosen: Chosen) -> None:
+    """Where each block is in each stage, and what the colours mean."""
+    assert view.started is not None
+    choose(
+        run,
+        show_chart(
+            run.id,
+            "timeline",
+            (len(view.finished), view.working, chosen),
+            "Blocks in each stage",
+            view.seq,
+            lambda: charts.timeline(view, chosen),
+        ),
+    )
+    show_legend(view.started.stages)
+
+
+def steps_map(run: Run, view: RunView) -> None:
+    """How the loss of each block falls, and how to see one of them."""
+    st.markdown("**Every block, every step: how far the loss is from the block's first step**")
+    choose(
+        run,
+        show_chart(
+            run.id,
+            "heat",
+            (len(view.finished), len(view.steps), view.heated),
+            "Loss by block and step",
+            view.seq,
+            lambda: charts.heat_map(view),
+        ),
+    )
+    st.caption("Click a block, here or in the stages above, or choose it below: its curve is drawn.")
+
+
+def all_blocks(run: Run, view: RunView) -> None:
+    """The loss of all blocks after each stage."""
+    st.markdown("**All finished blocks: loss after each stage**, dotted before it")
+    _, log = looks()
+    show_chart(
+        run.id,
+        "blocks",
+        (len(view.finished), log),
+        "Loss of all blocks",
+        view.seq,
+        lambda: charts.before_after(view, log=log),
+    )
 
 
 def follow(runs: RunStore, run_id: str, chosen: Chosen | None, drawn: tuple[object, ...], line: DeltaGenerator) -> None:
@@ -290,9 +321,9 @@ def follow(runs: RunStore, run_id: str, chosen: Chosen | None, drawn: tuple[obje
         view = watched(runs.root, run_id)
         with view.caught_up(runs):
             run = runs.get(run_id)
-            if (run.state, view.news) != drawn:
+            if (run.state, run.is_missing, view.news) != drawn:
                 st.rerun()
             expected = stage_seconds(runs.root, run_id) if run.state == view.phase == "running" else {}
-            line.markdown(f"{BADGES[run.state]} {state_text(runs, run, view, time.time(), expected)}")
+            line.markdown(f"{badge(run)} {state_text(runs, run, view, time.time(), expected)}")
             if chosen is not None:
                 curve(run, view, chosen)

@@ -51,12 +51,15 @@ def build() -> typer.Typer:
     corpora.command("sample")(catalogues.corpora_sample)
     app.add_typer(corpora, name="corpora")
 
-    runs = typer.Typer(help="Runs: list, show, resume, stop, cancel.", no_args_is_help=True)
+    runs = typer.Typer(help="Runs: list, show, resume, stop, cancel, rename, delete, restore.", no_args_is_help=True)
     runs.command("list")(stored_runs.runs_list)
     runs.command("show")(stored_runs.runs_show)
     runs.command("resume")(stored_runs.runs_resume)
     runs.command("stop")(stored_runs.runs_stop)
     runs.command("cancel")(stored_runs.runs_cancel)
+    runs.command("rename")(stored_runs.runs_rename)
+    runs.command("delete")(stored_runs.runs_delete)
+    runs.command("restore")(stored_runs.runs_restore)
     app.add_typer(runs, name="runs")
     return app
 

@@ -1,4 +1,4 @@
-"""runs list, show, resume, stop, cancel."""
+"""runs list, show, resume, stop, cancel, rename, delete, restore."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from lbllm.commands.options import JsonOption, RunArgument
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.commands.training import print_outcome
 from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
+from lbllm.labels import run_facts
+from lbllm.runs.deleted import remove, restore
 from lbllm.runs.store import Request, Run, RunStore
 from lbllm.runs.view import RunView
 
 
-def runs_list(as_json: JsonOption = False) -> None:
+def runs_list(
+    as_json: JsonOption = False,
+    deleted: Annotated[bool, typer.Option("--deleted", help="The deleted runs instead.")] = False,
+) -> None:
     """All runs, oldest first."""
-    found = RunStore().all()
+    found = RunStore().deleted() if deleted else RunStore().all()
     if as_json:
         print_json({"runs": [_run_document(run) for run in found]})
         return
@@ -32,7 +37,7 @@ def runs_list(as_json: JsonOption = False) -> None:
     if found:
         results().print(grid)
     else:
-        plain(results(), "no runs yet; `python -m lbllm quantize` makes one")
+        plain(results(), "no deleted runs" if deleted else "no runs yet; `python -m lbllm quantize` makes one")
 
 
 def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
@@ -53,6 +58,7 @@ def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
     plain(console, f"{found.id}  {found.name}  {found.state}")
     plain(console, str(found.folder))
     plain(console, f"model {config.model}, text {config.corpus}, preset {config.preset}")
+    plain(console, ", ".join(f"{label}: {value}" for label, value in run_facts(config).items()))
     view = RunView(run)
     for one in stored:
         view.update(one)
@@ -88,6 +94,43 @@ def runs_stop(run: RunArgument, as_json: JsonOption = False) -> None:
 def runs_cancel(run: RunArgument, as_json: JsonOption = False) -> None:
     """Ask a run to end and delete its finished blocks."""
     _request(run, "cancel", as_json)
+
+
+def runs_rename(run: RunArgument, name: Annotated[str, typer.Argument()], as_json: JsonOption = False) -> None:
+    """Give a run another name."""
+    renamed = RunStore().rename(run, name)
+    if as_json:
+        print_json({"run": run, "name": renamed.name})
+    else:
+        plain(results(), f"run {run} is now called {renamed.name}")
+
+
+def runs_delete(
+    run: RunArgument,
+    for_good: Annotated[bool, typer.Option("--for-good", help="Remove a run that is deleted already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a run aside; `runs restore` brings it back. With --for-good, after that, remove its files."""
+    store = RunStore()
+    if for_good:
+        remove(store, run)
+        said = f"run {run} is removed for good"
+    else:
+        store.delete(run)
+        said = f"run {run} is deleted; `python -m lbllm runs restore {run}` brings it back"
+    if as_json:
+        print_json({"run": run, "for_good": for_good})
+    else:
+        plain(results(), said)
+
+
+def runs_restore(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Bring a deleted run back."""
+    restored = restore(RunStore(), run)
+    if as_json:
+        print_json({"run": run, "state": restored.state})
+    else:
+        plain(results(), f"run {run} is back; it is {restored.state}")
 
 
 def _request(run: str, request: Request, as_json: bool) -> None:

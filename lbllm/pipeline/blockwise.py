@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from lbllm.errors import LbllmError, ModelError
 from lbllm.events import BlockDone, BlockStarted, Event, LayerDone, StageDone, StageStarted
 from lbllm.memory import peak_memory
-from lbllm.models.blocks import first_inputs, recorded_inputs, run_batches, share_copy, shared_inputs
+from lbllm.models.blocks import (
+    BlockCall,
+    first_inputs,
+    recorded_inputs,
+    run_batches,
+    run_block,
+    share_copy,
+    shared_inputs,
+)
 from lbllm.pipeline.context import PROBE_TOKENS, RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
-from lbllm.stages.distill import Step, binary_layers, block_error
+from lbllm.stages.distill import HeldOut, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 
@@ -33,6 +41,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     teacher_stream = first_inputs(run.teacher, sequences, run.batch)
     student_stream = teacher_stream
+    beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
     for number, block in enumerate(run.blocks):
         run.check()
         state = run.store.load(stage, number)
@@ -47,13 +56,14 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
                 f"{run.config.model}: {run.path}.{number} gives values that are not finite (NaN or infinity) for these "
                 "texts before anything is binarized; its weights may be damaged, give another copy of the model"
             )
+        held_out = beside.enter(number) if beside is not None else None
         if state is None:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
             if stage == "ptq":
                 state = yield from _initialize(run, number, student_stream, meant, targets)
             else:
-                state = yield from _train(run, stage, number, student_stream, targets, cache)
+                state = yield from _train(run, stage, number, student_stream, targets, cache, held_out)
             run.store.save(stage, number, state)
             yield BlockDone(
                 stage=stage,
@@ -69,7 +79,47 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
         if number + 1 < len(run.blocks):
             student_stream = _advance(run, student, number, student_stream, cache)
             teacher_stream = targets
+            if beside is not None:
+                beside.leave(student)
     yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+class _Beside:
+    """The held-out tokens on their way through a stage, beside those that it trains on.
+
+    Their streams (n, T, hidden) are the teacher's and the student's, as in ``run_stage``. They end where the time to
+    measure is used up.
+    """
+
+    def __init__(self, run: RunContext, cache: Any) -> None:
+        assert run.held_out is not None
+        self._run, self._cache, self._tokens = run, cache, run.held_out
+        self._at: HeldOut | None = None
+        with self._tokens.budget.timed():
+            self._streams: tuple[Tensor, Tensor] | None = (first_inputs(run.teacher, self._tokens.ids, run.batch),) * 2
+
+    def enter(self, number: int) -> HeldOut | None:
+        """Return the held-out tokens before a block; None if there is no time left to measure them."""
+        self._at = None
+        if self._streams is not None and self._tokens.budget.allows(self._tokens.budget.cost):
+            student, teacher = self._streams
+            call = self._tokens.calls[number]
+            with self._tokens.budget.timed():
+                targets = self._pass(self._run.blocks[number], teacher, call)
+            self._at = HeldOut(student, targets, call, self._tokens.budget)
+        return self._at
+
+    def leave(self, student: nn.Module) -> None:
+        """Go on to the next block through a finished student's block."""
+        at, self._streams = self._at, None
+        if at is not None:
+            with self._tokens.budget.timed():
+                self._streams = self._pass(student, at.inputs, at.call, self._cache), at.targets
+
+    @torch.no_grad()
+    def _pass(self, block: nn.Module, stream: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
+        with self._run.autocast():
+            return run_block(block, stream, call, cache).float()
 
 
 @torch.no_grad()
@@ -121,7 +171,7 @@ def _initialize(
 
 
 def _train(
-    run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any
+    run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any, held_out: HeldOut | None
 ) -> Generator[Event, None, BlockState]:
     """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
     config, call = run.config, run.calls[number]
@@ -132,7 +182,9 @@ def _train(
     if stage == "wat":
         latents = {name: earlier.tensors[f"{name}.latent"].float() for name in run.formats[number]}
         before = _probe(run, student, number, inputs, targets)
-        steps = wat_block(student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast)
+        steps = wat_block(
+            student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast, held_out=held_out
+        )
         start = earlier.tensors
     else:
         quant = config.quant
@@ -143,7 +195,15 @@ def _train(
         before = _probe(run, student, number, inputs, targets, cache)
         start = {name: tensor.clone() for name, tensor in collect(binary_layers(student)).items()}
         steps = aar_block(
-            student, call, inputs, targets, config.aar, kv_bits=quant.kv_bits, seed=seed, autocast=run.autocast
+            student,
+            call,
+            inputs,
+            targets,
+            config.aar,
+            kv_bits=quant.kv_bits,
+            seed=seed,
+            autocast=run.autocast,
+            held_out=held_out,
         )
     for step in steps:
         yield step_metric(stage, number, step)

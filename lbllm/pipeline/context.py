@@ -16,14 +16,26 @@ from lbllm.pipeline.block_store import BlockStore
 from lbllm.runs.store import Request
 from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
 from lbllm.stages.distill import Step, batch_order
+from lbllm.stages.probe import Budget
 from lbllm.texts.corpus import Corpus
 
 # The loss of a block before and after a stage is measured on at most this many tokens.
 PROBE_TOKENS = 2_048
+# The loss between is measured on at most this many tokens, which the run doesn't train on.
+CURVE_TOKENS = 256
 
 
 class Ended(Exception):
     """Raised in a stage to end the run after a request to stop or cancel."""
+
+
+@dataclass
+class HeldOutTokens:
+    """Token ids (n, T) that no stage trains on, every block's arguments for this T, and the time to measure losses."""
+
+    ids: Tensor
+    calls: list[BlockCall]
+    budget: Budget
 
 
 @dataclass
@@ -40,6 +52,7 @@ class RunContext:
     store: BlockStore
     autocast: Any
     request: Callable[[], Request | None]
+    held_out: HeldOutTokens | None = None
 
     @property
     def batch(self) -> int:
@@ -66,6 +79,7 @@ def step_metric(stage: Stage, number: int, step: Step) -> StepMetric:
         reg=step.reg,
         lr=step.lr,
         tokens_per_second=step.tokens_per_second,
+        probe=step.probe,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ from lbllm.sections import Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
+from lbllm.stages.probe import Probe
 
 SAVE_SECONDS = 120.0  # seconds between two saved states of stage 4, which has no finished blocks to save
 
@@ -82,12 +85,17 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     def keep() -> None:
         run.store.save(stage, unfinished, BlockState(training.state(), before, 0.0, False))
 
+    beside = None
+    if run.held_out is not None:
+        length = min(run.config.e2e_seq_len, run.held_out.ids.shape[1])
+        measure = partial(training.loss, run.held_out.ids[:, :length])
+        beside = Probe(measure, len(training.order), run.held_out.budget)
     try:
         for step in training.steps():
             run.check()
             if step is None:
                 continue
-            yield step_metric(stage, 0, step)
+            yield step_metric(stage, 0, step if beside is None else replace(step, probe=beside.after(step.step)))
             if time.perf_counter() - saved > SAVE_SECONDS:
                 keep()
                 saved = time.perf_counter()

@@ -32,7 +32,7 @@ from lbllm.models.source import hub_id
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.blockwise import run_stage
-from lbllm.pipeline.context import Ended, RunContext
+from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.pipeline.packed_model import save_checkpoint, stage_model
@@ -40,6 +40,7 @@ from lbllm.pipeline.start import checkpoint_blocks
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
+from lbllm.stages.probe import Budget
 from lbllm.texts.corpus import Corpus, load_corpus
 
 # The perplexities that show a run's progress use few tokens, because they take time from the run.
@@ -62,6 +63,7 @@ def run(
     ends, and all finished blocks are kept. Raises LbllmError for problems that a user can solve.
     """
     began = time.perf_counter()
+    budget = Budget()
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config.device, _recorded_precision(folder))
     write_file(folder / "precision", accelerator.mixed_precision.encode())
@@ -87,7 +89,19 @@ def run(
     if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
         for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
-    state = RunContext(config, model, path, blocks, formats, calls, corpus, store, accelerator.autocast, request)
+    state = RunContext(
+        config,
+        model,
+        path,
+        blocks,
+        formats,
+        calls,
+        corpus,
+        store,
+        accelerator.autocast,
+        request,
+        _held_out_tokens(model, held_out, budget) if held_out is not None else None,
+    )
     bpw = bits_per_weight(blocks, formats)
     finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
     yield RunStarted(
@@ -149,6 +163,14 @@ def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
         )
     except CorpusError:
         return None
+
+
+def _held_out_tokens(model: PreTrainedModel, held_out: Corpus, budget: Budget) -> HeldOutTokens:
+    """Return the first of the held-out tokens, on which the loss of a block is measured while it trains."""
+    length = min(held_out.sequences.shape[1], CURVE_TOKENS)
+    ids = held_out.sequences[: CURVE_TOKENS // length, :length].to(model.device)
+    with budget.timed():
+        return HeldOutTokens(ids, capture_calls(model, ids[:1]), budget)
 
 
 def _evaluate(

@@ -29,7 +29,7 @@ _MIGRATIONS = (
         f"CREATE INDEX lifecycle ON events (run_id, seq) WHERE {IS_LIFECYCLE}",
     ),
     ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
-    # The beginning of a run may have ``rows_left_out``, which earlier versions refuse.
+    # Events may have ``probe`` and ``rows_left_out``, which earlier versions refuse.
     (),
 )
 # The kind of an event whose JSON may be damaged.

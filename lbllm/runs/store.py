@@ -6,6 +6,7 @@
     root/<run id>/alive.lock  locked as long as the run's worker lives
     root/<run id>/request     "stop" or "cancel", until the run is resumed
     root/<run id>/failure     why the run's last worker ended, where the store could not take that
+    root/deleted/<run id>/    the folder of a deleted run, which can be brought back (``runs/deleted.py``)
 
 A reader follows a run by ``events(run_id, after_seq)`` and holds nothing but that number. The state of a run is stored
 nowhere: it follows from the last of its ``LIFECYCLE`` events and from whether a worker holds the run's lock. The kernel
@@ -27,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal
@@ -48,6 +49,9 @@ ACTIVE: tuple[State, ...] = ("queued", "running")
 RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
 # Bytes for a last message, written before the work begins: to write over them needs no space on a full disk.
 _LAST_WORDS = 4096
+# Runs that can be deleted; a queued one only if it has no worker.
+DELETABLE: tuple[State, ...] = ("queued", "done", "cancelled", *RESUMABLE)
+DELETED = "deleted"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Run:
     created: float
     cwd: Path
     state: State
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether somebody has moved or removed the run's folder, and with it settings, blocks and checkpoint."""
+        return not self.folder.is_dir()
 
     @cached_property
     def config(self) -> RunConfig:
@@ -160,23 +169,66 @@ class RunStore:
         return self.get(run_id)
 
     def get(self, run_id: str) -> Run:
-        """The run as it is now. Raises RunError where there is none of that id."""
+        """The run as it is now. Raises RunError where there is none of that id, or where it was deleted."""
         row = self.database.query("SELECT id, name, created, cwd FROM runs WHERE id = ?", run_id)
         if not row:
             raise RunError(f"no run {run_id!r} in {self.root}")
+        if run_id in self._deleted():
+            raise RunError(f"run {run_id} was deleted; `python -m lbllm runs restore {run_id}` brings it back")
         return self._run(*row[0])
 
     def all(self) -> list[Run]:
-        """All runs, oldest first."""
-        rows = self.database.query("SELECT id, name, created, cwd FROM runs ORDER BY created, id")
+        """All runs, oldest first, without the deleted ones."""
+        deleted = self._deleted()
+        return [self._run(*row) for row in self._rows() if row[0] not in deleted]
+
+    def _rows(self) -> list[tuple[str, str, float, str]]:
+        """Id, name, date and working folder of all runs, oldest first."""
         found = []
-        for row in rows:
+        for row in self.database.query("SELECT id, name, created, cwd FROM runs ORDER BY created, id"):
             # The id is the name of a folder: no other folder may be reached by it.
             if isinstance(row[0], str) and RUN_ID.fullmatch(row[0]):
-                found.append(self._run(*row))
+                found.append(row)
             else:
                 self.database.warn_once(f"{self.database.path}: a run has the id {row[0]!r} and is left out")
         return found
+
+    def deleted(self) -> list[Run]:
+        """The deleted runs, oldest first, with the folders where they are now."""
+        deleted = self._deleted()
+        found = [self._run(*row) for row in self._rows() if row[0] in deleted]
+        return [replace(run, folder=self.root / DELETED / run.id) for run in found]
+
+    def _deleted(self) -> set[str]:
+        """The ids of deleted runs: the move of its folder is what deletes a run."""
+        try:
+            return {path.name for path in (self.root / DELETED).iterdir()}
+        except OSError:
+            return set()
+
+    def rename(self, run_id: str, name: str) -> Run:
+        """Give a run another name. Raises RunError where it is empty."""
+        name = " ".join(name.split())
+        if not name:
+            raise RunError(f"run {run_id}: a name needs at least one letter or digit")
+        self.get(run_id)
+        with self.database.transaction() as db:
+            db.execute("UPDATE runs SET name = ? WHERE id = ?", (name, run_id))
+        return self.get(run_id)
+
+    def delete(self, run_id: str) -> None:
+        """Move a run's folder to root/deleted: ``all`` and ``get`` no longer find the run.
+
+        Raises RunError while a worker has it, ResourceError where the folder can't be moved.
+        """
+        run = self.get(run_id)
+        with write_errors(self.root):
+            (self.root / DELETED).mkdir(exist_ok=True)
+            if run.is_missing and run.state not in ACTIVE:
+                (self.root / DELETED / run_id).mkdir()
+                return
+        with self._claim(run_id, "deleted", DELETABLE), write_errors(self.root):
+            run.folder.rename(self.root / DELETED / run_id)
 
     def append(self, run_id: str, event: Event) -> StoredEvent:
         """Add an event to a run; it is on record when this returns. Any process may do it."""

@@ -94,7 +94,8 @@ def column_width(steps: int) -> int:
 
 @dataclass
 class BlockView:
-    """One block in one stage. ``losses``, ``rates``: one per step; ``layers``: error in percent by layer, in stage 1.
+    """One block in one stage. ``losses``, ``rates``: one per step; ``probes``: the loss on held-out tokens by step, at
+    the steps where it was measured; ``layers``: error in percent by layer, in stage 1.
 
     ``last``: its latest step or layer; ``worked``: seconds of work on it until the run's last event.
     """
@@ -105,6 +106,7 @@ class BlockView:
     losses: list[float] = field(default_factory=list)
     layers: dict[str, float] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
+    probes: dict[int, float] = field(default_factory=dict)
     last: StepMetric | LayerDone | None = None
     done: BlockDone | None = None
     worked: float = 0.0
@@ -195,9 +197,13 @@ class RunView:
                 block = self._block(event.stage, event.block)
                 # A resumed stage 4 begins in the middle and repeats the steps since it was last saved.
                 self.latest = self.working = (event.stage, event.block)
-                del block.losses[event.step - 1 :], block.rates[event.step - 1 :]
+                if event.step <= len(block.losses):
+                    del block.losses[event.step - 1 :], block.rates[event.step - 1 :]
+                    block.probes = {step: loss for step, loss in block.probes.items() if step < event.step}
                 block.losses.append(event.loss)
                 block.rates.append(event.tokens_per_second)
+                if event.probe is not None:
+                    block.probes[event.step] = event.probe
                 block.last = event
                 if stored.time - self._heated_at >= HEAT_SECONDS:
                     self.heated += 1

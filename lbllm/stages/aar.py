@@ -18,7 +18,7 @@ from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups
 from lbllm.sections import AarConfig
-from lbllm.stages.distill import Step, binary_layers, distill
+from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 
 # Candidates of the first search: the body's share of a range, and both clips. In trials on the embedded model, a clip
 # below 1 was never the best first value; training moves the clips.
@@ -92,6 +92,7 @@ def aar_block(
     kv_bits: int,
     seed: int,
     autocast: Any,
+    held_out: HeldOut | None = None,
 ) -> Iterator[Step]:
     """Run stage 3 on a block of frozen ``BinaryLinear`` layers with quantizers; yields each training step.
 
@@ -113,4 +114,5 @@ def aar_block(
         kv_bits=kv_bits,
         seed=seed,
         autocast=autocast,
+        held_out=held_out,
     )

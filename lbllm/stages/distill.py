@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,22 @@ from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import AarConfig, WatConfig
+from lbllm.stages.probe import Budget, Probe
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number (from 1), losses, learning-rate factor in (0, 1], tokens per second."""
+    """One optimizer step: its number (from 1), losses, learning-rate factor in (0, 1], tokens per second.
+
+    ``probe``: the loss after the step on tokens that the stage doesn't train on, if it was measured at this step.
+    """
 
     step: int
     loss: float
     reg: float
     lr: float
     tokens_per_second: float
+    probe: float | None = None
 
 
 def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tensor:
@@ -44,6 +50,19 @@ def token_error(output: Tensor, target: Tensor, kind: str = "relative") -> Tenso
         return error.mean() / target.shape[-1]
     scale = torch.maximum(target.square().sum(-1), output.detach().square().sum(-1))
     return (error / scale.clamp_min(1e-12)).mean()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs and targets (n, T, hidden) of a block for tokens that it doesn't train on, and the time to measure them.
+
+    ``call``: the block's arguments for sequences of length T.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    call: BlockCall
+    budget: Budget
 
 
 @torch.no_grad()
@@ -93,12 +112,13 @@ def distill(
     autocast: Any,
     lr_act: float = 0.0,
     kv_bits: int = 16,
+    held_out: HeldOut | None = None,
 ) -> Iterator[Step]:
     """Train a block on inputs and targets (n, T, hidden); yields each step.
 
     ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
-    them, at the rate ``lr_act``. The KV cache has ``kv_bits``. If the loss of a step is not finite, the step is yielded
-    but not applied, and the training ends.
+    them, at the rate ``lr_act``. The KV cache has ``kv_bits``. Some steps also measure the loss on ``held_out``. If the
+    loss of a step is not finite, the step is yielded but not applied, and the training ends.
     """
     if not groups:
         return  # a block that stays dense has nothing to train
@@ -113,6 +133,10 @@ def distill(
     batch = max(1, config.batch_tokens // inputs.shape[1])
     order = batch_order(len(inputs), batch, config.epochs, seed)
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
+    probe = None
+    if held_out is not None:
+        measure = partial(_held_out_loss, block, held_out, loss_kind, autocast, cache)
+        probe = Probe(measure, len(order), held_out.budget)
     for step, rows in enumerate(order):
         began = time.perf_counter()
         factor = cosine(step, len(order))
@@ -139,6 +163,14 @@ def distill(
             for quantizer in quantizers:
                 quantizer.bound()
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
-        yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed)
+        measured = probe.after(step + 1) if probe is not None and finite else None
+        yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed, measured)
         if not finite:
             return
+
+
+@torch.no_grad()
+def _held_out_loss(block: nn.Module, held_out: HeldOut, kind: str, autocast: Any, cache: Any) -> float:
+    with autocast():
+        output = run_block(block, held_out.inputs, held_out.call, cache)
+    return float(token_error(output, held_out.targets, kind))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lbllm.models.blocks import BlockCall
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import WatConfig
-from lbllm.stages.distill import Step, binary_layers, distill
+from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 
 
 def thaw_layers(layers: dict[str, BinaryLinear], latents: dict[str, Tensor], config: WatConfig) -> list[dict[str, Any]]:
@@ -45,6 +45,7 @@ def wat_block(
     *,
     seed: int,
     autocast: Any,
+    held_out: HeldOut | None = None,
 ) -> Iterator[Step]:
     """Run stage 2 on a block of frozen ``BinaryLinear`` layers; yields each training step.
 
@@ -63,6 +64,7 @@ def wat_block(
         loss_kind=config.loss,
         seed=seed,
         autocast=autocast,
+        held_out=held_out,
     )
     for layer in layers.values():
         layer.freeze()

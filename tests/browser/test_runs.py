@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
-import math
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
-from typing import IO
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from lbllm.config import RunConfig, make_config
+from lbllm.config import RunConfig
 from lbllm.events import (
-    BlockDone,
     BlockStarted,
     Evaluated,
-    LayerDone,
     RunFailed,
-    RunLoading,
-    RunQueued,
-    RunStarted,
-    StageStarted,
-    StepMetric,
 )
 from lbllm.runs.store import Run, RunStore
 from lbllm.runs.view import RunView, points
 from lbllm.sections import STAGES, Stage
 from tests.browser.conftest import Server, wait_until
+from tests.helpers.played_run import PlayedRun
 from tests.helpers.tiny_runs import stored_run_config
 
 CURVE = "[aria-label^='Block ']"
 TIMELINE = "[aria-label='Blocks in each stage']"
 BLOCKS = "[aria-label='Loss of all blocks']"
 HEAT = "[aria-label='Loss by block and step']"
-STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +84,8 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
     store = server.store
     first = store.create(endless, "first")
     second = store.create(short, "second")
+    for run in (first, second):  # measuring which precision is faster would take longer than the run
+        (run.folder / "precision").write_text("no")
     store.start(first.id)
     wait_until(lambda: store.get(first.id).state == "running")
     store.start(second.id)
@@ -166,49 +159,14 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
     expect(page.get_by_role("button", name="Resume")).to_be_disabled()
 
 
-class Played:
-    """A run whose events the test writes; it counts as running as long as its lock is held."""
-
-    def __init__(self, store: RunStore, name: str) -> None:
-        self.store = store
-        self.run = store.create(make_config("quick"), name)
-        self.lock: IO[bytes] = (self.run.folder / "alive.lock").open("ab")
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
-        for event in (RunQueued(), RunLoading(), self.started()):
-            store.append(self.run.id, event)
-        store.append(self.run.id, StageStarted(stage="ptq", steps=0))
-        for block in range(3):
-            store.append(self.run.id, BlockStarted(stage="ptq", block=block))
-            store.append(self.run.id, LayerDone(stage="ptq", block=block, layer="self_attn.q_proj", error=9.5))
-            self.done("ptq", block)
-        store.append(self.run.id, StageStarted(stage="wat", steps=STEPS))
-
-    def started(self) -> RunStarted:
-        return RunStarted(
-            stages=("ptq", "wat"), blocks=3, layers=3, weights=9, device="cpu", corpus_hash="0", tokens=9, bpw=3.0
-        )
-
-    def done(self, stage: Stage, block: int, *, diverged: bool = False) -> int:
-        event = BlockDone(
-            stage=stage, block=block, loss_before=0.5, loss_after=0.3, seconds=5, memory_bytes=10**9, diverged=diverged
-        )
-        return self.store.append(self.run.id, event).seq
-
-    def step(self, block: int, number: int) -> int:
-        loss = (1 + block) * math.exp(-number / STEPS)
-        event = StepMetric(stage="wat", block=block, step=number, loss=loss, lr=0.01, tokens_per_second=900)
-        return self.store.append(self.run.id, event).seq
-
-
 @pytest.fixture
-def played(server: Server) -> Iterator[Played]:
-    played = Played(server.store, "played *[here](x)*")
-    yield played
-    played.lock.close()
+def played(server: Server) -> Iterator[PlayedRun]:
+    with closing(PlayedRun(server.store, "played *[here](x)*")) as played:
+        yield played
 
 
 def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
-    server: Server, page: Page, played: Played
+    server: Server, page: Page, played: PlayedRun
 ) -> None:
     store, run = played.store, played.run
     store.append(run.id, BlockStarted(stage="wat", block=0))
@@ -284,12 +242,15 @@ def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.get_by_test_id("stMain").evaluate("node => node.scrollWidth <= node.clientWidth")
     store.append(run.id, RunFailed(message="no space left in <b>/here</b>"))
-    played.lock.close()
+    played.close()
     page.clock.fast_forward(1000)
     expect(page.get_by_test_id("stAlert").filter(has_text="o space left in <b>/here</b>")).to_contain_text("Resume")
     expect(page.get_by_role("button", name="Resume")).to_be_enabled()
 
 
-def test_an_unknown_run_is_a_message(server: Server, page: Page) -> None:
+def test_an_unknown_run_is_a_message_with_a_way_back(server: Server, page: Page) -> None:
     page.goto(server.url("runs?run=nowhere"))
-    expect(page.get_by_test_id("stAlert")).to_contain_text("o run 'nowhere'")
+    expect(page.get_by_test_id("stAlert")).to_contain_text("no run nowhere")
+    page.get_by_role("button", name="All runs").click()
+    expect(page).to_have_url(re.compile("runs$"))
+    expect(page.get_by_test_id("stAlert")).to_have_count(0)

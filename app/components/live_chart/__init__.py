@@ -30,9 +30,14 @@ _LAYOUT: dict[str, Any] = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
     "font": {"color": "--st-text-color", "family": "--st-font", "size": 13},
-    "hoverlabel": {"bgcolor": "--st-background-color", "bordercolor": "--st-border-color"},
+    # Plotly would take the border's colour for the text.
+    "hoverlabel": {
+        "bgcolor": "--st-background-color",
+        "bordercolor": "--st-border-color",
+        "font": {"color": "--st-text-color", "family": "--st-font"},
+    },
     "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "--st-gray-text-color", "activecolor": "--st-text-color"},
-    "margin": {"l": 56, "r": 12, "t": 28, "b": 44},
+    "margin": {"l": 56, "r": 12, "t": 50, "b": 44},
     "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
     "uirevision": "kept",
     "height": 300,

@@ -47,7 +47,6 @@ function create(parentElement) {
     state.busy = true;
     try {
       const { source, figure, stamp, label } = JSON.parse(wanted.text);
-      node.setAttribute("role", "img");
       node.setAttribute("aria-label", label);
       node.style.minHeight = `${figure.layout.height}px`;
       const Plotly = await loadPlotly(source);
@@ -61,6 +60,8 @@ function create(parentElement) {
         state.resize = new ResizeObserver(() => node.clientWidth && Plotly.Plots.resize(node));
         state.resize.observe(node);
       }
+      // What is inside an image can't be reached by screen readers: only a chart without buttons is one.
+      node.setAttribute("role", node.querySelector("a, button, [tabindex]") ? "group" : "img");
       state.shown = signature;
       node.dataset.stamp = stamp;
       node.dataset.updates = Number(node.dataset.updates ?? 0) + 1;
