@@ -85,7 +85,7 @@ def test_every_setting_has_a_label_of_its_own_and_a_help_of_whole_sentences() ->
     labels = Counter(label(path) for path in SETTINGS)
     assert [name for name, count in labels.items() if count > 1 or not name] == []
     assert [path for path, field in SETTINGS.items() if not (field.description or "").endswith(".")] == []
-    assert label("quant.param_bits") == "Parameter bits"
+    assert label("quant.param_bits") == "Bits of group parameters"
     assert label("e2e.start_share") == "Stage 4, share of the starting weights"
     assert label("ptq.em_steps") == "Stage 1, EM steps"
 

@@ -21,6 +21,7 @@ from app.runs.export import show_export
 from app.runs.state import BADGES, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
+from lbllm.labels import BINARIZED_BITS
 from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore
 from lbllm.runs.view import RunView
 from lbllm.sections import PAPER_STAGES, STAGES, stage_number
@@ -104,7 +105,7 @@ def outcome(run: Run, view: RunView) -> None:
     elif run.state == "done" and view.result is not None:
         done, links = st.columns([5, 2], vertical_alignment="center")
         done.success(
-            f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits per weight, in "
+            f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} {BINARIZED_BITS}, in "
             f"{path_text(run.folder / 'checkpoint')}"
         )
         links.page_link(
@@ -147,7 +148,7 @@ def figures(view: RunView) -> None:
     rate = view.tokens_per_second
     columns[-3].metric("Tokens per second", f"{rate:,.0f}" if rate is not None else "–")
     columns[-2].metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–")
-    columns[-1].metric("Bits per weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
+    columns[-1].metric("Bits per binarized weight", f"{view.started.bpw:.2f}" if view.started is not None else "–")
     text = f" on {plain(view.evaluations[-1].text)}" if view.evaluations else ""
     st.caption(
         f"The first {len(measured)} figures are perplexities{text}. Lower is better; the teacher's is the target."

@@ -30,7 +30,7 @@ def list_runs(runs: RunStore) -> None:
         st.page_link("pages/quantize.py", label="Set up a run")
         return
     widths = [5, 2, 2, 1.5, 1.5, 4]
-    titles = ("Run", "State", "Created", "Working time", "Bits per weight", "Perplexity")
+    titles = ("Run", "State", "Created", "Time used", "Bits per binarized weight", "Perplexity")
     for column, title in zip(st.columns(widths), titles, strict=True):
         column.caption(title)
     for run in found[:LISTED]:

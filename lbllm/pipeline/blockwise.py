@@ -13,12 +13,12 @@ from lbllm.errors import LbllmError, ModelError
 from lbllm.events import BlockDone, BlockStarted, Event, LayerDone, StageDone, StageStarted
 from lbllm.memory import peak_memory
 from lbllm.models.blocks import first_inputs, recorded_inputs, run_batches, share_copy, shared_inputs
-from lbllm.pipeline.context import PROBE_TOKENS, RunContext, step_count, step_metric
+from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
-from lbllm.stages.distill import Step, binary_layers, block_error
+from lbllm.stages.distill import PROBE_TOKENS, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 

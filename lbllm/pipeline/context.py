@@ -18,9 +18,6 @@ from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
 from lbllm.stages.distill import Step, batch_order
 from lbllm.texts.corpus import Corpus
 
-# The loss of a block before and after a stage is measured on at most this many tokens.
-PROBE_TOKENS = 2_048
-
 
 class Ended(Exception):
     """Raised in a stage to end the run after a request to stop or cancel."""

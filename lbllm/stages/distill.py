@@ -18,6 +18,9 @@ from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import AarConfig, WatConfig
 
+# The loss of a block before and after a stage is measured on at most this many tokens.
+PROBE_TOKENS = 2_048
+
 
 @dataclass(frozen=True)
 class Step:

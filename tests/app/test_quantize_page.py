@@ -21,8 +21,11 @@ from tests.helpers import ROOT
 from tests.helpers.finished_run import finished_run
 from tests.helpers.homes import own_home
 from tests.helpers.tiny_models import save_tiny
+from tests.helpers.waiting import wait_until
 
 PAGE_SECONDS = 60
+PAGE = ROOT / "app" / "pages" / "quantize.py"
+BITS = "Bits per binarized weight"
 
 
 @pytest.fixture
@@ -30,7 +33,13 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     """The page over a home without runs."""
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
-    return AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS).run()
+    return opened(AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS))
+
+
+def opened(app: AppTest) -> AppTest:
+    """The page when it has read the model's description, which a browser waits for by itself."""
+    wait_until(lambda: not any("Reading the model" in text.value for text in app.run().caption), PAGE_SECONDS)
+    return app
 
 
 def figure(app: AppTest, label: str) -> str:
@@ -69,7 +78,7 @@ def upload(app: AppTest, content: bytes) -> AppTest:
 def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
     assert not app.error
     assert not app.exception
-    assert figure(app, "Bits per weight") == "3.02"
+    assert figure(app, BITS) == "3.02"
     assert figure(app, "On disk") == "96.9 MB"
     assert any("106M" in text.value and "will be binarized" in text.value for text in app.markdown)
     assert "Apache" in said(app.caption)
@@ -81,12 +90,12 @@ def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
 def test_figures_follow_every_change(app: AppTest) -> None:
     widget(app, "quant.param_bits").set_value(16).run()
     widget(app, "quant.group_size").set_value(64).run()
-    assert figure(app, "Bits per weight") == "3.00"
+    assert figure(app, BITS) == "3.00"
     assert figure(app, "On disk") == "96.6 MB"
     widget(app, "quant.group_size").set_value(-1).run()
-    assert figure(app, "Bits per weight") == "2.09"
+    assert figure(app, BITS) == "2.09"
     widget(app, "quant.format").set_value("w1").run()
-    assert figure(app, "Bits per weight") == "1.05"
+    assert figure(app, BITS) == "1.05"
     widget(app, "quant.param_bits").set_value(8).run()
     assert settings(app).quant.param_bits == 8
     assert not start_is_disabled(app)
@@ -141,7 +150,7 @@ def test_models_that_cannot_be_are_refused_with_a_way_out(app: AppTest) -> None:
 def test_too_little_memory_disables_start_and_says_what_takes_it(app: AppTest) -> None:
     widget(app, "wat.batch_tokens").set_value(100_000_000).run()
     assert "GB of memory" in said(app.warning)
-    assert "Stage 2, tokens per step" in said(app.warning)
+    assert "Stage 2, batch size in tokens" in said(app.warning)
     assert start_is_disabled(app)
 
 
@@ -246,7 +255,7 @@ def test_every_widget_is_a_setting() -> None:
 
 def test_time_is_told_by_the_numbers_of_the_stages(app: AppTest) -> None:
     widget(app, "stages").set_value(("ptq", "wat", "e2e")).run()
-    time = next(metric for metric in app.metric if metric.label == "Time here")
+    time = next(metric for metric in app.metric if metric.label == "Estimated time")
     assert re.findall(r"stage (\d):", time.help) == ["1", "2", "4"]
 
 
@@ -254,9 +263,9 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     first = finished_run(RunStore(), tmp_path)
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = first.id
-    app.run()
+    opened(app)
     assert not app.exception
     assert not app.error
     assert first.id in said(app.info)
@@ -289,9 +298,9 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     first = finished_run(RunStore(), tmp_path, ("ptq", "wat"))
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = first.id
-    app.run()
+    opened(app)
     assert not app.exception
     assert "stages 3–4" in said(app.info)
     assert widget(app, "stages").options == ["4", "3–4"]
@@ -320,8 +329,8 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
 
 def test_an_unknown_run_to_train_further_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = "../../elsewhere"
-    app.run()
+    opened(app)
     assert not app.exception
     assert "../../elsewhere" in said(app.error)

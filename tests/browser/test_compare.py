@@ -14,7 +14,7 @@ from tests.browser.conftest import Server, wait_until
 HOSTILE = "Write a long story about <b>the sea</b> <img src=x onerror=\"document.title='run'\"> ![x](https://example.com/x.png)"
 LOADING = 120_000
 # How a picked model is described once it is loaded.
-READY = re.compile(r"[\d.]+ bits per weight (·|in memory)")
+READY = re.compile(r"[\d.]+ bits per (binarized weight|weight in memory) ·")
 
 
 def open_page(page: Page, server: Server, query: str = "") -> None:

@@ -34,7 +34,7 @@ from lbllm.events import (
     StageStarted,
     StepMetric,
 )
-from lbllm.measure.perplexity import perplexity
+from lbllm.measure.perplexity import HELD_OUT_TOKENS, perplexity
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import run as pipeline
@@ -161,7 +161,7 @@ def test_perplexities_on_the_held_out_text_come_as_they_become_known_and_once(te
         *("run_started", "teacher", "stage_done", "ptq", "stage_done", "wat", "stage_done", "aar", "run_done")
     ]
     windows = load_corpus(
-        str(text), teacher.tokenizer, seq_len=config.seq_len, tokens=pipeline.HELD_OUT_TOKENS, part="heldout"
+        str(text), teacher.tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout"
     ).sequences
     for event in marks:
         if isinstance(event, Evaluated):
