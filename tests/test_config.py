@@ -21,6 +21,7 @@ from lbllm.config import (
     label,
     labels_alone,
     make_config,
+    options_named,
     parse_config,
     read_settings,
     setting_name,
@@ -111,6 +112,11 @@ def test_messages_have_name_and_label_and_pages_the_label_alone(path: str, expec
         == f"bad settings: {expected}: no; {expected} 5 (given: 5)"
     )
     assert labels_alone(f"({name})") == f"({expected})"
+
+
+def test_the_command_line_names_its_options() -> None:
+    text = f"{setting_name('quant.group_size')} 5, {setting_name('wat.epochs')} 0, {setting_name('start')}: no"
+    assert options_named(text) == "--group-size 5, wat.epochs (Stage 2, epochs) 0, --from: no"
 
 
 def test_other_words_before_a_parenthesis_stay() -> None:

@@ -213,7 +213,7 @@ def _objections(config: RunConfig, result: Estimate) -> list[str]:
 
 def _start(config: RunConfig | None, objections: list[str]) -> None:
     name, button = st.columns([3, 1], vertical_alignment="bottom")
-    wanted = name.text_input("Name of the run", placeholder="optional", key=form.NAME_KEY)
+    wanted = name.text_input("Name of the run", placeholder="Name of the run, optional", key=form.NAME_KEY)
     impossible = config is None or bool(objections)
     pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
     ahead = sum(run.state in ACTIVE for run in store().all())

@@ -149,7 +149,7 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             "Runs shows the time left from what that block took.",
         ),
     )
-    for column, (label, value, small, explained) in zip(st.columns(4), shown, strict=True):
+    for column, (label, value, small, explained) in zip(st.columns(4, vertical_alignment="bottom"), shown, strict=True):
         column.metric(label, value, small, delta_color="off", delta_arrow="off", help=explained or None)
 
 

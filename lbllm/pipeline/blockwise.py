@@ -22,6 +22,9 @@ from lbllm.stages.distill import PROBE_TOKENS, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
 
+# A block whose loss training did not lower keeps its state; up to this factor that is no sign of anything.
+HARMLESS = 1.02
+
 
 def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     """One stage over all blocks: the teacher's stream and the student's advance together, block by block."""
@@ -123,7 +126,7 @@ def _initialize(
 def _train(
     run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any
 ) -> Generator[Event, None, BlockState]:
-    """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
+    """Stage 2 or 3 on one block; keeps the state it began with where training does not lower the loss."""
     config, call = run.config, run.calls[number]
     earlier = run.store.finished(config.origins[config.origins.index(stage) - 1], number)
     student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
@@ -153,5 +156,12 @@ def _train(
     state = BlockState(collect(binary_layers(student)), before, 0.0, False)
     state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
     if not state.loss_after <= before:
-        state = BlockState({k: v for k, v in start.items() if not k.endswith(".latent")}, before, before, True)
+        kept = {k: v for k, v in start.items() if not k.endswith(".latent")}
+        state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
     return state
+
+
+def is_divergence(before: float, after: float) -> bool:
+    """Whether a block's loss after training, which is not below that before it, is worth a warning: NaN, or higher by
+    more than what an unlucky choice of texts makes."""
+    return not after <= HARMLESS * before

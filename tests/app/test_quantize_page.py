@@ -15,6 +15,7 @@ from app.quantize.settings import ADVANCED, WIDGETS
 from lbllm.commands.main import build
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
+from lbllm.models.loading import quiet
 from lbllm.presets import PRESETS
 from lbllm.runs.store import RunStore
 from tests.helpers import ROOT
@@ -334,3 +335,82 @@ def test_an_unknown_run_to_train_further_is_named(tmp_path: Path, monkeypatch: p
     opened(app)
     assert not app.exception
     assert "../../elsewhere" in said(app.error)
+
+
+def test_a_reload_keeps_the_settings_and_a_copied_address_opens_a_copy(app: AppTest) -> None:
+    widget(app, "quant.group_size").set_value(128).run()
+    widget(app, "seed").set_value(7).run()
+    app.text_input(key="quantize name").set_value("mine").run()
+    type_in(app, "corpus", "not-there.txt")
+    address = app.query_params["form"]
+
+    def again() -> AppTest:
+        other = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
+        other.query_params["form"] = address
+        return opened(other)
+
+    copied = again()
+    assert (widget(copied, "quant.group_size").value, widget(copied, "seed").value) == (128, 7)
+    assert copied.text_input(key="quantize name").value == "mine"
+    assert copied.selectbox(key="quantize corpus").value == "not-there.txt"
+    assert copied.query_params["form"] != address
+    widget(copied, "seed").set_value(8).run()
+    assert widget(again(), "seed").value == 7  # what another visitor of the address does changes nothing here
+    fresh = opened(AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS))
+    assert widget(fresh, "seed").value == 0
+
+
+def test_a_bad_text_hides_no_figure(app: AppTest) -> None:
+    figures = [metric.value for metric in app.metric[:2]]
+    type_in(app, "corpus", "not-there.txt")
+    assert [metric.value for metric in app.metric[:2]] == figures
+    assert "not-there.txt" in said(app.warning)
+    assert start_is_disabled(app)
+    assert not app.code  # no command for another text than the one that is typed
+    app.selectbox(key="quantize corpus").set_value("embedded").run()
+    assert not start_is_disabled(app)
+
+
+def test_settings_that_no_chosen_stage_reads_are_disabled_and_say_why(app: AppTest) -> None:
+    widget(app, "stages").set_value(("ptq", "wat", "e2e")).run()
+    for path in ("aar.tokens", "aar.lr_act", "quant.act_bits", "quant.act_group_size", "e2e.lr_act", "wat.lr_bitmap"):
+        assert widget(app, path).disabled, path
+        assert "Not used: " in widget(app, path).help
+    assert "Stage 3 is not among the chosen stages" in said(app.caption)
+    assert not widget(app, "e2e.tokens").disabled
+    widget(app, "stages").set_value(("ptq",)).run()
+    assert widget(app, "wat.tokens").disabled
+    assert widget(app, "e2e.tokens").disabled
+    widget(app, "stages").set_value(("ptq", "wat", "aar", "e2e")).run()
+    widget(app, "wat.bitmap").set_value("relaxed").run()
+    assert not any(widget(app, path).disabled for path in ("aar.tokens", "quant.act_bits", "wat.lr_bitmap"))
+    assert "Not used" not in said(app.caption)
+
+
+def test_a_changed_preset_says_so_and_leads_back(app: AppTest) -> None:
+    assert "Changed from" not in said(app.caption)
+    widget(app, "quant.group_size").set_value(32).run()
+    widget(app, "seed").set_value(3).run()
+    assert "Changed from Quick: Seed, Group size" in said(app.caption)
+    app.button(key="quantize back").click().run()
+    assert "Changed from" not in said(app.caption)
+    assert settings(app) == make_config("quick")
+
+
+def test_the_form_is_there_before_the_model_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
+    monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
+    save_tiny(tmp_path / "read-slowly", "llama")
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
+    opened(app)
+    with quiet():  # as while another model is loaded
+        type_in(app, "model", "read-slowly")
+        assert "Reading the model" in said(app.caption)
+        assert start_is_disabled(app)
+        widget(app, "seq_len").set_value(64).run()
+        assert settings(app).seq_len == 512  # the document waits, too
+    opened(app)
+    assert settings(app).seq_len == 64
+    assert figure(app, BITS)
+    assert not start_is_disabled(app)
+    assert not app.exception

@@ -130,7 +130,7 @@ def test_events_tell_the_run_in_order(whole: tuple[Path, list[Event]]) -> None:
             assert (done.stage, done.block) == (stage, block)
             # The first block gets its inputs from the teacher itself.
             assert (done.loss_before == 0) == (stage == "ptq" and block == 0)
-            assert done.diverged == (done.loss_before == done.loss_after)
+            assert not done.diverged or done.loss_before == done.loss_after
             assert done.memory_bytes > 1e8
         assert isinstance(next(told), StageDone)
     done_run = next(told)
