@@ -163,13 +163,14 @@ def _changes(config: RunConfig) -> None:
 
 
 def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> tuple[RunConfig | None, list[str]]:
-    """Figures, Start with reasons against it, and the preview; returns the settings if they are valid, with what is
-    wrong in the widgets."""
+    """Figures, Start with reasons against it, and the preview; returns the settings if they can be read, and what
+    keeps a run from having them."""
     if model is None:
         with _bar():
             st.caption("The estimated size and cost are shown as soon as the model can be read.")
             _start(None, [])
         return None, []
+    config = None
     try:
         config, problems = form.read(table)
         result = estimated(config, model)
@@ -177,7 +178,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> tuple[Ru
         st.error(sentence(error))
         with _bar():
             _start(None, [])
-        return None, []
+        return config, [str(error)]
     objections = problems + _objections(config, result)
     with _bar():
         show_figures(config, result)

@@ -395,6 +395,10 @@ def test_a_changed_preset_says_so_and_leads_back(app: AppTest) -> None:
     app.button(key="quantize back").click().run()
     assert "Changed from" not in said(app.caption)
     assert settings(app) == make_config("quick")
+    widget(app, "seq_len").set_value(100_000).run()  # more than the model's context: no figures, but the way back
+    assert "Changed from Quick: Sequence length" in said(app.caption)
+    app.button(key="quantize back").click().run()
+    assert not app.error
 
 
 def test_the_form_is_there_before_the_model_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

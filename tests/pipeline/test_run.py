@@ -38,6 +38,7 @@ from lbllm.measure.perplexity import HELD_OUT_TOKENS, perplexity
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import run as pipeline
+from lbllm.pipeline.blockwise import is_divergence
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.sections import PAPER_STAGES
 from lbllm.texts.corpus import Corpus, load_corpus, sequences_hash
@@ -462,3 +463,10 @@ def test_a_block_that_is_skipped_whole_stays_dense_through_all_stages(teacher: T
     assert kept
     for name, layer in linear_layers(blocks[1]).items():
         assert torch.equal(linear_weight(kept[name]), linear_weight(layer).bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("after", "alarms"), [(0.5, False), (1.0, False), (1.01, False), (1.1, True), (math.inf, True), (math.nan, True)]
+)
+def test_a_block_that_training_leaves_about_as_it_was_is_no_divergence(after: float, alarms: bool) -> None:
+    assert is_divergence(1.0, after) is alarms
