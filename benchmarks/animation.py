@@ -86,7 +86,7 @@ def ask(page: Page, server: Server, film: Film, limit: float) -> None:
     page.goto(server.url())
     page.get_by_role("button", name="Got it").click()
     # Each side's line says so when its model is loaded.
-    expect(page.get_by_text(re.compile("bits per weight.* · .* MB"))).to_have_count(2)
+    expect(page.get_by_text(re.compile("bits per (binarized weight|weight in memory).* · .* MB"))).to_have_count(2)
     box = page.get_by_test_id("stChatInputTextArea")
     box.fill(QUESTION)
     film.still(1.5)
@@ -101,12 +101,12 @@ def ask(page: Page, server: Server, film: Film, limit: float) -> None:
 def configure(page: Page, server: Server, film: Film, limit: float) -> None:
     """Settings, and what they give; then one block."""
     page.get_by_role("link", name="Quantize").click()
-    expect(figure(page, "Bits per weight")).to_have_text("3.02")
+    expect(figure(page, "Bits per binarized weight")).to_have_text("3.02")
     film.still(1.5)
     changes = (("Group size", "64", "2.27"), ("Weights", "W1", "1.15"), ("Weights", "W(1+1)", "2.27"))
     for label, option, bits in changes:
         choose(page, label, option)
-        expect(figure(page, "Bits per weight")).to_have_text(bits)
+        expect(figure(page, "Bits per binarized weight")).to_have_text(bits)
         film.still(1)
     show(page.get_by_text("Some seconds show"))
     page.get_by_role("button", name="Preview", exact=True).click()

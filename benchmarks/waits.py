@@ -22,13 +22,13 @@ from benchmarks.report import settings_of, write_report
 from tests.browser.conftest import CHROMIUM, FLAGS, Server
 
 PATIENCE = 300_000  # milliseconds
-READY = re.compile(r"[\d.]+ bits per weight (·|in memory)")
+READY = re.compile(r"[\d.]+ bits per (binarized weight|weight in memory) ·")
 CHANGES = [("128", "2.16"), ("32", "2.52"), ("64", "2.27"), ("16", "3.02")] * 2
 # Watched in the page itself, so that asking for it costs the page nothing: resolves with the time in milliseconds.
 CHANGED = """([shown]) => new Promise(resolve => {
     const look = () => {
         const metric = [...document.querySelectorAll('[data-testid=stMetric]')]
-            .find(one => one.innerText.includes('Bits per weight'));
+            .find(one => one.innerText.includes('Bits per binarized weight'));
         if (metric?.innerText.includes(shown)) requestAnimationFrame(() => resolve(performance.now()));
         else requestAnimationFrame(look);
     };

@@ -84,8 +84,9 @@ class RunConfig(Section):
     preset: str = Field(
         "custom",
         title="Preset",
-        description="A starting point for all other settings. preview: minutes, to see whether it works. quick: the "
-        "embedded model on two cores. standard: a real attempt. paper: the paper's amount of text, needs a GPU.",
+        description="A starting point for all other settings. preview: minutes, to see whether it works; weights only. "
+        "quick: the embedded model on two cores. standard: a real attempt. paper: the paper's amount of text, needs a "
+        "GPU.",
     )
     stages: tuple[Stage, ...] = Field(
         PAPER_STAGES,
@@ -203,7 +204,7 @@ SETTINGS: dict[str, FieldInfo] = _settings()
 
 
 def label(path: str) -> str | None:
-    """A setting's name for people: "Group size", "Stage 2, tokens per step"; None if no setting has that
+    """A setting's name for people: "Group size", "Stage 2, batch size in tokens"; None if no setting has that
     path. A path can also lead to a section, or into a list or the settings of single layers."""
     section = path.partition(".")[0]
     field = RunConfig.model_fields.get(path) or SETTINGS.get(path)
@@ -226,18 +227,25 @@ def _in_a_sentence(title: str) -> str:
 
 
 def setting_name(path: str) -> str:
-    """A setting as messages name it, "quant.group_size (Group size)"; pages show only the label (``labels_alone``)."""
+    """A setting as messages name it, "quant.group_size (Group size)"; pages show only the label
+    (``labels_alone``), and the command line the option (``options_named``)."""
     known = label(path)
     return path if known is None else f"{path} ({known})"
 
 
 def labels_alone(text: str) -> str:
-    """The message with every name from ``setting_name`` shortened to its label."""
-    return _NAMED.sub(r"\1", text)
+    """The message with every name from ``setting_name`` shortened to its label, as pages show settings."""
+    return _NAMED.sub(r"\2", text)
+
+
+def options_named(text: str) -> str:
+    """The message with every name from ``setting_name`` as the command line takes it: its option, "--group-size", or
+    the name for ``--set`` with the label, where it has no option of its own."""
+    return _NAMED.sub(lambda found: OPTIONS.get(found[1], found[0]), text)
 
 
 _NAMED = re.compile(
-    rf"(?<![^\s(])(?:{'|'.join(RunConfig.model_fields)})(?:\.\S+)? "
+    rf"(?<![^\s(])((?:{'|'.join(RunConfig.model_fields)})(?:\.\S+)?) "
     rf"\((Layers [^()]+|{'|'.join(re.escape(str(label(path))) for path in [*SETTINGS, *RunConfig.model_fields])})\)"
 )
 

@@ -100,7 +100,8 @@ class StepMetric(_Event):
 class BlockDone(_Event):
     """A block's state is on disk. ``loss_before``, ``loss_after``: on the stage's tokens, before and after the stage.
 
-    ``diverged``: the loss became NaN or ended higher than it began, so the block keeps its earlier state.
+    ``diverged``: the loss became NaN or ended clearly higher than it began. The block then keeps its earlier state,
+    silently where the loss is about the same.
     """
 
     kind: Literal["block_done"] = "block_done"

@@ -18,6 +18,13 @@ STAGE_NAMES: dict[Origin, str] = {
 }
 
 CODE_BITS = {"w1+1": 2, "w1": 1}
+# What ``bits_per_weight`` counts: the binarized layers alone, group parameters included.
+BINARIZED_BITS = "bits per binarized weight"
+
+
+def bits_name(*, packed: bool) -> str:
+    """What the bits of a loaded model (``Loaded.bpw``) are counted per."""
+    return BINARIZED_BITS if packed else "bits per weight in memory"
 
 
 def stage_numbers(stages: tuple[Stage, ...]) -> str:

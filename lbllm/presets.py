@@ -9,10 +9,13 @@ from lbllm.sections import ACT_GROUP_SIZE, STAGES
 # Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
 FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
 PRESETS: dict[str, dict[str, Any]] = {
+    # Weights alone: so little text can't make up for what 4-bit activations cost. Small steps, because there are few.
     "preview": {
+        "stages": STAGES[:2],
+        "quant": FINE,
         "seq_len": 256,
         "ptq": {"tokens": 2_048, "sweeps": 1},
-        "wat": {"tokens": 2_048, "epochs": 1},
+        "wat": {"tokens": 2_048, "epochs": 1, "batch_tokens": 256, "lr_weight": 1e-2},
         "aar": {"tokens": 2_048, "search_tokens": 1_024},
     },
     # The last minutes do more in stage 4 than in a second pass of stage 3.

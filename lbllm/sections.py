@@ -112,7 +112,7 @@ class QuantConfig(Section):
     )
     param_bits: ParamBits = Field(
         16,
-        title="Parameter bits",
+        title="Bits of group parameters",
         description="Bits of each group parameter (alpha and mu), which give the levels of a group. Groups of 16 with "
         "4-bit parameters are as large as groups of 64 with 16-bit ones, and fit the weights much better.",
     )
@@ -130,9 +130,9 @@ class QuantConfig(Section):
     )
     act_group_size: GroupSize = Field(
         WHOLE_ROW,
-        title="Inputs per activation range",
-        description="How many neighbouring inputs of a token share one range of 4-bit or 8-bit steps; -1: all of them, "
-        "as in the paper. A single outlier makes the steps of its whole range coarse.",
+        title="Activation group size",
+        description="Inputs per activation range: how many neighbouring inputs of a token share one range of 4-bit or "
+        "8-bit steps; -1: all of them, as in the paper. A single outlier makes the steps of its whole range coarse.",
     )
     tail_steps: int = Field(
         3,
@@ -226,7 +226,9 @@ class WatConfig(Section):
         24_576, gt=0, title="Training tokens", description="How much text stage 2 learns from. Its time grows with it."
     )
     epochs: int = Field(1, ge=1, le=MOST_EPOCHS, title="Epochs", description="How many times the text is used.")
-    batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    batch_tokens: int = Field(
+        512, gt=0, title="Batch size in tokens", description="Tokens in one step of the optimizer."
+    )
     lr_weight: float = Field(
         2e-2,
         ge=0,
@@ -285,7 +287,9 @@ class AarConfig(Section):
         title="Epochs",
         description="How many times the text is used; 0: only the first knees are chosen.",
     )
-    batch_tokens: int = Field(512, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    batch_tokens: int = Field(
+        512, gt=0, title="Batch size in tokens", description="Tokens in one step of the optimizer."
+    )
     search_tokens: int = Field(
         1_024, gt=0, title="Knee search tokens", description="How much of the text chooses each layer's first knee."
     )
@@ -323,7 +327,9 @@ class E2eConfig(Section):
         description="Longer sequences of the text are cut to this length in stage 4. Memory grows with it.",
     )
     epochs: int = Field(1, ge=1, le=MOST_EPOCHS, title="Epochs", description="How many times the text is used.")
-    batch_tokens: int = Field(1_024, gt=0, title="Tokens per step", description="Tokens in one step of the optimizer.")
+    batch_tokens: int = Field(
+        1_024, gt=0, title="Batch size in tokens", description="Tokens in one step of the optimizer."
+    )
     lr_weight: float = Field(
         0.0,
         ge=0,

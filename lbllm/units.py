@@ -27,3 +27,16 @@ def size(count: float) -> str:
 def rows_left_out(count: int) -> str:
     """``1 row without text was left out``."""
     return f"{count:,} {'row' if count == 1 else 'rows'} without text {'was' if count == 1 else 'were'} left out"
+
+
+def against_16_bits(count: float, parameters: int) -> str:
+    """How a whole file, or a model's memory, of ``count`` bytes compares with the same model with 16 bits for each of
+    its ``parameters``, embeddings included: "2.8 times smaller than in 16 bits"."""
+    factor = 2 * parameters / count
+    if 0.95 < factor < 1.05:
+        return "about as large as in 16 bits"
+    return (
+        f"{factor:.1f} times smaller than in 16 bits"
+        if factor > 1
+        else f"{1 / factor:.1f} times larger than in 16 bits"
+    )

@@ -21,6 +21,7 @@ from lbllm.config import (
     label,
     labels_alone,
     make_config,
+    options_named,
     parse_config,
     read_settings,
     setting_name,
@@ -85,7 +86,7 @@ def test_every_setting_has_a_label_of_its_own_and_a_help_of_whole_sentences() ->
     labels = Counter(label(path) for path in SETTINGS)
     assert [name for name, count in labels.items() if count > 1 or not name] == []
     assert [path for path, field in SETTINGS.items() if not (field.description or "").endswith(".")] == []
-    assert label("quant.param_bits") == "Parameter bits"
+    assert label("quant.param_bits") == "Bits of group parameters"
     assert label("e2e.start_share") == "Stage 4, share of the starting weights"
     assert label("ptq.em_steps") == "Stage 1, EM steps"
 
@@ -111,6 +112,11 @@ def test_messages_have_name_and_label_and_pages_the_label_alone(path: str, expec
         == f"bad settings: {expected}: no; {expected} 5 (given: 5)"
     )
     assert labels_alone(f"({name})") == f"({expected})"
+
+
+def test_the_command_line_names_its_options() -> None:
+    text = f"{setting_name('quant.group_size')} 5, {setting_name('wat.epochs')} 0, {setting_name('start')}: no"
+    assert options_named(text) == "--group-size 5, wat.epochs (Stage 2, epochs) 0, --from: no"
 
 
 def test_other_words_before_a_parenthesis_stay() -> None:

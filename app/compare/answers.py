@@ -11,6 +11,7 @@ from lbllm.chat.conversation import Exchange
 from lbllm.chat.duel import Answer
 from lbllm.chat.lens import first_difference
 from lbllm.chat.page import folded
+from lbllm.labels import bits_name
 from lbllm.templates import environment
 
 _STATES = {"waiting": "Waiting for the model", "reading": "Reading the prompt", "writing": "Writing"}
@@ -114,7 +115,7 @@ def figures_html(answer: Answer) -> str:
         (speed, "tokens/s, alone" if answer.timed else "tokens/s"),
         (first, "first token"),
         (memory, "weights"),
-        (bits, "bits per weight"),
+        (bits, bits_name(packed=answer.packed)),
     ]
     return _TEMPLATES.get_template("figures.html.jinja").render(figures=figures)
 

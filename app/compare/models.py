@@ -16,7 +16,9 @@ from app.paths import model_name
 from app.view import checkpoints, plain, sentence, size_text, store
 from lbllm.chat.pool import ModelPool, Slot
 from lbllm.config import DEFAULT_MODEL, SHIPPED
+from lbllm.labels import bits_name
 from lbllm.models.catalogue import EMBEDDED_PRECISION, MODELS
+from lbllm.units import against_16_bits
 
 SIDES = ("left", "right")
 
@@ -146,15 +148,17 @@ def write_state(slot: Slot, place: DeltaGenerator) -> None:
 
 
 def model_line(slot: Slot) -> str:
-    """Return one line of Markdown about a loaded model: precision, bits per weight, memory."""
+    """Return one line of Markdown about a loaded model: precision, bits, memory."""
     loaded = slot.loaded
+    bits = bits_name(packed=loaded.packed)
     if loaded.packed:
         memory = size_text(loaded.weight_bytes)
         if loaded.expanded_bytes:
             memory += f" + {size_text(loaded.expanded_bytes)} expanded"
-        parts = [plain(loaded.precision), f"{loaded.bpw:.2f} bits per weight", memory]
+        parts = [plain(loaded.precision), f"{loaded.bpw:.2f} {bits}", memory]
     else:
-        parts = [plain(loaded.precision), f"{loaded.bpw:.0f} bits per weight in memory", size_text(loaded.weight_bytes)]
+        parts = [plain(loaded.precision), f"{loaded.bpw:.0f} {bits}", size_text(loaded.weight_bytes)]
+    parts.append(against_16_bits(loaded.weight_bytes + loaded.expanded_bytes, loaded.weights))
     if not loaded.is_chat:
         parts.append("**base model: continues your text** (no chat template)")
     return " · ".join(parts)

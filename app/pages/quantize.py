@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pandas
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedModel
 
 from app.paths import teacher_name
 from app.quantize import form
 from app.quantize import settings as shown
 from app.quantize.controls import control, corpus_picker, layers_table
-from app.quantize.facts import bar, estimated, layer_names, model_facts, show_figures, show_model, show_unknown
+from app.quantize.facts import (
+    await_facts,
+    bar,
+    estimated,
+    layer_names,
+    model_facts,
+    show_figures,
+    show_model,
+    show_unknown,
+)
 from app.quantize.preview import show_preview
 from app.view import guard, plain, sentence, store
 from lbllm.checkpoints.record import checkpoint_name
@@ -25,23 +36,35 @@ from lbllm.presets import PRESETS
 from lbllm.runs.store import ACTIVE
 from lbllm.texts.catalogue import check_available
 
+STYLE = Path(__file__).parents[1] / "quantize" / "style.css"
+
 
 def page() -> None:
-    """The whole page."""
-    form.start()
+    """The whole page. The settings are drawn first: what is known of the model may take a while."""
+    st.html(STYLE)
+    problem = form.start()
+    if problem is not None:
+        st.error(sentence(problem))
     left, right = st.columns([11, 14], gap="large")
     with left:
         if form.continues():
             _checkpoint()
         name = _picker()
+        preset = _controls()
+    right = right.container(key="quantize_outlook")
     with right:
         model = _described(name)
     with left:
-        table = _controls(layer_names(model) if model else [])
+        with st.expander("Per layer"):
+            table = layers_table(layer_names(model) if model else [])
+        form.keep()
     with right:
-        config = _outlook(table, model)
+        config, problems = _outlook(table, model)
+    if config is not None:
+        with preset:
+            _changes(config)
     with left:
-        _exchange(config)
+        _exchange(config if not problems else None)
 
 
 def _checkpoint() -> None:
@@ -52,7 +75,7 @@ def _checkpoint() -> None:
     if form.free_to_lower():
         ways += ", or stages 3–4, with fewer bits for its activations"
     said.info(f"Trains {name} further: {ways}. Its groups can be cut into smaller ones.")
-    button.button("Begin anew", on_click=form.begin_anew, width="stretch", key="quantize anew")
+    button.button("Start over", on_click=form.start_over, width="stretch", key="quantize anew")
 
 
 def _picker() -> str:
@@ -78,6 +101,9 @@ def _described(text: str) -> PreTrainedModel | None:
         st.error(sentence(error))
         return None
     found = model_facts(name)
+    if found is None:
+        await_facts(name)
+        return None
     if isinstance(found, str):
         show_unknown(name, found)
         return None
@@ -85,8 +111,8 @@ def _described(text: str) -> PreTrainedModel | None:
     return found[1]
 
 
-def _controls(names: list[str]) -> pandas.DataFrame:
-    """All settings; returns the table per layer."""
+def _controls() -> DeltaGenerator:
+    """All settings but those per layer; returns the place below the presets."""
     st.segmented_control(
         str(SETTINGS["preset"].title),
         list(PRESETS),
@@ -96,14 +122,14 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         disabled=form.continues(),
         help=SETTINGS["preset"].description,
     )
-    quantized = "aar" in st.session_state[shown.STAGE_SETTING.key]
+    below = st.container()
     for pair in ((shown.FORMAT, shown.STAGE_SETTING), (shown.GROUP_SIZE, shown.PARAM_BITS)):
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
     for column, setting in zip(st.columns([4, 5, 4], vertical_alignment="bottom"), shown.ACTIVATIONS, strict=True):
         with column:
-            control(setting, disabled=not quantized)
+            control(setting)
     text, tokens = st.columns([8, 5])
     with text:
         corpus_picker()
@@ -111,40 +137,68 @@ def _controls(names: list[str]) -> pandas.DataFrame:
         control(shown.TOKENS)
     with st.expander("Advanced", expanded=form.continues()):
         # The settings that can be changed come first.
-        for title, settings in sorted(
-            shown.ADVANCED.items(), key=lambda item: all(map(form.fixed_by_checkpoint, item[1]))
-        ):
+        for title, settings in sorted(shown.ADVANCED.items(), key=lambda item: all(map(form.fixed, item[1]))):
             st.markdown(f"**{title}**")
+            reasons = {form.fixed(setting) for setting in settings}
+            if len(reasons) == 1 and (reason := reasons.pop()) is not None:
+                st.caption(f"Not used: {reason}")
             for first in range(0, len(settings), 2):
                 for column, setting in zip(st.columns(2), settings[first : first + 2], strict=False):
                     with column:
                         control(setting)
-    with st.expander("Per layer"):
-        return layers_table(names)
+    return below
 
 
-def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> RunConfig | None:
-    """Figures, Start with reasons against it, and the preview; returns the settings if they are valid."""
+def _changes(config: RunConfig) -> None:
+    """What was changed since the preset was chosen, and the way back."""
+    labels = form.changed_settings(config)
+    if not labels:
+        return
+    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"Changed from {config.preset.capitalize()}: {plain(', '.join(labels[:3]))}{more}")
+        st.button(
+            f"Back to {config.preset.capitalize()}", type="tertiary", on_click=form.take_preset, key="quantize back"
+        )
+
+
+def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> tuple[RunConfig | None, list[str]]:
+    """Figures, Start with reasons against it, and the preview; returns the settings if they can be read, and what
+    keeps a run from having them."""
     if model is None:
-        st.caption("The estimated size and cost are shown as soon as the model can be read.")
-        _start(None, [])
-        return None
+        with _bar():
+            st.caption("The estimated size and cost are shown as soon as the model can be read.")
+            _start(None, [])
+        return None, []
+    config = None
     try:
-        config = form.read(table)
+        config, problems = form.read(table)
         result = estimated(config, model)
     except LbllmError as error:
         st.error(sentence(error))
-        _start(None, [])
-        return None
-    show_figures(config, result)
+        with _bar():
+            _start(None, [])
+        return config, [str(error)]
+    objections = problems + _objections(config, result)
+    with _bar():
+        show_figures(config, result)
+        _start(config, objections)
+    for objection in objections:
+        st.warning(sentence(objection))
     st.html(bar(result))
-    _start(config, _objections(config, result))
     st.divider()
-    if config.start is None:
-        show_preview(config, result.blocks)
-    else:
+    if config.start is not None:
         st.caption("A preview binarizes a block of the teacher; this run starts from a checkpoint.")
-    return config
+    elif problems:
+        st.caption("A block can be tried when the settings above can be used.")
+    else:
+        show_preview(config, result.blocks)
+    return config, problems
+
+
+def _bar() -> DeltaGenerator:
+    """The part that stays in sight, on a phone at the bottom of the screen."""
+    return st.container(key="quantize_bar")
 
 
 def _objections(config: RunConfig, result: Estimate) -> list[str]:
@@ -160,11 +214,9 @@ def _objections(config: RunConfig, result: Estimate) -> list[str]:
 
 def _start(config: RunConfig | None, objections: list[str]) -> None:
     name, button = st.columns([3, 1], vertical_alignment="bottom")
-    wanted = name.text_input("Name of the run", placeholder="optional", key="quantize name")
+    wanted = name.text_input("Name of the run", placeholder="Name of the run, optional", key=form.NAME_KEY)
     impossible = config is None or bool(objections)
     pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
-    for objection in objections:
-        st.warning(sentence(objection))
     ahead = sum(run.state in ACTIVE for run in store().all())
     if ahead and not impossible:
         st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; this one waits for its turn.")

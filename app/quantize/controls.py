@@ -13,11 +13,12 @@ from app.quantize.form import (
     COLUMNS,
     CORPUS_KEY,
     DOCUMENT,
+    EDITED,
     EDITOR_KEY,
     SKIP_KEY,
     TABLE,
     continues,
-    fixed_by_checkpoint,
+    fixed,
     free_to_lower,
     take_stages,
 )
@@ -32,11 +33,13 @@ from lbllm.texts.catalogue import TEXTS
 WIDTHS = {"pattern": 100, "format": 95, "group_size": 110, "param_bits": 135, "act_bits": 135}
 
 
-def control(setting: Setting, *, disabled: bool = False) -> None:
-    """Draw a setting's widget; its value is in the session."""
-    disabled = disabled or fixed_by_checkpoint(setting)
+def control(setting: Setting) -> None:
+    """Draw a setting's widget; its value is in the session. The help of a disabled one says why it is disabled."""
+    reason = fixed(setting)
+    disabled = reason is not None
+    help_text = f"**Not used: {reason}**\n\n{setting.help}" if reason else setting.help
     if setting.step:
-        st.number_input(setting.label, key=setting.key, help=setting.help, disabled=disabled, **setting.number)
+        st.number_input(setting.label, key=setting.key, help=help_text, disabled=disabled, **setting.number)
         return
     value = st.session_state[setting.key]
     further = setting is STAGE_SETTING and free_to_lower()
@@ -47,7 +50,7 @@ def control(setting: Setting, *, disabled: bool = False) -> None:
         choices,
         format_func=setting.show,
         key=setting.key,
-        help=setting.help,
+        help=help_text,
         on_change=take_stages if further else None,
         disabled=disabled,
     )
@@ -107,6 +110,7 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
         placeholder="none",
         help=field.description,
     )
+    st.session_state[EDITED] = pandas.DataFrame(table)
     return pandas.DataFrame(table)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
+
 import streamlit as st
 from transformers import PreTrainedModel
 
 from app.view import COLOURS, count_text, plain, sentence, size_text, time_text
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError
+from lbllm.labels import BINARIZED_BITS
 from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, estimate
 from lbllm.models.blocks import decoder_blocks, linear_layers
@@ -15,6 +19,7 @@ from lbllm.models.catalogue import MODELS
 from lbllm.models.teacher import ModelSummary, skeleton, summary
 from lbllm.sections import stage_number
 from lbllm.templates import environment
+from lbllm.units import against_16_bits
 
 _TEMPLATES = environment(__file__)
 PART_NAMES = {
@@ -27,14 +32,44 @@ PART_NAMES = {
 }
 
 
-@st.cache_resource(max_entries=4, ttl=300, show_spinner="Reading the model's description")
-def model_facts(name: str) -> tuple[ModelSummary, PreTrainedModel] | str:
-    """The model's summary and its skeleton, or the reason why they can't be read. Cached, so that sliders don't wait
-    for them."""
+Known = tuple[ModelSummary, PreTrainedModel]
+
+
+@st.cache_resource(max_entries=4, ttl=300, show_spinner=False)
+def _reading(name: str) -> Future[Known | str]:
+    """A model that is read in a thread of its own, because reading waits while another model is being loaded."""
+    found: Future[Known | str] = Future()
+
+    def read() -> None:
+        try:
+            found.set_result((summary(name), skeleton(name)))
+        except LbllmError as error:
+            found.set_result(str(error))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, name="lbllm-model-facts", daemon=True).start()
+    return found
+
+
+def model_facts(name: str, seconds: float = 1.0) -> Known | str | None:
+    """The model's summary and its skeleton, or the reason why they can't be read; None if they aren't known within
+    ``seconds``. They are kept, so that sliders don't wait for them."""
     try:
-        return summary(name), skeleton(name)
-    except LbllmError as error:
-        return str(error)
+        return _reading(name).result(seconds)
+    except TimeoutError:
+        return None
+
+
+@st.fragment(run_every=0.5)
+def await_facts(name: str) -> None:
+    """Say that the model is being read, and draw the page again when it is known."""
+    if model_facts(name, 0.0) is not None:
+        st.rerun()
+    st.caption(
+        ":material/hourglass_empty: Reading the model's description. It waits while another model is being loaded; "
+        "you can already choose."
+    )
 
 
 @st.cache_resource(ttl=600, show_spinner="Measuring this machine")
@@ -77,17 +112,25 @@ def show_unknown(name: str, message: str) -> None:
 
 
 def show_figures(config: RunConfig, result: Estimate) -> None:
-    """Show bits, disk, memory and time as large numbers, compared with 16 bits per weight."""
+    """Show bits, disk, memory and time as large numbers."""
     stages = {stage_number(stage): seconds for stage, seconds in result.stage_seconds.items()}
     longest = max(stages, key=stages.__getitem__)
+    parts = [f"stage {number}: {time_text(seconds)}" for number, seconds in stages.items()]
+    parts += [f"{name}: {time_text(seconds)}" for name, seconds in result.other_seconds.items()]
     shown = (
         (
-            "Bits per weight",
+            BINARIZED_BITS[0].upper() + BINARIZED_BITS[1:],
             f"{result.bpw:.2f}",
-            "fp16: 16",
-            "Stored bits per binarized weight, including its share of the group's parameters.",
+            "parameters included",
+            "All stored bits of the binarized layers, those of the group parameters included, divided by the number of "
+            "their weights. The rest of the model keeps 16 bits.",
         ),
-        ("On disk", size_text(result.disk_bytes), f"fp16: {size_text(result.fp16_bytes)}", ""),
+        (
+            "On disk",
+            size_text(result.disk_bytes),
+            f"in 16 bits: {size_text(_in_16_bits(result))}",
+            f"The whole file, {against_16_bits(result.disk_bytes, result.parameters)}, embeddings included.",
+        ),
         (
             "Memory of the run",
             size_text(result.memory_bytes),
@@ -99,19 +142,19 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             ),
         ),
         (
-            "Time here",
+            "Estimated time",
             time_text(result.seconds),
             f"mostly stage {longest}" if len(stages) > 1 else f"only stage {longest}",
-            "From the speed of matrix products on this machine now. "
-            + ", ".join(f"stage {number}: {time_text(seconds)}" for number, seconds in stages.items()),
+            f"From the speed of matrix products on this machine now. {', '.join(parts)}. After the run's first block, "
+            "Runs shows the time left from what that block took.",
         ),
     )
-    for column, (label, value, small, explained) in zip(st.columns(4), shown, strict=True):
+    for column, (label, value, small, explained) in zip(st.columns(4, vertical_alignment="bottom"), shown, strict=True):
         column.metric(label, value, small, delta_color="off", delta_arrow="off", help=explained or None)
 
 
 def bar(result: Estimate) -> str:
-    """The parts of the checkpoint at full width, and below them its size compared with fp16, as HTML."""
+    """The parts of the checkpoint at full width, and below them its size compared with 16 bits, as HTML."""
     parts = {name: size for name, size in result.parts.items() if size}
     segments = []
     for part, size in parts.items():
@@ -131,8 +174,12 @@ def bar(result: Estimate) -> str:
     return _TEMPLATES.get_template("bar.html.jinja").render(
         label=", ".join(f"{PART_NAMES[part]} {size_text(size)}" for part, size in parts.items()),
         segments=segments,
-        percent=min(100 * result.disk_bytes / result.fp16_bytes, 100),
+        percent=min(100 * result.disk_bytes / _in_16_bits(result), 100),
         scale_colour=COLOURS["bits"],
-        factor=result.fp16_bytes / result.disk_bytes,
-        fp16_size=size_text(result.fp16_bytes),
+        against=against_16_bits(result.disk_bytes, result.parameters),
+        in_16_bits=size_text(_in_16_bits(result)),
     )
+
+
+def _in_16_bits(result: Estimate) -> int:
+    return 2 * result.parameters

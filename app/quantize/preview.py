@@ -8,11 +8,12 @@ import json
 import plotly.graph_objects as go
 import streamlit as st
 
+from app.quantize import form
 from app.quantize.settings import size_label
 from app.view import COLOURS, guard, number_text
 from lbllm.baselines.methods import METHODS
 from lbllm.config import RunConfig
-from lbllm.labels import FORMAT_NAMES
+from lbllm.labels import BINARIZED_BITS, FORMAT_NAMES
 from lbllm.measure.preview import BlockSample, Choice, Point, Trained, choices, preview, take_block
 from lbllm.sections import WHOLE_ROW
 
@@ -59,19 +60,20 @@ def show_preview(config: RunConfig, blocks: int) -> None:
         left, right = st.columns(2, vertical_alignment="bottom")
         left.markdown("**Try one block first**")
         with right.container(horizontal=True, horizontal_alignment="right", vertical_alignment="bottom"):
-            shown = st.number_input(
-                f"Block (1 to {blocks})", 1, blocks, blocks // 2, key=f"quantize block of {blocks}", width=140
-            )
+            block_key = f"{form.BLOCK_KEY}{blocks}"
+            st.session_state.setdefault(block_key, max(1, blocks // 2))
+            shown = st.number_input(f"Block (1 to {blocks})", 1, blocks, key=block_key, width=140)
             pressed = st.button("Preview", key="quantize preview")
         methods = st.multiselect(
             "Beside other methods",
             list(METHODS),
             format_func=NAMES.__getitem__,
             placeholder="none",
-            key="quantize preview methods",
+            key=form.METHODS_KEY,
             help="Weight-only methods with a calibration like stage 1's, no training, on the same block and text. "
             "They are for comparison: a run makes W(1+1) or W1. Each takes some more seconds.",
         )
+        form.keep()
         number = shown - 1  # the engine counts blocks from 0
         known, trained = _results(_results_key(config), number)
         place = st.empty()
@@ -142,8 +144,8 @@ def _chart(points: dict[Choice, Point], after: Trained | None, own: Choice) -> g
             showlegend=other,
             line={"color": LINES[fmt], "width": 1.5 if other else 2.5, "dash": "dot" if other else "solid"},
             marker={"size": 6 if other else 8},
-            hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} bits "
-            "per weight<extra></extra>",
+            hovertemplate=f"{name}, group size %{{customdata[0]}}<br>error %{{y:.2f}} %, %{{customdata[1]:.2f}} "
+            f"{BINARIZED_BITS}<extra></extra>",
         )
         if not other:
             _label(figure, place[line[-1].group_size], line[-1].error, f"<b>{name}</b>", LINES[fmt], xshift=12)
@@ -194,7 +196,7 @@ def _explain(points: dict[Choice, Point], after: Trained | None, own: Choice) ->
     beside = [point for choice, point in points.items() if choice[1] == own[1] and choice[0] != own[0]]
     if own in points and any(point.format in METHODS for point in beside):
         ranked = sorted([points[own], *beside], key=lambda point: point.error)
-        said = "At your group size, with bits per weight, everything counted: "
+        said = f"At your group size, with {BINARIZED_BITS}, everything counted: "
         said += ", ".join(f"{NAMES[p.format]} {_percent(p.error)} ({p.bpw:.2f} bits)" for p in ranked) + ". "
     if own in points and after is not None and after.error is not None:
         said += (

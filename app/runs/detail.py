@@ -24,6 +24,7 @@ from app.runs.state import badge, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
 from lbllm.events import stage_parts
+from lbllm.labels import BINARIZED_BITS
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import RunView
 from lbllm.sections import PAPER_STAGES, STAGES, stage_number
@@ -78,7 +79,7 @@ def outcome(run: Run, view: RunView) -> None:
     elif run.state == "done" and view.result is not None:
         done, links = st.columns([5, 2], vertical_alignment="center")
         done.success(
-            f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} bits per weight, in "
+            f"Finished: {size_text(view.result.disk_bytes)} on disk at {view.result.bpw:.2f} {BINARIZED_BITS}, in "
             f"{path_text(run.folder / 'checkpoint')}"
         )
         teacher = teacher_of(run)

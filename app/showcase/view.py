@@ -16,10 +16,11 @@ from lbllm.chat.duel import Answer
 from lbllm.chat.pool import Slot
 from lbllm.chat.showcase import Seen, Showcase
 from lbllm.chat.votes import CHOICES, Choice
+from lbllm.labels import bits_name
 from lbllm.places import ASSETS
 from lbllm.templates import environment
 from lbllm.texts.prompts import PromptKind
-from lbllm.units import size
+from lbllm.units import against_16_bits, size
 
 THEME = ASSETS / "theme"
 EXAMPLES = 6
@@ -174,11 +175,12 @@ def _speed(answer: Answer | None) -> list[tuple[str, str]]:
 
 def _weights(slot: Slot) -> list[tuple[str, str]]:
     loaded = slot.loaded
-    memory = size(loaded.weight_bytes + loaded.expanded_bytes)
+    held = loaded.weight_bytes + loaded.expanded_bytes
+    memory = size(held)
     bits = f"{loaded.bpw:.2f}" if loaded.packed else f"{loaded.bpw:.0f}"
     return [
-        (memory, "weights in memory"),
-        (bits, "bits per weight in its blocks" if loaded.packed else "bits per weight"),
+        (memory, f"weights in memory, {against_16_bits(held, loaded.weights)}"),
+        (bits, bits_name(packed=loaded.packed)),
     ]
 
 

@@ -28,7 +28,7 @@ class Answer:
     """The present state of an answer. ``error``: the message for the user if the state is "failed".
 
     ``tokens_per_second`` and ``first_token_seconds`` as in ``ChatPiece``; 0 until they are known. ``timed``: measured
-    while the other side was not running. ``weight_bytes`` and ``bpw``: those of the model, as in ``Loaded``.
+    while the other side was not running. ``weight_bytes``, ``bpw``, ``packed``: those of the model, as in ``Loaded``.
     ``completes``: the model continues the prompt as plain text. ``cut``: the limit of tokens, if it cut the answer off
     before the model had ended it; else 0.
     """
@@ -42,6 +42,7 @@ class Answer:
     error: str = ""
     weight_bytes: int = 0
     bpw: float = 0.0
+    packed: bool = False
     completes: bool = False
     cut: int = 0
 
@@ -122,6 +123,7 @@ class Duel:
             state="reading",
             weight_bytes=loaded.weight_bytes,
             bpw=loaded.bpw,
+            packed=loaded.packed,
             completes=not (loaded.is_chat and settings.template),
         )
         pieces = stream(

@@ -15,6 +15,7 @@ from lbllm.chat.duel import Answer
 from lbllm.chat.lens import Lens, first_difference, step_labels
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.votes import Choice
+from lbllm.labels import bits_name
 from lbllm.templates import environment
 
 _TEMPLATES = environment(__file__)
@@ -124,5 +125,5 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         (f"{answer.tokens_per_second:.1f}", "tokens/s, alone" if answer.timed else "tokens/s"),
         (f"{answer.first_token_seconds:.2f} s", "first token"),
         (f"{answer.weight_bytes / 1e6:.1f} MB", "weights"),
-        (f"{answer.bpw:.2f}", "bits per weight"),
+        (f"{answer.bpw:.2f}", bits_name(packed=answer.packed)),
     ]

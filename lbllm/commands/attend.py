@@ -39,7 +39,7 @@ from lbllm.events import (
     stage_parts,
 )
 from lbllm.files import new_folder
-from lbllm.labels import STAGE_NAMES
+from lbllm.labels import BINARIZED_BITS, STAGE_NAMES
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import Phase, RunView
 from lbllm.sections import Stage
@@ -218,8 +218,8 @@ def line(view: RunView, event: Event, expected: Mapping[Stage, float]) -> str | 
             resumed = f", {event.resumed_blocks} finished blocks taken over" if event.resumed_blocks else ""
             left_out = f"; {rows_left_out(event.rows_left_out)}" if event.rows_left_out else ""
             return (
-                f"{event.blocks} blocks, {event.layers} layers, {event.weights:,} weights at {event.bpw:.3f} bits, "
-                f"{event.tokens:,} tokens, on {event.device}{resumed}{left_out}"
+                f"{event.blocks} blocks, {event.layers} layers, {event.weights:,} weights at {event.bpw:.3f} bits each"
+                f", {event.tokens:,} tokens, on {event.device}{resumed}{left_out}"
             )
         case StageStarted():
             return STAGE_NAMES[event.stage]
@@ -233,7 +233,7 @@ def line(view: RunView, event: Event, expected: Mapping[Stage, float]) -> str | 
         case Acknowledged():
             return f"{ENDING[event.request]} after the current step"
         case RunDone():
-            return f"done in {duration(event.seconds)}: {size(event.disk_bytes)} at {event.bpw:.3f} bits per weight"
+            return f"done in {duration(event.seconds)}: {size(event.disk_bytes)} at {event.bpw:.3f} {BINARIZED_BITS}"
     return None
 
 

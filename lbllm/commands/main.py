@@ -19,6 +19,7 @@ from lbllm.commands import serving as showcasing
 from lbllm.commands import serving as workbench
 from lbllm.commands.attend import StoppedByUser
 from lbllm.commands.output import notices, plain, print_json
+from lbllm.config import options_named
 from lbllm.errors import LbllmError
 
 
@@ -95,7 +96,7 @@ def _run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         message, code = error.format_message(), error.exit_code
     except LbllmError as error:
-        message, code = str(error), 130 if isinstance(error, StoppedByUser) else 1
+        message, code = options_named(str(error)), 130 if isinstance(error, StoppedByUser) else 1
     except OSError as error:
         message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     if as_json:

@@ -34,8 +34,9 @@ from lbllm.commands.options import (
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.config import RunConfig
 from lbllm.errors import LbllmError, ResourceError
+from lbllm.labels import BINARIZED_BITS, format_name
 from lbllm.runs.store import Run, RunStore
-from lbllm.units import duration, size
+from lbllm.units import against_16_bits, duration, size
 
 if TYPE_CHECKING:
     from lbllm.measure.estimate import Estimate
@@ -93,7 +94,7 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(outcome))
         return
-    took = f"{size(outcome.disk_bytes)}, {outcome.bpw:.3f} bits per weight, {duration(outcome.seconds)}"
+    took = f"{size(outcome.disk_bytes)}, {outcome.bpw:.3f} {BINARIZED_BITS}, {duration(outcome.seconds)}"
     plain(results(), f"run {outcome.run} is done. {outcome.path}: {took}")
 
 
@@ -111,7 +112,7 @@ def estimate(
     start: FromOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate a run's result and cost: bits per weight, disk, memory, time."""
+    """Estimate a run's result and cost: bits per binarized weight, disk, memory, time."""
     from lbllm.measure.estimate import estimate
 
     settings = run_config(
@@ -178,15 +179,13 @@ def _tell_reading(config: RunConfig, console: Console) -> None:
 
 def _estimate_table(config: RunConfig, result: Estimate) -> Table:
     grid = Table.grid(padding=(0, 2))
-    quant = config.quant
     grid.add_row("model", config.model)
-    grid.add_row(
-        "settings", f"{config.preset}: {quant.format}, group {quant.group_size}, A{quant.act_bits}KV{quant.kv_bits}"
-    )
+    deployed = format_name(config, config.stages[-1])
+    grid.add_row("settings", f"{config.preset}: {deployed}, group {config.quant.group_size}")
     grid.add_row("blocks", str(result.blocks))
     grid.add_row("binarized weights", f"{result.weights:,} at {result.bpw:.3f} bits each, parameters included")
     grid.add_row("kept dense", f"{result.dense_weights:,}")
-    grid.add_row("checkpoint", size(result.disk_bytes))
+    grid.add_row("checkpoint", f"{size(result.disk_bytes)}, {against_16_bits(result.disk_bytes, result.parameters)}")
     grid.add_row("peak memory", size(result.memory_bytes))
-    grid.add_row("time", f"about {duration(result.seconds)}")
+    grid.add_row("time", f"about {duration(result.seconds)}, with loading and evaluation")
     return grid

@@ -4,7 +4,8 @@
 
 Disk space is counted tensor by tensor, with the header: it is the size of model.safetensors up to a few bytes
 (transformers renames some tensors in its files). Memory is a sum of named terms. Time is the number of FLOPs divided by
-the matmul rate measured on this machine. The constants were fitted to measured runs.
+the matmul rate measured on this machine, plus what a small model's run consists of: the start of the process, the
+single operations of each block, the evaluations. The constants were fitted to measured runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, has_bfloat16
+from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import FORWARD_TOKENS, check_length, check_supported, linear_weight
 from lbllm.models.teacher import skeleton
 from lbllm.quant.levels import LEVELS, group_length
@@ -28,6 +30,7 @@ from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Run
 from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.aar import CLIPS, KNEES
+from lbllm.stages.distill import PROBE_TOKENS
 
 # Memory, in bytes.
 PROGRAM = 620_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
@@ -51,8 +54,16 @@ PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
 PTQ_PASS = 15.0  # per weight and input column: EM with compensation, and each descent sweep, column by column
 STREAMS_TOKEN = 4.0  # stages 2 and 3: one forward pass of the teacher's and of the student's block
 STEP_TOKEN = 6.0  # the student's forward and backward pass in every epoch
+PROBE_TOKEN = 4.0  # the loss of a block before and after a stage, on at most PROBE_TOKENS
 # Shares of the matmul rate that the stages reach.
 EFFICIENCY: dict[Stage, float] = {"ptq": 0.65, "wat": 0.55, "aar": 0.47, "e2e": 0.37}
+EVALUATION_EFFICIENCY = 0.25  # windows one by one in float32, and the assembling of each student
+# Seconds that do not depend on the rate of matrix products.
+BLOCK_SECONDS = 0.15  # a block in a stage: its copy, its state on disk, its events
+COLUMN_SECONDS = 2.5e-4  # an input column in the compensation or in a sweep of stage 1, for all layers with that input
+STEP_SECONDS = 0.015  # a block's optimizer step, or its part of a step of stage 4
+START_SECONDS = 8.0  # the process: interpreter, PyTorch, transformers
+READ_RATE = 2e8  # bytes per second: the teacher in float32, and the checkpoint twice
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,8 @@ class Estimate:
 
     ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of model.safetensors,
     the sum of ``parts``. ``memory_bytes``: the run's peak, the sum of ``memory_parts`` at that moment. ``seconds``: the
-    sum of ``stage_seconds``. ``weights``: the number of binarized weights. ``dense_weights``: the number of all other
-    parameters.
+    sum of ``stage_seconds`` and ``other_seconds``, which are those before, between and after the stages. ``weights``:
+    the number of binarized weights. ``dense_weights``: the number of all other parameters.
     """
 
     bpw: float
@@ -72,14 +83,15 @@ class Estimate:
     parts: dict[str, int]
     memory_parts: dict[str, int]
     stage_seconds: dict[Stage, float]
+    other_seconds: dict[str, float]
     weights: int
     dense_weights: int
     blocks: int
 
     @property
-    def fp16_bytes(self) -> int:
-        """The size of the same model with 16 bits for every parameter."""
-        return 2 * (self.weights + self.dense_weights)
+    def parameters(self) -> int:
+        """The number of all parameters of the model."""
+        return self.weights + self.dense_weights
 
 
 @dataclass(frozen=True)
@@ -119,15 +131,18 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     weights = sum(layer.weights for layer in layers)
     parts = _disk(model, layers)
     memory = _memory(config, model, layers, sum(parts.values()))
-    seconds = _seconds(config, model, layers, rate or fastest_matmul_rate(config.device))
+    rate = rate or fastest_matmul_rate(config.device)
+    seconds = _seconds(config, model, layers, rate)
+    others = _other_seconds(config, model, weights, sum(parts.values()), rate)
     return Estimate(
         bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
         memory_bytes=sum(memory.values()),
-        seconds=sum(seconds.values()),
+        seconds=sum(seconds.values()) + sum(others.values()),
         parts=parts,
         memory_parts=memory,
         stage_seconds=seconds,
+        other_seconds=others,
         weights=weights,
         dense_weights=model.num_parameters() - weights,
         blocks=len(blocks),
@@ -274,12 +289,13 @@ def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], dis
 def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], rate: float) -> dict[Stage, float]:
     """Return the seconds of each stage of the run on a device with ``rate`` FLOPs per second."""
     # Attention costs as much per token as this many weights: seq_len / 2 positions (causal), twice (QK and AV).
-    attention = len({layer.block for layer in layers}) * config.seq_len * model.config.get_text_config().hidden_size
+    blocks = len({layer.block for layer in layers})
+    attention = blocks * config.seq_len * model.config.get_text_config().hidden_size
     weights = sum(layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
-    head = model.config.get_text_config()
-    head_weights = head.hidden_size * head.vocab_size
+    head_weights = _head_weights(model)
     search = 2 * len(CLIPS) * len(KNEES) * config.aar.search_tokens
+    probes = {stage: PROBE_TOKEN * min(PROBE_TOKENS, getattr(config, stage).tokens) for stage in config.stages}
     flops: dict[Stage, float] = {
         "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
         "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
@@ -287,4 +303,40 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], ra
         # A forward pass of both models and a backward pass of the student; the output head has no trained weights.
         "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + 6 * head_weights),
     }
-    return {stage: flops[stage] / (rate * EFFICIENCY[stage]) for stage in config.stages}
+
+    def steps(stage: Stage, tokens_at_once: int) -> int:
+        settings = getattr(config, stage)
+        return int(settings.epochs * math.ceil(settings.tokens / tokens_at_once))
+
+    # Layers with the same input are solved together; here, those with as many columns in the same part of a block.
+    solved = sum(columns for _, _, columns in {(x.block, x.name.rpartition(".")[0], x.columns) for x in layers})
+    operations: dict[Stage, float] = {
+        "ptq": COLUMN_SECONDS * (1 + config.ptq.sweeps) * solved,
+        "wat": STEP_SECONDS * blocks * steps("wat", max(config.seq_len, config.wat.batch_tokens)),
+        "aar": STEP_SECONDS * blocks * steps("aar", max(config.seq_len, config.aar.batch_tokens)),
+        "e2e": STEP_SECONDS * blocks * steps("e2e", config.e2e_seq_len),
+    }
+    return {
+        stage: (flops[stage] + probes[stage] * weights) / (rate * EFFICIENCY[stage])
+        + operations[stage]
+        + BLOCK_SECONDS * blocks
+        for stage in config.stages
+    }
+
+
+def _other_seconds(
+    config: RunConfig, model: PreTrainedModel, weights: int, disk_bytes: int, rate: float
+) -> dict[str, float]:
+    """Return the seconds of the run outside its stages, in the order in which they pass."""
+    # The teacher, the starting checkpoint if there is one, and the model after each stage.
+    evaluated = (1 + len(config.origins)) * HELD_OUT_TOKENS
+    return {
+        "loading": START_SECONDS + 4 * model.num_parameters() / READ_RATE,
+        "evaluation": 2 * evaluated * (weights + _head_weights(model)) / (rate * EVALUATION_EFFICIENCY),
+        "saving": 2 * disk_bytes / READ_RATE,
+    }
+
+
+def _head_weights(model: PreTrainedModel) -> int:
+    text = model.config.get_text_config()
+    return int(text.hidden_size * text.vocab_size)

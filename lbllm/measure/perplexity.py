@@ -23,6 +23,8 @@ from lbllm.machine import float32_products
 
 ROWS = 256
 BATCH_TOKENS = 2048
+# The perplexities that show a run's progress use few tokens, because they take time from the run.
+HELD_OUT_TOKENS = 2_048
 
 Progress = Callable[[int, int], None]
 

@@ -21,14 +21,17 @@ from lbllm.models.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.pipeline.context import PROBE_TOKENS, RunContext, step_count, step_metric
+from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
-from lbllm.stages.distill import HeldOut, Step, binary_layers, block_error
+from lbllm.stages.distill import PROBE_TOKENS, HeldOut, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import wat_block
+
+# A block whose loss training did not lower keeps its state; up to this factor that is no sign of anything.
+HARMLESS = 1.02
 
 
 def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
@@ -173,7 +176,7 @@ def _initialize(
 def _train(
     run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any, held_out: HeldOut | None
 ) -> Generator[Event, None, BlockState]:
-    """Stage 2 or 3 on one block; keeps the state it began with where training diverges or makes the block worse."""
+    """Stage 2 or 3 on one block; keeps the state it began with where training does not lower the loss."""
     config, call = run.config, run.calls[number]
     earlier = run.store.finished(config.origins[config.origins.index(stage) - 1], number)
     student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
@@ -213,5 +216,12 @@ def _train(
     state = BlockState(collect(binary_layers(student)), before, 0.0, False)
     state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
     if not state.loss_after <= before:
-        state = BlockState({k: v for k, v in start.items() if not k.endswith(".latent")}, before, before, True)
+        kept = {k: v for k, v in start.items() if not k.endswith(".latent")}
+        state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
     return state
+
+
+def is_divergence(before: float, after: float) -> bool:
+    """Whether a block's loss after training, which is not below that before it, is worth a warning: NaN, or higher by
+    more than what an unlucky choice of texts makes."""
+    return not after <= HARMLESS * before

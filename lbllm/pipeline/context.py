@@ -19,8 +19,6 @@ from lbllm.stages.distill import Step, batch_order
 from lbllm.stages.probe import Budget
 from lbllm.texts.corpus import Corpus
 
-# The loss of a block before and after a stage is measured on at most this many tokens.
-PROBE_TOKENS = 2_048
 # The loss between is measured on at most this many tokens, which the run doesn't train on.
 CURVE_TOKENS = 256
 

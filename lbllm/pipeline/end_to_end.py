@@ -15,13 +15,13 @@ from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
 from lbllm.memory import peak_memory
 from lbllm.models.blocks import decoder_blocks, first_inputs, linear_weight, share_copy, shared_inputs
-from lbllm.pipeline.context import PROBE_TOKENS, Ended, RunContext, step_count, step_metric
+from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingKVLayer
 from lbllm.sections import Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
-from lbllm.stages.distill import binary_layers
+from lbllm.stages.distill import PROBE_TOKENS, binary_layers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.probe import Probe
 

@@ -26,7 +26,7 @@ from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_file
 from lbllm.machine import make_accelerator
-from lbllm.measure.perplexity import perplexity
+from lbllm.measure.perplexity import HELD_OUT_TOKENS, perplexity
 from lbllm.models.blocks import capture_calls, check_length, check_supported, linear_weight, uncalled_layers
 from lbllm.models.source import hub_id
 from lbllm.models.teacher import Teacher, load_teacher
@@ -42,9 +42,6 @@ from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
 from lbllm.stages.probe import Budget
 from lbllm.texts.corpus import Corpus, load_corpus
-
-# The perplexities that show a run's progress use few tokens, because they take time from the run.
-HELD_OUT_TOKENS = 2_048
 
 
 def run(

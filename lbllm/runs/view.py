@@ -97,7 +97,8 @@ class BlockView:
     """One block in one stage. ``losses``, ``rates``: one per step; ``probes``: the loss on held-out tokens by step, at
     the steps where it was measured; ``layers``: error in percent by layer, in stage 1.
 
-    ``last``: its latest step or layer; ``worked``: seconds of work on it until the run's last event.
+    ``last``: its latest step or layer; ``worked``: seconds of work on it until the run's last event; ``took``: seconds
+    from the block before it, or the stage's start, until it was done, with the passes that bring its inputs.
     """
 
     stage: Stage
@@ -110,6 +111,7 @@ class BlockView:
     last: StepMetric | LayerDone | None = None
     done: BlockDone | None = None
     worked: float = 0.0
+    took: float = 0.0
     _row: tuple[int, list[float | None]] = (0, [])
 
     def relative(self, steps: int) -> list[float | None]:
@@ -151,6 +153,10 @@ class RunView:
         self.heated = 0
         self._heated_at = 0.0
         self._worked = 0.0
+        # Seconds of work when the last whole part of the run, a block or an evaluation, was done; None where what
+        # follows repeats earlier work, after a resume.
+        self._part_began: float | None = None
+        self._evaluations_took: list[float] = []
         self._kinds = kinds
         self._lock = threading.RLock()
 
@@ -176,14 +182,16 @@ class RunView:
         match stored.event:
             case RunQueued():
                 self._end_work("queued")
-                self.failure = self.asked = None
+                self.failure = self.asked = self._part_began = None
             case RunLoading():
                 self.phase = "loading"
             case RunStarted() as event:
                 self.started, self.phase = event, "running"
+                self._part_began = self._worked
             case StageStarted() as event:
                 self.stage = event.stage
                 self.steps[event.stage] = event.steps
+                self._part_began = None if self.blocks_done(event.stage) else self._worked
             case BlockStarted() as event:
                 # After a resume an unfinished block begins again from nothing.
                 self.latest = self.working = (event.stage, event.block)
@@ -209,10 +217,14 @@ class RunView:
                     self.heated += 1
                     self._heated_at = stored.time
             case BlockDone() as event:
-                self._block(event.stage, event.block).done = self.last_done = event
+                block = self._block(event.stage, event.block)
+                block.done = self.last_done = event
+                block.took = max(event.seconds, self._part_ends() or 0.0)
                 self.working = None
             case Evaluated() as event:
                 self.evaluations.append(event)
+                if (seconds := self._part_ends()) is not None:
+                    self._evaluations_took.append(seconds)
             case StageDone():
                 self.working = None
             case Acknowledged() as event:
@@ -298,11 +310,11 @@ class RunView:
         return self._worked + self._since_last(now)
 
     def seconds_left(self, now: float, expected: Mapping[Stage, float]) -> float | None:
-        """Seconds until the run's last block is done; None where they aren't known or the run isn't working.
+        """Seconds until the run's last evaluation; None where they aren't known or the run isn't working.
 
         The last finished blocks of a stage tell the time of its next ones; before the first, the current block's steps
         do. Other stages take ``expected``, the estimated seconds of each stage, times the ratio of real to expected
-        time of the finished blocks of all stages.
+        time of the finished blocks of all stages. Evaluations take what the last one took.
         """
         if self.started is None or self.stage is None or self.phase != "running" or self.asked is not None:
             return None
@@ -312,6 +324,7 @@ class RunView:
         total = 0.0
         for stage in stages[stages.index(self.stage) :]:
             left = stage_parts(stage, self.started.blocks) - self.blocks_done(stage)
+            total += self._evaluation_left(stage, now, running=left <= 0)
             if left <= 0:
                 continue
             seconds = self._block_seconds(stage, now, expected)
@@ -322,9 +335,15 @@ class RunView:
                 total -= min(self._worked_on_block(now), seconds)
         return max(0.0, total)
 
+    def _evaluation_left(self, stage: Stage, now: float, *, running: bool) -> float:
+        """The seconds until the evaluation after a stage ends; 0 where the run evaluates nothing."""
+        if not self._evaluations_took or stage in self.perplexities:
+            return 0.0
+        return max(0.0, self._evaluations_took[-1] - (self._since_last(now) if running else 0.0))
+
     def _block_seconds(self, stage: Stage, now: float, expected: Mapping[Stage, float]) -> float | None:
         """The seconds that the next block of a stage takes; None where they aren't known."""
-        recent = [view.done.seconds for view in self.finished if view.stage == stage and view.done is not None]
+        recent = [view.took for view in self.finished if view.stage == stage]
         if recent:
             # The first block of a process is slower; the next block takes about as long as the latest ones.
             recent = recent[-RECENT_BLOCKS:]
@@ -338,9 +357,14 @@ class RunView:
     def _pace(self, expected: Mapping[Stage, float]) -> float:
         """The ratio of real to expected time of all finished blocks; 1 before the first."""
         blocks = self.started.blocks if self.started is not None else 1
-        known = [view.done for view in self.finished if view.done is not None and view.stage in expected]
-        planned = sum(expected[done.stage] / stage_parts(done.stage, blocks) for done in known)
-        return sum(done.seconds for done in known) / planned if planned else 1.0
+        known = [view for view in self.finished if view.stage in expected]
+        planned = sum(expected[view.stage] / stage_parts(view.stage, blocks) for view in known)
+        return sum(view.took for view in known) / planned if planned else 1.0
+
+    def _part_ends(self) -> float | None:
+        """The seconds of the block or the evaluation that is done now; None where they aren't its own."""
+        began, self._part_began = self._part_began, self._worked
+        return None if began is None else self._worked - began
 
     def _worked_on_block(self, now: float) -> float:
         return self.blocks[self.working].worked + self._since_last(now) if self.working is not None else 0.0

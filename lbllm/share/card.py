@@ -19,7 +19,7 @@ from lbllm.labels import STAGE_NAMES, format_name, row_labels
 from lbllm.models.catalogue import HUB_LICENCES
 from lbllm.templates import environment
 from lbllm.texts.catalogue import TEXTS, CorpusEntry, parts
-from lbllm.units import size
+from lbllm.units import against_16_bits, size
 
 CardKind = Literal["packed", "dense", "gguf"]
 
@@ -81,6 +81,7 @@ def model_card(
         shell_file=shlex.quote(next((file for file in files if file.endswith(".gguf")), "")),
         chat_command=shlex.join(["python", "-m", "lbllm", *talk, "--model", name]),
         packed_size=size(contents.packed_bytes),
+        against=against_16_bits(contents.packed_bytes, contents.binarized + contents.dense),
         runs=[_told(run) for run in _runs(record)],
         measured=_measured(record, settings) if settings is not None else [],
         last_stage=stage[:1].lower() + stage[1:],

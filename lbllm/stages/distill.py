@@ -20,6 +20,9 @@ from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import AarConfig, WatConfig
 from lbllm.stages.probe import Budget, Probe
 
+# The loss of a block before and after a stage is measured on at most this many tokens.
+PROBE_TOKENS = 2_048
+
 
 @dataclass(frozen=True)
 class Step:

@@ -15,14 +15,18 @@ from app.quantize.settings import ADVANCED, WIDGETS
 from lbllm.commands.main import build
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
+from lbllm.models.loading import quiet
 from lbllm.presets import PRESETS
 from lbllm.runs.store import RunStore
 from tests.helpers import ROOT
 from tests.helpers.finished_run import finished_run
 from tests.helpers.homes import own_home
 from tests.helpers.tiny_models import save_tiny
+from tests.helpers.waiting import wait_until
 
 PAGE_SECONDS = 60
+PAGE = ROOT / "app" / "pages" / "quantize.py"
+BITS = "Bits per binarized weight"
 
 
 @pytest.fixture
@@ -30,7 +34,13 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     """The page over a home without runs."""
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
-    return AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS).run()
+    return opened(AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS))
+
+
+def opened(app: AppTest) -> AppTest:
+    """The page when it has read the model's description, which a browser waits for by itself."""
+    wait_until(lambda: not any("Reading the model" in text.value for text in app.run().caption), PAGE_SECONDS)
+    return app
 
 
 def figure(app: AppTest, label: str) -> str:
@@ -69,7 +79,7 @@ def upload(app: AppTest, content: bytes) -> AppTest:
 def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
     assert not app.error
     assert not app.exception
-    assert figure(app, "Bits per weight") == "3.02"
+    assert figure(app, BITS) == "3.02"
     assert figure(app, "On disk") == "96.9 MB"
     assert any("106M" in text.value and "will be binarized" in text.value for text in app.markdown)
     assert "Apache" in said(app.caption)
@@ -81,12 +91,12 @@ def test_the_page_opens_on_the_embedded_model(app: AppTest) -> None:
 def test_figures_follow_every_change(app: AppTest) -> None:
     widget(app, "quant.param_bits").set_value(16).run()
     widget(app, "quant.group_size").set_value(64).run()
-    assert figure(app, "Bits per weight") == "3.00"
+    assert figure(app, BITS) == "3.00"
     assert figure(app, "On disk") == "96.6 MB"
     widget(app, "quant.group_size").set_value(-1).run()
-    assert figure(app, "Bits per weight") == "2.09"
+    assert figure(app, BITS) == "2.09"
     widget(app, "quant.format").set_value("w1").run()
-    assert figure(app, "Bits per weight") == "1.05"
+    assert figure(app, BITS) == "1.05"
     widget(app, "quant.param_bits").set_value(8).run()
     assert settings(app).quant.param_bits == 8
     assert not start_is_disabled(app)
@@ -141,7 +151,7 @@ def test_models_that_cannot_be_are_refused_with_a_way_out(app: AppTest) -> None:
 def test_too_little_memory_disables_start_and_says_what_takes_it(app: AppTest) -> None:
     widget(app, "wat.batch_tokens").set_value(100_000_000).run()
     assert "GB of memory" in said(app.warning)
-    assert "Stage 2, tokens per step" in said(app.warning)
+    assert "Stage 2, batch size in tokens" in said(app.warning)
     assert start_is_disabled(app)
 
 
@@ -254,7 +264,7 @@ def test_every_widget_is_a_setting() -> None:
 
 def test_time_is_told_by_the_numbers_of_the_stages(app: AppTest) -> None:
     widget(app, "stages").set_value(("ptq", "wat", "e2e")).run()
-    time = next(metric for metric in app.metric if metric.label == "Time here")
+    time = next(metric for metric in app.metric if metric.label == "Estimated time")
     assert re.findall(r"stage (\d):", time.help) == ["1", "2", "4"]
 
 
@@ -262,9 +272,9 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     first = finished_run(RunStore(), tmp_path)
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = first.id
-    app.run()
+    opened(app)
     assert not app.exception
     assert not app.error
     assert first.id in said(app.info)
@@ -297,9 +307,9 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     first = finished_run(RunStore(), tmp_path, ("ptq", "wat"))
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = first.id
-    app.run()
+    opened(app)
     assert not app.exception
     assert "stages 3–4" in said(app.info)
     assert widget(app, "stages").options == ["4", "3–4"]
@@ -328,8 +338,91 @@ def test_activations_of_a_run_of_weights_alone_can_be_brought_down(
 
 def test_an_unknown_run_to_train_further_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
-    app = AppTest.from_file(ROOT / "app" / "pages" / "quantize.py", default_timeout=PAGE_SECONDS)
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
     app.query_params["from"] = "../../elsewhere"
-    app.run()
+    opened(app)
     assert not app.exception
     assert "../../elsewhere" in said(app.error)
+
+
+def test_a_reload_keeps_the_settings_and_a_copied_address_opens_a_copy(app: AppTest) -> None:
+    widget(app, "quant.group_size").set_value(128).run()
+    widget(app, "seed").set_value(7).run()
+    app.text_input(key="quantize name").set_value("mine").run()
+    type_in(app, "corpus", "not-there.txt")
+    address = app.query_params["form"]
+
+    def again() -> AppTest:
+        other = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
+        other.query_params["form"] = address
+        return opened(other)
+
+    copied = again()
+    assert (widget(copied, "quant.group_size").value, widget(copied, "seed").value) == (128, 7)
+    assert copied.text_input(key="quantize name").value == "mine"
+    assert copied.selectbox(key="quantize corpus").value == "not-there.txt"
+    assert copied.query_params["form"] != address
+    widget(copied, "seed").set_value(8).run()
+    assert widget(again(), "seed").value == 7  # what another visitor of the address does changes nothing here
+    fresh = opened(AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS))
+    assert widget(fresh, "seed").value == 0
+
+
+def test_a_bad_text_hides_no_figure(app: AppTest) -> None:
+    figures = [metric.value for metric in app.metric[:2]]
+    type_in(app, "corpus", "not-there.txt")
+    assert [metric.value for metric in app.metric[:2]] == figures
+    assert "not-there.txt" in said(app.warning)
+    assert start_is_disabled(app)
+    assert not app.code  # no command for another text than the one that is typed
+    app.selectbox(key="quantize corpus").set_value("embedded").run()
+    assert not start_is_disabled(app)
+
+
+def test_settings_that_no_chosen_stage_reads_are_disabled_and_say_why(app: AppTest) -> None:
+    widget(app, "stages").set_value(("ptq", "wat", "e2e")).run()
+    for path in ("aar.tokens", "aar.lr_act", "quant.act_bits", "quant.act_group_size", "e2e.lr_act", "wat.lr_bitmap"):
+        assert widget(app, path).disabled, path
+        assert "Not used: " in widget(app, path).help
+    assert "Stage 3 is not among the chosen stages" in said(app.caption)
+    assert not widget(app, "e2e.tokens").disabled
+    widget(app, "stages").set_value(("ptq",)).run()
+    assert widget(app, "wat.tokens").disabled
+    assert widget(app, "e2e.tokens").disabled
+    widget(app, "stages").set_value(("ptq", "wat", "aar", "e2e")).run()
+    widget(app, "wat.bitmap").set_value("relaxed").run()
+    assert not any(widget(app, path).disabled for path in ("aar.tokens", "quant.act_bits", "wat.lr_bitmap"))
+    assert "Not used" not in said(app.caption)
+
+
+def test_a_changed_preset_says_so_and_leads_back(app: AppTest) -> None:
+    assert "Changed from" not in said(app.caption)
+    widget(app, "quant.group_size").set_value(32).run()
+    widget(app, "seed").set_value(3).run()
+    assert "Changed from Quick: Seed, Group size" in said(app.caption)
+    app.button(key="quantize back").click().run()
+    assert "Changed from" not in said(app.caption)
+    assert settings(app) == make_config("quick")
+    widget(app, "seq_len").set_value(100_000).run()  # more than the model's context: no figures, but the way back
+    assert "Changed from Quick: Sequence length" in said(app.caption)
+    app.button(key="quantize back").click().run()
+    assert not app.error
+
+
+def test_the_form_is_there_before_the_model_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
+    monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
+    save_tiny(tmp_path / "read-slowly", "llama")
+    app = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
+    opened(app)
+    with quiet():  # as while another model is loaded
+        type_in(app, "model", "read-slowly")
+        assert "Reading the model" in said(app.caption)
+        assert start_is_disabled(app)
+        widget(app, "seq_len").set_value(64).run()
+        assert settings(app).seq_len == 512  # the document waits, too
+    opened(app)
+    assert settings(app).seq_len == 64
+    assert figure(app, BITS)
+    assert not start_is_disabled(app)
+    assert not app.exception

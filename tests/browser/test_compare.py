@@ -19,7 +19,7 @@ LOADING = 120_000
 # How a picked model is described once it is loaded.
 # Streamlit's own markup; none of it is ours.
 KNOWN: list[Known] = []
-READY = re.compile(r"[\d.]+ bits per weight (·|in memory)")
+READY = re.compile(r"[\d.]+ bits per (binarized weight|weight in memory) ·")
 
 
 def open_page(page: Page, server: Server, query: str = "") -> None:

@@ -53,11 +53,11 @@ def show(console: Console) -> str:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = show(Console(file=io.StringIO(), width=200)).splitlines()
     assert lines[0] == "loading model and text"
-    assert "4 blocks, 28 layers, 12,345 weights at 3.250 bits, 1,024 tokens, on cpu" in lines
+    assert "4 blocks, 28 layers, 12,345 weights at 3.250 bits each, 1,024 tokens, on cpu" in lines
     assert any(text.startswith("block 1/4: loss 0.5 -> 0.25, 10 s, 2.00 GB, about") for text in lines)
     assert any("diverged" in text for text in lines)
     assert "stopping after the current step" in lines
-    assert lines[-1] == "done in 1 min 40 s: 1.5 MB at 3.000 bits per weight"
+    assert lines[-1] == "done in 1 min 40 s: 1.5 MB at 3.000 bits per binarized weight"
     assert not any("step" in text and "4/8" in text for text in lines)
 
 

@@ -35,7 +35,7 @@ from lbllm.chat.stream import stream
 from lbllm.chat.votes import Vote, VoteStore
 from lbllm.checkpoints.find import open_model
 from lbllm.commands.main import build, main
-from lbllm.config import RunConfig, make_config
+from lbllm.config import RunConfig, parse_config
 from lbllm.events import BlockDone, RunLoading, RunQueued
 from lbllm.pipeline import run as pipeline
 from lbllm.runs.store import RunStore
@@ -113,17 +113,22 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def _settings(document: dict[str, Any]) -> RunConfig:
+    """These settings, under the name that the records have."""
+    return parse_config({"preset": "preview"} | document)
+
+
 def checkpoints() -> dict[str, dict[str, str]]:
     """The files of the checkpoints of four runs."""
-    whole = make_config("preview", SETTINGS)
+    whole = _settings(SETTINGS)
     train(whole, Path("whole"))
     train(whole, Path("resumed"), stop_after=3)
     dense = SETTINGS | {"stages": ["ptq", "wat"], "quant": SETTINGS["quant"] | WEIGHTS_ALONE}
-    train(make_config("preview", dense), Path("weights"))
+    train(_settings(dense), Path("weights"))
     further = SETTINGS | {"stages": ["e2e"], "start": "whole/checkpoint"}
-    train(make_config("preview", further), Path("further"))
+    train(_settings(further), Path("further"))
     lower = SETTINGS | {"stages": ["aar", "e2e"], "start": "weights/checkpoint"}
-    train(make_config("preview", lower), Path("lower"))
+    train(_settings(lower), Path("lower"))
     return {name: hashes(Path(name, "checkpoint")) for name in ("whole", "resumed", "weights", "further", "lower")}
 
 
@@ -216,7 +221,7 @@ def answers() -> list[str]:
 def keep_files(target: Path) -> None:
     """Keep what a run leaves behind as test data: the run store, its settings, block states and checkpoint."""
     store = RunStore(Path("store"))
-    run = store.create(make_config("preview", SETTINGS), "a run of its time")
+    run = store.create(_settings(SETTINGS), "a run of its time")
     for begun in (RunQueued(), RunLoading()):
         store.append(run.id, begun)
     (run.folder / "precision").write_text("no")

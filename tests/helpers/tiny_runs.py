@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lbllm.config import RunConfig, make_config
+from lbllm.config import RunConfig, parse_config
 from lbllm.events import Event
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import run as pipeline
@@ -28,7 +28,7 @@ def run_config(**changes: Any) -> RunConfig:
     base |= {"wat": small, "aar": small | {"search_tokens": 64}}
     for key, value in changes.items():
         base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    return make_config("preview", base)
+    return parse_config({"preset": "preview"} | base)
 
 
 def stored_run_config(folder: Path) -> RunConfig:
@@ -46,7 +46,7 @@ def stored_run_config(folder: Path) -> RunConfig:
         "wat": {"tokens": 512, "epochs": 1, "batch_tokens": 64},
         "aar": {"tokens": 512, "epochs": 1, "batch_tokens": 64, "search_tokens": 128},
     }
-    return make_config("preview", changes)
+    return parse_config({"preset": "preview"} | changes)
 
 
 def token_ids(count: int = 4, seed: int = 0) -> Tensor:

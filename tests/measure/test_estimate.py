@@ -19,6 +19,7 @@ from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, check_memory, estimate
 from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
+from lbllm.units import against_16_bits
 from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
 
 
@@ -41,7 +42,7 @@ def test_counts_are_those_of_the_model(architecture: str, tmp_path: Path) -> Non
     assert result.blocks == model.config.num_hidden_layers
     assert sum(result.parts.values()) == result.disk_bytes
     assert sum(result.memory_parts.values()) == result.memory_bytes
-    assert sum(result.stage_seconds.values()) == pytest.approx(result.seconds)
+    assert sum((result.stage_seconds | result.other_seconds).values()) == pytest.approx(result.seconds)
     assert all(size >= 0 for size in (result.parts | result.memory_parts).values())
     stored = result.parts["bits"] + result.parts["bitmap"] + result.parts["parameters"]
     assert result.bpw == pytest.approx(8 * stored / result.weights)
@@ -173,12 +174,33 @@ def test_stage_4_takes_time_of_its_own(tmp_path: Path) -> None:
     config = _config(save_tiny(tmp_path, "llama"), stages=STAGES)
     times = [
         estimate(config.model_copy(update={"e2e": config.e2e.model_copy(update={"tokens": tokens})}), rate=1e9)
-        for tokens in (1_000, 3_000)
+        for tokens in (3_200, 4_800, 6_400)
     ]
-    one, three = (result.stage_seconds["e2e"] for result in times)
-    assert three == pytest.approx(3 * one)
+    one, two, three = (result.stage_seconds["e2e"] for result in times)
+    assert three - two == pytest.approx(two - one)
+    assert three > 1.8 * one
     # Teacher and student forward, student backward: at least 8 FLOPs a binarized weight and token.
-    assert one >= 8 * times[0].weights * 1_000 / 1e9
+    assert one >= 8 * times[0].weights * 3_200 / 1e9
+
+
+def test_the_run_of_a_tiny_model_takes_the_time_of_its_start_its_blocks_and_its_evaluations(tmp_path: Path) -> None:
+    config = _config(save_tiny(tmp_path, "llama"))
+    result = estimate(config, rate=1e15)  # products take no time at all
+    assert result.seconds > 8
+    assert all(seconds > 0.1 for seconds in result.stage_seconds.values())
+    more = config.model_copy(update={"wat": config.wat.model_copy(update={"epochs": 100})})
+    assert estimate(more, rate=1e15).stage_seconds["wat"] > 10 * result.stage_seconds["wat"]
+    slow, fewer = (estimate(one, rate=1e9) for one in (config, config.model_copy(update={"stages": ("ptq",)})))
+    # The teacher and the model after each stage are evaluated on the held-out text.
+    assert slow.other_seconds["evaluation"] == pytest.approx(2 * fewer.other_seconds["evaluation"])
+
+
+def test_one_model_has_one_factor_wherever_its_size_is_stated() -> None:
+    result = _embedded(group_size=16, param_bits=4)
+    assert result.parameters == 134_515_008
+    assert against_16_bits(result.disk_bytes, result.parameters) == "2.8 times smaller than in 16 bits"
+    assert against_16_bits(4 * result.parameters, result.parameters) == "2.0 times larger than in 16 bits"
+    assert against_16_bits(2 * result.parameters + 1000, result.parameters) == "about as large as in 16 bits"
 
 
 def test_too_little_memory_is_said_before_the_start() -> None:

@@ -163,7 +163,7 @@ QUICK = make_config("quick")
 MEMORY = (
     "not enough memory",
     f"seq_len (Sequence length), now {QUICK.seq_len}",
-    f"wat.batch_tokens (Stage 2, tokens per step), now {QUICK.wat.batch_tokens}",
+    f"wat.batch_tokens (Stage 2, batch size in tokens), now {QUICK.wat.batch_tokens}",
     f"less text, now {QUICK.tokens} tokens",
     "blocks are kept",
 )

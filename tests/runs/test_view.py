@@ -148,6 +148,22 @@ def test_time_left_of_this_stage_and_of_the_next_ones() -> None:
     assert view.seconds_left(60, EXPECTED) == pytest.approx(4 * 80 - 20)  # a quarter of the block took 20 s
 
 
+def test_time_left_counts_evaluations_and_the_passes_between_blocks() -> None:
+    view = folded((0, RunLoading()), (5, started(4, ("ptq", "wat"))))
+    feed(view, (25, Evaluated(what="teacher", text="held-out", perplexity=9.0, tokens=99)))
+    feed(view, (25, StageStarted(stage="ptq", steps=0)))
+    assert view.seconds_left(25, EXPECTED) == 1100 + 2 * 20  # an evaluation takes what that of the teacher took
+    # The block trained for 10 s, and its inputs were brought in 15 s: 25 s, as was expected.
+    feed(view, (40, BlockStarted(stage="ptq", block=0)), (50, done("ptq", 0)))
+    assert view.seconds_left(50, EXPECTED) == 75 + 1000 + 40
+    for number in (1, 2, 3):
+        feed(view, (25 + 25 * number, BlockStarted(stage="ptq", block=number)), (50 + 25 * number, done("ptq", number)))
+    feed(view, (125, StageDone(stage="ptq", seconds=100)))
+    assert view.seconds_left(130, EXPECTED) == 1000 + 40 - 5
+    feed(view, (150, Evaluated(what="ptq", text="held-out", perplexity=20.0, tokens=99)))
+    assert view.seconds_left(150, EXPECTED) == 1000 + 25
+
+
 def test_time_left_after_a_resume_and_without_expectation() -> None:
     view = folded((0, started(4, ("ptq", "wat"), resumed=3)), (0, StageStarted(stage="wat", steps=8)))
     assert view.seconds_left(0, {}) is None
