@@ -129,7 +129,9 @@ def figures(view: RunView) -> None:
     rate = view.tokens_per_second
     row.metric("Tokens per second", f"{rate:,.0f}" if rate is not None else "–", width="content")
     row.metric("Peak memory", size_text(view.memory_bytes) if view.memory_bytes else "–", width="content")
-    row.metric("Bits per weight", f"{view.started.bpw:.2f}" if view.started is not None else "–", width="content")
+    row.metric(
+        "Bits per binarized weight", f"{view.started.bpw:.2f}" if view.started is not None else "–", width="content"
+    )
 
 
 def show_chart(

@@ -52,7 +52,7 @@ def _row(runs: RunStore, run: Run) -> None:
         figures = {
             "Created": time.strftime("%-d %b, %H:%M", time.localtime(run.created)),
             "Time used": time_text(elapsed(run, view, time.time())),
-            "Bits per weight": f"{view.started.bpw:.2f}" if view.started is not None else "–",
+            "Bits per binarized weight": f"{view.started.bpw:.2f}" if view.started is not None else "–",
             "Perplexity": perplexity_text(view),
         }
     with right:
