@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lbllm.config import setting_name
-from lbllm.errors import CorpusError
+from lbllm.errors import CorpusError, ModelError
+from lbllm.models.chat_template import render
 from lbllm.texts.catalogue import parts
 from lbllm.texts.documents import SHARES, Document, Part
 from lbllm.texts.sources import open_text
@@ -136,11 +136,9 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     elif document.messages:
         messages = [{"role": role, "content": content} for role, content in document.messages]
         try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise CorpusError(
-                f"{document.place}: the model's chat template refuses this conversation: {error}"
-            ) from None
+            text = render(tokenizer, messages)
+        except ModelError as error:
+            raise CorpusError(f"{document.place}: {error}") from None
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
