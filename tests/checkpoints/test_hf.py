@@ -227,7 +227,7 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "wrong shape": (
         lambda f: rewrite(f, lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:, :1].clone()})),
-        ("copied: can't be loaded", "again"),
+        (f"copied: {LAYER}.weight has shape", "again"),
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in f.glob("tokenizer*")],
