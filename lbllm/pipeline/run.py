@@ -30,6 +30,7 @@ from lbllm.measure.perplexity import HELD_OUT_TOKENS, perplexity
 from lbllm.models.blocks import capture_calls, check_length, check_supported, linear_weight, uncalled_layers
 from lbllm.models.source import hub_id
 from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.models.tokens import check_ids
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContext
@@ -72,6 +73,7 @@ def run(
     corpus = corpus or load_corpus(
         config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
     )
+    check_ids(teacher.model, teacher.tokenizer, corpus.sequences)
     model = teacher.model.to(accelerator.device)
     first = corpus.sequences[:1].to(accelerator.device)
     uncalled = [name for name in uncalled_layers(model, first) if config.quant.layer(name) is not None]

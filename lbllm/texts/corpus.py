@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lbllm.config import setting_name
-from lbllm.errors import CorpusError
+from lbllm.errors import CorpusError, ModelError
+from lbllm.models.chat_template import render
 from lbllm.texts.catalogue import CorpusEntry, find_text, local_path, parts
 from lbllm.texts.documents import SHARES, Document, Part
 from lbllm.texts.reading import replaced
@@ -158,11 +158,9 @@ def _render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     elif document.messages:
         messages = [{"role": role, "content": content} for role, content in document.messages]
         try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise CorpusError(
-                f"{document.place}: the model's chat template refuses this conversation: {error}"
-            ) from None
+            text = render(tokenizer, messages)
+        except ModelError as error:
+            raise CorpusError(f"{document.place}: {error}") from None
     return replaced(text)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lbllm.errors import CorpusError
 from lbllm.extras import extra
 from lbllm.models import hub
+from lbllm.models.chat_template import render
 from lbllm.places import ASSETS, data_dir
 from lbllm.texts.catalogue import TEXTS, find_text, local_path
 from lbllm.texts.documents import (
@@ -108,7 +109,7 @@ def _sampled(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
     rows = list(documents)
     head = None
     if tokenizer.chat_template is not None:
-        rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], tokenize=False))
+        rendered = render(tokenizer, [{"role": "user", "content": "QUESTION"}])
         head = rendered.split("QUESTION")[0]
     chats = [row.text.startswith("<|im_start|>") for row in rows]
     own = head is not None and any(row.text.startswith(head) for row, chat in zip(rows, chats, strict=True) if chat)

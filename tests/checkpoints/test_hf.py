@@ -218,16 +218,16 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "other bits": (lambda f: edit(f, quantization_config={"quant": {}}), ("config.json: the format",)),
     "missing tensor": (
         lambda f: rewrite(f, lambda t: t.pop(f"{LAYER}.params")),
-        ("copied: missing keys", f"{LAYER}.params", "again"),
+        ("copied: 1 weights are missing", f"{LAYER}.params", "again"),
     ),
     "missing dense tensor": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), ("model.norm.weight",)),
     "extra tensor": (
         lambda f: rewrite(f, lambda t: t.update({f"{LAYER}.bias": torch.zeros(3)})),
-        ("copied: unexpected keys", f"{LAYER}.bias"),
+        ("copied: its files have 1 weights that", f"{LAYER}.bias"),
     ),
     "wrong shape": (
         lambda f: rewrite(f, lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:, :1].clone()})),
-        ("copied: can't be loaded", "again"),
+        (f"copied: {LAYER}.weight has shape", "again"),
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in f.glob("tokenizer*")],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from lbllm.measure.estimate import Estimate, check_memory, estimate
 from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
 from lbllm.units import against_16_bits
+from tests.helpers import ROOT
 from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
 
 
@@ -168,6 +171,38 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     # Stage 4 holds a graph of the whole model.
     whole = config.model_copy(update={"stages": STAGES, "seq_len": 256})
     assert estimate(whole).memory_bytes > base + 10**6
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from lbllm.config import RunConfig
+from lbllm.memory import peak_memory
+from lbllm.pipeline.run import run
+config = RunConfig.model_validate_json(sys.argv[1])
+for _ in run(config, Path(sys.argv[2]), request=lambda: None):
+    pass
+print(peak_memory())
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("vocabulary", "loss"), [(131_072, "forward_kl"), (131_072, "eakld"), (320, "forward_kl")])
+def test_memory_of_stage_4_is_that_of_a_process(vocabulary: int, loss: str, tmp_path: Path) -> None:
+    folder = save_tiny(
+        tmp_path / "model", "llama", vocab_size=vocabulary, hidden_size=64, intermediate_size=128,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    text = tmp_path / "text.txt"
+    generator = random.Random(0)
+    text.write_text("\n".join(" ".join(generator.choices(SENTENCES, k=4)) for _ in range(900)))
+    e2e = {"tokens": 512, "batch_tokens": 512, "lr_weight": 1e-3, "seq_len": 256, "loss": loss}
+    changes: dict[str, Any] = {"model": str(folder), "corpus": str(text), "seq_len": 256, "device": "cpu"}
+    changes |= {"stages": ["ptq", "e2e"], "ptq": {"tokens": 1024}, "e2e": e2e, "quant": {"group_size": 16}}
+    config = make_config("quick", changes)
+    arguments = [sys.executable, "-c", _PEAK, config.model_dump_json(), str(tmp_path / "run")]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert estimate(config, rate=1e9).memory_bytes == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
 
 
 def test_stage_4_takes_time_of_its_own(tmp_path: Path) -> None:
