@@ -214,3 +214,25 @@ def test_blocks_that_training_made_worse_are_hatched_in_the_colour_of_their_stag
     assert COLOURS["bad"] not in str(figure["data"][0]["colorscale"])
     assert figure["data"][0]["z"][1][0] == figure["data"][0]["z"][0][0] + 1
     assert [shape["type"] for shape in figure["layout"]["shapes"]] == ["path"]
+
+
+def test_run_again_fills_the_form_with_the_run_s_settings(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def form() -> None:
+        from app.quantize import form
+
+        form.start()
+
+    # Relative paths begin where the run was started, and not where the workbench was.
+    (tmp_path / "there" / "teacher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    run = made(store, "first", config=make_config("quick", {"model": "teacher", "seed": 7, "wat": {"epochs": 3}}))
+    monkeypatch.chdir(tmp_path)
+    app = AppTest.from_function(form, default_timeout=60)
+    app.query_params["again"] = run.id
+    app.run()
+    assert not app.exception
+    assert "again" not in app.query_params
+    filled = RunConfig.model_validate(app.session_state["quantize document"])
+    assert filled == run.config.model_copy(update={"model": str(tmp_path / "there" / "teacher")})
