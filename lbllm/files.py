@@ -25,6 +25,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -116,6 +117,21 @@ def locked(file: Path) -> Iterator[None]:
     with file.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Lock the file for this process; closing it frees the lock. None where another process holds it."""
+    file = path.open("ab")
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Perhaps a worker, perhaps only an is_held of this very moment.
+            time.sleep(0.01)
+        else:
+            return file
+    file.close()
+    return None
 
 
 def is_held(path: Path) -> bool:

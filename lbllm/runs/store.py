@@ -18,7 +18,6 @@ made anew (``runs/repair.py``).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -38,7 +37,7 @@ from pydantic import ValidationError
 from lbllm.config import RunConfig, read_config
 from lbllm.errors import ConfigError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
-from lbllm.files import is_held, write_errors, write_file
+from lbllm.files import is_held, try_lock, write_errors, write_file
 from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
 from lbllm.runs.repair import RUN_ID
@@ -102,21 +101,6 @@ class Run:
         with (self.folder / "failure").open("r+b") as file:
             file.write(data.ljust(_LAST_WORDS - 1) + b"\n")
             os.fsync(file.fileno())
-
-
-def _take(path: Path) -> IO[bytes] | None:
-    """Lock the file for this process; closing it frees the lock. None where another process holds it."""
-    file = path.open("ab")
-    for _ in range(20):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # Perhaps a worker, perhaps only an is_held of this very moment.
-            time.sleep(0.01)
-        else:
-            return file
-    file.close()
-    return None
 
 
 def _at_rest(last: Event | None) -> State:
@@ -337,7 +321,7 @@ class RunStore:
         if not run.folder.is_dir():
             raise RunError(f"run {run_id} can't be {verb}: its folder {run.folder} is gone; start a new run")
         with write_errors(run.folder):
-            lock = _take(run.folder / "alive.lock")
+            lock = try_lock(run.folder / "alive.lock")
         # With the lock in our hands nobody else changes the state; without it, a worker has just taken it.
         state = self.get(run_id).state if lock is None else _at_rest(self._last(run_id)[1])
         if lock is not None and state in allowed:
