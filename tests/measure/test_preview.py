@@ -11,7 +11,7 @@ from lbllm.sections import WHOLE_ROW
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    return make_config("quick", {"quant": {"group_size": 64, "param_bits": 16}, "ptq": {"em_steps": 1}})
+    return make_config("quick", {"quant": {"group_size": 64, "param_bits": 16}})
 
 
 @pytest.fixture(scope="module")
