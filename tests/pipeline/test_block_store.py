@@ -139,3 +139,56 @@ def test_layers_that_share_a_quantizer_are_stored_one_by_one(tmp_path: Path) -> 
     loaded = store.load("aar", 0)
     assert loaded is not None
     assert torch.equal(loaded.tensors["0.act"], loaded.tensors["1.act"])
+
+
+def test_a_state_in_another_place_is_refused(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK, ("ptq", "wat"))
+    for stage in ("ptq", "wat"):
+        for number in range(2):
+            store.save(stage, number, block_state())
+    first, second, later = store.path("ptq", 0), store.path("ptq", 1), store.path("wat", 0)
+    whole = first.read_bytes()
+    for source, target in ((first, second), (first, later), (later, first)):
+        kept = target.read_bytes()
+        target.write_bytes(source.read_bytes())
+        stage, _, number = target.stem.partition("-")
+        origin = source.stem.partition("-")
+        for reader in (store, BlockStore(tmp_path, None)):  # also one that does not know the run
+            with pytest.raises(CheckpointError, match=rf"{target.name} is the state of block {int(origin[2])} after"):
+                reader.load("ptq" if stage == "ptq" else "wat", int(number))
+        target.write_bytes(kept)
+    assert first.read_bytes() == whole
+    assert store.load("ptq", 0) is not None
+
+
+def test_states_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    for name, mark in (("one", MARK), ("other", "1" * 64)):
+        for number in range(2):
+            BlockStore(tmp_path / name, mark).save("ptq", number, block_state())
+    one, other = (BlockStore(tmp_path / name, None) for name in ("one", "other"))
+    one.path("ptq", 1).write_bytes(other.path("ptq", 1).read_bytes())
+    assert one.load("ptq", 0) is not None
+    with pytest.raises(
+        CheckpointError, match=r"ptq-0001\.safetensors and .*ptq-0000\.safetensors are of different runs"
+    ):
+        one.load("ptq", 1)
+
+
+def test_a_state_made_after_other_stages_is_refused(tmp_path: Path) -> None:
+    BlockStore(tmp_path, MARK, ("ptq", "wat", "aar")).save("aar", 0, block_state())
+    assert BlockStore(tmp_path, MARK, ("ptq", "wat", "aar", "e2e")).load("aar", 0) is not None
+    with pytest.raises(CheckpointError, match=r"after the stages ptq\+wat, and this run has ptq before aar"):
+        BlockStore(tmp_path, MARK, ("ptq", "aar")).load("aar", 0)
+
+
+def test_every_flipped_byte_of_a_state_s_metadata_is_noticed(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    store.save("ptq", 0, block_state())
+    path = store.path("ptq", 0)
+    whole = path.read_bytes()
+    for place in range(8, whole.index(b"}") + 1):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(CheckpointError, match="ptq-0000"):
+            BlockStore(tmp_path, MARK).load("ptq", 0)
