@@ -260,7 +260,7 @@ def load(
         raise CheckpointError(
             f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
-    tokenizer.save_pretrained = partial(_save_tokenizer, tokenizer)
+    tokenizer.save_pretrained = partial(_save_tokenizer, tokenizer)  # type: ignore[method-assign]
     model = model.to(device).eval()
     memory.trim()
     return model, tokenizer

@@ -53,7 +53,7 @@ class Seal(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = SEAL_VERSION
+    version: Literal[1] = 1
     config_sha256: str
     files: dict[str, SealedFile]
 

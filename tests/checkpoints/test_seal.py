@@ -195,7 +195,12 @@ def test_a_checkpoint_without_a_seal_is_checked_as_before(copied: Path) -> None:
 def test_the_weights_are_read_once_to_be_checked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     once = seal.file_sha256
-    monkeypatch.setattr(seal, "file_sha256", lambda file: hashed.append(file.name) or once(file))
+
+    def counted(file: Path) -> str:
+        hashed.append(file.name)
+        return once(file)
+
+    monkeypatch.setattr(seal, "file_sha256", counted)
     lbllm.load(copied)
     assert hashed.count(WEIGHTS) == 1
     assert len(hashed) == len(set(hashed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from lbllm.errors import CheckpointError
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.quant.activations import ActQuantizer
-from lbllm.sections import LayerFormat
+from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.block_state import BlockState, collect, restore
 from lbllm.stages.distill import binary_layers
 from tests.helpers.tiny_runs import run_config
@@ -143,22 +144,20 @@ def test_layers_that_share_a_quantizer_are_stored_one_by_one(tmp_path: Path) -> 
 
 def test_a_state_in_another_place_is_refused(tmp_path: Path) -> None:
     store = BlockStore(tmp_path, MARK, ("ptq", "wat"))
-    for stage in ("ptq", "wat"):
-        for number in range(2):
-            store.save(stage, number, block_state())
-    first, second, later = store.path("ptq", 0), store.path("ptq", 1), store.path("wat", 0)
-    whole = first.read_bytes()
-    for source, target in ((first, second), (first, later), (later, first)):
-        kept = target.read_bytes()
-        target.write_bytes(source.read_bytes())
-        stage, _, number = target.stem.partition("-")
-        origin = source.stem.partition("-")
+    places: tuple[tuple[Stage, int], ...] = (("ptq", 0), ("ptq", 1), ("wat", 0))
+    for stage, number in places:
+        store.save(stage, number, block_state())
+    whole = {place: store.path(*place).read_bytes() for place in places}
+    for source, target in itertools.permutations(places, 2):
+        store.path(*target).write_bytes(whole[source])
         for reader in (store, BlockStore(tmp_path, None)):  # also one that does not know the run
-            with pytest.raises(CheckpointError, match=rf"{target.name} is the state of block {int(origin[2])} after"):
-                reader.load("ptq" if stage == "ptq" else "wat", int(number))
-        target.write_bytes(kept)
-    assert first.read_bytes() == whole
-    assert store.load("ptq", 0) is not None
+            message = (
+                rf"{target[0]}-000{target[1]}\.safetensors is the state of block {source[1]} after stage {source[0]}"
+            )
+            with pytest.raises(CheckpointError, match=message):
+                reader.load(*target)
+        store.path(*target).write_bytes(whole[target])
+        assert store.load(*target) is not None
 
 
 def test_states_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
