@@ -100,7 +100,7 @@ def test_an_assembled_checkpoint_is_sealed_once_and_one_without_a_seal_is_replac
 
 def test_a_place_that_can_not_be_written_and_damaged_assets_are_named(small_assets: Path, tmp_path: Path) -> None:
     small_assets.write_text("a file in the place of the folder")
-    with pytest.raises(ResourceError, match="home.*can't be written"):
+    with pytest.raises(ResourceError, match=r"home.*can't be written"):
         shipped_checkpoint()
     small_assets.unlink()
     packed = tmp_path / "assets" / PACKED
