@@ -97,7 +97,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
 def check_names(checkpoint: str, teacher: str) -> Path:
     """The file of the checkpoint's weights. Raises LbllmError if a name leads nowhere, before anything is measured."""
     from lbllm.checkpoints.find import find_checkpoint, find_teacher
-    from lbllm.checkpoints.hf import WEIGHTS
+    from lbllm.checkpoints.seal import WEIGHTS
 
     find_teacher(teacher)
     return find_checkpoint(checkpoint).folder / WEIGHTS

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint, load, stated_sha256, tensors_sha256
+from lbllm.checkpoints.hf import is_checkpoint, load
 from lbllm.checkpoints.record import RunRecord, provenance, read_record
+from lbllm.checkpoints.seal import WEIGHTS, file_sha256, stated_sha256
 from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
 from lbllm.errors import CheckpointError, LbllmError, ModelError, RunError
@@ -148,7 +149,7 @@ def _own_teacher(found: FoundCheckpoint, store: RunStore | None) -> str | None:
     """The model of the finished run whose checkpoint this is, or is a copy of."""
     if found.run is not None:
         return found.model
-    hashed = tensors_sha256(found.folder / WEIGHTS)
+    hashed = file_sha256(found.folder / WEIGHTS)
     with _opened(store) as runs:
         for run in runs.all():
             if run.state == "done" and stated_sha256(run.folder / "checkpoint") == hashed:

@@ -6,12 +6,12 @@ so two things stop it: the packed tensors carry the name ``weight`` with a shape
 config.json names a weights file that does not exist and whose name says what to do. If lbllm is registered, it removes
 that name before transformers looks for files.
 
-config.json also holds two hashes, so that ``load`` refuses tensors and a format that were not saved together.
+config.json also holds a hash of the format, and the seal of all files that decide the output (seal.py). ``load`` and
+transformers' own from_pretrained refuse files that were not saved together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from functools import partial
@@ -27,6 +27,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm import memory
 from lbllm.checkpoints.decode import computing_dtype, speed_up
+from lbllm.checkpoints.seal import (
+    CORRUPT,
+    WEIGHTS,
+    add_seal,
+    already_checked,
+    check_folder,
+    check_loaded,
+    format_sha256,
+    other_format,
+    seal_tokenizer,
+)
 from lbllm.config import setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
@@ -39,8 +50,6 @@ from lbllm.sections import QuantConfig
 METHOD = "lbllm"
 VERSION = 1
 GUARD = "PACKED BY LBLLM: install lbllm and run `import lbllm` before from_pretrained"
-WEIGHTS = "model.safetensors"
-CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the advice for every damaged checkpoint
 
 
 @register_quantization_config(METHOD)
@@ -60,7 +69,7 @@ class LbllmConfig(QuantizationConfigMixin):
             raise CheckpointError(_other_version("this checkpoint", version))
         # With other bits or groups the same tensors would silently compute something else.
         if kwargs.get("format_sha256") not in (None, self.format_sha256):
-            raise CheckpointError(_other_format("this checkpoint's config.json"))
+            raise CheckpointError(other_format("this checkpoint's config.json"))
 
     @property
     def format(self) -> QuantConfig:
@@ -82,6 +91,7 @@ class LbllmQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(kwargs.get("checkpoint_files") or ())
         attach_kv_cache(model, self.quantization_config.format.kv_bits)
         with torch.device("meta"):
             replace_layers(model, self.quantization_config.format)
@@ -153,32 +163,9 @@ def _other_version(place: str, version: object) -> str:
     )
 
 
-def _other_format(place: str) -> str:
-    return f"{place}: the format in quantization_config.quant is not the one its tensors were packed in; {CORRUPT}"
-
-
-def format_sha256(quant: dict[str, Any]) -> str:
-    """SHA-256 of the format as config.json states it, in hex."""
-    return hashlib.sha256(json.dumps(quant, sort_keys=True).encode()).hexdigest()
-
-
-def tensors_sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def stated_sha256(folder: Path) -> str | None:
-    """The hash of the tensors that a checkpoint's config.json states; None if there is none."""
-    try:
-        document = json.loads((folder / "config.json").read_text())
-        return str(document["quantization_config"]["tensors_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
-    """``model.save_pretrained(folder)`` of a packed model, with the hash of the tensors and the guard in config.json.
+    """``model.save_pretrained(folder)`` of a packed model, with the seal and the guard in config.json. The seal covers
+    what lies in the folder then, also a tokenizer that was saved before.
 
     Every model that is loaded with its quantizer saves itself this way.
     """
@@ -197,9 +184,16 @@ def _seal(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "config.json"
     document = json.loads(path.read_text())
     document["dtype"] = str(dtype).removeprefix("torch.")
-    document["quantization_config"]["tensors_sha256"] = tensors_sha256(folder / WEIGHTS)
     document["transformers_weights"] = GUARD
+    add_seal(document, folder)
     write_file(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path, *args: Any, **options: Any) -> Any:
+    """``tokenizer.save_pretrained(folder)``; where a checkpoint lies there, its seal is brought up to date."""
+    files = type(tokenizer).save_pretrained(tokenizer, str(folder), *args, **options)
+    seal_tokenizer(Path(folder))
+    return files
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -217,12 +211,13 @@ def load(
     """Load a packed checkpoint folder and its tokenizer; fails closed.
 
     Raises CheckpointError if the folder is not an LBLLM checkpoint, has another version, or if any tensor is
-    missing, has another shape, or differs from what was saved.
+    missing or has another shape, or if a file that decides the output differs from what was saved.
     """
     folder = Path(folder)
     _check_files(folder)
     try:
-        model = load_model(folder, guard=GUARD, dtype=dtype)
+        with already_checked(folder):
+            model = load_model(folder, guard=GUARD, dtype=dtype)
     except CheckpointError:
         raise
     except FileFault as fault:
@@ -236,6 +231,7 @@ def load(
         raise CheckpointError(
             f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
+    tokenizer.save_pretrained = partial(_save_tokenizer, tokenizer)  # type: ignore[method-assign]
     placed: Any = model  # its own method is typed for no arguments
     placed = placed.to(device).eval()
     memory.trim()
@@ -244,7 +240,7 @@ def load(
 
 def _check_files(folder: Path) -> None:
     """Raise CheckpointError unless config.json has our method and version and its hashes match the folder."""
-    config, weights = folder / "config.json", folder / WEIGHTS
+    config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{config} does not exist; give the folder of a packed checkpoint")
     try:
@@ -264,8 +260,23 @@ def _check_files(folder: Path) -> None:
     if stated.get("version") != VERSION:
         raise CheckpointError(_other_version(str(config), stated.get("version")))
     if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):
-        raise CheckpointError(_other_format(str(config)))
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist; {CORRUPT}")
-    if stated.get("tensors_sha256") != tensors_sha256(weights):
-        raise CheckpointError(f"{weights} is not the file that was saved (its hash differs); {CORRUPT}")
+        raise CheckpointError(other_format(str(config)))
+    check_folder(folder)
+    _refuse_paths(folder)
+
+
+def _refuse_paths(folder: Path) -> None:
+    """Raise CheckpointError if the tokenizer's settings name a file: transformers would open some of them."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return  # loading the tokenizer says what is wrong
+    for key, value in document.items() if isinstance(document, dict) else ():
+        names = value if isinstance(value, list) else [value]
+        if key.endswith(("_file", "_files")) or key in ("vocab", "merges"):
+            for name in names:
+                if isinstance(name, str) and ("/" in name or "\\" in name or key in ("vocab", "merges", "gguf_file")):
+                    raise CheckpointError(f"{path}: {key} names the file {name!r}; no path in a checkpoint is followed")

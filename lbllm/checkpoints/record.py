@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
+from lbllm.checkpoints.seal import check_folder
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.events import Evaluated
@@ -87,8 +88,13 @@ def _public_text(text: str) -> str:
 
 def copy_public(checkpoint: Path, record: RunRecord, folder: Path) -> None:
     """Copy a packed checkpoint for others: its files unchanged, except for what config.json and the record say about
-    the run; the card is written again. Raises ResourceError for a link to a file outside the checkpoint."""
+    the run; the card is written again.
+
+    Raises ResourceError for a link to a file outside the checkpoint, CheckpointError if a file that decides the output
+    is not what was saved.
+    """
     refuse_links(checkpoint)
+    check_folder(checkpoint)
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in (RECORD, "README.md"):
             shutil.copyfile(path, folder / path.name)

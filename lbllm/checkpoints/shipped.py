@@ -15,13 +15,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint, tensors_sha256
 from lbllm.checkpoints.record import RECORD
+from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, file_sha256, is_sealed, read_document
 from lbllm.errors import CheckpointError
-from lbllm.files import locked, new_folder
+from lbllm.files import locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import ASSETS, home
 
@@ -32,13 +32,14 @@ _PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act"
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the whole checkpoint, assembled at the first call. Raises CheckpointError, ModelError."""
+    """The folder of the whole checkpoint, assembled at the first call. Raises CheckpointError, ModelError,
+    ResourceError if it can't be written."""
     check_assets()
-    stated = json.loads((ASSET_FOLDER / "config.json").read_text())["quantization_config"]
+    stated = read_document(ASSET_FOLDER)["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
-    if not is_checkpoint(target):
-        with locked(target.with_name(f".{target.name}.lock")):
-            if not is_checkpoint(target):  # another process may have made it while this one waited
+    if not is_sealed(target):  # one that an older version assembled has no seal
+        with write_errors(target), locked(target.with_name(f".{target.name}.lock")):
+            if not is_sealed(target):  # another process may have made it while this one waited
                 assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
     return target
 
@@ -63,8 +64,12 @@ def strip(checkpoint: Path, target: Path) -> None:
 def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
     """Assemble a whole checkpoint from a stripped one and its teacher. Raises CheckpointError if the result is not
     the file that was stripped."""
-    expected = json.loads((stripped / "config.json").read_text())["quantization_config"]["tensors_sha256"]
-    tensors = load_file(stripped / PACKED)
+    check_config(stripped)
+    expected = read_document(stripped)["quantization_config"]["tensors_sha256"]
+    try:
+        tensors = load_file(stripped / PACKED)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{stripped / PACKED} can't be read ({error}); get the project's assets again") from error
     layers = _packed_layers(tensors)
     seen: set[int] = set()
     for name, tensor in teacher.model.state_dict(keep_vars=True).items():
@@ -74,13 +79,16 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
             tensors[name] = tensor.detach().bfloat16().contiguous()
     with new_folder(target, replace=True) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if tensors_sha256(folder / WEIGHTS) != expected:
+        if file_sha256(folder / WEIGHTS) != expected:
             raise CheckpointError(
                 f"{stripped / PACKED} does not give the checkpoint that it was taken from together with "
                 f"{teacher.name} ({teacher.precision}); get the project's assets again"
             )
         teacher.tokenizer.save_pretrained(folder)
         _copy_small(stripped, folder)
+        document = read_document(folder)
+        add_seal(document, folder)
+        write_file(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def _packed_layers(names: Iterable[str]) -> set[str]:

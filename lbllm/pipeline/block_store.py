@@ -4,8 +4,9 @@ A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the b
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
 were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,); with 4-bit parameters
 ``<layer>.scale`` and ``<layer>.ranges``, their ``packing.Grid``. Stage "start" is the
-checkpoint that a run goes on from. Its metadata carry the run's fingerprint: a file of other settings is never taken
-over.
+checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before it, and the
+block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files of lbllm 0.2
+and before have the fingerprint and the hash of the tensors alone, and are read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from lbllm.files import write_file
 from lbllm.json_input import shortened
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
+
+_PLACE = {"stage", "block", "after", "seal"}
+_METADATA = _PLACE | {"fingerprint", "sha256", "loss_before", "loss_after", "diverged"}
 
 
 def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precision: str) -> str:
@@ -48,12 +52,22 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class BlockStore:
-    """The block states of one run in its folder's ``blocks``; ``mark`` is their fingerprint, None reads those of any
-    run."""
+def _metadata_sha256(metadata: dict[str, str]) -> str:
+    """The hash of a file's metadata without this hash itself."""
+    covered = {key: value for key, value in metadata.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
-    def __init__(self, folder: Path, mark: str | None) -> None:
-        self.folder, self.mark = folder / "blocks", mark
+
+class BlockStore:
+    """The block states of one run in its folder's ``blocks``.
+
+    ``mark`` is their fingerprint; None reads those of any run, but not of two. ``stages``: those of the run; a state
+    depends on the stages before its own. None: any.
+    """
+
+    def __init__(self, folder: Path, mark: str | None, stages: tuple[Origin, ...] | None = None) -> None:
+        self.folder, self.mark, self.stages = folder / "blocks", mark, stages
+        self._first: tuple[str, Path] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage: Origin, block: int) -> Path:
@@ -66,12 +80,21 @@ class BlockStore:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {
             "fingerprint": self.mark,
+            "stage": stage,
+            "block": str(block),
+            "after": self._before(stage),
             "sha256": _sha256(tensors),
             "loss_before": repr(state.loss_before),
             "loss_after": repr(state.loss_after),
             "diverged": repr(state.diverged),
         }
+        metadata["seal"] = _metadata_sha256(metadata)
         write_file(self.path(stage, block), save(tensors, metadata))
+
+    def _before(self, stage: Origin) -> str:
+        """The names of the run's stages before this one, as metadata; empty where they are not known."""
+        stages = self.stages or ()
+        return "+".join(stages[: stages.index(stage)] if stage in stages else ())
 
     def load(self, stage: Origin, block: int) -> BlockState | None:
         """A block's state, or None where the block is not finished. Raises CheckpointError for a foreign or damaged
@@ -82,11 +105,7 @@ class BlockStore:
         try:
             with safe_open(path, framework="pt") as stream:
                 metadata = stream.metadata() or {}
-                if self.mark is not None and metadata.get("fingerprint") != self.mark:
-                    raise CheckpointError(
-                        f"{path} was made with another model, text, settings or precision than this run has; use "
-                        "another folder or delete this one's blocks to start anew"
-                    )
+                self._check_place(path, metadata, stage, block)
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             if metadata["sha256"] != _sha256(tensors):
                 raise ValueError("its hash differs")
@@ -100,6 +119,38 @@ class BlockStore:
             raise CheckpointError(
                 f"{path} is damaged ({shortened(str(error))}); delete it and resume: the block is done again"
             ) from error
+
+    def _check_place(self, path: Path, metadata: dict[str, str], stage: Origin, block: int) -> None:
+        """Raise CheckpointError unless a file is of this run, stage and block; ValueError for damaged metadata."""
+        mark = metadata["fingerprint"]
+        if self.mark is not None and mark != self.mark:
+            raise CheckpointError(
+                f"{path} was made with another model, text, settings or precision than this run has; use "
+                "another folder or delete this one's blocks to start anew"
+            )
+        if unknown := metadata.keys() - _METADATA:
+            raise ValueError(f"its metadata have {min(unknown)!r}")
+        if self._first is None:
+            self._first = mark, path
+        elif self._first[0] != mark:
+            raise CheckpointError(f"{path} and {self._first[1]} are of different runs; put back the files of this run")
+        if metadata.keys() != _METADATA:
+            if metadata.keys() & _PLACE:
+                raise ValueError("its metadata are incomplete")
+            return  # of lbllm 0.2 or before
+        if metadata["seal"] != _metadata_sha256(metadata):
+            raise ValueError("the hash of its metadata differs")
+        found = metadata["stage"], metadata["block"]
+        if found != (stage, str(block)):
+            raise CheckpointError(
+                f"{path} is the state of block {found[1]} after stage {found[0]}; put back the right file, or delete "
+                "this one and resume: the block is done again"
+            )
+        if self.stages is not None and metadata["after"] != self._before(stage):
+            raise CheckpointError(
+                f"{path} was made after the stages {metadata['after'] or '(no other)'}, and this run has "
+                f"{self._before(stage) or 'no other'} before {stage}; use another folder, or delete it and resume"
+            )
 
     def finished(self, stage: Origin, block: int) -> BlockState:
         """A block's state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""

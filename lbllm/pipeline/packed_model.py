@@ -79,6 +79,6 @@ def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: P
     )
     model.hf_quantizer = LbllmQuantizer(model.config.quantization_config)  # type: ignore[assignment]
     with new_folder(target, replace=True) as checkpoint:
-        save_packed(model, checkpoint)
         teacher.tokenizer.save_pretrained(checkpoint)
+        save_packed(model, checkpoint)  # after the tokenizer, since the seal covers it too
         write_record(checkpoint, record)

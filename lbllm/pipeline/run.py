@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from lbllm import memory
 from lbllm.checkpoints.find import find_checkpoint
-from lbllm.checkpoints.hf import WEIGHTS
 from lbllm.checkpoints.record import RunRecord
+from lbllm.checkpoints.seal import WEIGHTS
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
@@ -84,7 +84,8 @@ def run(
         )
     with torch.no_grad():
         calls = capture_calls(model, first)
-    store = BlockStore(folder, fingerprint(config, model, corpus.hash, accelerator.mixed_precision))
+    mark = fingerprint(config, model, corpus.hash, accelerator.mixed_precision)
+    store = BlockStore(folder, mark, config.stages)
     if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
         for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))

@@ -21,8 +21,9 @@ from pathlib import Path
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
-from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
+from lbllm.checkpoints.hf import is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
+from lbllm.checkpoints.seal import WEIGHTS
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.extras import installation
 from lbllm.files import new_folder, refuse_links, write_errors

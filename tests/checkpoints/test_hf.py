@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import lbllm
-from lbllm.checkpoints.hf import WEIGHTS, is_checkpoint
+from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.seal import WEIGHTS, seal_again
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.quant.kv_cache import PackedKVLayer
 from lbllm.quant.packed_layer import PackedLinear
@@ -142,8 +143,11 @@ def test_saved_again_it_is_a_checkpoint_like_the_first(checkpoint: Path, saved_a
     model.save_pretrained(tmp_path / "same", max_shard_size="1KB")
     tokenizer.save_pretrained(tmp_path / "same")
     # In the dtype it was packed in, to the byte, and in one file whatever is asked.
-    for name in ("config.json", WEIGHTS):
-        assert (tmp_path / "same" / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert (tmp_path / "same" / WEIGHTS).read_bytes() == (checkpoint / WEIGHTS).read_bytes()
+    documents = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "same", checkpoint)]
+    for document in documents:  # transformers writes more into a tokenizer's settings when it saves them again
+        del document["quantization_config"]["seal"]["files"]["tokenizer_config.json"]
+    assert documents[0] == documents[1]
     assert torch.equal(logits(lbllm.load(saved_again)[0]), logits(lbllm.load(checkpoint)[0]))
     with pytest.raises(ConfigError, match=r"model\.push_to_hub"):
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
@@ -184,7 +188,9 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def seal(folder: Path) -> None:
+    """Put the right hashes beside changed weights."""
     edit(folder, quantization_config={"tensors_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()})
+    seal_again(folder)
 
 
 def flip(path: Path, place: int) -> None:
@@ -217,7 +223,11 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
         truncate_and_seal,
         ("copied: can't be loaded", "again"),
     ),
-    "no hash": (lambda f: edit(f, quantization_config={"tensors_sha256": None}), (f"{WEIGHTS} is not the file",)),
+    "no hash": (lambda f: edit(f, quantization_config={"tensors_sha256": None}), ("config.json is not the file",)),
+    "no hash, no seal": (
+        lambda f: edit(f, quantization_config={"tensors_sha256": None, "seal": None}),
+        (f"{WEIGHTS} is not the file",),
+    ),
     "other bits": (lambda f: edit(f, quantization_config={"quant": {}}), ("config.json: the format",)),
     "missing tensor": (
         lambda f: rewrite(f, lambda t: t.pop(f"{LAYER}.params")),
@@ -234,7 +244,7 @@ DAMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in f.glob("tokenizer*")],
-        ("copied: its tokenizer can't be loaded", "tokenizer.save_pretrained"),
+        ("copied/tokenizer.json is missing", "copy or make the checkpoint again"),
     ),
 }
 

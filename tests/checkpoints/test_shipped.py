@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lbllm import load
+from lbllm.checkpoints import shipped
 from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.seal import is_sealed
 from lbllm.checkpoints.shipped import PACKED, assemble, shipped_checkpoint, strip
-from lbllm.errors import CheckpointError
+from lbllm.errors import CheckpointError, ResourceError
 from lbllm.models.teacher import load_teacher
 from tests.helpers import ROOT
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
@@ -67,6 +70,52 @@ def test_put_together_twice_at_once_it_is_there_all_the_time(checkpoint: Path, t
             one.result()
     load(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stripped", "whole"]
+
+
+@pytest.fixture
+def small_assets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tiny assets in the place of the project's, and a cache of their own; returns the cache."""
+    strip(checkpoint, tmp_path / "assets")
+    monkeypatch.setattr(shipped, "ASSET_FOLDER", tmp_path / "assets")
+    monkeypatch.setattr(shipped, "load_teacher", lambda name: tiny_teacher("llama"))
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_an_assembled_checkpoint_is_sealed_once_and_one_without_a_seal_is_replaced(small_assets: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: shipped_checkpoint(), range(2))
+    assert first == second
+    assert is_sealed(first)
+    written = (first / "config.json").stat().st_ino
+    assert shipped_checkpoint() == first
+    assert (first / "config.json").stat().st_ino == written
+    document = json.loads((first / "config.json").read_text())
+    del document["quantization_config"]["seal"]
+    (first / "config.json").write_text(json.dumps(document))
+    load(shipped_checkpoint())
+    assert is_sealed(first)
+    assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [first.name]
+
+
+def test_a_place_that_can_not_be_written_and_damaged_assets_are_named(small_assets: Path, tmp_path: Path) -> None:
+    small_assets.write_text("a file in the place of the folder")
+    with pytest.raises(ResourceError, match=r"home.*can't be written"):
+        shipped_checkpoint()
+    small_assets.unlink()
+    packed = tmp_path / "assets" / PACKED
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:50])
+    with pytest.raises(CheckpointError, match=r"packed\.safetensors can't be read .*assets again"):
+        shipped_checkpoint()
+    packed.write_bytes(whole)
+    config = tmp_path / "assets" / "config.json"
+    text = config.read_text()
+    for damaged in (text.replace('"hidden_act": "silu"', '"hidden_act": "gelu"'), "{"):
+        assert damaged != text
+        config.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"assets/config\.json"):
+            shipped_checkpoint()
 
 
 def test_other_bits_or_another_teacher_are_refused_and_nothing_is_left(checkpoint: Path, tmp_path: Path) -> None:

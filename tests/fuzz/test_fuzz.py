@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
 import random
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from lbllm.checkpoints import hf
+from lbllm.checkpoints.seal import WEIGHTS, add_seal
 from lbllm.config import DEFAULT_PRESET, RunConfig, arguments, make_config, parse_config, read_settings
 from lbllm.errors import CorpusError
 from lbllm.pipeline.block_store import BlockStore
@@ -183,7 +183,7 @@ def test_headers_of_safetensors(run_folder: Path, tmp_path: Path, say: Callable[
     """Of block states, and every twentieth time of a whole checkpoint, which takes longer to load."""
     state = (run_folder / "blocks" / "ptq-0000.safetensors").read_bytes()
     checkpoint = run_folder / "checkpoint"
-    weights = (checkpoint / hf.WEIGHTS).read_bytes()
+    weights = (checkpoint / WEIGHTS).read_bytes()
     config = (checkpoint / "config.json").read_bytes()
     store = BlockStore(tmp_path, None)
     numbers = itertools.count()
@@ -198,16 +198,17 @@ def test_headers_of_safetensors(run_folder: Path, tmp_path: Path, say: Callable[
             store.path("ptq", 0).write_bytes(data)
             store.load("ptq", 0)
             return
-        (checkpoint / hf.WEIGHTS).write_bytes(data)
+        (checkpoint / WEIGHTS).write_bytes(data)
         # As if whoever changed the file had sealed it again.
-        seal = hashlib.sha256(weights).hexdigest().encode()
-        (checkpoint / "config.json").write_bytes(config.replace(seal, hashlib.sha256(data).hexdigest().encode()))
+        document = json.loads(config)
+        add_seal(document, checkpoint)
+        (checkpoint / "config.json").write_text(json.dumps(document))
         hf.load(checkpoint)
 
     try:
         fuzz("headers", make, lambda case: header_of(case[1]) is not None, read, say)
     finally:
-        (checkpoint / hf.WEIGHTS).write_bytes(weights)
+        (checkpoint / WEIGHTS).write_bytes(weights)
         (checkpoint / "config.json").write_bytes(config)
 
 

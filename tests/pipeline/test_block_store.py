@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from lbllm.errors import CheckpointError
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.quant.activations import ActQuantizer
-from lbllm.sections import LayerFormat
+from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.block_state import BlockState, collect, restore
 from lbllm.stages.distill import binary_layers
 from tests.helpers.tiny_runs import run_config
@@ -174,3 +175,54 @@ def test_a_damaged_state_is_told_in_a_short_message(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ptq-0000\.safetensors is damaged .*delete it and resume") as raised:
         store.load("ptq", 0)
     assert len(str(raised.value)) < 500
+
+
+def test_a_state_in_another_place_is_refused(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK, ("ptq", "wat"))
+    places: tuple[tuple[Stage, int], ...] = (("ptq", 0), ("ptq", 1), ("wat", 0))
+    for stage, number in places:
+        store.save(stage, number, block_state())
+    whole = {place: store.path(*place).read_bytes() for place in places}
+    for source, target in itertools.permutations(places, 2):
+        store.path(*target).write_bytes(whole[source])
+        for reader in (store, BlockStore(tmp_path, None)):  # also one that does not know the run
+            message = (
+                rf"{target[0]}-000{target[1]}\.safetensors is the state of block {source[1]} after stage {source[0]}"
+            )
+            with pytest.raises(CheckpointError, match=message):
+                reader.load(*target)
+        store.path(*target).write_bytes(whole[target])
+        assert store.load(*target) is not None
+
+
+def test_states_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    for name, mark in (("one", MARK), ("other", "1" * 64)):
+        for number in range(2):
+            BlockStore(tmp_path / name, mark).save("ptq", number, block_state())
+    one, other = (BlockStore(tmp_path / name, None) for name in ("one", "other"))
+    one.path("ptq", 1).write_bytes(other.path("ptq", 1).read_bytes())
+    assert one.load("ptq", 0) is not None
+    with pytest.raises(
+        CheckpointError, match=r"ptq-0001\.safetensors and .*ptq-0000\.safetensors are of different runs"
+    ):
+        one.load("ptq", 1)
+
+
+def test_a_state_made_after_other_stages_is_refused(tmp_path: Path) -> None:
+    BlockStore(tmp_path, MARK, ("ptq", "wat", "aar")).save("aar", 0, block_state())
+    assert BlockStore(tmp_path, MARK, ("ptq", "wat", "aar", "e2e")).load("aar", 0) is not None
+    with pytest.raises(CheckpointError, match=r"after the stages ptq\+wat, and this run has ptq before aar"):
+        BlockStore(tmp_path, MARK, ("ptq", "aar")).load("aar", 0)
+
+
+def test_every_flipped_byte_of_a_state_s_metadata_is_noticed(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, MARK)
+    store.save("ptq", 0, block_state())
+    path = store.path("ptq", 0)
+    whole = path.read_bytes()
+    for place in range(8, whole.index(b"}") + 1):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(CheckpointError, match="ptq-0000"):
+            BlockStore(tmp_path, MARK).load("ptq", 0)
