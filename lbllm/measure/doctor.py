@@ -26,13 +26,16 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from lbllm import kernels
-from lbllm.errors import LbllmError
+from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.seal import check_folder
+from lbllm.errors import CheckpointError, LbllmError
 from lbllm.extras import MODULES, Extra, installation
 from lbllm.machine import free_memory, has_bfloat16
+from lbllm.models.gguf import CONVERSION, is_whole
 from lbllm.models.source import embedded_file
 from lbllm.places import ASSETS, BUNDLE, data_dir, home, root
 from lbllm.quant.packed_layer import PackedLinear
-from lbllm.runs.database import Database
+from lbllm.runs.repair import is_damaged
 from lbllm.runs.store import ACTIVE, RunStore
 from lbllm.sections import LayerFormat
 from lbllm.texts.catalogue import TEXTS, location
@@ -176,7 +179,9 @@ def _kernels() -> Lines:
         library = kernels.build(home() / "kernels", kernels.instruction_set())
         loaded = kernels.ready()
         why = "LBLLM_KERNELS is none" if os.environ.get("LBLLM_KERNELS") == "none" else "it can't be loaded"
-        yield "library", "ok" if loaded else "note", f"{library.name}{'' if loaded else f', not used: {why}'}", ""
+        digest = library.with_name(f"{library.name}.sha256").read_text()[:16]
+        used = f"{library.name}, SHA-256 {digest}..., {'used' if loaded else f'not used: {why}'}"
+        yield "library", "ok" if loaded else "note", used, ""
     except kernels.BuildError as error:
         yield "library", "note", "not built; PyTorch computes, slowly", str(error)
     for fmt in _FORMATS:
@@ -242,6 +247,29 @@ def _models() -> Lines:
     except LbllmError as error:
         yield "embedded model", "note", "not found", str(error)
     yield "assets", "ok" if ASSETS.is_dir() else "fault", str(ASSETS), ""
+    yield from _cached_models(home() / "models")
+
+
+def _cached_models(folder: Path) -> Lines:
+    """The converted and assembled models of the cache, each with its files' hashes checked."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if is_checkpoint(path):
+            try:
+                check_folder(path)
+                whole = True
+            except CheckpointError:
+                whole = False
+        else:
+            whole = is_whole(path)
+        old = not (whole or is_checkpoint(path) or path.name.endswith(f"-{CONVERSION}"))
+        said = (
+            "hashes are right" if whole else "of another version, not used" if old else "changed since it was written"
+        )
+        advice = "" if whole else f"delete {path}" if old else f"delete {path}; it is made anew when it is needed"
+        yield path.name, "ok" if whole else "note" if old else "fault", f"{size(used)}, {said}", advice
 
 
 def _texts() -> Lines:
@@ -255,17 +283,11 @@ def _runs() -> Lines:
     if not (folder / "runs.db").is_file():
         yield "run store", "ok", "no run yet", ""
         return
-    database = Database(folder)
-    try:
-        found = database.query("PRAGMA quick_check")
-    finally:
-        database.close()
-    if found != [("ok",)]:
-        yield "run store", "fault", f"damaged: {found[0][0]}", ""
-    elif database.repaired is not None:
-        yield "run store", "note", database.repaired, ""
-    else:
-        yield "run store", "ok", str(folder / "runs.db"), ""
+    if is_damaged(folder / "runs.db"):
+        advice = "the next command that lists runs makes it anew from what can be read, and keeps the damaged file"
+        yield "run store", "fault", f"{folder / 'runs.db'} is damaged", advice
+        return
+    yield "run store", "ok", str(folder / "runs.db"), ""
     states = [run.state for run in RunStore(folder).all()]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     yield "runs", "ok", counted or "none", ""

@@ -2,16 +2,17 @@
 
     <home>/models/<file name>-<first 16 digits of the file's sha256>-<version of the conversion>/
         config.json, model.safetensors (float32), tokenizer.json, ...
-        source.json       what the weights are: precision, licence, the file's name and sha256
+        source.json       what the weights are: precision, licence, the GGUF file's name and sha256; each file's sha256
 
 A model that was split into several files is read whole. Every tensor and setting of the file must be used, and every
-weight of the model must be in it. The folder is written atomically. If several processes need it at once, one converts
-and the others wait.
+weight of the model must be in it. The folder is written atomically; one that was changed is made anew. If several
+processes need it at once, one converts and the others wait.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ from lbllm.models.sizes import check_sizes
 
 # Part of the folder's name: a folder that an earlier conversion made is not used. 2: all of the file must be used.
 CONVERSION = 2
+SOURCE = "source.json"
 
 # Vocabularies whose merges were learned with every digit on its own (llama.cpp gives these names the pattern \p{N}).
 # transformers builds them without that split, which changes runs of spaces before a digit.
@@ -120,13 +122,42 @@ def convert(file: Path, models: Path) -> Path:
     Weights are dequantized to float32, so the folder takes 4 bytes per parameter on disk.
     """
     folder = converted_folder(file, models)
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     with locked(models / f".{folder.name}.lock"):
-        if not folder.is_dir():
-            with new_folder(folder) as unfinished:
+        if not is_whole(folder):
+            with new_folder(folder, replace=True) as unfinished:
                 _write(file, unfinished, models)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a converted folder has the very files that the conversion wrote. Each state of the files is read once."""
+    try:
+        stats = {str(path): path.stat() for path in folder.rglob("*")}
+    except OSError:
+        return False
+    return _has_its_files(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())))
+
+
+@functools.lru_cache(64)
+def _has_its_files(folder: Path, state: tuple[tuple[str, int, int], ...]) -> bool:
+    """``state``: name, size and time of each file."""
+    try:
+        stated = json.loads((folder / SOURCE).read_bytes())["files"]
+        return bool(stated == _hashes(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a converted folder, by name."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SOURCE:
+            with path.open("rb") as stream:
+                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _write(file: Path, folder: Path, models: Path) -> None:
@@ -195,8 +226,9 @@ def _write(file: Path, folder: Path, models: Path) -> None:
         "sha256": sha256(file),
         "precision": precision(metadata),
         "licence": metadata.get("general.license", "not stated in the file"),
+        "files": _hashes(folder),
     }
-    (folder / "source.json").write_text(json.dumps(source, indent=1))
+    (folder / SOURCE).write_text(json.dumps(source, indent=1))
 
 
 def _shapes(file: Path, config: PretrainedConfig) -> PreTrainedModel:

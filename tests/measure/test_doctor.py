@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib import metadata
 from pathlib import Path
@@ -84,7 +85,21 @@ def test_without_a_compiler_it_says_what_is_slow(home: Path, monkeypatch: pytest
     assert "g++" in check.advice
 
 
-def test_a_damaged_run_store_that_was_made_anew_is_noted(home: Path) -> None:
+def test_a_changed_model_in_the_cache_is_a_fault(home: Path) -> None:
+    whole, changed, old = (home / "models" / name for name in ("a-0123-2", "b-0123-2", "c-0123"))
+    for folder in (whole, changed, old):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        hashed = hashlib.sha256(b"weights").hexdigest()
+        stated = {} if folder == old else {"files": {"model.safetensors": hashed}}
+        (folder / "source.json").write_text(json.dumps(stated))
+    (changed / "model.safetensors").write_bytes(b"Weights")
+    found = {check.name: check for check in checks() if check.section == "models"}
+    assert [found[path.name].state for path in (whole, changed, old)] == ["ok", "fault", "note"]
+    assert "made anew" in found[changed.name].advice
+
+
+def test_a_damaged_run_store_is_a_fault_and_a_look_repairs_nothing(home: Path) -> None:
     store = RunStore(home / "runs")
     store.create(make_config("preview"), name="first")
     store.close()
@@ -93,8 +108,7 @@ def test_a_damaged_run_store_that_was_made_anew_is_noted(home: Path) -> None:
     data[100:] = b"x" * (len(data) - 100)
     file.write_bytes(data)
     found = list(checks())
-    assert not [check for check in found if check.state == "fault" and check.section == "runs"]
-    (noted,) = (check for check in found if check.name == "run store")
-    assert noted.state == "note"
-    assert "runs.db was damaged" in noted.value
-    assert any(check.name == "runs" and check.value == "1 interrupted" for check in found)
+    assert file.read_bytes() == data
+    (fault,) = [check for check in found if check.state == "fault"]
+    assert fault.name == "run store"
+    assert "makes it anew" in fault.advice

@@ -195,6 +195,22 @@ def test_a_conversion_made_without_these_checks_is_not_used(tmp_path: Path, own_
     torch.testing.assert_close(logits(load_teacher(str(tmp_path / "m.gguf")).model), logits(model))
 
 
+def test_a_conversion_that_was_damaged_is_made_anew(tmp_path: Path, own_home: Path) -> None:
+    model = write_gguf(tmp_path / "m.gguf")
+    load_teacher(str(tmp_path / "m.gguf"))
+    (made,) = [path for path in (own_home / "models").iterdir() if path.is_dir()]
+    for name in sorted(path.name for path in made.iterdir()):
+        data = bytearray((made / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (made / name).write_bytes(data)
+        torch.testing.assert_close(logits(load_teacher(str(tmp_path / "m.gguf")).model), logits(model))
+        assert (made / name).read_bytes() != data
+        (made / name).unlink()
+        torch.testing.assert_close(logits(load_teacher(str(tmp_path / "m.gguf")).model), logits(model))
+    (made / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert load_teacher(str(tmp_path / "m.gguf")).model.generation_config.eos_token_id != 7
+
+
 def test_files_beside_it_do_not_count(tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "m.gguf")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "auto_map": {"AutoConfig": "code.C"}}')
