@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lbllm.checkpoints.record import RECORD
-from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, file_sha256, is_sealed, read_document
+from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, check_folder, file_sha256, is_sealed, read_document
 from lbllm.errors import CheckpointError
 from lbllm.files import locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
@@ -37,11 +37,21 @@ def shipped_checkpoint() -> Path:
     check_assets()
     stated = read_document(ASSET_FOLDER)["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
-    if not is_sealed(target):  # one that an older version assembled has no seal
+    if not _is_whole(target):
         with write_errors(target), locked(target.with_name(f".{target.name}.lock")):
-            if not is_sealed(target):  # another process may have made it while this one waited
+            if not _is_whole(target):  # another process may have made it while this one waited
                 assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder has a checkpoint with a seal, and the files that were sealed. One that an older version
+    assembled has no seal."""
+    try:
+        check_folder(folder)
+    except CheckpointError:
+        return False
+    return is_sealed(folder)
 
 
 def check_assets() -> None:
@@ -64,7 +74,10 @@ def strip(checkpoint: Path, target: Path) -> None:
 def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
     """Assemble a whole checkpoint from a stripped one and its teacher. Raises CheckpointError if the result is not
     the file that was stripped."""
-    check_config(stripped)
+    seal = check_config(stripped)
+    for name in _SMALL:
+        if seal is not None and name in seal.files and seal.files[name].sha256 != file_sha256(stripped / name):
+            raise CheckpointError(f"{stripped / name} is not the file that was saved; get the project's assets again")
     expected = read_document(stripped)["quantization_config"]["tensors_sha256"]
     try:
         tensors = load_file(stripped / PACKED)

@@ -82,7 +82,9 @@ def small_assets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path / "home"
 
 
-def test_an_assembled_checkpoint_is_sealed_once_and_one_without_a_seal_is_replaced(small_assets: Path) -> None:
+def test_an_assembled_checkpoint_is_sealed_and_a_damaged_one_is_replaced(
+    small_assets: Path,
+) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: shipped_checkpoint(), range(2))
     assert first == second
@@ -95,6 +97,11 @@ def test_an_assembled_checkpoint_is_sealed_once_and_one_without_a_seal_is_replac
     (first / "config.json").write_text(json.dumps(document))
     load(shipped_checkpoint())
     assert is_sealed(first)
+    # So is one that was damaged.
+    data = bytearray((first / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (first / "model.safetensors").write_bytes(data)
+    load(shipped_checkpoint())
     assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [first.name]
 
 
@@ -116,6 +123,10 @@ def test_a_place_that_can_not_be_written_and_damaged_assets_are_named(small_asse
         config.write_text(damaged)
         with pytest.raises(CheckpointError, match=r"assets/config\.json"):
             shipped_checkpoint()
+    config.write_text(text)
+    (tmp_path / "assets" / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"assets/generation_config\.json is not the file"):
+        shipped_checkpoint()
 
 
 def test_other_bits_or_another_teacher_are_refused_and_nothing_is_left(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,3 +157,7 @@ def test_what_was_read_of_its_file_does_not_stay_in_memory_beside_the_model() ->
     assert result.returncode == 0, result.stderr
     # In kB, of 97 MB; the bits that the kernels arrange anew for themselves are 40 MB of it.
     assert int(result.stdout) < 5_000
+
+
+def test_the_assets_are_sealed() -> None:
+    assert is_sealed(shipped.ASSET_FOLDER)
