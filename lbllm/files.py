@@ -146,9 +146,8 @@ def is_held(path: Path) -> bool:
     return False
 
 
-@contextmanager
-def _draft(path: Path) -> Iterator[tuple[Path, int]]:
-    """A draft folder for ``path`` and its mode, which the umask has formed. Removes the drafts of killed writers."""
+def remove_drafts(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it."""
     for old in _OLD_DRAFTS:  # of earlier versions, which held no lock
         left = path.with_name(old.format(path.name))
         with suppress(OSError):
@@ -157,6 +156,12 @@ def _draft(path: Path) -> Iterator[tuple[Path, int]]:
     for draft in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
         with suppress(OSError), _locked_draft(draft, path):
             _remove(draft, path)
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[tuple[Path, int]]:
+    """A draft folder for ``path`` and its mode, which the umask has formed. Removes the drafts of killed writers."""
+    remove_drafts(path)
     while True:
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         draft.mkdir()

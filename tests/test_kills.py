@@ -87,7 +87,9 @@ WRITES: dict[str, Callable[[Given, Path], object]] = {
     "packed export": to("packed"),
     "dense export": to("dense"),
     "GGUF export": to("gguf"),
-    "Space": lambda given, folder: write_space(given.run.folder / "checkpoint", folder / "out"),
+    "Space": lambda given, folder: write_space(
+        given.run.folder / "checkpoint", folder / "out", teacher=given.run.config.model
+    ),
     "converted GGUF": lambda given, folder: convert(given.gguf, folder),
     "shipped checkpoint": lambda given, folder: assemble(given.stripped, given.teacher, folder / "out"),
     "asset of the checkpoint": lambda given, folder: strip(given.checkpoint, folder / "out"),

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lbllm.errors import CorpusError
-from lbllm.files import new_file, write_file
+from lbllm.files import new_file, remove_drafts, write_file
 from lbllm.json_input import decode_object
 from lbllm.machine import bfloat16_products
 from lbllm.models.blocks import check_length
@@ -240,6 +240,7 @@ def sample_corpus(
                 packed.write(rows_of)
         for part in parts:
             part.unlink()
+            remove_drafts(part)
             _lock_of(part).unlink()
     _lock_of(out).unlink(missing_ok=True)
 

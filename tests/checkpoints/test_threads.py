@@ -75,7 +75,7 @@ TOGETHER: dict[str, list[Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("calls", TOGETHER)
 def test_first_calls_at_once_give_what_each_gives_alone(loaded: Any, calls: str) -> None:
     wanted = [call(copy.deepcopy(loaded)) for call in TOGETHER[calls]]
-    for _ in range(3 * FACTOR):
+    for _ in range(max(2, int(3 * FACTOR))):
         model, barrier = copy.deepcopy(loaded), threading.Barrier(len(wanted))
         results: list[Any] = [None] * len(wanted)
 

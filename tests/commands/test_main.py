@@ -410,7 +410,7 @@ def test_demo_and_its_repetition(terminal: Terminal, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_refused_before_a_run_is_made(terminal: Terminal, tmp_path: Path) -> None:
     out = tmp_path / "out"
     too_large = quantize(terminal, out, "--group-size", "1000")
-    too_much = quantize(terminal, out, "--set", "ptq.tokens=100000000000000")
+    too_much = quantize(terminal, out, "--set", "ptq.tokens=1000000000000")
     for result, value in ((too_large, "1000"), (too_much, "--ignore-memory")):
         assert result.code == 1
         assert value in result.document["error"]
