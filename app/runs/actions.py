@@ -7,7 +7,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app.runs.listing import JUST_DELETED
 from app.view import guard, plain
-from lbllm.runs.store import ACTIVE, RESUMABLE, Run, RunStore
+from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import RunView
 
 
@@ -30,7 +30,7 @@ def header(runs: RunStore, run: Run, view: RunView) -> DeltaGenerator:
             st.rerun()
         if row.button("Cancel", disabled=over or run.is_missing or (ending and view.asked == "cancel")):
             st.session_state[confirm] = True
-        resumable = run.state in RESUMABLE and not run.is_missing
+        resumable = run.can_be_resumed and not run.is_missing
         if row.button("Resume", disabled=not resumable, type="primary"):
             runs.resume(run.id)
             st.rerun()

@@ -63,6 +63,8 @@ def outcome(run: Run, view: RunView) -> None:
         )
     elif run.state == "failed":
         st.error(sentence(view.failure or "The run failed.") + "  \n*Resume* continues from the finished blocks.")
+    elif run.state == "interrupted" and run.failure is not None:
+        st.error(sentence(run.failure) + "  \n*Resume* continues from the finished blocks.")
     elif run.state == "interrupted":
         st.error(
             "The worker process ended without a message: it was killed, or the machine was shut down. *Resume* "

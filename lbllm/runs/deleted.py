@@ -9,7 +9,8 @@ import shutil
 
 from lbllm.errors import RunError
 from lbllm.files import write_errors
-from lbllm.runs.store import DELETED, Run, RunStore
+from lbllm.runs.repair import DELETED
+from lbllm.runs.store import Run, RunStore
 
 
 def restore(store: RunStore, run_id: str) -> Run:

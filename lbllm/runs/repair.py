@@ -23,6 +23,7 @@ from lbllm.errors import ConfigError
 from lbllm.events import EVENT, Evaluated, Event, RunDone, RunQueued
 from lbllm.json_input import decode_object
 
+DELETED = "deleted"  # the folder in a run store with those of deleted runs
 RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _CORRUPT, _NOT_A_DATABASE = 11, 26  # SQLite's SQLITE_CORRUPT and SQLITE_NOTADB
 _LARGEST_RECORD = 10_000_000  # bytes of a checkpoint's record
@@ -45,9 +46,10 @@ def is_damaged(path: Path) -> bool:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """The folders of runs under ``root``, the oldest first."""
-    found = root.iterdir() if root.is_dir() else ()
-    return sorted(path for path in found if RUN_ID.fullmatch(path.name) and (path / "config.json").is_file())
+    """The folders of runs under ``root``, also of deleted ones, the oldest first."""
+    found = [path for place in (root, root / DELETED) if place.is_dir() for path in place.iterdir()]
+    runs = [path for path in found if RUN_ID.fullmatch(path.name) and (path / "config.json").is_file()]
+    return sorted(runs, key=lambda path: path.name)
 
 
 def lenient_text(data: bytes) -> str:

@@ -40,7 +40,7 @@ from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueu
 from lbllm.files import is_held, try_lock, write_errors, write_file
 from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
-from lbllm.runs.repair import RUN_ID
+from lbllm.runs.repair import DELETED, RUN_ID
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
@@ -50,7 +50,6 @@ RESUMABLE: tuple[State, ...] = ("stopped", "failed", "interrupted")
 _LAST_WORDS = 4096
 # Runs that can be deleted; a queued one only if it has no worker.
 DELETABLE: tuple[State, ...] = ("queued", "done", "cancelled", *RESUMABLE)
-DELETED = "deleted"
 
 
 @dataclass(frozen=True)

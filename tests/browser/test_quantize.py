@@ -8,12 +8,10 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import Server, wait_until
-from tests.helpers.screens import LAPTOP, PHONE, Known, Screen, screens, serious
+from tests.helpers.screens import LAPTOP, PHONE, Screen, screens, serious
 from tests.helpers.tiny_runs import stored_run_config
 
 BITS = "Bits per binarized weight"
-# The colours of Streamlit's own widgets and captions follow from the theme, of which other tests are.
-THEME = (Known("color-contrast", "<p>"),)
 
 
 def choose(page: Page, label: str, option: str) -> None:
@@ -125,5 +123,5 @@ def test_figures_and_start_stay_in_sight(server: Server, browser: Browser, scree
     # What is in sight can be pressed: nothing lies above it.
     start.click(trial=True)
     assert main.evaluate("m => m.scrollWidth <= m.clientWidth")
-    assert serious(page, THEME) == []
+    assert serious(page) == []
     context.close()

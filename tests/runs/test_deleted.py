@@ -129,3 +129,15 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     told("delete", run.id)
     assert told("delete", run.id, "--for-good") == {"run": run.id, "for_good": True}
     assert told("list", "--deleted") == {"runs": []}
+
+
+def test_a_deleted_run_comes_back_after_the_store_was_lost(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    run, kept = finished(store), finished(store, "other")
+    store.delete(run.id)
+    store.close()
+    (tmp_path / "runs.db").unlink()
+    store = RunStore(tmp_path)
+    assert [one.id for one in store.all()] == [kept.id]
+    assert [one.id for one in store.deleted()] == [run.id]
+    assert restore(store, run.id).config == run.config
