@@ -43,6 +43,7 @@ def page() -> None:
     """The whole page. The settings are drawn first: what is known of the model may take a while."""
     st.html(STYLE)
     problem = form.start()
+    form.keep()  # at once: another page may be opened before the rest is drawn
     if problem is not None:
         st.error(sentence(problem))
     left, right = st.columns([11, 14], gap="large")

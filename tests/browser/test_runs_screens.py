@@ -58,7 +58,17 @@ def test_runs_on_every_screen(server: Server, browser: Browser, played: PlayedRu
     page.goto(server.url("runs"))
     row = page.locator(f".st-key-run-{run}")
     expect(row.get_by_role("button", name="a run that works")).to_be_visible()
-    for label in ("Created", "Time used", "Bits per weight", "Perplexity", "Model", "Format", "Text", "Tokens", "Seed"):
+    for label in (
+        "Created",
+        "Time used",
+        "Bits per binarized weight",
+        "Perplexity",
+        "Model",
+        "Format",
+        "Text",
+        "Tokens",
+        "Seed",
+    ):
         expect(row.get_by_text(label, exact=True)).to_be_visible()
     assert fits(page)
     assert serious(page, KNOWN) == []
@@ -68,7 +78,7 @@ def test_runs_on_every_screen(server: Server, browser: Browser, played: PlayedRu
     for label in CHARTS:
         expect(page.locator(f"[aria-label='{label}']")).to_have_attribute("data-stamp", re.compile("."))
     expect(page.get_by_text("kept as it was")).to_be_visible()
-    expect(page.get_by_test_id("stMetric").filter(has_text="Bits per weight")).to_be_visible()
+    expect(page.get_by_test_id("stMetric").filter(has_text="Bits per binarized weight")).to_be_visible()
     assert fits(page)
     assert serious(page, KNOWN) == []
     assert page.locator("[role=img]").locator("a, button, [tabindex]").count() == 0

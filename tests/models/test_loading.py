@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lbllm
 from lbllm.chat.stream import stream
 from lbllm.checkpoints.dense import dense_copy
+from lbllm.checkpoints.hf import is_checkpoint
+from lbllm.checkpoints.seal import seal_again
 from lbllm.errors import CheckpointError, LbllmError, ModelError
 from lbllm.measure.estimate import estimate
 from lbllm.models.gguf import convert
@@ -191,11 +193,15 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
             (folder / "custom_generate").mkdir()
             (folder / "custom_generate" / "generate.py").write_text(code)
             edit(folder, **changes)
+            if is_checkpoint(folder):  # as if whoever made it had sealed it so
+                seal_again(folder)
             try:
                 load(folder)
             except LbllmError:
                 assert len(changes) == 2  # the known architecture loads by transformers' own code
             edit(folder, "tokenizer_config.json", auto_map=classes, tokenizer_class="Mystery")
+            if is_checkpoint(folder):
+                seal_again(folder)
             with pytest.raises(LbllmError):
                 load(folder)
     edit(own_head[0], _attn_implementation="owner/kernel")

@@ -23,6 +23,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return run_config(**start, e2e={"tokens": 4 * SEQ_LEN, "epochs": 4, "seq_len": SEQ_LEN, "batch_tokens": SEQ_LEN})
 
 
+@pytest.mark.soak
 def test_every_variant_is_trained_from_the_checkpoint_in_its_own_way(settings: RunConfig) -> None:
     teacher, text = bfloat_teacher(), token_ids()
     results = measure(settings, teacher, Corpus("given", "-", text), text, list(VARIANTS))

@@ -60,6 +60,7 @@ def config_with_held_out_text(folder: Path) -> RunConfig:
     return config.model_copy(update={"corpus": str(text), "stages": STAGES, "e2e": e2e})
 
 
+@pytest.mark.soak
 def test_the_checkpoint_is_the_same_without_it_and_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
