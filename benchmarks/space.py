@@ -9,6 +9,7 @@ fails. Needs a package registry, some 3 GB of disk, and minutes.
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -52,9 +53,10 @@ def talk(url: str, server: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
                 client = Client(url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": PATIENCE})
             except Exception:
                 continue  # it does not listen yet
-    seen = list(client.submit(QUESTION, True, 0, api_name="/ask"))
+    secret = secrets.token_urlsafe()
+    seen = list(client.submit(QUESTION, True, 0, secret, api_name="/ask"))
     assert seen[-1]["names"] is None
-    shown = client.predict("tie", api_name="/vote")
+    shown = client.predict("tie", secret, api_name="/vote")
     say(f"asked {QUESTION!r}, {len(seen)} updates")
     rows = []
     for name, answer in zip(shown["names"], shown["answers"], strict=True):
