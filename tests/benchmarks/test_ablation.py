@@ -35,6 +35,7 @@ def results(block: OneBlock) -> dict[str, Result]:
     return {f"{one.stages} {one.variant}": one for one in found}
 
 
+@pytest.mark.soak
 def test_all_stages_are_better_than_what_they_start_from(results: dict[str, Result]) -> None:
     assert all(math.isfinite(one.other) and not one.diverged for one in results.values())
     trained = {name: one.trained for name, one in results.items()}
@@ -95,6 +96,7 @@ def test_a_training_that_meets_no_number_is_said_to_diverge(block: OneBlock) -> 
     assert (kept["part"], kept["block_2"], kept["block_3"]) == ("wat", "diverged at step 1", 0.5)
 
 
+@pytest.mark.soak
 def test_every_setting_is_a_variant_of_its_stage(block: OneBlock) -> None:
     parts = {name: list(getattr(Ablation(block), name)()) for name in ("ptq", "wat", "aar")}
     assert [len(part) for part in parts.values()] == [5, 14, 13]

@@ -117,8 +117,14 @@ def test_figures_and_start_stay_in_sight(server: Server, browser: Browser, scree
     start = page.get_by_role("button", name="Start", exact=True)
     # On a phone the rest of the page follows below the settings.
     last = page.get_by_text("Stage 4", exact=True)
-    last.scroll_into_view_if_needed()
-    for part in (figure(page, BITS), figure(page, "Estimated time"), start, last):
+
+    def centred() -> bool:  # again while what lies above still opens
+        last.evaluate("e => e.scrollIntoView({block: 'center'})")
+        box = last.bounding_box()
+        return box is not None and 0 <= box["y"] <= screen.height - box["height"]
+
+    wait_until(centred)
+    for part in (figure(page, BITS), figure(page, "Estimated time"), start):
         expect(part).to_be_in_viewport(ratio=1)
     # What is in sight can be pressed: nothing lies above it.
     start.click(trial=True)

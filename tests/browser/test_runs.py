@@ -165,6 +165,7 @@ def played(server: Server) -> Iterator[PlayedRun]:
         yield played
 
 
+@pytest.mark.soak
 def test_zoom_and_hidden_lines_survive_a_hundred_updates_in_the_same_node(
     server: Server, page: Page, played: PlayedRun
 ) -> None:

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 from lbllm.events import BlockStarted
 from tests.browser.conftest import Server, wait_until
 from tests.helpers.played_run import PlayedRun
-from tests.helpers.screens import LAPTOP, PHONE, Known, Screen, screens, serious
+from tests.helpers.screens import PHONE, Known, Screen, screens, serious
 
 CURVE = "[aria-label^='Block ']"
 CHARTS = ("Blocks in each stage", "Loss by block and step", "Loss of all blocks")
@@ -48,7 +48,7 @@ def fits(page: Page) -> bool:
     return bool(wide and page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
-@screens(Screen(*PHONE, "dark"), Screen(*LAPTOP, "light"))
+@screens(Screen(*PHONE, "dark"))
 def test_runs_on_every_screen(server: Server, browser: Browser, played: PlayedRun, screen: Screen) -> None:
     context = screen.context(browser)
     page = context.new_page()

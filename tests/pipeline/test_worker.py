@@ -385,6 +385,7 @@ def test_queued_runs_follow_one_another_and_one_that_is_killed_or_fails_frees_it
     assert store.get(first.id).state == "done"
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_a_run_that_can_go_on_when_there_is_room(
     store: RunStore, tiny_config: RunConfig, tmp_path: Path
 ) -> None:
