@@ -41,6 +41,7 @@ from lbllm.checkpoints.seal import (
 from lbllm.config import setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
+from lbllm.json_input import shortened
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.loading import FileFault, load_model, quiet, settle_tied_weights
 from lbllm.quant.kv_cache import KeepBits, KVLayer, PackedKVLayer, leave_no_cache, with_bits
@@ -221,13 +222,14 @@ def load(
     except CheckpointError:
         raise
     except FileFault as fault:
-        raise CheckpointError(f"{folder}: {fault}; {CORRUPT}") from None
+        raise CheckpointError(f"{folder}: {shortened(str(fault))}; {CORRUPT}") from None
     except Exception as error:
-        raise CheckpointError(f"{folder}: can't be loaded ({type(error).__name__}: {error}); {CORRUPT}") from error
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{folder}: can't be loaded ({reason}); {CORRUPT}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = shortened(str(error).partition("\n")[0])
         raise CheckpointError(
             f"{folder}: its tokenizer can't be loaded ({reason}); put the teacher's there by tokenizer.save_pretrained"
         ) from error
