@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -56,6 +57,12 @@ def refuse_links(folder: Path) -> None:
                     f"{path} is a link to {path.readlink()}, which lies outside {folder}; put the file itself there "
                     "if it is meant to be published"
                 )
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:

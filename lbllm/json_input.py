@@ -53,7 +53,12 @@ def shown(value: object) -> str:
         return "an integer of thousands of digits"
 
 
+def replaced(text: str) -> str:
+    """The text with a question mark for each lone surrogate, which no tokenizer takes and no file can hold."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def shortened(text: str, limit: int = 200) -> str:
     """The text without lone surrogates, which can be neither printed nor stored; a long one is cut."""
-    text = text[: limit + 1].encode("utf-8", "replace").decode()
+    text = replaced(text[: limit + 1])
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -82,8 +82,6 @@ def look(
     with st.spinner("Both models are reading the text"):
         found = _lens_of(conversation, slots, sides, exchange, text)
     st.session_state["compare_lens_kept"] = (key, found)
-    if exchange is not None:
-        exchange.lens = found, (exchange.names[sides[0]], exchange.names[sides[1]])
     return found
 
 
@@ -97,8 +95,7 @@ def complete(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[
         text = exchange.answers[sides[0]].text
         if exchange.lens is None and exchange.names == names and text.strip():
             with suppress(ModelError):
-                found = _lens_of(conversation, slots, sides, exchange, text)
-                exchange.lens = found, (names[sides[0]], names[sides[1]])
+                _lens_of(conversation, slots, sides, exchange, text)
 
 
 def _lens_of(
@@ -108,6 +105,7 @@ def _lens_of(
     exchange: Exchange | None,
     text: str,
 ) -> Lens:
+    """Compute a lens; that over an answer stays with its exchange, for the saved page."""
     teacher, student = (slots[side].loaded for side in sides)
     if not same_vocabulary(teacher.tokenizer, student.tokenizer):
         raise ModelError(
@@ -119,7 +117,10 @@ def _lens_of(
         settings = exchange.settings[sides[0]]
         template = settings.template
         messages = visible_messages(teacher, conversation.messages(exchange, sides[0]), settings)
-    return lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
+    found = lens(teacher.model, student.model, teacher.tokenizer, text, messages=messages, template=template)
+    if exchange is not None:
+        exchange.lens = found, (exchange.names[sides[0]], exchange.names[sides[1]])
+    return found
 
 
 def _text(options: list[str], last: Exchange | None, sides: tuple[int, int]) -> tuple[str, int | None]:

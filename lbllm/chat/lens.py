@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.chat.stream import Messages, prompt_ids, room_for
 from lbllm.errors import ModelError
+from lbllm.json_input import replaced
 from lbllm.models.tokens import check_ids
 
 TOP = 5
@@ -115,7 +116,7 @@ def lens(
             f"the lens compares models with the same vocabulary; these have {sizes[0]} and {sizes[1]} tokens. "
             "Choose a student and the teacher it was made from"
         )
-    text = text.encode("utf-8", "replace").decode("utf-8")  # halves of characters
+    text = replaced(text)
     encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     own: Tensor = encoded["input_ids"].long()
     check_ids(teacher, tokenizer, own)

@@ -30,6 +30,7 @@ from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
 from lbllm.checkpoints.record import provenance
 from lbllm.config import SHIPPED
 from lbllm.errors import LbllmError
+from lbllm.json_input import replaced
 from lbllm.models.catalogue import model_title
 from lbllm.places import home
 from lbllm.runs.store import RunStore
@@ -172,7 +173,7 @@ class Showcase:
         or the line is full.
         """
         # JSON can contain a lone surrogate, which a tokenizer does not accept.
-        prompt = prompt.encode("utf-8", "replace").decode().strip()
+        prompt = replaced(prompt).strip()
         if not prompt:
             raise VisitorError("The question is empty. Write one, or choose an example.")
         if len(prompt) > self.limits.prompt_chars:

@@ -34,6 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 from lbllm.chat.generation import chat_generation
 from lbllm.chat.settings import REPETITION_PENALTY, TEMPERATURE, TOP_P
 from lbllm.errors import ModelError
+from lbllm.json_input import replaced
 from lbllm.models.blocks import context_length
 from lbllm.models.chat_template import render
 from lbllm.models.tokens import check_ids
@@ -71,7 +72,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, templ
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> Tensor:
     """Return the token ids (1, T), int64, of ``prompt_text``. Raises ModelError if there are no tokens."""
     text = prompt_text(tokenizer, messages, template=template)
-    text = text.encode("utf-8", "replace").decode("utf-8")  # halves of characters, as in the texts of a run
+    text = replaced(text)  # as in the texts of a run
     # A chat template already contains the special tokens.
     plain = tokenizer.chat_template is None or not template
     encoded: Any = tokenizer(text, add_special_tokens=plain, return_tensors="pt")

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.hf import is_checkpoint, load
 from lbllm.checkpoints.record import RunRecord, provenance, read_record
-from lbllm.checkpoints.seal import WEIGHTS, file_sha256, stated_sha256
+from lbllm.checkpoints.seal import WEIGHTS, stated_sha256
 from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
 from lbllm.errors import CheckpointError, LbllmError, ModelError, RunError
 from lbllm.events import Evaluated
+from lbllm.files import file_sha256
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import TEACHERS, ModelSource, find_source, unknown_name
 from lbllm.models.teacher import Teacher, load_teacher

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from lbllm.errors import CheckpointError, LbllmError
-from lbllm.files import write_errors, write_file
+from lbllm.files import file_sha256, write_errors, write_file
 
 SEAL_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -56,12 +56,6 @@ class Seal(BaseModel):
     version: Literal[1] = 1
     config_sha256: str
     files: dict[str, SealedFile]
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def format_sha256(quant: dict[str, Any]) -> str:

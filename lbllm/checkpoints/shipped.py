@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lbllm.checkpoints.record import RECORD
-from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, check_folder, file_sha256, is_sealed, read_document
+from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, check_folder, is_sealed, read_document
 from lbllm.errors import CheckpointError
-from lbllm.files import locked, new_folder, write_errors, write_file
+from lbllm.files import file_sha256, locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import ASSETS, home
 

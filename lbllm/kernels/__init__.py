@@ -31,7 +31,7 @@ import torch
 from torch.utils import cpp_extension
 
 from lbllm.errors import LbllmError
-from lbllm.files import locked, new_file, write_file
+from lbllm.files import file_sha256, locked, new_file, write_file
 from lbllm.places import home
 
 # Every .cpp is a translation unit of its own.
@@ -119,7 +119,7 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
                 _remove_leftovers(folder)
                 with new_file(library) as made:
                     _compile(compiler, flags, made)
-                    digest = _digest(made)
+                    digest = file_sha256(made)
                 write_file(_digest_file(library), digest.encode())
     except OSError as error:
         raise BuildError(
@@ -132,14 +132,9 @@ def build(folder: Path, instructions: InstructionSet) -> Path:
 def _is_whole(library: Path) -> bool:
     """Whether the library is the file that was built."""
     try:
-        return _digest(library) == _digest_file(library).read_text()
+        return file_sha256(library) == _digest_file(library).read_text()
     except (OSError, ValueError):
         return False
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_file(library: Path) -> Path:

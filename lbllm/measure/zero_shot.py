@@ -28,10 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.errors import ConfigError, CorpusError
 from lbllm.extras import extra
+from lbllm.json_input import replaced
 from lbllm.machine import float32_products
 from lbllm.models.blocks import context_length
 from lbllm.places import data_dir
-from lbllm.texts.reading import json_rows, replaced
+from lbllm.texts.reading import json_rows
 from lbllm.texts.sources import hub_dataset
 
 BATCH = 8  # choices per batch if they go through the model one by one

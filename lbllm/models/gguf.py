@@ -30,7 +30,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from lbllm.errors import ModelError, ResourceError
 from lbllm.extras import extra
-from lbllm.files import locked, new_folder
+from lbllm.files import file_sha256, locked, new_folder
 from lbllm.models.gguf_parts import all_parts, check_whole, join, model_name
 from lbllm.models.loading import FileFault, check_report, quiet, settle_tied_weights
 from lbllm.models.sizes import check_sizes
@@ -155,8 +155,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SOURCE:
-            with path.open("rb") as stream:
-                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[path.relative_to(folder).as_posix()] = file_sha256(path)
     return hashes
 
 

@@ -27,8 +27,8 @@ from lbllm import memory
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError
 from lbllm.events import Acknowledged, Event, RunDone, RunFailed, RunLoading, RunStopped
+from lbllm.json_input import replaced
 from lbllm.runs.store import RESUMABLE, Request, Run, RunStore
-from lbllm.texts.reading import replaced
 
 POLL_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

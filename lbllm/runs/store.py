@@ -38,6 +38,7 @@ from lbllm.config import RunConfig, read_config
 from lbllm.errors import ConfigError, RunError
 from lbllm.events import EVENT, Acknowledged, Event, RunDone, RunFailed, RunQueued, RunStopped, StoredEvent
 from lbllm.files import is_held, try_lock, write_errors, write_file
+from lbllm.json_input import replaced
 from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
 from lbllm.runs.repair import DELETED, RUN_ID
@@ -136,12 +137,12 @@ class RunStore:
 
     def create(self, config: RunConfig, name: str | None = None) -> Run:
         """A new run, queued until ``start``. ``name`` is for people; by default model, format and group size."""
-        name = (name or config.run_name).encode("utf-8", "replace").decode()
+        name = replaced(name or config.run_name)
         created = time.time()
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.localtime(created)) + secrets.token_hex(3)
         folder = self.root / run_id
         with self.database.transaction() as db:
-            cwd = str(Path.cwd()).encode("utf-8", "replace").decode()
+            cwd = replaced(str(Path.cwd()))
             db.execute("INSERT INTO runs (id, name, created, cwd) VALUES (?, ?, ?, ?)", (run_id, name, created, cwd))
             folder.mkdir()
             try:

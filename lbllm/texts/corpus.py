@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lbllm.config import setting_name
 from lbllm.errors import CorpusError, ModelError
+from lbllm.json_input import replaced
 from lbllm.models.chat_template import render
 from lbllm.texts.catalogue import CorpusEntry, find_text, local_path, parts
 from lbllm.texts.documents import SHARES, Document, Part
-from lbllm.texts.reading import replaced
 from lbllm.texts.sources import open_text
 from lbllm.units import rows_left_out, size
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbllm.errors import CorpusError
-from lbllm.texts.reading import json_rows, lines, pieces, replaced, suffix_of
+from lbllm.json_input import replaced
+from lbllm.texts.reading import json_rows, lines, pieces, suffix_of
 
 Part = Literal["train", "tune", "heldout"]
 SHARES: dict[Part, float] = {"train": 0.90, "tune": 0.05, "heldout": 0.05}

@@ -38,11 +38,6 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if _is_gzip(path) else path.suffix.lower()
 
 
-def replaced(text: str) -> str:
-    """The text with a question mark for each lone surrogate, which no tokenizer takes and no file can hold."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
 def lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file with their \\n; other Unicode line breaks do not end a line. Raises
     CorpusError."""

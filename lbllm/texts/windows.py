@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.errors import CorpusError
+from lbllm.json_input import replaced
 from lbllm.models.blocks import check_length, context_length
 from lbllm.texts.catalogue import TEXTS, find_text
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.documents import check_format, read_beginning
-from lbllm.texts.reading import replaced
 from lbllm.texts.sources import wikitext_rows_of
 from lbllm.units import rows_left_out, size
 

@@ -17,6 +17,7 @@ from lbllm.checkpoints import seal
 from lbllm.checkpoints.record import copy_public, read_record
 from lbllm.checkpoints.seal import WEIGHTS, is_sealed
 from lbllm.errors import CheckpointError
+from lbllm.files import file_sha256
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
 
 SECOND = "{% for message in messages %}second {{ message.content }}{% endfor %}"
@@ -194,7 +195,7 @@ def test_a_checkpoint_without_a_seal_is_checked_as_before(copied: Path) -> None:
 
 def test_the_weights_are_read_once_to_be_checked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    once = seal.file_sha256
+    once = file_sha256
 
     def counted(file: Path) -> str:
         hashed.append(file.name)

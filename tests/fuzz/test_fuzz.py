@@ -20,6 +20,7 @@ from lbllm.checkpoints import hf
 from lbllm.checkpoints.seal import WEIGHTS, add_seal
 from lbllm.config import DEFAULT_PRESET, RunConfig, arguments, make_config, parse_config, read_settings
 from lbllm.errors import CorpusError
+from lbllm.json_input import replaced
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.presets import PRESETS
 from lbllm.quant.plan import block_formats
@@ -27,7 +28,6 @@ from lbllm.stages.block_state import BlockState, restore
 from lbllm.stages.distill import binary_layers
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.documents import read_beginning, read_documents
-from lbllm.texts.reading import replaced
 from tests.helpers.fuzz import changed_bytes, changed_document, fuzz
 from tests.helpers.tiny_models import SENTENCES, tiny_tokenizer
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher

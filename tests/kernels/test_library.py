@@ -147,7 +147,7 @@ def test_a_folder_that_can_only_be_read_serves_and_one_that_cannot_be_read_is_na
 
     monkeypatch.setattr(kernels, "locked", refuse)
     assert kernels.build(tmp_path / "kernels", "portable") == library
-    monkeypatch.setattr(kernels, "_digest", refuse)
+    monkeypatch.setattr(kernels, "file_sha256", refuse)
     with pytest.raises(kernels.BuildError, match=r"can't be kept in .*kernels \(.*Permission.*set LBLLM_HOME"):
         kernels.build(tmp_path / "kernels", "portable")
 
