@@ -37,14 +37,14 @@ def shipped_checkpoint() -> Path:
     check_assets()
     stated = read_document(ASSET_FOLDER)["quantization_config"]
     target = home() / "models" / f"shipped-{stated['tensors_sha256'][:12]}"
-    if not _is_whole(target):
+    if not is_whole(target):
         with write_errors(target), locked(target.with_name(f".{target.name}.lock")):
-            if not _is_whole(target):  # another process may have made it while this one waited
+            if not is_whole(target):  # another process may have made it while this one waited
                 assemble(ASSET_FOLDER, load_teacher(stated["provenance"]["model"]), target)
     return target
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether the folder has a checkpoint with a seal, and the files that were sealed. One that an older version
     assembled has no seal."""
     try:

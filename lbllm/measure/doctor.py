@@ -26,9 +26,9 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from lbllm import kernels
+from lbllm.checkpoints import shipped
 from lbllm.checkpoints.hf import is_checkpoint
-from lbllm.checkpoints.seal import check_folder
-from lbllm.errors import CheckpointError, LbllmError
+from lbllm.errors import LbllmError
 from lbllm.extras import MODULES, Extra, installation
 from lbllm.machine import free_memory, has_bfloat16
 from lbllm.models.gguf import CONVERSION, is_whole
@@ -256,15 +256,9 @@ def _cached_models(folder: Path) -> Lines:
         if not path.is_dir() or path.name.startswith("."):
             continue
         used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if is_checkpoint(path):
-            try:
-                check_folder(path)
-                whole = True
-            except CheckpointError:
-                whole = False
-        else:
-            whole = is_whole(path)
-        old = not (whole or is_checkpoint(path) or path.name.endswith(f"-{CONVERSION}"))
+        packed = is_checkpoint(path)
+        whole = shipped.is_whole(path) if packed else is_whole(path)
+        old = not (whole or packed or path.name.endswith(f"-{CONVERSION}"))
         said = (
             "hashes are right" if whole else "of another version, not used" if old else "changed since it was written"
         )
