@@ -153,7 +153,9 @@ def test_the_command_shows_both_models_and_what_is_kept(
     assert "average" in table
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "openbookqa", "hellaswag"])
+@pytest.mark.parametrize(
+    "name", ["arc_easy", pytest.param("arc_challenge", marks=pytest.mark.soak), "openbookqa", "hellaswag"]
+)
 def test_each_task_asks_what_lm_eval_asks(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (rows,) = (rows for file, rows in FILES.items() if file.startswith(name))
     (score,) = zero_shot(*tiny("llama"), [name])

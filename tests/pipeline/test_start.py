@@ -164,8 +164,8 @@ def test_activations_are_brought_down_after_the_weights_were_trained_alone(tmp_p
     [
         ({"group_size": 8}, True),
         ({"group_size": 16, "overrides": {"*.down_proj": {"group_size": 4}}}, True),
-        ({"group_size": 1}, True),
-        ({"param_bits": 8}, False),
+        pytest.param({"group_size": 1}, True, marks=pytest.mark.soak),
+        pytest.param({"param_bits": 8}, False, marks=pytest.mark.soak),
         ({"group_size": 8, "param_bits": 8}, False),
         ({"group_size": 4, "param_bits": 4}, False),
     ],

@@ -219,7 +219,7 @@ def test_a_share_of_the_start_is_in_what_it_ends_with(share: float, whole: tuple
     assert any(not torch.equal(start, trained) for start, trained in zip(begun, ends[0.0], strict=True))
 
 
-@pytest.mark.parametrize("end", [2, STEPS])
+@pytest.mark.parametrize("end", [2, pytest.param(STEPS, marks=pytest.mark.soak)])
 def test_a_share_of_the_start_outlives_an_interruption(
     end: int, whole: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:
@@ -254,7 +254,7 @@ def test_what_diverges_keeps_the_state_before(rate: float, whole: tuple[Path, li
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("end", [0, 1, 3, 5])
+@pytest.mark.parametrize("end", [0, 3, *(pytest.param(end, marks=pytest.mark.soak) for end in (1, 5))])
 def test_stopped_anywhere_and_continued_it_ends_with_the_same_bytes(
     end: int, whole: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:
