@@ -192,10 +192,24 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = No
     return output if isinstance(output, Tensor) else output[0]
 
 
+def entering(hidden: Tensor, device: torch.device) -> Tensor:
+    """Return hidden states (..., hidden) as a block takes them: in float32 (float64 stays float64), on its device.
+
+    The stream of all tokens may be bfloat16 and stays in main memory or in a file.
+    """
+    return hidden.to(device, torch.promote_types(hidden.dtype, torch.float32))
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Return the device of a block's parameters."""
+    return next(block.parameters()).device
+
+
 def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None) -> Iterator[Tensor]:
-    """Yield the block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time."""
+    """Yield the block's outputs for hidden states (n, T, hidden), ``batch`` sequences at a time, on its device."""
+    device = device_of(block)
     for part in hidden.split(batch):
-        yield run_block(block, part, call, cache)
+        yield run_block(block, entering(part, device), call, cache)
 
 
 @torch.no_grad()
@@ -220,7 +234,7 @@ def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[lis
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(block).items()]
     try:
-        run_block(block, hidden, call)
+        run_block(block, entering(hidden, device_of(block)), call)
     finally:
         for handle in handles:
             handle.remove()
@@ -242,7 +256,7 @@ def layer_inputs(
         # The hook is removed between batches, because the caller may run the block there.
         handle = block.get_submodule(layer).register_forward_pre_hook(keep)
         try:
-            run_block(block, part, call, cache)
+            run_block(block, entering(part, device_of(block)), call, cache)
         except _Captured:
             pass
         finally:
