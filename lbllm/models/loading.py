@@ -147,18 +147,22 @@ def check_files(place: str, offline: bool = True, guard: str | None = None) -> N
     if stated is None and Path(place).is_dir() and (Path(place) / "model.safetensors").is_file():
         return
     if find_file(place, index, offline) is not None:
-        _check_index(place, index, offline)
+        indexed_files(place, index, offline)
 
 
-def _check_index(place: str, name: str, offline: bool) -> None:
+def indexed_files(place: str, name: str = INDEX, offline: bool = True) -> list[str]:
+    """The names of the files that an index names, sorted. Raises FileFault if it is damaged, or names a file of
+    another place or one that is missing."""
     weight_map = read_object(place, name, offline).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFault(f"{name} has no weight_map")
-    for file in {str(value): None for value in weight_map.values()}:
+    files = sorted({str(value) for value in weight_map.values()})
+    for file in files:
         if not _WEIGHTS_FILE.fullmatch(file):
             raise FileFault(f"{name} names the file {file!r}; only .safetensors files beside it are read")
         if Path(place).is_dir() and not (Path(place) / file).is_file():
             raise FileFault(f"{name} names the file {file}, which is missing")
+    return files
 
 
 def _implementations(value: object) -> Iterator[str]:

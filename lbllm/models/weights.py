@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lbllm.json_input import decode_object, shortened
-from lbllm.models.loading import INDEX, FileFault, find_file, read_object
+from lbllm.models.loading import INDEX, FileFault, find_file, indexed_files, read_object
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _DTYPES = {
@@ -88,12 +88,8 @@ class StoredWeights:
         if file is not None:
             return cls([file])
         index = stated if isinstance(stated, str) and stated != single else INDEX
-        names = sorted({str(name) for name in read_object(place, index, offline).get("weight_map", {}).values()})
-        files = [(name, find_file(place, name, offline)) for name in names]
-        missing = [name for name, found in files if found is None]
-        if missing:
-            raise FileFault(f"{index} names the file {missing[0]}, which is missing")
-        return cls([found for _, found in files if found is not None])
+        found = [find_file(place, name, offline) for name in indexed_files(place, index, offline)]
+        return cls([file for file in found if file is not None])
 
     def read(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """Return a tensor, or some of its rows (a slice without step, or ascending int64 indices), in its own dtype.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lbllm import memory
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import RunRecord
-from lbllm.checkpoints.seal import WEIGHTS
+from lbllm.checkpoints.weights import weights_bytes
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
@@ -150,7 +150,7 @@ def run(
     yield RunDone(
         path=str(target),
         bpw=bpw,
-        disk_bytes=(target / WEIGHTS).stat().st_size,
+        disk_bytes=weights_bytes(target),
         seconds=time.perf_counter() - began,
     )
 
