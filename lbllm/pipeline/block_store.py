@@ -39,6 +39,10 @@ def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precisi
         del document["start"]  # runs of the time before there was such a setting are resumed, too
     if config.quant.act_group_size == WHOLE_ROW:
         del document["quant"]["act_group_size"]
+    if config.stream_dtype == "float32":
+        del document["stream_dtype"]
+    if config.aar.loss == "relative":
+        del document["aar"]["loss"]
     weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
