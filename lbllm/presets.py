@@ -46,9 +46,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "tokens": 16_777_216,
             "epochs": 1,
             "batch_tokens": 4_096,
+            "lr_weight": 1e-3,
+            "lr_bitmap": 1e-2,
             "bitmap": "relaxed",
+            "reg_weight": 100.0,
             "loss": "mse",
         },
-        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096, "loss": "mse"},
+        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096, "lr_act": 1e-3, "loss": "mse"},
     },
 }
