@@ -41,6 +41,10 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["start"]  # runs of the time before there was such a setting are resumed, too
     if config.quant.act_group_size == WHOLE_ROW:
         del document["quant"]["act_group_size"]
+    if config.stream_dtype == "float32":
+        del document["stream_dtype"]
+    if config.aar.loss == "relative":
+        del document["aar"]["loss"]
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

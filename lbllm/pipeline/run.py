@@ -97,7 +97,7 @@ def run(
         survey.calls,
         corpus,
         store,
-        Streams(torch.float32, folder / "streams" if on_disk else None),
+        Streams(getattr(torch, config.stream_dtype), folder / "streams" if on_disk else None),
         accelerator.autocast,
         request,
         _held_out_tokens(model, held_out, budget) if held_out is not None else None,
