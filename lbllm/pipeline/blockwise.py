@@ -183,12 +183,14 @@ def _train(
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     if stage == "wat":
-        latents = {name: earlier.tensors[f"{name}.latent"].float() for name in run.formats[number]}
         before = _probe(run, student, number, inputs, targets)
+        start = earlier.tensors
+        # Taken out, so that training alone holds them.
+        latents = {name: start.pop(f"{name}.latent") for name in run.formats[number]}
         steps = wat_block(
             student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast, held_out=held_out
         )
-        start = earlier.tensors
+        del latents
     else:
         quant = config.quant
         sharing = shared_inputs(run.blocks[number], inputs[:1], call)
@@ -216,8 +218,7 @@ def _train(
     state = BlockState(collect(binary_layers(student)), before, 0.0, False)
     state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
     if not state.loss_after <= before:
-        kept = {k: v for k, v in start.items() if not k.endswith(".latent")}
-        state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
+        state = BlockState(start, before, before, is_divergence(before, state.loss_after))
     return state
 
 
