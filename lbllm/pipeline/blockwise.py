@@ -44,6 +44,9 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
+    if all(run.store.path(stage, number).exists() for number in range(run.blocks)):
+        yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
+        return
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     targets = _first_stream(run, sequences)
