@@ -38,10 +38,11 @@ from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.events import BlockDone, Event, RunDone, RunFailed, StageStarted
+from lbllm.events import BlockDone, Event, RunDone, RunFailed, RunStarted, StageStarted
 from lbllm.files import new_folder
 from lbllm.machine import fastest_matmul_rate
 from lbllm.measure.estimate import estimate
+from lbllm.measure.needs import needs, planned_layers
 from lbllm.models.loading import INDEX
 from lbllm.models.teacher import skeleton
 from lbllm.pipeline.block_store import BlockStore
@@ -177,7 +178,7 @@ def train(config: RunConfig, work: Path, limit: int | None, blocks: int | None, 
     seconds: dict[Stage, list[float]] = {stage: [] for stage in config.stages}
     peaks: dict[str, int] = {}
     shape = skeleton(config.model).config.get_text_config()
-    done = False
+    done, streams = False, "memory"
     while not done:
         watched = Watched(store, run, limit)
         stopped: Stage | None = None
@@ -190,6 +191,8 @@ def train(config: RunConfig, work: Path, limit: int | None, blocks: int | None, 
                 if blocks is not None and event.block + 1 == blocks < shape.num_hidden_layers:
                     stopped = event.stage
                     store.request(run.id, "stop")
+            if isinstance(event, RunStarted):
+                streams = event.streams
             done = done or isinstance(event, RunDone)
         for doing, peak in watched.peaks.items():
             peaks[doing] = max(peaks.get(doing, 0), peak)
@@ -201,7 +204,7 @@ def train(config: RunConfig, work: Path, limit: int | None, blocks: int | None, 
             _fill(run, config, stopped, blocks or 0, shape.num_hidden_layers)
     size = sum(file.stat().st_size for file in (run.folder / "checkpoint").glob("model*.safetensors"))
     files = len(list((run.folder / "checkpoint").glob("model*.safetensors")))
-    return {"peaks": peaks, "seconds": seconds, "checkpoint": size, "files": files}
+    return {"peaks": peaks, "seconds": seconds, "checkpoint": size, "files": files, "streams": streams}
 
 
 def _fill(run: Run, config: RunConfig, stage: Stage, done: int, blocks: int) -> None:
@@ -240,19 +243,22 @@ def main() -> None:
     settings = {"model": str(model), "corpus": str(ASSETS / "corpus.jsonl.gz"), "device": "cpu"}
     config = make_config("standard", settings | {"stages": options.stages.split(",")}, assignments=tuple(sizes))
     limit = None if options.limit is None else round(options.limit * 2**30)
-    expected = estimate(config)
-    rate = fastest_matmul_rate("cpu")
+    checkpoint_bytes, rate = estimate(config).disk_bytes, fastest_matmul_rate("cpu")
     found = train(config, options.work, limit, options.blocks, options.end == "yes")
     peak = max(found["peaks"].values())
-    blocks = skeleton(config.model).config.get_text_config().num_hidden_layers
+    structure = skeleton(config.model)
+    layers = planned_layers(structure, config.precision(config.stages[-1]))
+    expected = needs(config, structure, layers, checkpoint_bytes, gpu=False, streams=found["streams"])
+    expected_peak = sum(expected.memory.values())
+    blocks = structure.config.get_text_config().num_hidden_layers
     rows = [
         {"label": f"peak of {doing}", "value": round(size / 2**20), "unit": "MiB"}
         for doing, size in found["peaks"].items()
     ]
     rows += [
         {"label": "peak, measured", "value": round(peak / 2**20), "unit": "MiB"},
-        {"label": "peak, estimated", "value": round(expected.memory_bytes / 2**20), "unit": "MiB"},
-        {"label": "estimated over measured", "value": round(expected.memory_bytes / peak, 3), "unit": ""},
+        {"label": "peak, estimated", "value": round(expected_peak / 2**20), "unit": "MiB"},
+        {"label": "estimated over measured", "value": round(expected_peak / peak, 3), "unit": ""},
         {"label": "matrix products", "value": round(rate / 1e9), "unit": "GFLOP/s"},
     ]
     for stage, times in found["seconds"].items():

@@ -33,7 +33,7 @@ class RunLoading(_Event):
 
 class RunStarted(_Event):
     """The model is loaded and work begins. ``resumed_blocks``: the number of (stage, block) pairs finished before;
-    ``rows_left_out``: rows of the text that have none."""
+    ``rows_left_out``: rows of the text that have none; ``streams``: where the hidden states of all tokens lie."""
 
     kind: Literal["run_started"] = "run_started"
     stages: tuple[Stage, ...]
@@ -46,6 +46,7 @@ class RunStarted(_Event):
     bpw: float
     resumed_blocks: int = 0
     rows_left_out: int = 0
+    streams: Literal["memory", "disk"] = "memory"
 
 
 def stage_parts(stage: Stage, blocks: int) -> int:

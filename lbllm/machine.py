@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -165,9 +167,9 @@ def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
 
 def free_memory(device: str = "auto") -> int:
     """Return the bytes that a new process can use: GPU memory if the run uses one, or that of machine or container."""
-    if _uses_gpu(device):
+    if uses_gpu(device):
         return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
+    free = min(int(psutil.virtual_memory().available), _data_left())
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
@@ -178,13 +180,22 @@ def free_memory(device: str = "auto") -> int:
     return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
+def _data_left() -> int:
+    """Return the bytes of data that this process may still get, where a limit is set (ulimit -d, prlimit --data)."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(0, limit - int(psutil.Process().memory_info().data)) if sys.platform == "linux" else limit
+
+
 def fastest_matmul_rate(device: str = "auto") -> float:
     """Return the FLOPs per second of a large matrix product in float32 or bfloat16, the faster one; takes 0.2 s."""
-    place = "cuda" if _uses_gpu(device) else "cpu"
+    place = "cuda" if uses_gpu(device) else "cpu"
     # Small products decide, as bfloat16 can be a hundred times slower than float32 on processors without it.
     dtype = max((torch.float32, torch.bfloat16), key=lambda dtype: matmul_rate(dtype, 256, 0.02, place))
     return matmul_rate(dtype, 4096 if place == "cuda" else 1024, 0.12, place)
 
 
-def _uses_gpu(device: str) -> bool:
+def uses_gpu(device: str) -> bool:
+    """Return whether a run with this device setting computes on a GPU."""
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

@@ -29,7 +29,7 @@ from app.view import guard, plain, sentence, store
 from lbllm.checkpoints.record import checkpoint_name
 from lbllm.config import SETTINGS, RunConfig, arguments
 from lbllm.errors import LbllmError
-from lbllm.measure.estimate import Estimate, check_memory
+from lbllm.measure.estimate import Estimate, check_disk, check_memory
 from lbllm.models.catalogue import MODELS
 from lbllm.places import root
 from lbllm.presets import ABOUT, PRESETS
@@ -207,7 +207,12 @@ def _bar() -> DeltaGenerator:
 def _objections(config: RunConfig, result: Estimate) -> list[str]:
     """The reasons not to start."""
     said = []
-    for check in (lambda: check_memory(result, config.device), lambda: check_available(config.corpus)):
+    checks = (
+        lambda: check_memory(result, config.device),
+        lambda: check_disk(result, store().root),
+        lambda: check_available(config.corpus),
+    )
+    for check in checks:
         try:
             check()
         except LbllmError as error:

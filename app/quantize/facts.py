@@ -135,7 +135,9 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             "Memory of the run",
             size_text(result.memory_bytes),
             f"free now: {size_text(free_memory(config.device))}",
-            "At its peak. Most of it: "
+            "At its peak. One block of the model is in memory at a time; the hidden states of all tokens lie "
+            + ("in files on disk, because memory is short. " if result.needs.streams == "disk" else "in memory. ")
+            + f"The run's files take {size_text(sum(result.needs.disk.values()))} of disk space. Most of the memory: "
             + ", ".join(
                 f"{name} {size_text(size)}"
                 for name, size in sorted(result.memory_parts.items(), key=lambda item: -item[1])[:3]

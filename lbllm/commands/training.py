@@ -73,7 +73,7 @@ def _quantize(
     store: RunStore, config: RunConfig, out: Path, console: Console, *, ignore_memory: bool = False
 ) -> Outcome:
     """Check, estimate, run, and put the checkpoint in ``out``."""
-    from lbllm.measure.estimate import check_memory, estimate
+    from lbllm.measure.estimate import check_disk, check_memory, estimate
 
     check_out(out)
     _tell_reading(config, console)
@@ -84,6 +84,7 @@ def _quantize(
             check_memory(result, config.device)
         except ResourceError as error:
             raise ResourceError(f"{error}; --ignore-memory starts it anyway") from None
+    check_disk(result, store.root)
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
     return attend(store, run, console, out, result.stage_seconds)
@@ -186,6 +187,10 @@ def _estimate_table(config: RunConfig, result: Estimate) -> Table:
     grid.add_row("binarized weights", f"{result.weights:,} at {result.bpw:.3f} bits each, parameters included")
     grid.add_row("kept dense", f"{result.dense_weights:,}")
     grid.add_row("checkpoint", f"{size(result.disk_bytes)}, {against_16_bits(result.disk_bytes, result.parameters)}")
-    grid.add_row("peak memory", size(result.memory_bytes))
+    states = "in files on disk" if result.needs.streams == "disk" else "in memory"
+    grid.add_row("peak memory", f"{size(result.memory_bytes)}, hidden states {states}")
+    if result.needs.gpu:
+        grid.add_row("GPU memory", size(sum(result.needs.gpu.values())))
+    grid.add_row("disk space", size(sum(result.needs.disk.values())))
     grid.add_row("time", f"about {duration(result.seconds)}, with loading and evaluation")
     return grid

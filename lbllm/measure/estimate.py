@@ -12,42 +12,27 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
-from lbllm.machine import check_device, fastest_matmul_rate, free_memory, has_bfloat16
+from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
+from lbllm.measure.needs import Needs, PlannedLayer, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
-from lbllm.models.blocks import FORWARD_TOKENS, check_length, check_supported, linear_weight
+from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Run
-from lbllm.sections import LayerFormat, Stage
+from lbllm.sections import Stage
 from lbllm.stages.aar import CLIPS, KNEES
 from lbllm.stages.distill import PROBE_TOKENS
-
-# Memory, in bytes.
-PROGRAM = 620_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
-LOGITS = 8  # per token of one sequence and vocabulary entry: logits and their logarithms while a model is measured
-STREAMS_ADVANCE, STREAMS_TRAIN = 5, 3  # copies of all tokens' hidden states: while a block runs forward, or trains
-FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
-TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
-PTQ_INPUT = 1.3  # per token and input feature: the teacher's inputs, counted once if layers share an input
-PTQ_WEIGHT = 16  # per weight of a block in stage 1: target, latent, value, index, state to save
-HESSIANS = 6  # float32 matrices (in, in) of the widest layer: Hessian, drift, damped, inverse, factor, solution
-WAT_WEIGHT = 39  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight, masks, temporaries
-AAR_WEIGHT = 28  # per weight in stage 3: index, masks of the levels, expanded weight, its gradient
-AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
-E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
-E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
-E2E_LOGITS = 4  # numbers per token of one sequence and vocabulary entry: both models' logits and two gradients
-E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
 
 # Time, in FLOPs: a forward pass takes 2 per weight and token, a backward pass 4.
 PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts
@@ -70,18 +55,17 @@ READ_RATE = 2e8  # bytes per second: the teacher in float32, and the checkpoint 
 class Estimate:
     """The estimate of a run. All sizes are in bytes, all times in seconds.
 
-    ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of model.safetensors,
-    the sum of ``parts``. ``memory_bytes``: the run's peak, the sum of ``memory_parts`` at that moment. ``seconds``: the
+    ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of the checkpoint's
+    weights, the sum of ``parts``. ``needs``: what the run needs of memory and disk. ``seconds``: the
     sum of ``stage_seconds`` and ``other_seconds``, which are those before, between and after the stages. ``weights``:
     the number of binarized weights. ``dense_weights``: the number of all other parameters.
     """
 
     bpw: float
     disk_bytes: int
-    memory_bytes: int
     seconds: float
     parts: dict[str, int]
-    memory_parts: dict[str, int]
+    needs: Needs
     stage_seconds: dict[Stage, float]
     other_seconds: dict[str, float]
     weights: int
@@ -89,24 +73,19 @@ class Estimate:
     blocks: int
 
     @property
+    def memory_parts(self) -> dict[str, int]:
+        """The memory of the machine at the run's largest moment by term."""
+        return self.needs.memory
+
+    @property
+    def memory_bytes(self) -> int:
+        """The run's peak memory."""
+        return sum(self.needs.memory.values())
+
+    @property
     def parameters(self) -> int:
         """The number of all parameters of the model."""
         return self.weights + self.dense_weights
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer to binarize: module path, number of its block, shape (rows, columns) = (out, in), format."""
-
-    name: str
-    block: int
-    rows: int
-    columns: int
-    format: LayerFormat
-
-    @property
-    def weights(self) -> int:
-        return self.rows * self.columns
 
 
 def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: float | None = None) -> Estimate:
@@ -122,25 +101,19 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     check_supported(model)
     check_length(model, config.seq_len, setting_name("seq_len"))
     quant = config.precision(config.stages[-1])
-    path, blocks, formats = block_formats(model, quant)
-    layers = []
-    for number, named in enumerate(formats):
-        for name, fmt in named.items():
-            rows, columns = linear_weight(blocks[number].get_submodule(name)).shape
-            layers.append(_Layer(f"{path}.{number}.{name}", number, rows, columns, fmt))
+    _, blocks, formats = block_formats(model, quant)
+    layers = planned_layers(model, quant)
     weights = sum(layer.weights for layer in layers)
     parts = _disk(model, layers)
-    memory = _memory(config, model, layers, sum(parts.values()))
     rate = rate or fastest_matmul_rate(config.device)
     seconds = _seconds(config, model, layers, rate)
     others = _other_seconds(config, model, weights, sum(parts.values()), rate)
     return Estimate(
         bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
-        memory_bytes=sum(memory.values()),
         seconds=sum(seconds.values()) + sum(others.values()),
         parts=parts,
-        memory_parts=memory,
+        needs=needs(config, model, layers, sum(parts.values()), gpu=uses_gpu(config.device)),
         stage_seconds=seconds,
         other_seconds=others,
         weights=weights,
@@ -159,19 +132,39 @@ def expected_seconds(run: Run) -> dict[Stage, float]:
 
 def check_memory(result: Estimate, device: str = "auto") -> None:
     """Raise ResourceError if the run needs more memory than is free; the message says what to reduce."""
-    free = free_memory(device)
-    if result.memory_bytes <= free:
-        return
-    terms = sorted(result.memory_parts.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
-    raise ResourceError(
-        f"the run needs about {result.memory_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free. "
-        f"The largest parts are: {listed}. Free some, choose a smaller model, less text, or lower values of "
-        f"{setting_name('seq_len')}, {setting_name('wat.batch_tokens')} or {setting_name('aar.batch_tokens')}"
-    )
+    places = [("memory", result.needs.memory, "cpu")]
+    if result.needs.gpu:
+        places.append(("GPU memory", result.needs.gpu, device))
+    for name, parts, place in places:
+        needed, free = sum(parts.values()), free_memory(place)
+        if needed > free:
+            raise ResourceError(
+                f"the run needs about {needed / 1e9:.2f} GB of {name} and {free / 1e9:.2f} GB are free. "
+                f"The largest parts are: {_largest(parts)}. Free some, choose a smaller model, less text, or lower "
+                f"values of {setting_name('seq_len')}, {setting_name('wat.batch_tokens')} or "
+                f"{setting_name('aar.batch_tokens')}"
+            )
 
 
-def _disk(model: PreTrainedModel, layers: list[_Layer]) -> dict[str, int]:
+def check_disk(result: Estimate, folder: Path) -> None:
+    """Raise ResourceError if the run's files need more space than is free where ``folder`` lies or will be made."""
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = sum(result.needs.disk.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            f"the run needs about {needed / 1e9:.2f} GB of disk space and {free / 1e9:.2f} GB are free in {folder}. "
+            f"The largest parts are: {_largest(result.needs.disk)}. Free some, set LBLLM_HOME to a folder on another "
+            "disk, or choose a smaller model or fewer stages"
+        )
+
+
+def _largest(parts: dict[str, int]) -> str:
+    terms = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
+
+
+def _disk(model: PreTrainedModel, layers: list[PlannedLayer]) -> dict[str, int]:
     """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; dense tensors: bfloat16)."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
     table: dict[str, tuple[str, list[int], int]] = {}
@@ -233,60 +226,7 @@ def _header_bytes(table: dict[str, tuple[str, list[int], int]]) -> int:
     return 8 + length + -length % 8
 
 
-def _memory(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], disk_bytes: int) -> dict[str, int]:
-    """Return the peak memory in bytes by term: the program, the teacher, and the terms of the run's largest moment."""
-    blocks: dict[int, list[_Layer]] = {}
-    for layer in layers:
-        blocks.setdefault(layer.block, []).append(layer)
-    features = max(sum(layer.columns + layer.rows for layer in block) for block in blocks.values())
-    inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
-    weights = max(sum(layer.weights for layer in block) for block in blocks.values())
-    widest = max(layer.columns for layer in layers)
-    forward = FORWARD_FEATURE * max(config.seq_len, FORWARD_TOKENS) * features
-    streams, activations, state = "hidden states of all tokens", "activations of a batch", "block in training"
-
-    stored = model.config.dtype
-    read = stored.itemsize if isinstance(stored, torch.dtype) and stored != torch.float32 else 0
-    text = model.config.get_text_config()
-    moments = [
-        {"weights file being read": read * model.num_parameters()},
-        {
-            "logits of one sequence": LOGITS * config.seq_len * text.vocab_size,
-            "packed model being measured": disk_bytes
-            + 4 * (model.num_parameters() - sum(layer.weights for layer in layers)),
-        },
-        {"checkpoint being written": 2 * disk_bytes},
-    ]
-    for stage in config.stages:
-        settings = getattr(config, stage)
-        if stage == "e2e":
-            kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
-            number = 2 if has_bfloat16() or config.device not in ("auto", "cpu") else 4
-            each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
-            logits = each_logit * config.e2e_seq_len * text.vocab_size
-            head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products
-            each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
-            training = each * sum(layer.weights for layer in layers) + head
-            moments.append({activations: kept, "logits of one sequence": logits, "weights in training": training})
-            continue
-        stream = 4 * text.hidden_size * config.seq_len * math.ceil(settings.tokens / config.seq_len)
-        moments.append({streams: STREAMS_ADVANCE * stream, activations: forward})
-        if stage == "ptq":
-            solving = PTQ_WEIGHT * weights + HESSIANS * 4 * widest**2
-            teacher_inputs = round(PTQ_INPUT * inputs * settings.tokens)
-            moments.append({streams: STREAMS_TRAIN * stream + teacher_inputs, activations: forward, state: solving})
-            continue
-        batch = max(config.seq_len, settings.batch_tokens)
-        kept = TRAIN_FEATURE * features * batch
-        if stage == "aar":
-            kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
-        training = (WAT_WEIGHT if stage == "wat" else AAR_WEIGHT) * weights
-        moments.append({streams: STREAMS_TRAIN * stream, activations: kept, state: training})
-    most = max(moments, key=lambda moment: sum(moment.values()))
-    return {"program": PROGRAM, "teacher in float32": 4 * model.num_parameters()} | most
-
-
-def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[_Layer], rate: float) -> dict[Stage, float]:
+def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer], rate: float) -> dict[Stage, float]:
     """Return the seconds of each stage of the run on a device with ``rate`` FLOPs per second."""
     # Attention costs as much per token as this many weights: seq_len / 2 positions (causal), twice (QK and AV).
     blocks = len({layer.block for layer in layers})

@@ -24,6 +24,7 @@ from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_file
 from lbllm.machine import make_accelerator
+from lbllm.measure.needs import needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS, block_perplexity
 from lbllm.models.blocks import check_length, check_supported, linear_weight
 from lbllm.models.source import hub_id
@@ -89,7 +90,9 @@ def run(
     if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
         for number, tensors in enumerate(checkpoint_blocks(config, model)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
-    on_disk = False
+    layers = planned_layers(model.model, config.precision(config.stages[-1]))
+    # The size of the checkpoint, about: it decides nothing here where it is small beside a block in training.
+    place = needs(config, model.model, layers, 0, gpu=device.type != "cpu").streams
     state = RunContext(
         config,
         model,
@@ -98,7 +101,7 @@ def run(
         survey.calls,
         corpus,
         store,
-        Streams(getattr(torch, config.stream_dtype), folder / "streams" if on_disk else None),
+        Streams(getattr(torch, config.stream_dtype), folder / "streams" if place == "disk" else None),
         accelerator.autocast,
         request,
         _held_out_tokens(model, held_out, budget) if held_out is not None else None,
@@ -120,6 +123,7 @@ def run(
         bpw=bpw,
         resumed_blocks=finished,
         rows_left_out=corpus.left_out,
+        streams=place,
     )
     try:
         yield from _evaluate(state, "teacher", model, held_out)

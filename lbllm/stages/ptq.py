@@ -40,7 +40,7 @@ from lbllm.stages.hessians import align, correction_, factorize, factorize_, inp
 
 # Bytes for each weight of the rows that are solved at the same time: six float32 matrices (target, compensated weights,
 # values, residual, a product, weights in the layer's own order), and in a group the temporaries of ``_descend``.
-_SOLVE_WEIGHT, _SOLVE_GROUP = 24, 100
+SOLVE_WEIGHT, SOLVE_GROUP = 24, 100
 
 # Bytes for each weight while a layer's rounded weight is made: its level, its index as int64.
 _ROUND_WEIGHT = 12
@@ -108,7 +108,7 @@ def binarize_rows(
     rows, columns = sum(len(weight) for weight in weights), len(hessian)
     length = group_length(fmt.group_size, columns)
     groups, count = -(-columns // length), LEVELS[fmt.format]
-    parts = row_chunks(rows, _SOLVE_WEIGHT * columns + _SOLVE_GROUP * length)
+    parts = row_chunks(rows, SOLVE_WEIGHT * columns + SOLVE_GROUP * length)
 
     def aligned(part: slice) -> Tensor:
         return align(_join(weights, part).to(hessian.dtype), correction, config)

@@ -18,7 +18,8 @@ from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, ModelError, ResourceError
 from lbllm.events import RunDone
 from lbllm.machine import fastest_matmul_rate, free_memory
-from lbllm.measure.estimate import Estimate, check_memory, estimate
+from lbllm.measure.estimate import Estimate, check_disk, check_memory, estimate
+from lbllm.measure.needs import Needs
 from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
 from lbllm.units import against_16_bits
@@ -161,6 +162,25 @@ def test_checkpoint_has_the_size_that_was_said(
     assert done.bpw == pytest.approx(said.bpw)
 
 
+def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(save_tiny(tmp_path, "llama"))
+    ample = estimate(config, rate=1e9).needs
+    monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
+    short = estimate(config, rate=1e9).needs
+    states = "hidden states of all tokens"
+    assert (ample.streams, short.streams) == ("memory", "disk")
+    assert states not in ample.disk
+    assert short.disk[states] > 0
+    assert sum(short.memory.values()) < sum(ample.memory.values())
+
+
+def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
+    shallow, deep = (save_tiny(tmp_path / str(n), "llama", num_hidden_layers=n) for n in (2, 12))
+    found = [estimate(_config(folder), rate=1e9).needs for folder in (shallow, deep)]
+    assert sum(found[0].memory.values()) == sum(found[1].memory.values())
+    assert sum(found[0].disk.values()) < sum(found[1].disk.values()) / 3
+
+
 def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama")
     config = _config(folder)
@@ -169,20 +189,26 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
         larger = getattr(config, stage).model_copy(update={key: 2_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
     # Stage 4 holds a graph of the whole model.
-    whole = config.model_copy(update={"stages": STAGES, "seq_len": 256})
-    assert estimate(whole).memory_bytes > base + 10**6
+    whole = config.model_copy(update={"stages": STAGES, "e2e": config.e2e.model_copy(update={"seq_len": 20_000})})
+    assert estimate(whole.model_copy(update={"seq_len": 256})).memory_bytes > base + 10**6
 
 
 _PEAK = """
-import sys
+import re, sys, threading, time
 from pathlib import Path
 from lbllm.config import RunConfig
-from lbllm.memory import peak_memory
 from lbllm.pipeline.run import run
+peak = [0]
+def watch():
+    while True:
+        found = re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())
+        peak[0] = max(peak[0], 1024 * int(found[1]))
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
 config = RunConfig.model_validate_json(sys.argv[1])
 for _ in run(config, Path(sys.argv[2]), request=lambda: None):
     pass
-print(peak_memory())
+print(peak[0])
 """
 
 
@@ -238,15 +264,20 @@ def test_one_model_has_one_factor_wherever_its_size_is_stated() -> None:
     assert against_16_bits(2 * result.parameters + 1000, result.parameters) == "about as large as in 16 bits"
 
 
-def test_too_little_memory_is_said_before_the_start() -> None:
+def test_too_little_memory_or_disk_is_said_before_the_start(tmp_path: Path) -> None:
     result = _embedded(group_size=64)
     assert free_memory("cpu") > 0
-    check_memory(replace(result, memory_bytes=1), "cpu")
-    parts = result.memory_parts | {"teacher in float32": 10**15}
+    small, large = (
+        replace(result, needs=Needs({"dense block": size}, {}, {"checkpoint": size}, "memory")) for size in (1, 10**15)
+    )
+    check_memory(small, "cpu")
+    check_disk(small, tmp_path / "runs" / "of" / "nobody")
     with pytest.raises(
-        ResourceError, match=r"needs about 1000000\.00 GB .* are free.*teacher in float32 1000000\.00 GB"
+        ResourceError, match=r"needs about 1000000\.00 GB of memory .* are free.*dense block 1000000\.00 GB"
     ):
-        check_memory(replace(result, memory_bytes=10**15, memory_parts=parts), "cpu")
+        check_memory(large, "cpu")
+    with pytest.raises(ResourceError, match=r"1000000\.00 GB of disk space .* are free.*checkpoint 1000000\.00 GB"):
+        check_disk(large, tmp_path)
 
 
 def test_rate_is_measured_quickly() -> None:

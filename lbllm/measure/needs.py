@@ -1,0 +1,265 @@
+"""What a run needs: memory at its largest moment, the same on a GPU, and space on disk, by named terms in bytes.
+
+Stages 1 to 3 hold one block at a time (``lbllm.pipeline.blockwise``), so their memory depends on the largest block and
+on the text, not on the number of blocks. Memory is what the process cannot do without: its anonymous pages. Pages of
+files, such as hidden states on disk, are not counted. The constants were fitted to measured runs (benchmarks/large.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from lbllm.checkpoints.weights import LARGEST
+from lbllm.config import RunConfig
+from lbllm.machine import free_memory, has_bfloat16
+from lbllm.measure.perplexity import BATCH_TOKENS
+from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
+from lbllm.models.streamed import LOGITS_PART
+from lbllm.quant.chunks import CHUNK_BYTES
+from lbllm.quant.levels import LEVELS, group_length
+from lbllm.quant.plan import block_formats
+from lbllm.sections import PAPER_STAGES, LayerFormat, QuantConfig, Stage
+from lbllm.stages.hessians import MATRICES
+from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
+
+PROGRAM = 350_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
+GPU_PROGRAM = 1_000_000_000  # what a process takes on a GPU for itself
+FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
+TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
+BLOCK = 4  # per weight: a dense block, in float32
+WAT_WEIGHT = 28  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight and its gradient, index
+AAR_WEIGHT = 12  # per weight in stage 3: index, expanded weight, its gradient, group parameters with two moments
+AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
+READ_PART = 2**24 * 4  # rows of embeddings or output head that are read at once
+E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
+E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
+E2E_LOGITS = 4  # numbers per token of one sequence and vocabulary entry: both models' logits and two gradients
+E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
+
+Place = Literal["memory", "disk"]
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer to binarize: module path, number of its block, shape (rows, columns) = (out, in), format."""
+
+    name: str
+    block: int
+    rows: int
+    columns: int
+    format: LayerFormat
+
+    @property
+    def weights(self) -> int:
+        """The number of its weights."""
+        return self.rows * self.columns
+
+    @property
+    def params_bytes(self) -> int:
+        """Its group parameters in float32."""
+        groups = math.ceil(self.columns / group_length(self.format.group_size, self.columns))
+        return 4 * self.rows * groups * LEVELS[self.format.format]
+
+
+def planned_layers(model: PreTrainedModel, quant: QuantConfig) -> list[PlannedLayer]:
+    """The layers that are binarized, in the order of the model. Raises ConfigError as ``block_formats`` does."""
+    path, blocks, formats = block_formats(model, quant)
+    layers = []
+    for number, named in enumerate(formats):
+        for name, fmt in named.items():
+            rows, columns = linear_weight(blocks[number].get_submodule(name)).shape
+            layers.append(PlannedLayer(f"{path}.{number}.{name}", number, rows, columns, fmt))
+    return layers
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by term: ``memory`` of the machine and ``gpu`` memory at the run's largest moment, ``disk`` at its end.
+
+    ``streams``: where the hidden states of all tokens lie. ``gpu`` is empty if the run uses none.
+    """
+
+    memory: dict[str, int]
+    gpu: dict[str, int]
+    disk: dict[str, int]
+    streams: Place
+
+
+def needs(
+    config: RunConfig,
+    model: PreTrainedModel,
+    layers: list[PlannedLayer],
+    checkpoint_bytes: int,
+    *,
+    gpu: bool,
+    streams: Place | None = None,
+) -> Needs:
+    """What a run of the ``model``, which may be a skeleton, needs. ``streams``: where its hidden states lie; None: on
+    disk if memory is short."""
+    moments = _moments(config, model, layers, checkpoint_bytes)
+    place: Place = streams or "memory"
+    memory, on_gpu = _largest(moments, gpu, in_files=place == "disk")
+    if streams is None and sum(memory.values()) > free_memory("cpu"):
+        place = "disk"
+        memory, on_gpu = _largest(moments, gpu, in_files=True)
+    return Needs(memory, on_gpu, _disk(config, model, layers, checkpoint_bytes, place), place)
+
+
+@dataclass
+class _Moment:
+    """What exists at the same time: ``compute`` where the run computes, ``host`` on the machine itself, ``streams``
+    on the machine or in files."""
+
+    compute: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+    streams: int = 0
+
+
+def _largest(moments: list[_Moment], gpu: bool, *, in_files: bool) -> tuple[dict[str, int], dict[str, int]]:
+    def on_machine(moment: _Moment) -> dict[str, int]:
+        terms = moment.host | ({} if gpu else moment.compute)
+        return terms | ({} if in_files or not moment.streams else {"hidden states of all tokens": moment.streams})
+
+    memory = max(map(on_machine, moments), key=lambda terms: sum(terms.values()))
+    if not gpu:
+        return {"program": PROGRAM} | memory, {}
+    largest = max((moment.compute for moment in moments), key=lambda terms: sum(terms.values()))
+    return {"program": PROGRAM} | memory, {"program": GPU_PROGRAM} | largest
+
+
+def _moments(
+    config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer], checkpoint_bytes: int
+) -> list[_Moment]:
+    """The moments at which a run can need the most."""
+    blocks: dict[int, list[PlannedLayer]] = {}
+    for layer in layers:
+        blocks.setdefault(layer.block, []).append(layer)
+    features = max(sum(layer.columns + layer.rows for layer in block) for block in blocks.values())
+    weights = max(sum(layer.weights for layer in block) for block in blocks.values())
+    params = max(sum(layer.params_bytes for layer in block) for block in blocks.values())
+    text = model.config.get_text_config()
+    forward = FORWARD_FEATURE * max(config.seq_len, FORWARD_TOKENS) * features
+    activations, state, dense = "activations of a batch", "block in training", "dense block"
+    window = max(BATCH_TOKENS, config.seq_len)
+    moments = [
+        # The logits of a part of the vocabulary, and the rows of the output head that give them.
+        _Moment(
+            {
+                "logits of one sequence": 3 * 4 * LOGITS_PART
+                + 4 * text.hidden_size * min(text.vocab_size, max(256, LOGITS_PART // config.seq_len)),
+                "hidden states of all tokens": 4 * window * text.hidden_size,
+            }
+        ),
+        _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
+        _Moment({}, {"checkpoint being written": min(LARGEST, checkpoint_bytes) + READ_PART, state: weights + params}),
+    ]
+    for stage in config.stages:
+        if stage == "e2e":
+            moments.append(_whole(config, model, layers))
+            continue
+        stream = _stream_bytes(config, model, stage)
+        # The student's block, made from its state and the teacher's.
+        moments.append(
+            _Moment(
+                {dense: BLOCK * weights, state: (BLOCK + 1) * weights + params, activations: forward},
+                {"state of a block": (3 if stage == "ptq" else 1) * weights + params},
+                2 * stream,
+            )
+        )
+        if stage == "ptq":
+            moments += [_solving(config, block, stream) for block in blocks.values()]
+        else:
+            moments.append(_training(config, stage, blocks, features, weights, params, stream))
+    return moments
+
+
+def _stream_bytes(config: RunConfig, model: PreTrainedModel, stage: Stage) -> int:
+    """One stream of a stage: the hidden states of all its tokens."""
+    tokens = config.seq_len * math.ceil(getattr(config, stage).tokens / config.seq_len)
+    item = 2 if config.stream_dtype == "bfloat16" else 4
+    return int(item * model.config.get_text_config().hidden_size * tokens)
+
+
+def _solving(config: RunConfig, block: list[PlannedLayer], stream: int) -> _Moment:
+    """Stage 1 on a block, see ``lbllm.stages.ptq``."""
+    widest = max(layer.columns for layer in block)
+    tokens = config.seq_len * math.ceil(config.ptq.tokens / config.seq_len)
+    weights, params = sum(layer.weights for layer in block), sum(layer.params_bytes for layer in block)
+    # Layers with one input: here, those with as many columns in the same part of the block.
+    groups: dict[tuple[str, int], int] = {}
+    solved = 0
+    for layer in block:
+        key = (layer.name.rpartition(".")[0], layer.columns)
+        groups[key] = groups.get(key, 0) + layer.params_bytes
+        length = group_length(layer.format.group_size, layer.columns)
+        solved = max(solved, layer.rows * (SOLVE_WEIGHT * layer.columns + SOLVE_GROUP * length))
+    batch = 12 * widest * max(config.seq_len, min(FORWARD_TOKENS, tokens))
+    return _Moment(
+        {
+            "dense block": 2 * BLOCK * weights,
+            "Hessians": 4 * MATRICES * widest**2,
+            "rows being solved": max(min(CHUNK_BYTES, solved), batch),
+            "block in training": 3 * weights + params + 2 * max(groups.values()),
+        },
+        streams=2 * stream + 2 * sum(columns for _, columns in groups) * tokens,
+    )
+
+
+def _training(
+    config: RunConfig,
+    stage: Stage,
+    blocks: dict[int, list[PlannedLayer]],
+    features: int,
+    weights: int,
+    params: int,
+    stream: int,
+) -> _Moment:
+    """Stages 2 and 3 on a block."""
+    batch = max(config.seq_len, getattr(config, stage).batch_tokens)
+    kept = TRAIN_FEATURE * features * batch
+    if stage == "aar":
+        inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
+        widest = max(layer.columns for block in blocks.values() for layer in block)
+        kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
+    each = WAT_WEIGHT if stage == "wat" else AAR_WEIGHT
+    return _Moment(
+        {"activations of a batch": kept, "block in training": each * weights + 4 * params}, streams=2 * stream
+    )
+
+
+def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:
+    """Stage 4, which has the whole model in memory."""
+    text = model.config.get_text_config()
+    kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
+    number = 2 if has_bfloat16() or config.device not in ("auto", "cpu") else 4
+    each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
+    head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products
+    each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
+    return _Moment(
+        {
+            "teacher in float32": 4 * model.num_parameters(),
+            "activations of a batch": kept,
+            "logits of one sequence": each_logit * config.e2e_seq_len * text.vocab_size,
+            "weights in training": each * sum(layer.weights for layer in layers) + head,
+        }
+    )
+
+
+def _disk(
+    config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer], checkpoint_bytes: int, place: Place
+) -> dict[str, int]:
+    """The files of a run: states of all blocks after each stage, the checkpoint, and hidden states in files."""
+    weights, params = sum(layer.weights for layer in layers), sum(layer.params_bytes for layer in layers)
+    states = 0
+    for stage in config.stages:
+        latent = stage == "ptq" or (stage == "e2e" and config.e2e.lr_weight > 0)
+        states += (3 if latent else 1) * weights + params
+    found = {"states of the blocks": states, "checkpoint": checkpoint_bytes}
+    blockwise = [stage for stage in config.stages if stage in PAPER_STAGES]
+    if place == "disk" and blockwise:
+        found["hidden states of all tokens"] = max(2 * _stream_bytes(config, model, stage) for stage in blockwise)
+    return found
