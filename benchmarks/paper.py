@@ -41,6 +41,7 @@ from lbllm.machine import make_accelerator
 from lbllm.measure.perplexity import perplexity
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.loading import quiet
+from lbllm.models.streamed import hash_of
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.packed_model import stage_model
@@ -119,6 +120,7 @@ class Chain:
         self.teacher, self.judged, self.work, self.whole = teacher, judged, work, whole
         self.path, self.blocks = decoder_blocks(teacher.model)
         self.targets = self._last_outputs(teacher.model)
+        self.hashes = {name: hash_of(weight) for name, weight in teacher.model.named_parameters()}
         self.finished: dict[str, tuple[Path, Stage]] = {}
         self.corpus = cache(self._corpus)
 
@@ -144,7 +146,7 @@ class Chain:
     def _take_over(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
         """Copy the stages that another run has done with the same settings."""
         precision = make_accelerator(config.device, None).mixed_precision
-        own = BlockStore(folder, fingerprint(config, self.teacher.model, corpus.hash, precision), config.stages)
+        own = BlockStore(folder, fingerprint(config, self.hashes, corpus.hash, precision), config.stages)
         for stage in config.stages:
             other = self.finished.get(self._prefix(config, stage, corpus))
             if other is None:
