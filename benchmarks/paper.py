@@ -244,7 +244,7 @@ def main() -> None:
         name = f"{hashlib.sha256(teacher.name.encode()).hexdigest()[:8]}-{options.blocks}"
         teacher = first_blocks(teacher, options.blocks, options.work / "models" / name)
     base: dict[str, Any] = {"model": teacher.name, "corpus": options.corpus}
-    base |= {f"{stage}.tokens": options.tokens for stage in ("ptq", "wat", "aar")}
+    base |= {f"{stage}.tokens": options.tokens for stage in PAPER_STAGES}
     for assignment in options.set:
         path, _, value = assignment.partition("=")
         base[path] = json.loads(value)
