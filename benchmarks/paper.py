@@ -41,7 +41,7 @@ from lbllm.machine import make_accelerator
 from lbllm.measure.perplexity import perplexity
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.loading import quiet
-from lbllm.models.streamed import hash_of
+from lbllm.models.streamed import weight_hashes
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.packed_model import stage_model
@@ -120,7 +120,7 @@ class Chain:
         self.teacher, self.judged, self.work, self.whole = teacher, judged, work, whole
         self.path, self.blocks = decoder_blocks(teacher.model)
         self.targets = self._last_outputs(teacher.model)
-        self.hashes = {name: hash_of(weight) for name, weight in teacher.model.named_parameters()}
+        self.hashes = weight_hashes(teacher.model)
         self.finished: dict[str, tuple[Path, Stage]] = {}
         self.corpus = cache(self._corpus)
 

@@ -92,7 +92,8 @@ def test_an_older_run_kept_its_hidden_states_in_float32() -> None:
     assert parse_config(document | {"stream_dtype": "bfloat16"}).stream_dtype == "bfloat16"
     # The settings of a new run, in whatever form they come, have today's default.
     assert {make_config(preset).stream_dtype for preset in PRESETS} | {RunConfig().stream_dtype} == {"bfloat16"}
-    assert make_config(*read_settings('{"preset": "paper", "seed": 3}', "settings.json")).stream_dtype == "bfloat16"
+    named, settings = read_settings('{"preset": "paper", "seed": 3}', "settings.json")
+    assert make_config(named or "", settings).stream_dtype == "bfloat16"
 
 
 def test_the_paper_preset_is_the_paper() -> None:

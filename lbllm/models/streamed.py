@@ -95,7 +95,7 @@ class BlockModel:
         def run(number: int) -> Callable[..., Any]:
             block = self.block(number)
             full = f"{self.path}.{number}."
-            found.hashes |= {full + name: hash_of(weight) for name, weight in block.named_parameters()}
+            found.hashes |= {full + name: value for name, value in weight_hashes(block).items()}
             layers = linear_layers(block)
             called: set[str] = set()
             handles = [
@@ -263,6 +263,11 @@ def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
     step = max(1, LOGITS_PART // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
+
+
+def weight_hashes(model: nn.Module) -> dict[str, int]:
+    """Return the hash of each parameter by name, as ``BlockModel.survey`` finds them."""
+    return {name: hash_of(weight) for name, weight in model.named_parameters()}
 
 
 def hash_of(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from lbllm.chat.showcase import open_showcase
 from lbllm.checkpoints.dense import dense_copy
 from lbllm.checkpoints.find import find_checkpoint, open_model, teacher_of
 from lbllm.checkpoints.shipped import strip
-from lbllm.checkpoints.weights import WEIGHTS, weights_bytes, weights_files
+from lbllm.checkpoints.weights import WEIGHTS, save_parts, weights_bytes, weights_files
 from lbllm.errors import CheckpointError
 from lbllm.events import RunDone
 from lbllm.files import file_sha256
@@ -92,8 +92,7 @@ def test_a_dense_export_is_what_transformers_writes_also_in_several_files(
     dense_copy(lbllm.load(parts)[0]).save_pretrained(tmp_path / "memory")
     one = files(tmp_path / "one")
     assert files(tmp_path / "memory").items() < one.items()
-    save = exporting.save_parts
-    monkeypatch.setattr(exporting, "save_parts", lambda *arguments: save(*arguments, largest=30_000))
+    monkeypatch.setattr(exporting, "save_parts", lambda *arguments: save_parts(*arguments, largest=30_000))
     export(source, "dense", tmp_path / "several")
     found = [load_file(file) for file in weights_files(tmp_path / "several")]
     assert len(found) >= 3
