@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lbllm.errors import ModelError
 from lbllm.models.blocks import decoder_blocks, share_copy
-from lbllm.models.loading import check_files, load_model
+from lbllm.models.loading import FileFault, check_files, load_model
 from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.weights import StoredWeights
 
@@ -27,7 +28,8 @@ class ConvertedWeights(Exception):
 def open_blocks(place: str, offline: bool, config: PretrainedConfig, device: torch.device) -> BlockModel:
     """Open the model of a folder or of a hub repository; its weights are float32 on ``device``.
 
-    Raises FileFault as ``load_model`` does, ConvertedWeights, and the errors of transformers and of the system.
+    Raises FileFault as ``load_model`` does, ConvertedWeights, and the errors of transformers and of the system. Where a
+    file is lost or changed later, the model raises ModelError.
     """
     check_files(place, offline)
     weights = StoredWeights.find(place, offline)
@@ -97,7 +99,10 @@ class _Opened:
                         yield name, tuple(tensor.shape)
 
     def blocks(self) -> BlockModel:
-        return BlockModel(self._model, self._block, device=self._device, matrices=self._matrices, read=self._read)
+        files = {name: self._weights.tensors[stored].file.name for name, stored in self._stored.items()}
+        return BlockModel(
+            self._model, self._block, device=self._device, matrices=self._matrices, read=self._read, files=files
+        )
 
     def _block(self, number: int) -> nn.Module:
         block: nn.Module = share_copy(self._templates[number])
@@ -111,7 +116,12 @@ class _Opened:
         return block
 
     def _read(self, name: str, rows: Rows | None = None) -> Tensor:
-        value = self._weights.read(self._stored[name], rows).to(self._device)
+        try:
+            value = self._weights.read(self._stored[name], rows).to(self._device)
+        except (FileFault, OSError) as fault:
+            raise ModelError(
+                f"{self._model.name_or_path}: {fault}; put the file back and resume: finished blocks are kept"
+            ) from None
         return value.float() if value.is_floating_point() else value
 
 

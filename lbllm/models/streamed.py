@@ -32,7 +32,7 @@ from lbllm.models.blocks import (
 
 Rows = slice | Tensor
 # The logits of one part of the vocabulary have at most this many numbers.
-LOGITS_PART = 2**24
+LOGITS_PART = 2**22
 
 
 @dataclass
@@ -54,7 +54,8 @@ class BlockModel:
 
     ``model``: its modules; what is neither part of a block nor one of ``matrices`` is in memory. ``make(number)``
     returns a block with its weights, on ``device``. ``matrices``: the names of embeddings and output head in ``model``
-    if they are not in memory. ``read(name, rows)`` then returns some of their rows in float32.
+    if they are not in memory. ``read(name, rows)`` then returns some of their rows in float32. ``files``: the name of
+    the file of each parameter, where it has one.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class BlockModel:
         device: torch.device,
         matrices: dict[str, tuple[int, ...]] | None = None,
         read: Callable[[str, Rows], Tensor] | None = None,
+        files: dict[str, str] | None = None,
     ) -> None:
         self.model, self.block, self.device = model, make, device
-        self.matrices, self._read = matrices or {}, read
+        self.matrices, self._read, self.files = matrices or {}, read, files or {}
         self.path, self.blocks = decoder_blocks(model)
         self._rest: list[tuple[Any, ...] | None] = []
 
@@ -260,7 +262,7 @@ class BlockModel:
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
     """Yield ranges of the rows of a matrix, each of about 16 million numbers."""
-    step = max(1, LOGITS_PART // max(1, shape[1]))
+    step = max(1, 2**24 // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

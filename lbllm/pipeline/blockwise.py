@@ -44,6 +44,9 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
+    if all(run.store.path(stage, number).exists() for number in range(run.blocks)):
+        yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
+        return
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     targets = _first_stream(run, sequences)
@@ -219,7 +222,7 @@ def _binarize(
         for name, result, layer in layers:
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
             yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
+            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
             run.check()
     except LbllmError as error:
         raise LbllmError(f"{run.teacher.path}.{number}.{error}") from error
@@ -239,7 +242,8 @@ def _train(
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     searched: dict[str, Tensor] = {}
     if stage == "wat":
-        latents = {name: earlier.pop(f"{name}.latent").float() for name in run.formats[number]}
+        # Taken out, so that training alone holds them.
+        latents = {name: earlier.pop(f"{name}.latent") for name in run.formats[number]}
         del earlier
         before = _probe(run, student, number, inputs, targets)
         steps = wat_block(

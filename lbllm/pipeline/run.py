@@ -30,7 +30,7 @@ from lbllm.models.source import hub_id
 from lbllm.models.streamed import BlockModel
 from lbllm.models.teacher import BlockTeacher, Teacher, stream_teacher
 from lbllm.models.tokens import check_ids
-from lbllm.pipeline.block_store import BlockStore, fingerprint
+from lbllm.pipeline.block_store import BlockStore, check_weights, fingerprint
 from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
@@ -83,6 +83,7 @@ def run(
             f"{config.model} never calls {', '.join(uncalled)}: a layer without inputs can't be binarized. Keep it "
             f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
         )
+    check_weights(folder, config.model, survey.hashes, model.files)
     mark = fingerprint(config, survey.hashes, corpus.hash, accelerator.mixed_precision)
     store = BlockStore(folder, mark, config.stages)
     if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
