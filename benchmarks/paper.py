@@ -120,6 +120,7 @@ class Chain:
         self.teacher, self.judged, self.work, self.whole = teacher, judged, work, whole
         self.path, self.blocks = decoder_blocks(teacher.model)
         self.targets = self._last_outputs(teacher.model)
+        self.hashes = weight_hashes(teacher.model)
         self.finished: dict[str, tuple[Path, Stage]] = {}
         self.corpus = cache(self._corpus)
 
@@ -145,9 +146,7 @@ class Chain:
     def _take_over(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
         """Copy the stages that another run has done with the same settings."""
         precision = make_accelerator(config.device, None).mixed_precision
-        own = BlockStore(
-            folder, fingerprint(config, weight_hashes(self.teacher.model), corpus.hash, precision), config.stages
-        )
+        own = BlockStore(folder, fingerprint(config, self.hashes, corpus.hash, precision), config.stages)
         for stage in config.stages:
             other = self.finished.get(self._prefix(config, stage, corpus))
             if other is None:
@@ -245,7 +244,7 @@ def main() -> None:
         name = f"{hashlib.sha256(teacher.name.encode()).hexdigest()[:8]}-{options.blocks}"
         teacher = first_blocks(teacher, options.blocks, options.work / "models" / name)
     base: dict[str, Any] = {"model": teacher.name, "corpus": options.corpus}
-    base |= {f"{stage}.tokens": options.tokens for stage in ("ptq", "wat", "aar")}
+    base |= {f"{stage}.tokens": options.tokens for stage in PAPER_STAGES}
     for assignment in options.set:
         path, _, value = assignment.partition("=")
         base[path] = json.loads(value)

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lr_weight": 1e-3,
             "lr_bitmap": 1e-2,
             "bitmap": "relaxed",
-            "reg_weight": 100.0,
+            "reg_weight": 1_000.0,
             "loss": "mse",
         },
         "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096, "lr_act": 1e-3, "loss": "mse"},

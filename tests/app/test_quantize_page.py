@@ -292,6 +292,7 @@ def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, mon
     assert (settings(app).corpus, settings(app).seed) == (first.config.corpus, first.config.seed + 1)
     assert widget(app, "quant.format").disabled
     assert widget(app, "wat.tokens").disabled
+    assert widget(app, "stream_dtype").disabled  # no stage goes block by block
     assert not widget(app, "e2e.tokens").disabled
     widget(app, "e2e.tokens").set_value(64).run()
     assert widget(app, "quant.group_size").options == ["16"]  # no size of the list divides the checkpoint's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from benchmarks import paper
 from benchmarks.paper import DIFFERENCES, SAME, compared, last_outputs, relative_error, variants
 from benchmarks.report import ROOT, read_report
 from lbllm.config import SETTINGS, leaves, make_config
+from lbllm.events import BlockStarted, Event
 from lbllm.models.teacher import load_teacher
+from lbllm.pipeline.run import run
 from lbllm.stages.distill import token_error
 from tests.helpers.tiny_models import save_tiny
 
@@ -60,33 +63,39 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measured(place: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> list[dict[str, Any]]:
+def measured(place: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and the stages that were computed for them, in their order."""
+    computed: list[str] = []
+
+    def recorded(*args: Any, **options: Any) -> Iterator[Event]:
+        for event in run(*args, **options):
+            computed.extend([event.stage] if isinstance(event, BlockStarted) else [])
+            yield event
+
+    monkeypatch.setattr(paper, "run", recorded)
     words = ["--model", str(place / "teacher"), "--corpus", str(place / "text.jsonl"), "--blocks", "1"]
     words += ["--tokens", "256", "--judge-tokens", "128", "--only", only, "--work", str(place / "work")]
     words += [word for setting in SMALL for word in ("--set", setting)]
     monkeypatch.setattr("sys.argv", ["paper.py", *words, "--out", str(place / "paper.json")])
     paper.main()
-    return read_report(place / "paper.json").rows
+    return read_report(place / "paper.json").rows, computed
 
 
 def test_the_first_block_is_measured_and_shared_stages_are_not_trained_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, ranges = measured(place, monkeypatch, "activation ranges of 64 inputs")
+    (first, ranges), computed = measured(place, monkeypatch, "activation ranges of 64 inputs")
+    assert computed == ["ptq", "wat", "aar", "aar"]
     assert (first["label"], first["change"], ranges["label"]) == ("preset paper", 0.0, "activation ranges of 64 inputs")
     assert 0 < first["stage_1"] < first["stage_3"] < 1
     assert (ranges["stage_1"], ranges["stage_2"]) == (first["stage_1"], first["stage_2"])
     assert "perplexity" not in first
-    runs = [folder for folder in (place / "work").iterdir() if (folder / "row.json").exists()]
-    states = [(folder / "blocks" / "wat-0000.safetensors") for folder in runs]
-    assert len(states) == 2
-    before = {path: path.stat().st_mtime_ns for path in states}
     # The same command takes what is there, and further variants go on from it.
-    again = measured(place, monkeypatch, "activation ranges of 64 inputs;relative loss")
+    again, computed = measured(place, monkeypatch, "activation ranges of 64 inputs;relative loss")
+    assert computed == ["wat", "aar"]
     assert [again[0], again[2]] == [first, ranges]
     assert again[1]["stage_1"] == first["stage_1"]
     assert again[1]["stage_2"] != first["stage_2"]
-    assert {path: path.stat().st_mtime_ns for path in states} == before
     (teacher,) = (place / "work" / "models").iterdir()
     assert load_teacher(str(teacher)).model.config.num_hidden_layers == 1
 
