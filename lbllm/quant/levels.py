@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lbllm import kernels
+from lbllm.quant import chunks
 from lbllm.quant.chunks import row_chunks
 from lbllm.sections import WHOLE_ROW, Format
 
@@ -79,11 +80,11 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
     They are a local minimum of sum_j h_j (w_j - l)^2. E-step: nearest level. M-step: importance-weighted mean of each
     cluster; an empty cluster keeps its level. The start is the best clustering of runs of the sorted weights, see
     ``_best_split``. Padding has importance zero. ``importance`` broadcasts against ``groups``. The rows are fitted in
-    parts, see ``row_chunks``.
+    parts of ``FAST_BYTES``, see ``row_chunks``.
     """
     importance, length = importance.expand_as(groups), groups.shape[-1]
     row_bytes = groups[:1].numel() // length * (_FIT_PAIR * (POINTS + 1) ** 2 + _FIT_WEIGHT * length)
-    parts = row_chunks(len(groups), row_bytes)
+    parts = row_chunks(len(groups), row_bytes, chunks.FAST_BYTES)
     return torch.cat([_fit_part(groups[rows], importance[rows], count, steps) for rows in parts])
 
 

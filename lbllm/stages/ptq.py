@@ -5,6 +5,19 @@ group along the input dimension the levels are fitted by importance-weighted EM,
 one and the remaining columns absorb each column's error (GPTQ, Frantar et al. 2023, as LBLLM and its predecessor BWA
 use it). After that, sweeps of coordinate descent on the same objective: the levels of a group are refitted by least
 squares under the full Hessian, then each of its columns moves to the level nearest to its optimum given all others.
+
+What stage 1 of a block takes in bytes, beside the teacher's block and the streams. Its layers have W weights; N is the
+widest input; the largest group of layers with one input has S weights; a group has g weights and K levels:
+
+    4 N^2 MATRICES                      Hessian, and two of drift, correction, factors
+  + the larger of CHUNK_BYTES           temporary tensors of the rows that are solved at the same time, and
+                  12 N tokens           of the inputs of one batch: weighted, and their drift, float32; the inputs too
+  + W (2 + 1 + 4 K / g)                 to save: latent weights in float16, indices, parameters in float32
+  + 4 W                                 the student's rounded weights in float32
+  + 4 S K / g                           levels
+
+The last layers of a block need the most, if they are the widest: by then all others are saved and rounded. Where
+groups have fewer than 8 weights, fitting a grid of 4-bit parameters (``packing.GRID_FIT``) can need more than S does.
 """
 
 from __future__ import annotations
@@ -308,8 +321,8 @@ def ptq_block(
     ``student`` starts as a copy of ``teacher`` and gets the binarized weights. ``inputs`` (n, T, hidden) is the
     output of the earlier, already binarized blocks; ``meant`` has, in the same batches, the inputs (tokens, in) of the
     teacher's layers on its own stream, at least for the first of the layers that share an input. ``formats`` names the
-    layers to binarize. Yields each layer's name, its result, and the frozen layer with the values that a checkpoint
-    stores.
+    layers to binarize. The block may be on any device; ``meant`` may stay on the CPU, each batch is moved when it is
+    used. Yields each layer's name, its result, and the frozen layer with the values that a checkpoint stores.
     """
     for sharing in shared_inputs(teacher, inputs[:1], call):
         for fmt, names in by_format(sharing, formats):
