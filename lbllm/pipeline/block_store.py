@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
 from lbllm.files import write_file
@@ -75,8 +76,11 @@ class BlockStore:
         return self.folder / f"{stage}-{block:04d}.safetensors"
 
     def save(self, stage: Origin, block: int, state: BlockState) -> None:
-        """Write a block's state; OSError where the disk doesn't take it."""
+        """Write a block's state; OSError where the disk doesn't take it. Rank 0 writes, and the others wait for it."""
         assert self.mark is not None
+        if not ranks.is_first():
+            ranks.barrier()
+            return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {
             "fingerprint": self.mark,
@@ -90,6 +94,7 @@ class BlockStore:
         }
         metadata["seal"] = _metadata_sha256(metadata)
         write_file(self.path(stage, block), save(tensors, metadata))
+        ranks.barrier()
 
     def _before(self, stage: Origin) -> str:
         """The names of the run's stages before this one, as metadata; empty where they are not known."""

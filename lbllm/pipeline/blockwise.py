@@ -23,6 +23,7 @@ from lbllm.models.blocks import (
 )
 from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
+from lbllm.ranks import Share
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
@@ -39,7 +40,9 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     began = time.perf_counter()
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
+    share = run.share(sequences)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
+    sequences = share.of(sequences)
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     teacher_stream = first_inputs(run.teacher, sequences, run.batch)
@@ -64,9 +67,9 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
             if stage == "ptq":
-                state = yield from _initialize(run, number, student_stream, meant, targets)
+                state = yield from _initialize(run, number, student_stream, meant, targets, share)
             else:
-                state = yield from _train(run, stage, number, student_stream, targets, cache, held_out)
+                state = yield from _train(run, stage, number, student_stream, targets, cache, held_out, share)
             run.store.save(stage, number, state)
             yield BlockDone(
                 stage=stage,
@@ -130,7 +133,7 @@ def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cac
     """The stream (n, T, hidden) after a block, float32."""
     outputs = []
     for part in stream.split(run.batch):
-        run.check()
+        run.check_alone()
         with run.autocast():
             outputs += list(run_batches(block, part, run.calls[number], run.batch, cache))
     return torch.cat(outputs).float()
@@ -143,21 +146,23 @@ def _student(run: RunContext, number: int, state: BlockState) -> nn.Module:
     return student.requires_grad_(False)
 
 
-def _probe(run: RunContext, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, cache: Any = None) -> float:
+def _probe(
+    run: RunContext, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, share: Share, cache: Any = None
+) -> float:
     """The relative loss of a block on the first tokens of the stage."""
-    count = max(1, PROBE_TOKENS // run.config.seq_len)
+    count = share.of_first(max(1, PROBE_TOKENS // run.config.seq_len))
     with run.autocast():
         return block_error(block, inputs[:count], targets[:count], run.calls[number], run.batch, cache)
 
 
 def _initialize(
-    run: RunContext, number: int, inputs: Tensor, meant: dict[str, list[Tensor]], targets: Tensor
+    run: RunContext, number: int, inputs: Tensor, meant: dict[str, list[Tensor]], targets: Tensor, share: Share
 ) -> Generator[Event, None, BlockState]:
     """Stage 1 on one block. ``loss_before`` is that of the dense block on the student's stream: the error that it
     inherits."""
     config, block, call = run.config, run.blocks[number], run.calls[number]
     student: nn.Module = share_copy(block)
-    before = _probe(run, student, number, inputs, targets)
+    before = _probe(run, student, number, inputs, targets, share)
     tensors: dict[str, Tensor] = {}
     try:
         layers = ptq_block(block, student, call, inputs, meant, run.formats[number], config.ptq, run.batch)
@@ -169,12 +174,19 @@ def _initialize(
     except LbllmError as error:
         raise LbllmError(f"{run.path}.{number}.{error}") from error
     state = BlockState(tensors, before, 0.0, False)
-    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets)
+    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, share)
     return state
 
 
 def _train(
-    run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any, held_out: HeldOut | None
+    run: RunContext,
+    stage: Stage,
+    number: int,
+    inputs: Tensor,
+    targets: Tensor,
+    cache: Any,
+    held_out: HeldOut | None,
+    share: Share,
 ) -> Generator[Event, None, BlockState]:
     """Stage 2 or 3 on one block; keeps the state it began with where training does not lower the loss."""
     config, call = run.config, run.calls[number]
@@ -184,18 +196,35 @@ def _train(
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     if stage == "wat":
         latents = {name: earlier.tensors[f"{name}.latent"].float() for name in run.formats[number]}
-        before = _probe(run, student, number, inputs, targets)
+        before = _probe(run, student, number, inputs, targets, share)
         steps = wat_block(
-            student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast, held_out=held_out
+            student,
+            call,
+            inputs,
+            targets,
+            latents,
+            config.wat,
+            seed=seed,
+            autocast=run.autocast,
+            held_out=held_out,
+            share=share,
         )
         start = earlier.tensors
     else:
         quant = config.quant
         sharing = shared_inputs(run.blocks[number], inputs[:1], call)
         add_quantizers(
-            student, sharing, call, inputs, config.aar, tail=quant.tail_steps, kv_bits=quant.kv_bits, batch=run.batch
+            student,
+            sharing,
+            call,
+            inputs,
+            config.aar,
+            tail=quant.tail_steps,
+            kv_bits=quant.kv_bits,
+            batch=run.batch,
+            share=share,
         )
-        before = _probe(run, student, number, inputs, targets, cache)
+        before = _probe(run, student, number, inputs, targets, share, cache)
         start = {name: tensor.clone() for name, tensor in collect(binary_layers(student)).items()}
         steps = aar_block(
             student,
@@ -207,6 +236,7 @@ def _train(
             seed=seed,
             autocast=run.autocast,
             held_out=held_out,
+            share=share,
         )
     for step in steps:
         yield step_metric(stage, number, step)
@@ -214,7 +244,7 @@ def _train(
     for layer in binary_layers(student).values():
         layer.round_params()
     state = BlockState(collect(binary_layers(student)), before, 0.0, False)
-    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
+    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, share, cache)
     if not state.loss_after <= before:
         kept = {k: v for k, v in start.items() if not k.endswith(".latent")}
         state = BlockState(kept, before, before, is_divergence(before, state.loss_after))

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.models.blocks import BlockCall, layer_inputs
 from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups
+from lbllm.ranks import Share
 from lbllm.sections import AarConfig
 from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 
@@ -30,8 +32,8 @@ CLIPS = (1.0,)
 def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
     """Set a quantizer's knee and clips to the best candidates for inputs x (tokens, in) of a weight (out, in).
 
-    The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens.
-    Returns that error.
+    The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens
+    of all ranks. Returns that error.
     """
     ranges, clean = quantizer.ranges(x), x @ weight.t()
     energy = clean.square().sum(-1).clamp_min(1e-12)
@@ -43,7 +45,7 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
             grid = make_grid(ranges, share, end, end, quantizer.bits, quantizer.tail)
             rounded = decode(encode(ranges, grid, quantizer.bits, quantizer.tail), grid)
             noisy = from_groups(rounded, x.shape[-1]) @ weight.t()
-            error = float(((noisy - clean).square().sum(-1) / energy).mean())
+            error = ranks.mean(float(((noisy - clean).square().sum(-1) / energy).mean()), len(x))
             if error < best:
                 best, choice = error, (knee, clip)
     quantizer.act.data.copy_(x.new_tensor([choice[0], choice[1], choice[1]]))
@@ -60,6 +62,7 @@ def add_quantizers(
     tail: int,
     kv_bits: int,
     batch: int,
+    share: Share | None = None,
 ) -> None:
     """Add a quantizer with searched knee and clips to each layer of a block, in the order in which the block uses them.
 
@@ -68,7 +71,7 @@ def add_quantizers(
     """
     layers = binary_layers(block)
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
-    tokens = max(1, -(-config.search_tokens // inputs.shape[1]))
+    tokens = (share or Share(len(inputs))).of_first(max(1, -(-config.search_tokens // inputs.shape[1])))
     for names in sharing:
         for bits in sorted({layers[name].fmt.act_bits for name in names if name in layers}):
             if bits == 16:
@@ -93,6 +96,7 @@ def aar_block(
     seed: int,
     autocast: Any,
     held_out: HeldOut | None = None,
+    share: Share | None = None,
 ) -> Iterator[Step]:
     """Run stage 3 on a block of frozen ``BinaryLinear`` layers with quantizers; yields each training step.
 
@@ -115,4 +119,5 @@ def aar_block(
         seed=seed,
         autocast=autocast,
         held_out=held_out,
+        share=share,
     )

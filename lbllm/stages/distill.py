@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.models.blocks import BlockCall, run_batches, run_block
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import BinaryLinear
+from lbllm.ranks import Share
 from lbllm.sections import AarConfig, WatConfig
 from lbllm.stages.probe import Budget, Probe
 
@@ -72,9 +74,10 @@ class HeldOut:
 def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
-    """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden)."""
+    """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden), those of all ranks."""
     parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
-    return sum(float(token_error(output, target)) * len(target) for output, target in parts) / len(inputs)
+    total = sum(float(token_error(output, target)) * len(target) for output, target in parts)
+    return ranks.mean(total / max(1, len(inputs)), len(inputs))
 
 
 def cosine(step: int, steps: int) -> float:
@@ -116,8 +119,10 @@ def distill(
     lr_act: float = 0.0,
     kv_bits: int = 16,
     held_out: HeldOut | None = None,
+    share: Share | None = None,
 ) -> Iterator[Step]:
-    """Train a block on inputs and targets (n, T, hidden); yields each step.
+    """Train a block on inputs and targets (n, T, hidden); yields each step. Of several ranks, each has its ``share`` of
+    the stage's sequences, and a step is that of one process with all of them.
 
     ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
     them, at the rate ``lr_act``. The KV cache has ``kv_bits``. Some steps also measure the loss on ``held_out``. If the
@@ -134,7 +139,8 @@ def distill(
     base = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     batch = max(1, config.batch_tokens // inputs.shape[1])
-    order = batch_order(len(inputs), batch, config.epochs, seed)
+    share = share or Share(len(inputs))
+    order = batch_order(share.total, batch, config.epochs, seed)
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     probe = None
     if held_out is not None:
@@ -145,9 +151,12 @@ def distill(
         factor = cosine(step, len(order))
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
-        with autocast():
-            output = run_block(block, inputs[rows], call, cache)
-        loss = token_error(output, targets[rows], loss_kind)
+        mine = share.mine(rows)
+        loss = torch.zeros((), device=parameters[0].device)
+        if len(mine):
+            with autocast():
+                output = run_block(block, inputs[mine], call, cache)
+            loss = token_error(output, targets[mine], loss_kind) * (len(mine) / len(rows))
         reg = torch.zeros(())
         if bitmaps:
             # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
@@ -156,8 +165,12 @@ def distill(
             beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
             reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
         optimizer.zero_grad(set_to_none=True)
-        (loss + reg).backward()
-        finite = math.isfinite(float(loss.detach()))
+        total = loss + reg / ranks.count()
+        if total.requires_grad:  # else this rank has no row in this step
+            total.backward()
+        loss = loss.detach()
+        ranks.sum_(loss, *ranks.gradients(parameters))
+        finite = math.isfinite(float(loss))
         if finite:
             torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
@@ -167,7 +180,7 @@ def distill(
                 quantizer.bound()
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         measured = probe.after(step + 1) if probe is not None and finite else None
-        yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed, measured)
+        yield Step(step + 1, float(loss), float(reg.detach()), factor, speed, measured)
         if not finite:
             return
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.config import setting_name
 from lbllm.errors import LbllmError
 from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
@@ -324,7 +325,9 @@ def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[T
         hessian = hessian.to(x.device) + weighted.t() @ x
         drift = drift.to(x.device) + (target.float() - x).t() @ weighted
         tokens += len(x)
-    return hessian / tokens, drift / tokens
+    number = torch.tensor(float(tokens), dtype=torch.float64)
+    ranks.sum_(hessian, drift, number)
+    return hessian / int(number), drift / int(number)
 
 
 @torch.no_grad()
