@@ -171,7 +171,7 @@ def is_loss(error: BaseException) -> bool:
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters' gradients, to be summed; a rank without work of its own has zeros. One process has none to sum."""
+    """The parameters' gradients, to be summed; a rank without work of its own has zeros. Empty with one process."""
     if count() == 1:
         return []
     for parameter in parameters:

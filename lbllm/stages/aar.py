@@ -29,11 +29,11 @@ CLIPS = (1.0,)
 
 
 @torch.no_grad()
-def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
+def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor, *, counts: bool = True) -> float:
     """Set a quantizer's knee and clips to the best candidates for inputs x (tokens, in) of a weight (out, in).
 
     The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens
-    of all ranks. Returns that error.
+    of all ranks whose tokens are to count. Returns that error.
     """
     ranges, clean = quantizer.ranges(x), x @ weight.t()
     energy = clean.square().sum(-1).clamp_min(1e-12)
@@ -45,7 +45,7 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
             grid = make_grid(ranges, share, end, end, quantizer.bits, quantizer.tail)
             rounded = decode(encode(ranges, grid, quantizer.bits, quantizer.tail), grid)
             noisy = from_groups(rounded, x.shape[-1]) @ weight.t()
-            error = ranks.mean(float(((noisy - clean).square().sum(-1) / energy).mean()), len(x))
+            error = ranks.mean(float(((noisy - clean).square().sum(-1) / energy).mean()), counts * len(x))
             if error < best:
                 best, choice = error, (knee, clip)
     quantizer.act.data.copy_(x.new_tensor([choice[0], choice[1], choice[1]]))
@@ -78,9 +78,11 @@ def add_quantizers(
                 continue
             same = [layers[name] for name in names if name in layers and layers[name].fmt.act_bits == bits]
             first = next(name for name in names if layers.get(name) is same[0])
-            x = torch.cat(list(layer_inputs(block, first, inputs[:tokens], call, batch, cache)))[: config.search_tokens]
+            seen = inputs[: max(1, tokens)]
+            x = torch.cat(list(layer_inputs(block, first, seen, call, batch, cache)))[: config.search_tokens]
             quantizer = ActQuantizer(bits, tail, config.temperature, group_size=same[0].fmt.act_group_size).to(x.device)
-            search_grid(quantizer, x.float(), torch.cat([layer.weight().detach() for layer in same]))
+            weight = torch.cat([layer.weight().detach() for layer in same])
+            search_grid(quantizer, x.float(), weight, counts=tokens > 0)
             for layer in same:
                 layer.quantizer = quantizer
 

@@ -75,8 +75,10 @@ def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
     """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden), those of all ranks."""
-    parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
-    total = sum(float(token_error(output, target)) * len(target) for output, target in parts)
+    total = 0.0
+    if len(inputs):
+        parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
+        total = sum(float(token_error(output, target)) * len(target) for output, target in parts)
     return ranks.mean(total / max(1, len(inputs)), len(inputs))
 
 
