@@ -6,7 +6,7 @@ starts the processes; ``machine.make_accelerator`` joins them. Rank 0, the first
 events. With one process every function here returns what it was given, and nothing is sent.
 
 The functions that send something wait for all ranks, which must call them in the same order: ``sum_``, ``mean``,
-``joined``, ``same``, ``barrier``. If a rank dies, the others get an exception that ``is_loss`` knows.
+``gather_``, ``same``, ``barrier``. If a rank dies, the others get an exception that ``is_loss`` knows.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class Share:
         return len(self.mine(torch.arange(min(number, self.total))))
 
 
-def part(total: int) -> slice:
-    """One of ``count()`` equal parts of a range, in the order of the ranks; the first parts may be longer by one."""
+def part(total: int, of: int | None = None) -> slice:
+    """The part of a range that rank ``of`` (None: this one) has; the parts of the first ranks may be longer by one."""
+    number = rank() if of is None else of
     base, extra = divmod(total, count())
-    begin = rank() * base + min(rank(), extra)
-    return slice(begin, begin + base + (rank() < extra))
+    begin = number * base + min(number, extra)
+    return slice(begin, begin + base + (number < extra))
 
 
 @cache
@@ -129,15 +130,15 @@ def mean(value: float, weight: float) -> float:
     return float(pair[0] / pair[1])
 
 
-def joined(rows: Tensor, total: int) -> Tensor:
-    """All ``total`` rows (total, ...) of a tensor of which each rank has those of its ``part``."""
+def gather_(*tensors: Tensor) -> None:
+    """Fill contiguous tensors (rows, ...), of whose rows each rank has computed its ``part``, with those of all."""
     if count() == 1:
-        return rows
-    whole = rows.new_zeros(total, *rows.shape[1:])
-    whole[part(total)] = rows
-    # A sum with zeros: gloo can't gather parts of different lengths, and no value is changed by it.
-    sum_(whole)
-    return whole
+        return
+    for tensor in tensors:
+        for source in range(count()):
+            rows = tensor[part(len(tensor), source)]
+            if rows.numel():
+                dist.broadcast(rows, src=source, group=_group(tensor))
 
 
 def same(value: T) -> T:

@@ -22,7 +22,7 @@ from lbllm import ranks
 from lbllm.events import BlockDone, Event, StepMetric
 from lbllm.machine import make_accelerator
 from lbllm.pipeline import run as pipeline
-from lbllm.stages.ptq import input_statistics
+from lbllm.stages.hessians import input_statistics
 from lbllm.texts.corpus import Corpus, sequences_hash
 from tests.helpers import ROOT
 from tests.helpers.tiny_runs import run_config, tiny_teacher, token_ids
@@ -84,12 +84,15 @@ def exchange() -> dict[str, Any]:
     share = ranks.Share(11, unit=2)
     tensors = [torch.full((2, 3), rank + 1.0), torch.full((5,), rank + 1.0, dtype=torch.float64), torch.ones(4, 4).t()]
     ranks.sum_(*tensors)
+    rows = torch.full((7, 2), -1)
+    rows[ranks.part(7)] = torch.arange(14).view(7, 2)[ranks.part(7)]
+    ranks.gather_(rows)
     seen, meant = batches()
     return {
         "sums": tensors,
         "same": ranks.same({"rank": rank}),
         "mean": (ranks.mean(rank + 1.0, 2 * rank + 1), ranks.mean([5.0, float("nan")][rank], 1 - rank)),
-        "joined": ranks.joined(torch.arange(7)[ranks.part(7)], 7),
+        "gathered": rows,
         "share": share.of(torch.arange(11)),
         "mine": share.mine(torch.tensor([9, 2, 0, 10, 3, 6])),
         "statistics": input_statistics(seen[rank::2], meant[rank::2]),

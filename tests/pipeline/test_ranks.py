@@ -11,7 +11,7 @@ import torch
 
 from lbllm import ranks
 from lbllm.events import BlockDone, RunDone, RunStarted
-from lbllm.stages.ptq import input_statistics
+from lbllm.stages.hessians import input_statistics
 from tests.helpers import two_ranks
 
 
@@ -43,7 +43,7 @@ def test_what_ranks_exchange_is_the_same_on_both(found: list[dict[str, Any]]) ->
         assert [tensor.unique().tolist() for tensor in seen["sums"]] == [[3.0], [3.0], [2.0]]
         assert seen["same"] == {"rank": 0}
         assert seen["mean"] == pytest.approx(((1 + 2 * 3) / 4, 5.0))
-        assert seen["joined"].tolist() == list(range(7))
+        assert seen["gathered"].flatten().tolist() == list(range(14))
         # Neighbours together, the ranks in turn; a sequence's number in the share is its place there.
         assert seen["share"].tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10]][rank]
         assert seen["share"][seen["mine"]].tolist() == [[9, 0], [2, 10, 3, 6]][rank]
@@ -81,7 +81,7 @@ def test_one_process_exchanges_nothing() -> None:
     ranks.sum_(tensor)
     ranks.barrier()
     assert (ranks.count(), ranks.rank(), ranks.is_first()) == (1, 0, True)
-    assert ranks.joined(tensor, 3) is tensor
+    ranks.gather_(tensor)
     assert ranks.Share(3, 2).of(tensor) is tensor
     assert torch.equal(ranks.Share(3, 2).mine(rows), rows)
     assert (ranks.same(tensor), ranks.mean(2.5, 0)) == (tensor, 2.5)
