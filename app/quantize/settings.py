@@ -9,7 +9,7 @@ from typing import Any
 from lbllm.config import SETTINGS, label
 from lbllm.fields import bounds, choices
 from lbllm.labels import FORMAT_NAMES, stage_numbers
-from lbllm.machine import DEVICES
+from lbllm.machine import devices
 from lbllm.sections import STAGES, WHOLE_ROW, stage_name
 
 
@@ -71,7 +71,7 @@ TOKENS = Setting("wat.tokens", step=4096, alone=True)
 
 _TOKENS, _COUNT, _RATE = 1024, 1, 0.001
 ADVANCED: dict[str, tuple[Setting, ...]] = {
-    "All stages": (Setting("seq_len", step=64), Setting("seed", step=_COUNT), Setting("device", DEVICES)),
+    "All stages": (Setting("seq_len", step=64), Setting("seed", step=_COUNT), Setting("device", devices())),
     stage_name("ptq"): (
         Setting("ptq.tokens", step=_TOKENS),
         Setting("ptq.sweeps", step=_COUNT),
