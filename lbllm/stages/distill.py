@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm import ranks
-from lbllm.models.blocks import BlockCall, run_batches, run_block
+from lbllm.models.blocks import BlockCall, device_of, entering, run_batches, run_block
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
@@ -75,11 +75,13 @@ def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
     """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden), those of all ranks."""
-    total = 0.0
-    if len(inputs):
-        parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
-        total = sum(float(token_error(output, target)) * len(target) for output, target in parts)
-    return ranks.mean(total / max(1, len(inputs)), len(inputs))
+    if not len(inputs):
+        return ranks.mean(0.0, 0)
+    parts = list(targets.split(batch))
+    outputs = zip(run_batches(block, inputs, call, batch, cache), parts, strict=True)
+    errors = torch.stack([token_error(output, entering(target, output.device)) for output, target in outputs])
+    total = sum(error * len(part) for error, part in zip(errors.tolist(), parts, strict=True))
+    return ranks.mean(total / len(inputs), len(inputs))
 
 
 def cosine(step: int, steps: int) -> float:
@@ -132,17 +134,17 @@ def distill(
     """
     if not groups:
         return  # a block that stays dense has nothing to train
-    layers = binary_layers(block).values()
+    layers, device = list(binary_layers(block).values()), device_of(block)
     quantizers = quantizers_of(layers)
     if quantizers:
         groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
-    parameters = [parameter for group in groups for parameter in group["params"]]
     batch = max(1, config.batch_tokens // inputs.shape[1])
     share = share or Share(len(inputs))
     order = batch_order(share.total, batch, config.epochs, seed)
+    dtype = product_dtype(autocast, device)
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     probe = None
     if held_out is not None:
@@ -153,42 +155,111 @@ def distill(
         factor = cosine(step, len(order))
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
-        mine = share.mine(rows)
-        loss = torch.zeros((), device=parameters[0].device)
+        mine, loss = share.mine(rows), torch.zeros((), device=device)
         if len(mine):
+            for layer in layers:
+                layer.expand_dense(dtype or layer.params.dtype)
             with autocast():
-                output = run_block(block, inputs[mine], call, cache)
-            loss = token_error(output, targets[mine], loss_kind) * (len(mine) / len(rows))
-        reg = torch.zeros(())
+                output = run_block(block, entering(inputs[mine], device), call, cache)
+            loss = token_error(output, entering(targets[mine], device), loss_kind) * (len(mine) / len(rows))
+            loss.backward()
+        # From here to the clip, the gradients of the loss are in ``layer.gradient`` and ``quantizer.act.grad``; those
+        # of all other parameters follow from them.
+        loss = loss.detach()
+        _sum_over_ranks(loss, layers, quantizers, dtype)
+        reg, beta = loss.new_zeros(()), 0.0
         if bitmaps:
             # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
             # one, which drives them to 0 or 1.
             assert isinstance(config, WatConfig)
             beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
-            reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        total = loss + reg / ranks.count()
-        if total.requires_grad:  # else this rank has no row in this step
-            total.backward()
-        loss = loss.detach()
-        ranks.sum_(loss, *ranks.gradients(parameters))
-        finite = math.isfinite(float(loss))
+            with torch.no_grad():
+                reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
+        shown_loss, shown_reg = torch.stack((loss, reg)).tolist()  # the only copy from the device in a step
+        finite = math.isfinite(shown_loss)
         if finite:
-            torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            for bitmap in bitmaps:
-                bitmap.data.clamp_(0, 1)
-            for quantizer in quantizers:
-                quantizer.bound()
+            slope = (
+                loss.new_full((), config.reg_weight) / len(bitmaps)
+                if isinstance(config, WatConfig) and bitmaps
+                else None
+            )
+            _update(layers, quantizers, optimizer, config.grad_clip, beta, slope)
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         measured = probe.after(step + 1) if probe is not None and finite else None
-        yield Step(step + 1, float(loss), float(reg.detach()), factor, speed, measured)
+        yield Step(step + 1, shown_loss, shown_reg, factor, speed, measured)
         if not finite:
             return
+
+
+def _sum_over_ranks(
+    loss: Tensor, layers: Sequence[BinaryLinear], quantizers: Sequence[ActQuantizer], dtype: torch.dtype | None
+) -> None:
+    """Replace loss and gradients of this rank's rows by those of the whole step; a rank without rows adds zeros."""
+    if ranks.count() == 1:
+        return
+    for layer in layers:
+        if layer.gradient is None:
+            layer.gradient = layer.params.new_zeros(layer.index.shape, dtype=dtype or layer.params.dtype)
+    gradients = [layer.gradient for layer in layers if layer.gradient is not None]
+    ranks.sum_(loss, *gradients, *ranks.gradients([quantizer.act for quantizer in quantizers]))
+
+
+@torch.no_grad()
+def _update(
+    layers: Sequence[BinaryLinear],
+    quantizers: Sequence[ActQuantizer],
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float,
+    beta: float,
+    slope: Tensor | None,
+) -> None:
+    """Clip the gradients to a norm of ``grad_clip`` over the whole block, then step and bound all parameters.
+
+    The wide gradients of a layer, in float32, exist only while the norm and then the step is computed for this layer.
+    ``beta`` and ``slope``: see ``BinaryLinear.pass_on``.
+    """
+    layers = [layer for layer in layers if layer.gradient is not None]
+    norms: list[Tensor] = []
+    narrow: list[Tensor | None] = []
+    for layer in layers:
+        layer.pass_on(beta, slope)
+        norms += _norms(layer.trained())
+        narrow.append(layer.params.grad)
+        for parameter in layer.trained():
+            parameter.grad = None
+    acts = [quantizer.act for quantizer in quantizers]
+    norms += _norms(acts)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+
+    def apply(parameters: list[nn.Parameter]) -> None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        optimizer.step()  # parameters without a gradient stay as they are
+        for parameter in parameters:
+            parameter.grad = None
+
+    apply(acts)
+    for quantizer in quantizers:
+        quantizer.bound()
+    for layer, layer.params.grad in zip(layers, narrow, strict=True):
+        layer.pass_on(beta, slope)
+        apply(layer.trained())
+        layer.gradient = None
+        if layer.bitmap is not None:
+            layer.bitmap.clamp_(0, 1)
+
+
+def _norms(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def product_dtype(autocast: Any, device: torch.device) -> torch.dtype | None:
+    """Return the type in which ``autocast`` computes matrix products on a device, or None for that of the weights."""
+    with autocast():
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 @torch.no_grad()
 def _held_out_loss(block: nn.Module, held_out: HeldOut, kind: str, autocast: Any, cache: Any) -> float:
     with autocast():
-        output = run_block(block, held_out.inputs, held_out.call, cache)
-    return float(token_error(output, held_out.targets, kind))
+        output = run_block(block, entering(held_out.inputs, device_of(block)), held_out.call, cache)
+    return float(token_error(output, entering(held_out.targets, output.device), kind))
