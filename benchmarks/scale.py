@@ -35,7 +35,7 @@ GROUP = 128  # weights with parameters of their own, as in the paper
 SEQ_LEN = 2_048
 PTQ_TOKENS = 262_144
 SWEEPS = 2
-ROWS_EACH = 8  # sequences of a step for each GPU
+ROWS_EACH, STEPS = 8, 64  # sequences of a step for each GPU, but as few as give a block this many steps
 
 # Assumptions about the machine: H100 SXM with 80 GB, eight in a node.
 PEAK = 989e12  # bfloat16 FLOPs/s, dense
@@ -165,9 +165,14 @@ def imbalance(rows: int, gpus: int) -> float:
     return float(counts.max(1).values.mean()) / (rows / gpus)
 
 
+def batch_rows(tokens: int, gpus: int) -> int:
+    """Sequences of a step: on one GPU those of the paper's preset."""
+    return 2 if gpus == 1 else min(ROWS_EACH * gpus, tokens // (SEQ_LEN * STEPS))
+
+
 def hours(shape: Shape, tokens: int, gpus: int) -> dict[str, float]:
     """Hours of the three stages on ``gpus``, by term; the terms follow one another."""
-    rows = 2 if gpus == 1 else ROWS_EACH * gpus
+    rows = batch_rows(tokens, gpus)
     steps = math.ceil(tokens / (rows * SEQ_LEN))
     each = tokens / gpus
     passes = 2 * forward(shape) * each  # of teacher and student through a block
@@ -251,7 +256,7 @@ def derived() -> Iterator[dict[str, Any]]:
         }
         for gpus in (1, 8, 64):
             terms = hours(shape, tokens, gpus)
-            rows = 2 if gpus == 1 else ROWS_EACH * gpus
+            rows = batch_rows(tokens, gpus)
             times = {f"{name.replace(' ', '')}_h": value for name, value in terms.items()}
             yield {
                 "table": "hours",
@@ -290,10 +295,7 @@ def checks() -> Iterator[dict[str, Any]]:
     with FlopCounterMode(display=False) as counter:
         run_block(block, hidden, call).sum().backward()
     block.requires_grad_(False)
-    # The first layers need no gradient of their input.
-    first = 2 * tiny.layers[0].rows * tiny.layers[0].columns
-    step = (3 * forward(tiny, length) - first) * length
-    yield compared("FLOPs of a training step", step, counter.get_total_flops())
+    yield compared("FLOPs of a training step", 3 * forward(tiny, length) * length, counter.get_total_flops())
 
     x = torch.randn(256, tiny.hidden)
     with FlopCounterMode(display=False) as counter:

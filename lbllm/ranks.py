@@ -97,12 +97,12 @@ def sum_(*tensors: Tensor) -> None:
     """Replace each tensor, of any shape, by its sum over the ranks. All ranks have the same shapes and dtypes."""
     if count() == 1:
         return
-    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    small: dict[tuple[torch.dtype, str], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() >= _BUCKET and tensor.is_contiguous():
             dist.all_reduce(tensor, group=_group(tensor))
         else:
-            small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            small.setdefault((tensor.dtype, tensor.device.type), []).append(tensor)
     for bucket in (bucket for alike in small.values() for bucket in _buckets(alike)):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat, group=_group(flat))

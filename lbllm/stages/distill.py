@@ -199,7 +199,8 @@ def _sum_over_ranks(
         return
     for layer in layers:
         if layer.gradient is None:
-            layer.gradient = layer.params.new_zeros(layer.index.shape, dtype=dtype or layer.params.dtype)
+            shape = len(layer.params), layer.in_features
+            layer.gradient = layer.params.new_zeros(shape, dtype=dtype or layer.params.dtype)
     gradients = [layer.gradient for layer in layers if layer.gradient is not None]
     ranks.sum_(loss, *gradients, *ranks.gradients([quantizer.act for quantizer in quantizers]))
 
