@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lbllm import ranks
 from lbllm.config import RunConfig
-from lbllm.errors import CheckpointError
-from lbllm.files import write_file
+from lbllm.errors import CheckpointError, ModelError
+from lbllm.files import new_file, write_file
 from lbllm.json_input import shortened
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
@@ -32,17 +32,44 @@ _PLACE = {"stage", "block", "after", "seal"}
 _METADATA = _PLACE | {"fingerprint", "sha256", "loss_before", "loss_after", "diverged"}
 
 
-def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precision: str) -> str:
+def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, precision: str) -> str:
     """What a block's state depends on: all settings, the teacher's weights, the text, the matmul precision. Hex
-    SHA-256."""
+    SHA-256.
+
+    ``weights``: the hash of each of the teacher's parameters by name."""
     document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
     if config.start is None:
         del document["start"]  # runs of the time before there was such a setting are resumed, too
     if config.quant.act_group_size == WHOLE_ROW:
         del document["quant"]["act_group_size"]
-    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
+    if config.stream_dtype == "float32":
+        del document["stream_dtype"]
+    if config.aar.loss == "relative":
+        del document["aar"]["loss"]
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_weights(folder: Path, model: str, weights: dict[str, int], files: dict[str, str]) -> None:
+    """Keep the hashes of the teacher's ``weights`` in a run's folder, or compare them with those that it began with.
+
+    ``files``: the file of each weight. Raises ModelError, with the file, if one has changed.
+    """
+    path = folder / "teacher.json"
+    try:
+        known = json.loads(path.read_bytes())
+        changed = [name for name in weights if known[name] != weights[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        changed = []
+        write_file(path, json.dumps(weights).encode())
+    if changed and any((folder / "blocks").glob("*.safetensors")):
+        where = f"{files[changed[0]]} has" if changed[0] in files else "its weights have"
+        raise ModelError(
+            f"{model}: {where} changed since this run began ({changed[0]} and {len(changed) - 1} more); put back the "
+            "files that it began with and resume, or start a new run"
+        )
+    if changed:
+        write_file(path, json.dumps(weights).encode())
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
@@ -93,7 +120,8 @@ class BlockStore:
             "diverged": repr(state.diverged),
         }
         metadata["seal"] = _metadata_sha256(metadata)
-        write_file(self.path(stage, block), save(tensors, metadata))
+        with new_file(self.path(stage, block)) as file:
+            save_file(tensors, file, metadata)
         ranks.barrier()
 
     def _before(self, stage: Origin) -> str:
@@ -111,7 +139,8 @@ class BlockStore:
             with safe_open(path, framework="pt") as stream:
                 metadata = stream.metadata() or {}
                 self._check_place(path, metadata, stage, block)
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+                # Copies: a tensor of the mapped file would keep all of the file mapped.
+                tensors = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
             if metadata["sha256"] != _sha256(tensors):
                 raise ValueError("its hash differs")
             return BlockState(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lbllm.errors import CheckpointError
+from lbllm.models.streamed import weight_hashes
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat, Stage
@@ -90,10 +93,10 @@ def test_a_flipped_bit_in_a_state_is_noticed(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_all_that_a_block_depends_on() -> None:
     config, teacher = run_config(), nn.Linear(3, 2)
-    mark = fingerprint(config, teacher, "text", "no")
-    assert mark == fingerprint(run_config(), teacher, "text", "no")
+    mark = fingerprint(config, weight_hashes(teacher), "text", "no")
+    assert mark == fingerprint(run_config(), weight_hashes(teacher), "text", "no")
     for same in ({"device": "auto"}, {"preset": "paper"}, {"stages": ("ptq",)}):
-        assert fingerprint(config.model_copy(update=same), teacher, "text", "no") == mark
+        assert fingerprint(config.model_copy(update=same), weight_hashes(teacher), "text", "no") == mark
     others = [run_config(seed=1), run_config(model="other"), run_config(seq_len=16)]
     others += [
         run_config(**{section: change})
@@ -104,12 +107,30 @@ def test_the_fingerprint_is_of_all_that_a_block_depends_on() -> None:
             ("aar", {"lr_act": 0.5}),
         )
     ]
-    marks = [fingerprint(other, teacher, "text", "no") for other in others]
-    marks += [fingerprint(config, teacher, "text", "bf16"), fingerprint(config, teacher, "other text", "no")]
+    marks = [fingerprint(other, weight_hashes(teacher), "text", "no") for other in others]
+    marks += [
+        fingerprint(config, weight_hashes(teacher), "text", "bf16"),
+        fingerprint(config, weight_hashes(teacher), "other text", "no"),
+    ]
     with torch.no_grad():
         teacher.weight[1, 2] += 1e-3
-    marks.append(fingerprint(config, teacher, "text", "no"))
+    marks.append(fingerprint(config, weight_hashes(teacher), "text", "no"))
     assert len({mark, *marks}) == 1 + len(marks)
+
+
+def test_settings_that_came_later_leave_the_fingerprint_of_older_runs_alone() -> None:
+    """As version 0.1 computed it: over the document that it wrote, which had none of these settings."""
+    teacher = nn.Linear(3, 2)
+    document = run_config().model_dump(mode="json", exclude={"preset", "device", "stages", "start", "stream_dtype"})
+    del document["quant"]["act_group_size"], document["aar"]["loss"]
+    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
+    text = json.dumps([document, weights, "text", "no"], sort_keys=True)
+    older = run_config(stream_dtype="float32")
+    assert fingerprint(older, weight_hashes(teacher), "text", "no") == hashlib.sha256(text.encode()).hexdigest()
+    for other in (run_config(), run_config(stream_dtype="float32", aar={"loss": "mse"})):
+        assert fingerprint(other, weight_hashes(teacher), "text", "no") != fingerprint(
+            older, weight_hashes(teacher), "text", "no"
+        )
 
 
 def test_training_a_restored_block_leaves_the_state_alone() -> None:

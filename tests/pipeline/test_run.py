@@ -129,8 +129,8 @@ def test_events_tell_the_run_in_order(whole: tuple[Path, list[Event]]) -> None:
             done = next(told)
             assert isinstance(done, BlockDone)
             assert (done.stage, done.block) == (stage, block)
-            # The first block gets its inputs from the teacher itself.
-            assert (done.loss_before == 0) == (stage == "ptq" and block == 0)
+            # The first block gets its inputs from the teacher itself; its targets are rounded to bfloat16.
+            assert (done.loss_before < 1e-5) == (stage == "ptq" and block == 0)
             assert not done.diverged or done.loss_before == done.loss_after
             assert done.memory_bytes > 1e8
         assert isinstance(next(told), StageDone)

@@ -17,11 +17,13 @@ from benchmarks.kill_resume import hashes
 from lbllm import load
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import read_record
-from lbllm.checkpoints.seal import WEIGHTS, format_sha256
+from lbllm.checkpoints.seal import format_sha256
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
 from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
+from lbllm.models.streamed import BlockModel
 from lbllm.pipeline import run as pipeline
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.packed_model import stage_model
@@ -192,7 +194,7 @@ def test_groups_may_be_cut_and_their_parameters_get_other_bits(
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: float, tmp_path: Path) -> None:
     settings = weights_first(tmp_path / "first", rate)
-    taken = list(checkpoint_blocks(settings, bfloat_teacher()))
+    taken = list(checkpoint_blocks(settings, BlockModel.of(bfloat_teacher().model)))
     store = BlockStore(tmp_path / "first", None)
     for number, tensors in enumerate(taken):
         # Stage 4 ends with latent weights where they trained; else stage 1's are the last ones.
@@ -214,7 +216,9 @@ def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: floa
             assert farther.max() < 1e-3  # float16's steps
     # A copy of the checkpoint alone has none, and goes on from the teacher's.
     copy = Path(shutil.copytree(tmp_path / "first" / "checkpoint", tmp_path / "copy"))
-    for tensors in checkpoint_blocks(settings.model_copy(update={"start": str(copy)}), bfloat_teacher()):
+    for tensors in checkpoint_blocks(
+        settings.model_copy(update={"start": str(copy)}), BlockModel.of(bfloat_teacher().model)
+    ):
         assert not any(name.endswith(".latent") for name in tensors)
 
 
