@@ -245,7 +245,8 @@ def _train(
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     searched: dict[str, Tensor] = {}
     if stage == "wat":
-        latents = {name: earlier.pop(f"{name}.latent").float() for name in run.formats[number]}
+        # Taken out, so that training alone holds them.
+        latents = {name: earlier.pop(f"{name}.latent") for name in run.formats[number]}
         del earlier
         before = _probe(run, student, number, inputs, targets, taught.share)
         steps = wat_block(

@@ -158,7 +158,7 @@ class BinaryLinear(nn.Module):
     def weight(self) -> Tensor:
         """Return the fake-quantized weight (out, in), differentiable in the parameters where gradients are enabled."""
         if torch.is_grad_enabled():
-            return self._rows(self.on_grid(), slice(None))
+            return self._fake_quantized(self.on_grid(), self.index, self.latent, self.bitmap)
         return self.expand(self.params.dtype)
 
     @torch.no_grad()
@@ -167,7 +167,8 @@ class BinaryLinear(nn.Module):
         params = self.on_grid()
         weight = params.new_empty(self.out_features, self.in_features, dtype=dtype)
         for rows in self._parts():
-            weight[rows] = self._rows(params[rows], rows)
+            others = [tensor if tensor is None else tensor[rows] for tensor in (self.index, self.latent, self.bitmap)]
+            weight[rows] = self._fake_quantized(params[rows], *others)
         return weight
 
     def expand_dense(self, dtype: torch.dtype) -> None:
@@ -234,15 +235,18 @@ class BinaryLinear(nn.Module):
         for start in range(0, self.out_features, rows):
             yield slice(start, min(start + rows, self.out_features))
 
-    def _rows(self, params: Tensor, rows: slice) -> Tensor:
-        """Return rows of the weight for their ``on_grid()`` parameters."""
+    def _fake_quantized(
+        self, params: Tensor, index: Tensor | None, latent: Tensor | None, bitmap: Tensor | None
+    ) -> Tensor:
+        """Return the weight for ``on_grid()`` parameters; all of them are those of the layer or of some of its rows."""
         levels = params_to_levels(params)
-        if self.latent is None:
-            groups = fixed_level(levels, to_groups(self.index[rows], self.length))
-        elif self.bitmap is not None:
-            groups = relaxed_level(to_groups(self.latent[rows], self.length), self.bitmap[rows], params)
+        if latent is None:
+            assert index is not None
+            groups = fixed_level(levels, to_groups(index, self.length))
+        elif bitmap is not None:
+            groups = relaxed_level(to_groups(latent, self.length), bitmap, params)
         else:
-            groups = nearest_level(to_groups(self.latent[rows], self.length), levels.sort(-1).values)
+            groups = nearest_level(to_groups(latent, self.length), levels.sort(-1).values)
         return from_groups(groups, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:

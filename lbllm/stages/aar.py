@@ -7,6 +7,7 @@ the first knee: without a good one, 4-bit activations destroy the block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from lbllm.models.blocks import BlockCall, layer_inputs
 from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups
+from lbllm.quant.training_layer import BinaryLinear
 from lbllm.ranks import Share
 from lbllm.sections import AarConfig
 from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
@@ -26,6 +28,7 @@ from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 # below 1 was never the best first value; training moves the clips.
 KNEES = (0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.37, 0.45, 0.6, 0.8, 1.0)
 CLIPS = (1.0,)
+OUTPUTS = 2**26
 
 
 @torch.no_grad()
@@ -33,23 +36,27 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor, *, counts: b
     """Set a quantizer's knee and clips to the best candidates for inputs x (tokens, in) of a weight (out, in).
 
     The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens
-    of all ranks whose tokens are to count. Returns that error.
+    of all ranks whose tokens are to count. Returns that error. Where a layer is so large that its outputs for all
+    tokens would take more than OUTPUTS numbers, the tokens are measured in parts.
     """
-    ranges, clean = quantizer.ranges(x), x @ weight.t()
-    energy = clean.square().sum(-1).clamp_min(1e-12)
-    best, choice = float("inf"), (1.0, 1.0)
-    knees = KNEES if quantizer.tail else (1.0,)
-    for clip in CLIPS if quantizer.tail else (1.0,):
-        for knee in knees:
-            share, end = x.new_tensor(knee), x.new_tensor(clip)
+    candidates = [(knee, clip) for clip in CLIPS for knee in KNEES] if quantizer.tail else [(1.0, 1.0)]
+    sums: list[Tensor] = []
+    for part in x.split(max(1, OUTPUTS // len(weight))):
+        ranges, clean = quantizer.ranges(part), part @ weight.t()
+        energy = clean.square().sum(-1).clamp_min(1e-12)
+        for knee, clip in candidates:
+            share, end = x.new_full((), knee), x.new_full((), clip)
             grid = make_grid(ranges, share, end, end, quantizer.bits, quantizer.tail)
             rounded = decode(encode(ranges, grid, quantizer.bits, quantizer.tail), grid)
             noisy = from_groups(rounded, x.shape[-1]) @ weight.t()
-            error = ranks.mean(float(((noisy - clean).square().sum(-1) / energy).mean()), counts * len(x))
-            if error < best:
-                best, choice = error, (knee, clip)
-    quantizer.act.data.copy_(x.new_tensor([choice[0], choice[1], choice[1]]))
-    return best
+            sums.append((noisy.sub_(clean).square_().sum(-1) / energy).sum())
+    errors = (torch.stack(sums).view(-1, len(candidates)).sum(0) / len(x)).tolist()  # the only copy from the device
+    errors = [ranks.mean(error, counts * len(x)) for error in errors]
+    # An error that is NaN is not the least.
+    best = min(range(len(errors)), key=lambda at: (math.isnan(errors[at]), errors[at]))
+    knee, clip = candidates[best]
+    quantizer.act.data.copy_(torch.tensor([knee, clip, clip]))
+    return float(errors[best])
 
 
 def add_quantizers(
@@ -81,10 +88,19 @@ def add_quantizers(
             seen = inputs[: max(1, tokens)]
             x = torch.cat(list(layer_inputs(block, first, seen, call, batch, cache)))[: config.search_tokens]
             quantizer = ActQuantizer(bits, tail, config.temperature, group_size=same[0].fmt.act_group_size).to(x.device)
-            weight = torch.cat([layer.weight().detach() for layer in same])
-            search_grid(quantizer, x.float(), weight, counts=tokens > 0)
+            search_grid(quantizer, x.float(), _stacked_weights(same), counts=tokens > 0)
             for layer in same:
                 layer.quantizer = quantizer
+
+
+def _stacked_weights(layers: list[BinaryLinear]) -> Tensor:
+    """Return the weights of layers with the same input, one below the other: (sum of out, in)."""
+    first, rows = layers[0], 0
+    stacked = first.params.new_empty(sum(layer.out_features for layer in layers), first.in_features)
+    for layer in layers:
+        stacked[rows : rows + layer.out_features] = layer.expand(stacked.dtype)
+        rows += layer.out_features
+    return stacked
 
 
 def aar_block(
@@ -106,7 +122,7 @@ def aar_block(
     """
     groups: list[dict[str, Any]] = []
     for layer in binary_layers(block).values():
-        scale = float(layer.weight().detach().std())
+        scale = float(layer.expand(layer.params.dtype).std())
         groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
     yield from distill(
         block,

@@ -186,6 +186,8 @@ def distill(
             _update(layers, quantizers, optimizer, config.grad_clip, beta, slope)
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         measured = probe.after(step + 1) if probe is not None and finite else None
+        for layer in layers:
+            layer.gradient = None
         yield Step(step + 1, shown_loss, shown_reg, factor, speed, measured)
         if not finite:
             return
