@@ -115,7 +115,7 @@ class RunConfig(Section):
     device: str = Field(
         "auto",
         title="Device",
-        description="auto, cpu, cuda, or cuda:N for one of several GPUs; auto is a GPU where there is one, else the CPU.",
+        description="auto, cpu, cuda, or cuda:N for one of several GPUs; auto is a GPU if there is one, else the CPU.",
     )
     stream_dtype: StreamDtype = Field(
         "bfloat16",
