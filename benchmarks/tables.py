@@ -1,4 +1,4 @@
-"""Renders the tables of the results and of docs/method.md from the data: ``python -m benchmarks.tables [--check]``.
+"""Renders the tables of results, method.md and scale.md from the data: ``python -m benchmarks.tables [--check]``.
 
 The data are the files that benchmarks write by ``--out``, in docs/results. ``docs/results/tables.toml`` says of each
 table which data it shows and how. A page has a table between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``.
@@ -140,7 +140,7 @@ def read_tables(path: Path) -> dict[str, Table]:
 
 def pages(docs: Path) -> list[Path]:
     """The pages that may have tables."""
-    return [docs / "results.md", docs / "method.md", *sorted((docs / "results").glob("*.md"))]
+    return [docs / "results.md", docs / "method.md", docs / "scale.md", *sorted((docs / "results").glob("*.md"))]
 
 
 def rewritten(docs: Path) -> dict[Path, str]:

@@ -113,7 +113,9 @@ class RunConfig(Section):
         0, ge=0, lt=2**32, title="Seed", description="Decides the order of the text, and which parts of it."
     )
     device: str = Field(
-        "auto", title="Device", description="auto, cpu or cuda; auto is a GPU on a machine that has one, else the CPU."
+        "auto",
+        title="Device",
+        description="auto, cpu, cuda, or cuda:N for one of several GPUs; auto is a GPU if there is one, else the CPU.",
     )
     stream_dtype: StreamDtype = Field(
         "bfloat16",

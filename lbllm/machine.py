@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from lbllm.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
+# How long a process of a run waits for the others. A lost one is noticed at once; this is for those that hang.
+PATIENCE = timedelta(hours=1)
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place: str = "cpu") -> float:
@@ -117,12 +121,36 @@ def _half_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return nn.functional.linear(x.bfloat16(), weight, bias).float()
 
 
+def devices() -> tuple[str, ...]:
+    """The names of devices that a run on this machine can be given."""
+    count = torch.cuda.device_count()
+    return DEVICES + tuple(f"cuda:{index}" for index in range(count) if count > 1)
+
+
 def check_device(device: str) -> None:
-    """Raise ConfigError unless ``device`` is auto, cpu, or cuda on a machine with a GPU."""
-    if device not in DEVICES:
-        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': this machine has no GPU that torch can use; choose cpu")
+    """Raise ConfigError unless ``device`` is auto, cpu, or a GPU that this machine has: cuda or cuda:N."""
+    kind, _, index = device.partition(":")
+    if device not in DEVICES and not (kind == "cuda" and index.isdecimal() and index.isascii()):
+        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: this machine has no GPU that torch can use; choose cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def check_processes(device: str, processes: int) -> None:
+    """Raise ConfigError unless a run on ``device`` can have so many processes: on GPUs, each has one of its own."""
+    check_device(device)
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: a run has at least 1 process")
+    if processes == 1 or not uses_gpu(device):
+        return
+    if ":" in device:
+        raise ConfigError(f"--processes {processes} with device {device}, which is one GPU; choose auto or cuda")
+    if processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs, and each process needs one"
+        )
 
 
 def device_named(name: str) -> str:
@@ -147,7 +175,8 @@ def device_named(name: str) -> str:
 
 
 def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
-    """Return the accelerator for ``auto``, ``cpu`` or ``cuda``. Raises ConfigError if there is no such device.
+    """Return the accelerator for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises ConfigError if there is no such
+    device. A process that a launcher started beside others joins them here.
 
     ``precision``: ``no`` or ``bf16``. None selects bf16 on a GPU, and on a CPU with instructions for bfloat16 products
     (AVX-512 BF16 or AMX). It is not selected by measured speed, which depends on what else the machine does: two runs
@@ -155,20 +184,23 @@ def make_accelerator(device: str, precision: str | None = None) -> Accelerator:
     """
     check_device(device)
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if ":" in device:
+        torch.cuda.set_device(torch.device(device))
     if precision is None:
         precision = "bf16" if not cpu or has_bfloat16() else "no"
+    joining = [InitProcessGroupKwargs(timeout=PATIENCE)]
     try:
-        return Accelerator(cpu=cpu, mixed_precision=precision)
+        return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=joining)
     except ValueError:
         # accelerate has one state per process, and an earlier run in this process had another device or precision.
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=cpu, mixed_precision=precision)
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=joining)
 
 
 def free_memory(device: str = "auto") -> int:
     """Return the bytes that a new process can use: GPU memory if the run uses one, or that of machine or container."""
     if uses_gpu(device):
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device if ":" in device else None)[0])
     free = min(int(psutil.virtual_memory().available), _data_left())
     group = Path("/sys/fs/cgroup")
     try:

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import ConfigError
-from lbllm.machine import bfloat16_products, device_named, float32_products, make_accelerator, matmul_rate
+from lbllm.machine import (
+    bfloat16_products,
+    check_device,
+    check_processes,
+    device_named,
+    devices,
+    float32_products,
+    make_accelerator,
+    matmul_rate,
+)
 from tests.helpers.cases import cases
 from tests.helpers.tiny_runs import tiny_teacher, token_ids
 
@@ -53,10 +62,25 @@ def test_cpu_is_the_cpu() -> None:
     assert make_accelerator("cpu", "no").device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:7", ""])
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "cpu:0", ""])
 def test_an_unknown_device_is_refused_with_the_choices(device: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{device}' is not known; choose from auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match=f"'{device}' is not known; choose from auto, cpu, cuda, cuda:N"):
         make_accelerator(device)
+
+
+def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices() == ("auto", "cpu", "cuda")
+    check_processes("cpu", 3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert devices() == ("auto", "cpu", "cuda", "cuda:0", "cuda:1")
+    check_device("cuda:1")
+    check_processes("auto", 2)
+    with pytest.raises(ConfigError, match="'cuda:2': this machine has 2 GPUs, counted from 0"):
+        check_device("cuda:2")
+    for device, processes, reason in (("auto", 3, "has 2 GPUs"), ("cuda:1", 2, "is one GPU"), ("cpu", 0, "at least 1")):
+        with pytest.raises(ConfigError, match=f"--processes {processes}.*{reason}"):
+            check_processes(device, processes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

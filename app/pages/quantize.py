@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas
 import streamlit as st
+import torch
 from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedModel
 
@@ -221,8 +222,13 @@ def _objections(config: RunConfig, result: Estimate) -> list[str]:
 
 
 def _start(config: RunConfig | None, objections: list[str]) -> None:
-    name, button = st.columns([3, 1], vertical_alignment="bottom")
+    gpus = torch.cuda.device_count()
+    name, *between, button = st.columns([3, 1, 1] if gpus > 1 else [3, 1], vertical_alignment="bottom")
     wanted = name.text_input("Name of the run", placeholder="Name of the run, optional", key=form.NAME_KEY)
+    processes = 1
+    if between and config is not None and config.device in ("auto", "cuda"):
+        how = "Share the run among this many processes, each on a GPU of its own."
+        processes = between[0].number_input("GPUs", 1, gpus, key=form.PROCESSES_KEY, help=how)
     impossible = config is None or bool(objections)
     pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
     ahead = sum(run.state in ACTIVE for run in store().all())
@@ -230,7 +236,7 @@ def _start(config: RunConfig | None, objections: list[str]) -> None:
         st.caption(f"{ahead} {'run is' if ahead == 1 else 'runs are'} ahead of it; this one waits for its turn.")
     if pressed and config is not None:
         run = store().create(config, wanted.strip() or None)
-        store().start(run.id)
+        store().start(run.id, processes)
         st.switch_page("pages/runs.py", query_params={"run": run.id})
 
 

@@ -40,6 +40,7 @@ from lbllm.sections import PAPER_STAGES, STAGES, LayerOverride
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 EDITED, NAME_KEY, METHODS_KEY = "quantize edited table", "quantize name", "quantize preview methods"
+PROCESSES_KEY = "quantize processes"
 BLOCK_KEY = "quantize block of "  # and the number of blocks
 KEPT, OWN_ADDRESS, ADDRESS = "quantize kept", "quantize address", "form"
 KEPT_FORMS = 500
@@ -95,7 +96,8 @@ def keep() -> None:
     """Keep what the page shows, for a reload and for when it is opened again."""
     if DOCUMENT not in st.session_state:
         return
-    keys = (DOCUMENT, PRESET, MODEL_KEY, CORPUS_KEY, SKIP_KEY, NAME_KEY, METHODS_KEY, *(s.key for s in WIDGETS))
+    own = (DOCUMENT, PRESET, MODEL_KEY, CORPUS_KEY, SKIP_KEY, NAME_KEY, METHODS_KEY, PROCESSES_KEY)
+    keys = (*own, *(setting.key for setting in WIDGETS))
     blocks = [key for key in st.session_state if str(key).startswith(BLOCK_KEY)]
     values = {key: st.session_state[key] for key in (*keys, *blocks) if key in st.session_state}
     st.session_state[KEPT] = values | {TABLE: st.session_state.get(EDITED, st.session_state[TABLE])}

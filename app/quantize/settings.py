@@ -9,7 +9,7 @@ from typing import Any
 from lbllm.config import SETTINGS, label
 from lbllm.fields import bounds, choices
 from lbllm.labels import FORMAT_NAMES, stage_numbers
-from lbllm.machine import DEVICES
+from lbllm.machine import devices
 from lbllm.sections import STAGES, WHOLE_ROW, stage_name
 
 
@@ -74,7 +74,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
     "All stages": (
         Setting("seq_len", step=64),
         Setting("seed", step=_COUNT),
-        Setting("device", DEVICES),
+        Setting("device", devices()),
         Setting("stream_dtype"),
     ),
     stage_name("ptq"): (

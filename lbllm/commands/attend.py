@@ -81,23 +81,28 @@ def check_out(out: Path) -> None:
 
 
 def attend(
-    store: RunStore, run: Run, console: Console, out: Path | None, expected: Mapping[Stage, float] | None = None
+    store: RunStore,
+    run: Run,
+    console: Console,
+    out: Path | None,
+    expected: Mapping[Stage, float] | None = None,
+    processes: int | None = None,
 ) -> Outcome:
     """Start a queued run, or resume one that ended early, and show it on ``console`` until it ends.
 
     The checkpoint is copied to ``out`` if given. ``expected``: the estimated seconds of each stage; None: estimate them
-    here. Raises RunError if the run ends before it is done, StoppedByUser if Ctrl-C stopped it, ResourceError
-    if the checkpoint can't be copied to ``out``.
+    here. ``processes``: how many share the work; None: as many as the last time. Raises RunError if the run ends
+    before it is done, StoppedByUser if Ctrl-C stopped it, ResourceError if the checkpoint can't be copied to ``out``.
     """
     view = RunView(run.id)
     active = next((other.id for other in store.all() if other.state == "running"), None)
     if active is not None:
-        plain(console, f"waiting until run {active} ends: only one run works at a time")
+        plain(console, f"run {active} is at work; this one starts as soon as a device is free")
     # A resumed run's earlier events count, but are not shown again.
     with view.caught_up(store):
         pass
     with interrupts() as pressed:
-        store.resume(run.id)
+        store.resume(run.id, processes)
         if expected is None:
             from lbllm.measure.estimate import expected_seconds  # late: the worker needn't wait for torch
 

@@ -58,6 +58,12 @@ TextOption = Annotated[str, typer.Option("--text", help="wikitext2, a text file,
 SeqLenOption = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window. \\[default: 2048, or the model's context if shorter]")
 ]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Share the work among this many processes, each on a GPU of its own where the run is on GPUs."
+    ),
+]
 IgnoreMemoryOption = Annotated[bool, typer.Option("--ignore-memory", help="Start even if memory seems too small.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N windows, or questions of a task, only.")]
 

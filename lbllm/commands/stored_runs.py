@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from lbllm.commands.attend import attend, check_out, line, render
-from lbllm.commands.options import JsonOption, RunArgument
+from lbllm.commands.options import JsonOption, ProcessesOption, RunArgument
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.commands.training import print_outcome
 from lbllm.events import Evaluated, RunDone, RunFailed, StageDone
@@ -76,6 +76,7 @@ def runs_show(run: RunArgument, as_json: JsonOption = False) -> None:
 def runs_resume(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also copy the finished checkpoint here.")] = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a stopped, failed or interrupted run from its last finished block."""
@@ -83,7 +84,12 @@ def runs_resume(
     found = store.get(run)
     if out is not None:
         check_out(out)
-    print_outcome(attend(store, found, notices(quiet=as_json), out), as_json=as_json)
+    if processes is not None:
+        from lbllm.machine import check_processes  # late: it brings torch
+
+        check_processes(found.config.device, processes)
+    outcome = attend(store, found, notices(quiet=as_json), out, processes=processes)
+    print_outcome(outcome, as_json=as_json)
 
 
 def runs_stop(run: RunArgument, as_json: JsonOption = False) -> None:

@@ -26,6 +26,7 @@ from lbllm.commands.options import (
     LimitOption,
     OutOption,
     PresetOption,
+    ProcessesOption,
     RunDeviceOption,
     SetOption,
     TeacherOption,
@@ -55,6 +56,7 @@ def quantize(
     assignments: SetOption = None,
     config: ConfigOption = None,
     start: FromOption = None,
+    processes: ProcessesOption = None,
     ignore_memory: IgnoreMemoryOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,17 +67,26 @@ def quantize(
     settings = run_config(
         model, preset, group_size, weight_format, act_bits, kv_bits, corpus, device, assignments, config, start
     )
-    outcome = _quantize(RunStore(), settings, out, notices(quiet=as_json), ignore_memory=ignore_memory)
+    console = notices(quiet=as_json)
+    outcome = _quantize(RunStore(), settings, out, console, processes=processes or 1, ignore_memory=ignore_memory)
     print_outcome(outcome, as_json=as_json)
 
 
 def _quantize(
-    store: RunStore, config: RunConfig, out: Path, console: Console, *, ignore_memory: bool = False
+    store: RunStore,
+    config: RunConfig,
+    out: Path,
+    console: Console,
+    *,
+    processes: int = 1,
+    ignore_memory: bool = False,
 ) -> Outcome:
     """Check, estimate, run, and put the checkpoint in ``out``."""
+    from lbllm.machine import check_processes
     from lbllm.measure.estimate import check_disk, check_memory, estimate
 
     check_out(out)
+    check_processes(config.device, processes)
     _tell_reading(config, console)
     result = estimate(config)
     console.print(_estimate_table(config, result))
@@ -87,7 +98,7 @@ def _quantize(
     check_disk(result, store.root)
     run = store.create(config)
     plain(console, f"run {run.id} in {run.folder}; Ctrl-C stops it and keeps its work", style="dim")
-    return attend(store, run, console, out, result.stage_seconds)
+    return attend(store, run, console, out, result.stage_seconds, processes)
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lbllm import ranks
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError, ModelError
 from lbllm.files import new_file, write_file
@@ -102,8 +103,11 @@ class BlockStore:
         return self.folder / f"{stage}-{block:04d}.safetensors"
 
     def save(self, stage: Origin, block: int, state: BlockState) -> None:
-        """Write a block's state; OSError where the disk doesn't take it."""
+        """Write a block's state; OSError where the disk doesn't take it. Rank 0 writes, and the others wait for it."""
         assert self.mark is not None
+        if not ranks.is_first():
+            ranks.barrier()
+            return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         metadata = {
             "fingerprint": self.mark,
@@ -118,6 +122,7 @@ class BlockStore:
         metadata["seal"] = _metadata_sha256(metadata)
         with new_file(self.path(stage, block)) as file:
             save_file(tensors, file, metadata)
+        ranks.barrier()
 
     def _before(self, stage: Origin) -> str:
         """The names of the run's stages before this one, as metadata; empty where they are not known."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.errors import LbllmError, ModelError
 from lbllm.events import BlockDone, BlockStarted, Event, LayerDone, StageDone, StageStarted
 from lbllm.memory import peak_memory
@@ -23,6 +24,7 @@ from lbllm.models.blocks import (
 )
 from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
+from lbllm.ranks import Share
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
@@ -43,10 +45,12 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     began = time.perf_counter()
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
+    share = run.share(sequences)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
-    if all(run.store.path(stage, number).exists() for number in range(run.blocks)):
+    if ranks.same(all(run.store.path(stage, number).exists() for number in range(run.blocks))):
         yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
         return
+    sequences = share.of(sequences)
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
     targets = _first_stream(run, sequences)
@@ -55,7 +59,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     for number in range(run.blocks):
         run.check()
         state, student = run.store.load(stage, number), None
-        taught = _teach(run, stage, number, targets, beside, done=state is not None)
+        taught = _teach(run, stage, number, targets, share, beside, done=state is not None)
         if state is None:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
@@ -85,7 +89,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
 
 @dataclass
 class _Taught:
-    """What the teacher's block shows on its stream.
+    """What the teacher's block shows on its stream, which has this rank's ``share`` of the sequences.
 
     ``sharing``: its layers grouped by input. ``meant``: for stage 1, the inputs (tokens, in) of the first layer of each
     group, by batch. ``held_out``: held-out tokens before and after the block.
@@ -94,10 +98,11 @@ class _Taught:
     sharing: list[list[str]]
     meant: dict[str, list[Tensor]]
     held_out: HeldOut | None
+    share: Share
 
 
 def _teach(
-    run: RunContext, stage: Stage, number: int, stream: Tensor, beside: _Beside | None, *, done: bool
+    run: RunContext, stage: Stage, number: int, stream: Tensor, share: Share, beside: _Beside | None, *, done: bool
 ) -> _Taught:
     """Let the teacher's stream pass a block; it then holds the block's targets. ``done``: the block is finished."""
     block = run.teacher.block(number)
@@ -110,7 +115,7 @@ def _teach(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
             "these texts before anything is binarized; its weights may be damaged, give another copy of the model"
         )
-    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None)
+    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share)
 
 
 class _Beside:
@@ -169,7 +174,7 @@ def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cac
     """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite."""
     finite = True
     for part in stream.split(run.batch):
-        run.check()
+        run.check_alone()
         with run.autocast():
             output = run_block(block, entering(part, run.teacher.device), run.calls[number], cache)
         finite = finite and bool(output.isfinite().all())
@@ -189,9 +194,11 @@ def _restored(run: RunContext, number: int, tensors: dict[str, Tensor]) -> nn.Mo
     return restore(run.teacher.block(number), run.formats[number], tensors, run.config.quant.tail_steps)
 
 
-def _probe(run: RunContext, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, cache: Any = None) -> float:
+def _probe(
+    run: RunContext, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, share: Share, cache: Any = None
+) -> float:
     """The relative loss of a block on the first tokens of the stage."""
-    count = max(1, PROBE_TOKENS // run.config.seq_len)
+    count = share.of_first(max(1, PROBE_TOKENS // run.config.seq_len))
     with run.autocast():
         return block_error(block, inputs[:count], targets[:count], run.calls[number], run.batch, cache)
 
@@ -205,7 +212,7 @@ def _initialize(
     taught.meant.clear()
     state = BlockState(tensors, before, 0.0, False)
     student = _student(run, number, state)
-    state.loss_after = _probe(run, student, number, inputs, targets)
+    state.loss_after = _probe(run, student, number, inputs, targets, taught.share)
     return state, student
 
 
@@ -215,7 +222,7 @@ def _binarize(
     """The loss of the dense block, and the tensors of the binarized one."""
     config, block, call = run.config, run.teacher.block(number), run.calls[number]
     student: nn.Module = share_copy(block)
-    before = _probe(run, student, number, inputs, targets)
+    before = _probe(run, student, number, inputs, targets, taught.share)
     tensors: dict[str, Tensor] = {}
     try:
         layers = ptq_block(block, student, call, inputs, taught.meant, run.formats[number], config.ptq, run.batch)
@@ -245,7 +252,7 @@ def _train(
         # Taken out, so that training alone holds them.
         latents = {name: earlier.pop(f"{name}.latent") for name in run.formats[number]}
         del earlier
-        before = _probe(run, student, number, inputs, targets)
+        before = _probe(run, student, number, inputs, targets, taught.share)
         steps = wat_block(
             student,
             call,
@@ -256,6 +263,7 @@ def _train(
             seed=seed,
             autocast=run.autocast,
             held_out=taught.held_out,
+            share=taught.share,
         )
         del latents
     else:
@@ -270,8 +278,9 @@ def _train(
             tail=quant.tail_steps,
             kv_bits=quant.kv_bits,
             batch=run.batch,
+            share=taught.share,
         )
-        before = _probe(run, student, number, inputs, targets, cache)
+        before = _probe(run, student, number, inputs, targets, taught.share, cache)
         searched = {
             f"{name}.act": layer.quantizer.act.detach().clone()
             for name, layer in binary_layers(student).items()
@@ -287,6 +296,7 @@ def _train(
             seed=seed,
             autocast=run.autocast,
             held_out=taught.held_out,
+            share=taught.share,
         )
     for step in steps:
         yield step_metric(stage, number, step)
@@ -295,7 +305,7 @@ def _train(
     state = BlockState(_rounded(student), before, 0.0, False)
     del student
     finished = _student(run, number, state)
-    state.loss_after = _probe(run, finished, number, inputs, targets, cache)
+    state.loss_after = _probe(run, finished, number, inputs, targets, taught.share, cache)
     if not state.loss_after <= before:
         first = run.store.finished(origin, number).tensors
         kept = {name: tensor for name, tensor in first.items() if not name.endswith(".latent")} | searched

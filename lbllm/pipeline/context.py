@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lbllm import ranks
 from lbllm.config import RunConfig
 from lbllm.events import StepMetric
 from lbllm.models.blocks import FORWARD_TOKENS, BlockCall
 from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.block_store import BlockStore
+from lbllm.ranks import Share
 from lbllm.runs.store import Request
 from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
 from lbllm.stages.distill import Step, batch_order
@@ -54,6 +56,10 @@ class RunContext:
     request: Callable[[], Request | None]
     held_out: HeldOutTokens | None = None
 
+    def share(self, sequences: Tensor) -> Share:
+        """Which of a stage's sequences (n, T) are whose, where several processes work on the run."""
+        return Share(len(sequences), self.batch)
+
     @property
     def batch(self) -> int:
         """The number of sequences in one forward pass without gradients."""
@@ -69,9 +75,14 @@ class RunContext:
         return self.corpus.sequences[: -(-tokens // self.config.seq_len)]
 
     def check(self) -> None:
-        """Raise Ended if there is a request to stop or cancel."""
+        """Raise Ended if there is a request to stop or cancel; all ranks call it at the same steps."""
         if self.request() is not None:
             raise Ended
+
+    def check_alone(self) -> None:
+        """The same within work of which ranks have unequal parts; only a run of one process can end there."""
+        if ranks.count() == 1:
+            self.check()
 
 
 def step_metric(stage: Stage, number: int, step: Step) -> StepMetric:

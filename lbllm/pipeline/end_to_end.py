@@ -11,6 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lbllm import ranks
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
 from lbllm.memory import peak_memory
@@ -100,7 +101,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
             if step is None:
                 continue
             yield step_metric(stage, 0, step if beside is None else replace(step, probe=beside.after(step.step)))
-            if time.perf_counter() - saved > SAVE_SECONDS:
+            if ranks.same(time.perf_counter() - saved > SAVE_SECONDS):
                 keep()
                 saved = time.perf_counter()
     except Ended:
@@ -124,7 +125,8 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
             earlier = run.store.finished(origin, number)
             tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
         run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
-    run.store.path(stage, unfinished).unlink(missing_ok=True)
+    if ranks.is_first():
+        run.store.path(stage, unfinished).unlink(missing_ok=True)
     yield BlockDone(
         stage=stage,
         block=0,

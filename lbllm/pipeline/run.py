@@ -8,6 +8,7 @@ the same bytes as an uninterrupted one (on a CPU with the same number of threads
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lbllm import memory
+from lbllm import memory, ranks
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import RunRecord
 from lbllm.checkpoints.weights import weights_bytes
 from lbllm.config import RunConfig, setting_name
-from lbllm.errors import CorpusError, ModelError
+from lbllm.errors import ConfigError, CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_file
 from lbllm.machine import make_accelerator
@@ -39,6 +40,7 @@ from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.pipeline.packed_model import save_checkpoint, stage_blocks
 from lbllm.pipeline.start import checkpoint_blocks
 from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.ranks import Share
 from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
 from lbllm.stages.probe import Budget
@@ -56,6 +58,7 @@ def run(
 ) -> Iterator[Event]:
     """Run all stages of ``config``; yields events. The result is ``folder/checkpoint``.
 
+    Where several processes work on the run, each calls this for the same ``folder``, and rank 0 alone writes.
     ``folder`` also stores the finished blocks; the run continues after those that already exist. The perplexity of the
     teacher, and of the model after each stage, is measured on the held-out part of the configured corpus, but not if
     ``corpus`` is given. ``request`` is called at every step; if it returns a request, the run yields RunStopped and
@@ -65,7 +68,8 @@ def run(
     budget = Budget()
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config.device, _recorded_precision(folder))
-    write_file(folder / "precision", accelerator.mixed_precision.encode())
+    if ranks.is_first():
+        write_file(folder / "precision", accelerator.mixed_precision.encode())
     device = accelerator.device
     opened = stream_teacher(config.model, device) if teacher is None else BlockTeacher.of(teacher, device)
     model = opened.model
@@ -84,10 +88,12 @@ def run(
             f"{config.model} never calls {', '.join(uncalled)}: a layer without inputs can't be binarized. Keep it "
             f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
         )
-    check_weights(folder, config.model, survey.hashes, model.files)
+    if ranks.is_first():
+        check_weights(folder, config.model, survey.hashes, model.files)
     mark = fingerprint(config, survey.hashes, corpus.hash, accelerator.mixed_precision)
     store = BlockStore(folder, mark, config.stages)
-    if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
+    begun = all(store.path("start", number).exists() for number in range(len(blocks)))
+    if config.start is not None and not ranks.same(begun):
         for number, tensors in enumerate(checkpoint_blocks(config, model)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
     layers = planned_layers(model.model, config.precision(config.stages[-1]))
@@ -103,9 +109,10 @@ def run(
         store,
         Streams(getattr(torch, config.stream_dtype), folder / "streams" if place == "disk" else None),
         accelerator.autocast,
-        request,
-        _held_out_tokens(model, held_out, budget) if held_out is not None else None,
+        lambda: ranks.same(request()),
+        _held_out_tokens(model, held_out, budget) if held_out is not None and ranks.is_first() else None,
     )
+    _check_ranks(state)
     bpw = bits_per_weight(blocks, formats)
     finished = sum(store.path(stage, k).exists() for stage in config.stages for k in range(len(blocks)))
     yield RunStarted(
@@ -135,7 +142,7 @@ def run(
             yield from _evaluate(state, stage, stage_blocks(config, folder, stage, model), held_out)
         state.check()
     except Ended:
-        asked = request()
+        asked = state.request()
         assert asked is not None
         yield RunStopped(request=asked)
         return
@@ -151,13 +158,27 @@ def run(
         evaluations=tuple(_evaluations(state, held_out)),
         start=find_checkpoint(config.start).record if config.start is not None else None,
     )
-    save_checkpoint(config, folder, opened, target, record)
+    if ranks.is_first():
+        save_checkpoint(config, folder, opened, target, record)
+    ranks.barrier()
     yield RunDone(
         path=str(target),
         bpw=bpw,
         disk_bytes=weights_bytes(target),
         seconds=time.perf_counter() - began,
     )
+
+
+def _check_ranks(run: RunContext) -> None:
+    """Raise ConfigError where a stage has fewer sequences than there are processes to share them."""
+    count = ranks.count()
+    stages = [stage for stage in run.config.stages if stage != "e2e"]
+    least = min((len(run.sequences(getattr(run.config, stage).tokens)) for stage in stages), default=count)
+    if least < count:
+        raise ConfigError(
+            f"{count} processes can't share a stage of {least} sequences; use at most {least} processes, more text "
+            f"or a smaller {setting_name('seq_len')}"
+        )
 
 
 def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
@@ -178,12 +199,16 @@ def _held_out_tokens(model: BlockModel, held_out: Corpus, budget: Budget) -> Hel
 
 def _evaluate(run: RunContext, what: str, model: BlockModel, held_out: Corpus | None) -> Iterator[Event]:
     """Measure the perplexity of ``model`` on the held-out text and yield it, unless the run's folder already has it."""
-    known = read_evaluated(run.store.folder, run.config)
+    known = ranks.same(read_evaluated(run.store.folder, run.config))
     if held_out is None or what in known:
         return
-    value = block_perplexity(model, held_out.sequences, between=run.check)
+    windows = Share(len(held_out.sequences)).of(held_out.sequences)
+    value = block_perplexity(model, windows, between=run.check_alone) if len(windows) else 1.0
+    if ranks.count() > 1:
+        value = math.exp(ranks.mean(math.log(value), len(windows)))
     yield _evaluation(what, value, held_out)
-    write_evaluated(run.store.folder, run.config, known | {what: value})
+    if ranks.is_first():
+        write_evaluated(run.store.folder, run.config, known | {what: value})
 
 
 def _evaluation(what: str, value: float, held_out: Corpus) -> Evaluated:

@@ -1,11 +1,13 @@
 """The run store: runs and their events in one SQLite file, and one folder a run. Many processes use it at once.
 
     root/runs.db              names, dates and events; votes on pairs of answers
-    root/worker.lock          locked by the worker whose turn it is: runs train one after another
+    root/worker*.lock         one a device, locked by the worker whose turn it is (``runs/turn.py``)
     root/<run id>/            config.json, blocks/, checkpoint/, worker.log
     root/<run id>/alive.lock  locked as long as the run's worker lives
     root/<run id>/request     "stop" or "cancel", until the run is resumed
-    root/<run id>/failure     why the run's last worker ended, where the store could not take that
+    root/<run id>/failure     why the run's last worker ended, where the store could not take that or the run is
+                              interrupted
+    root/<run id>/processes   how many processes the run was last started with
     root/deleted/<run id>/    the folder of a deleted run, which can be brought back (``runs/deleted.py``)
 
 A reader follows a run by ``events(run_id, after_seq)`` and holds nothing but that number. The state of a run is stored
@@ -42,6 +44,7 @@ from lbllm.json_input import replaced
 from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
 from lbllm.runs.repair import DELETED, RUN_ID
+from lbllm.runs.turn import write_processes
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
@@ -88,7 +91,7 @@ class Run:
 
     @property
     def failure(self) -> str | None:
-        """Why the run's last worker ended, where the store could not take that."""
+        """Why the run's last worker ended, where its last event doesn't say that."""
         try:
             with (self.folder / "failure").open("rb") as file:
                 return file.read(_LAST_WORDS).decode("utf-8", "replace").strip(" \0\n") or None
@@ -264,17 +267,20 @@ class RunStore:
                 return
             time.sleep(poll)
 
-    def start(self, run_id: str) -> subprocess.Popen[bytes]:
-        """Start the worker of a new run, detached from this process. Raises RunError where the run isn't new."""
-        return self._spawn(run_id, "started", ("queued",))
+    def start(self, run_id: str, processes: int = 1) -> subprocess.Popen[bytes]:
+        """Start the worker of a new run, detached from this process. Raises RunError where the run isn't new.
 
-    def resume(self, run_id: str) -> subprocess.Popen[bytes]:
-        """Start a worker that goes on from the finished blocks.
+        ``processes``: how many share the work; on GPUs each has one of its own. Results are the same to rounding.
+        """
+        return self._spawn(run_id, "started", ("queued",), processes)
+
+    def resume(self, run_id: str, processes: int | None = None) -> subprocess.Popen[bytes]:
+        """Start a worker that goes on from the finished blocks; ``processes``: None for as many as the last time.
 
         Raises RunError, naming the state, unless the run is stopped, failed or interrupted, or queued without a worker,
         as a run is whose starter was killed.
         """
-        return self._spawn(run_id, "resumed", (*RESUMABLE, "queued"))
+        return self._spawn(run_id, "resumed", (*RESUMABLE, "queued"), processes)
 
     def request(self, run_id: str, request: Request) -> None:
         """Ask a queued or running run to stop, its finished blocks kept, or to cancel, which deletes them.
@@ -331,13 +337,17 @@ class RunStore:
         lock.close()
         raise RunError(f"run {run_id} is {state} and can't be {verb}; only {', '.join(allowed)} runs can")
 
-    def _spawn(self, run_id: str, verb: str, allowed: tuple[State, ...]) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, run_id: str, verb: str, allowed: tuple[State, ...], processes: int | None
+    ) -> subprocess.Popen[bytes]:
         folder = self.root / run_id
         package = Path(__file__).resolve().parent.parent.parent
         paths = [str(package), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         # The worker inherits the locked file, so that there is no moment in which the run seems to have no worker.
         with self.enqueue(run_id, verb, allowed) as lock, (folder / "worker.log").open("ab") as log:
+            if processes is not None:
+                write_processes(folder, processes)
             process = subprocess.Popen(
                 [sys.executable, "-m", "lbllm.worker", str(folder), "--lock", str(lock.fileno())],
                 stdin=subprocess.DEVNULL,

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.models.blocks import BlockCall, layer_inputs
 from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups
 from lbllm.quant.training_layer import BinaryLinear
+from lbllm.ranks import Share
 from lbllm.sections import AarConfig
 from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 
@@ -30,12 +32,12 @@ OUTPUTS = 2**26
 
 
 @torch.no_grad()
-def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
+def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor, *, counts: bool = True) -> float:
     """Set a quantizer's knee and clips to the best candidates for inputs x (tokens, in) of a weight (out, in).
 
-    The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens.
-    Returns that error. Where a layer is so large that its outputs for all tokens would take more than OUTPUTS numbers,
-    the tokens are measured in parts.
+    The best candidates have the smallest output error relative to the token's output energy, averaged over the tokens
+    of all ranks whose tokens are to count. Returns that error. Where a layer is so large that its outputs for all
+    tokens would take more than OUTPUTS numbers, the tokens are measured in parts.
     """
     candidates = [(knee, clip) for clip in CLIPS for knee in KNEES] if quantizer.tail else [(1.0, 1.0)]
     sums: list[Tensor] = []
@@ -49,6 +51,7 @@ def search_grid(quantizer: ActQuantizer, x: Tensor, weight: Tensor) -> float:
             noisy = from_groups(rounded, x.shape[-1]) @ weight.t()
             sums.append((noisy.sub_(clean).square_().sum(-1) / energy).sum())
     errors = (torch.stack(sums).view(-1, len(candidates)).sum(0) / len(x)).tolist()  # the only copy from the device
+    errors = [ranks.mean(error, counts * len(x)) for error in errors]
     # An error that is NaN is not the least.
     best = min(range(len(errors)), key=lambda at: (math.isnan(errors[at]), errors[at]))
     knee, clip = candidates[best]
@@ -66,6 +69,7 @@ def add_quantizers(
     tail: int,
     kv_bits: int,
     batch: int,
+    share: Share | None = None,
 ) -> None:
     """Add a quantizer with searched knee and clips to each layer of a block, in the order in which the block uses them.
 
@@ -74,16 +78,17 @@ def add_quantizers(
     """
     layers = binary_layers(block)
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
-    tokens = max(1, -(-config.search_tokens // inputs.shape[1]))
+    tokens = (share or Share(len(inputs))).of_first(max(1, -(-config.search_tokens // inputs.shape[1])))
     for names in sharing:
         for bits in sorted({layers[name].fmt.act_bits for name in names if name in layers}):
             if bits == 16:
                 continue
             same = [layers[name] for name in names if name in layers and layers[name].fmt.act_bits == bits]
             first = next(name for name in names if layers.get(name) is same[0])
-            x = torch.cat(list(layer_inputs(block, first, inputs[:tokens], call, batch, cache)))[: config.search_tokens]
+            seen = inputs[: max(1, tokens)]
+            x = torch.cat(list(layer_inputs(block, first, seen, call, batch, cache)))[: config.search_tokens]
             quantizer = ActQuantizer(bits, tail, config.temperature, group_size=same[0].fmt.act_group_size).to(x.device)
-            search_grid(quantizer, x.float(), _stacked_weights(same))
+            search_grid(quantizer, x.float(), _stacked_weights(same), counts=tokens > 0)
             for layer in same:
                 layer.quantizer = quantizer
 
@@ -109,6 +114,7 @@ def aar_block(
     seed: int,
     autocast: Any,
     held_out: HeldOut | None = None,
+    share: Share | None = None,
 ) -> Iterator[Step]:
     """Run stage 3 on a block of frozen ``BinaryLinear`` layers with quantizers; yields each training step.
 
@@ -131,4 +137,5 @@ def aar_block(
         seed=seed,
         autocast=autocast,
         held_out=held_out,
+        share=share,
     )

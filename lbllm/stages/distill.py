@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.models.blocks import BlockCall, device_of, entering, run_batches, run_block
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import BinaryLinear
+from lbllm.ranks import Share
 from lbllm.sections import AarConfig, WatConfig
 from lbllm.stages.probe import Budget, Probe
 
@@ -72,11 +74,14 @@ class HeldOut:
 def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
-    """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden)."""
+    """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden), those of all ranks."""
+    if not len(inputs):
+        return ranks.mean(0.0, 0)
     parts = list(targets.split(batch))
     outputs = zip(run_batches(block, inputs, call, batch, cache), parts, strict=True)
     errors = torch.stack([token_error(output, entering(target, output.device)) for output, target in outputs])
-    return sum(error * len(part) for error, part in zip(errors.tolist(), parts, strict=True)) / len(inputs)
+    total = sum(error * len(part) for error, part in zip(errors.tolist(), parts, strict=True))
+    return ranks.mean(total / len(inputs), len(inputs))
 
 
 def cosine(step: int, steps: int) -> float:
@@ -118,8 +123,10 @@ def distill(
     lr_act: float = 0.0,
     kv_bits: int = 16,
     held_out: HeldOut | None = None,
+    share: Share | None = None,
 ) -> Iterator[Step]:
-    """Train a block on inputs and targets (n, T, hidden); yields each step.
+    """Train a block on inputs and targets (n, T, hidden); yields each step. Of several ranks, each has its ``share`` of
+    the stage's sequences, and a step is that of one process with all of them.
 
     ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
     them, at the rate ``lr_act``. The KV cache has ``kv_bits``. Some steps also measure the loss on ``held_out``. If the
@@ -135,7 +142,8 @@ def distill(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
     batch = max(1, config.batch_tokens // inputs.shape[1])
-    order = batch_order(len(inputs), batch, config.epochs, seed)
+    share = share or Share(len(inputs))
+    order = batch_order(share.total, batch, config.epochs, seed)
     dtype = product_dtype(autocast, device)
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     probe = None
@@ -147,15 +155,19 @@ def distill(
         factor = cosine(step, len(order))
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
-        for layer in layers:
-            layer.expand_dense(dtype or layer.params.dtype)
-        with autocast():
-            output = run_block(block, entering(inputs[rows], device), call, cache)
-        loss = token_error(output, entering(targets[rows], device), loss_kind)
-        loss.backward()
+        mine, loss = share.mine(rows), torch.zeros((), device=device)
+        if len(mine):
+            for layer in layers:
+                layer.expand_dense(dtype or layer.params.dtype)
+            with autocast():
+                output = run_block(block, entering(inputs[mine], device), call, cache)
+            loss = token_error(output, entering(targets[mine], device), loss_kind) * (len(mine) / len(rows))
+            loss.backward()
         # From here to the clip, the gradients of the loss are in ``layer.gradient`` and ``quantizer.act.grad``; those
         # of all other parameters follow from them.
-        loss, reg, beta = loss.detach(), loss.new_zeros(()), 0.0
+        loss = loss.detach()
+        _sum_over_ranks(loss, layers, quantizers, dtype)
+        reg, beta = loss.new_zeros(()), 0.0
         if bitmaps:
             # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
             # one, which drives them to 0 or 1.
@@ -179,6 +191,20 @@ def distill(
         yield Step(step + 1, shown_loss, shown_reg, factor, speed, measured)
         if not finite:
             return
+
+
+def _sum_over_ranks(
+    loss: Tensor, layers: Sequence[BinaryLinear], quantizers: Sequence[ActQuantizer], dtype: torch.dtype | None
+) -> None:
+    """Replace loss and gradients of this rank's rows by those of the whole step; a rank without rows adds zeros."""
+    if ranks.count() == 1:
+        return
+    for layer in layers:
+        if layer.gradient is None:
+            shape = len(layer.params), layer.in_features
+            layer.gradient = layer.params.new_zeros(shape, dtype=dtype or layer.params.dtype)
+    gradients = [layer.gradient for layer in layers if layer.gradient is not None]
+    ranks.sum_(loss, *gradients, *ranks.gradients([quantizer.act for quantizer in quantizers]))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lbllm import ranks
 from lbllm.models.blocks import share_copy
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
@@ -92,8 +93,9 @@ class EndToEnd:
     def steps(self) -> Iterator[Step | None]:
         """Yield the remaining steps, then blend the parameters with their starting values.
 
-        Before each sequence it yields None, so that the caller can stop there. A step whose loss is not finite is not
-        applied, and it is the last step.
+        Before each sequence it yields None, so that the caller can stop there; on several ranks, which share the
+        sequences of a step, before each round of them. A step whose loss is not finite is not applied, and it is the
+        last step.
         """
         while self.step < len(self.order):
             rows, began = self.order[self.step], time.perf_counter()
@@ -103,16 +105,19 @@ class EndToEnd:
             self.optimizer.zero_grad(set_to_none=True)
             self._expand()
             total = 0.0
-            for row in rows:
+            for round_ in rows.split(ranks.count()):
                 yield None
-                loss = self._next_token_loss(self.sequences[row : row + 1]) / len(rows)
-                loss.backward()
-                total += float(loss.detach())
+                for row in round_[ranks.rank() : ranks.rank() + 1]:
+                    loss = self._next_token_loss(self.sequences[row : row + 1]) / len(rows)
+                    loss.backward()
+                    total += float(loss.detach())
+            total = ranks.mean(total, 1) * ranks.count()
             if math.isfinite(total):
                 for layer in self.layers:
                     assert layer.dense is not None
-                    assert layer.dense.grad is not None
-                    layer.weight().backward(layer.dense.grad.to(layer.params.dtype))
+                    if layer.dense.grad is not None:  # else this rank had no sequence
+                        layer.weight().backward(layer.dense.grad.to(layer.params.dtype))
+                ranks.sum_(*ranks.gradients(self.parameters))
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
                 self.optimizer.step()
                 for quantizer in self.quantizers:

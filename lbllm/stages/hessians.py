@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lbllm import ranks
 from lbllm.sections import PtqConfig
 
 # Matrices (in, in) at the same time. While inputs are added up: Hessian, drift, product of one batch. While the drift
@@ -24,7 +25,8 @@ _TOKENS = 512
 @torch.no_grad()
 def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
-    tokens; float32, on the device of ``seen``. ``meant`` may be on another one.
+    tokens; float32, on the device of ``seen``. ``meant`` may be on another one. On several ranks, each gives its own
+    batches, and the result is that of all.
 
     Without a limit, tokens of massive activation would dominate H: a token with more than ten times the median energy
     counts as if it had ten times the median.
@@ -41,6 +43,9 @@ def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[T
         missing = target.to(x.device).to(torch.float32, copy=True).sub_(x)
         drift.add_(torch.mm(missing.t(), weighted, out=product))
         tokens += len(x)
+    number = torch.tensor(tokens)
+    ranks.sum_(hessian, drift, number)
+    tokens = int(number)
     return hessian.div_(tokens), drift.div_(tokens)
 
 

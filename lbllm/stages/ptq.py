@@ -30,6 +30,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from lbllm import ranks
 from lbllm.config import setting_name
 from lbllm.errors import LbllmError
 from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
@@ -115,13 +116,15 @@ def binarize_rows(
 
     ``factors``: the Hessian's ``factorize``; computes in their dtype (float32 or float64). ``correction``: what the
     weights are first aligned with. A row's result depends on the other rows only through the grid, so the rows are
-    solved in parts, see ``row_chunks``.
+    solved in parts, see ``row_chunks``, and each rank solves its share of them.
     """
     hessian, factor = factors
     rows, columns = sum(len(weight) for weight in weights), len(hessian)
     length = group_length(fmt.group_size, columns)
     groups, count = -(-columns // length), LEVELS[fmt.format]
-    parts = row_chunks(rows, SOLVE_WEIGHT * columns + SOLVE_GROUP * length)
+    mine = ranks.part(rows)
+    chunks = row_chunks(mine.stop - mine.start, SOLVE_WEIGHT * columns + SOLVE_GROUP * length)
+    parts = [slice(mine.start + part.start, mine.start + part.stop) for part in chunks if part.stop > part.start]
 
     def aligned(part: slice) -> Tensor:
         return align(_join(weights, part).to(hessian.dtype), correction, config)
@@ -133,6 +136,7 @@ def binarize_rows(
         for part in parts:
             found = fit_levels(to_groups(aligned(part), length), counted, count, config.em_steps)
             params[part] = levels_to_params(found)
+        ranks.gather_(params)
         grid = fit_grid(params)
         del params
     result = Binarized(
@@ -145,6 +149,7 @@ def binarize_rows(
     )
     for part in parts:
         _solve(aligned(part), factors, fmt, config, result.rows(part))
+    ranks.gather_(result.latent, result.index, result.levels, result.error, result.energy)
     return result
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lbllm.models.blocks import BlockCall
 from lbllm.quant.training_layer import BinaryLinear
+from lbllm.ranks import Share
 from lbllm.sections import WatConfig
 from lbllm.stages.distill import HeldOut, Step, binary_layers, distill
 
@@ -46,6 +47,7 @@ def wat_block(
     seed: int,
     autocast: Any,
     held_out: HeldOut | None = None,
+    share: Share | None = None,
 ) -> Iterator[Step]:
     """Run stage 2 on a block of frozen ``BinaryLinear`` layers; yields each training step.
 
@@ -66,6 +68,7 @@ def wat_block(
         seed=seed,
         autocast=autocast,
         held_out=held_out,
+        share=share,
     )
     for layer in layers.values():
         layer.freeze()

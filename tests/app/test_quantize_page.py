@@ -277,6 +277,17 @@ def test_time_is_told_by_the_numbers_of_the_stages(app: AppTest) -> None:
     assert re.findall(r"stage (\d):", time.help) == ["1", "2", "4"]
 
 
+def test_a_machine_with_several_gpus_can_share_a_run_among_them(app: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [one for one in app.number_input if one.key == "quantize processes"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    started: list[int] = []
+    monkeypatch.setattr(RunStore, "start", lambda store, run_id, processes: started.append(processes))
+    app.run()
+    app.number_input(key="quantize processes").set_value(2).run()
+    app.button(key="quantize start").click().run()
+    assert started == [2]
+
+
 def test_a_finished_run_is_trained_further_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))

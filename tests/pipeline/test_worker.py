@@ -167,6 +167,7 @@ MEMORY = (
     f"less text, now {QUICK.tokens} tokens",
     "blocks are kept",
 )
+GPU_MEMORY = ("not enough GPU memory", *MEMORY[1:])
 DISK = ("no space left", "store/a-run", "blocks are kept", "resume")
 LIMITED_WRITERS = """
 import resource, sys, torch
@@ -195,7 +196,7 @@ for write in (
         (lambda: CorpusError("text 'x' is too short"), ("text 'x' is too short",)),
         (MemoryError, MEMORY),
         (torch_out_of_memory, MEMORY),
-        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), (*MEMORY, "2 GiB")),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), (*GPU_MEMORY, "2 GiB")),
         (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), DISK),
         (lambda: OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), DISK),
         (lambda: KeyError("weight"), ("KeyError: 'weight'", "store/a-run/worker.log", "resumed")),
