@@ -41,7 +41,7 @@ Mode = Literal["coupled", "relaxed", "frozen"]
 
 # A layer is computed in parts of whole rows with at most this many weights: on a CPU its temporary tensors then stay
 # in the cache, on a GPU they stay below 1 GB.
-CPU_PART, GPU_PART = 2**20, 2**25
+CPU_PART, GPU_PART = 2**18, 2**25
 
 
 class BinaryLinear(nn.Module):
