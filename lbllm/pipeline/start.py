@@ -115,7 +115,7 @@ def _fixed(quant: QuantConfig) -> dict[str, Any]:
 
 
 def _stored_as(tensor: Tensor, stored: Tensor) -> bool:
-    return tensor.shape == stored.shape and torch.equal(tensor.bfloat16(), stored.bfloat16())
+    return tensor.shape == stored.shape and torch.equal(tensor.bfloat16().to(stored.device), stored.bfloat16())
 
 
 def settings_to_go_on(start: str) -> dict[str, Any]:

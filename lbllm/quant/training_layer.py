@@ -82,7 +82,7 @@ class BinaryLinear(nn.Module):
     def thaw(self, latent: Tensor, mode: Mode) -> None:
         """Begin training from a latent weight (out, in); a relaxed bitmap starts at 0.9 for G = 1 and 0.1 for G = 0."""
         self.mode = mode
-        self.latent = nn.Parameter(latent.to(self.params.dtype).clone())
+        self.latent = nn.Parameter(latent.to(self.params).clone())
         if mode == "relaxed":
             bitmap = index_to_planes(to_groups(self.index, self.length), 4)[1]
             assert bitmap is not None
@@ -95,7 +95,7 @@ class BinaryLinear(nn.Module):
         Where ``latent`` already gives the layer's level, its value is kept; elsewhere the result is the level itself.
         """
         weight = self.weight()
-        latent = latent.to(weight.dtype)
+        latent = latent.to(weight)
         levels = self.levels().sort(-1).values
         nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
         return torch.where(nearest == weight, latent, weight)

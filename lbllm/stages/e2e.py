@@ -54,12 +54,13 @@ class EndToEnd:
         autocast: Any,
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
-        self.student, self.teacher, place = student, share_copy(teacher), sequences.device.type
+        self.student, self.teacher = student, share_copy(teacher)
+        one = torch.ones(1, 1, dtype=layers[0].params.dtype, device=sequences.device)
         with autocast():
-            self.dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else None
-        if self.dtype is not None:
+            self.dtype = torch.mm(one, one).dtype  # of all matrix products
+        if self.dtype != one.dtype:
             _cast_linear((self.student, self.teacher), self.dtype)
-            if place == "cpu":
+            if sequences.device.type == "cpu":
                 for model in (self.student, self.teacher):
                     attend_by_products(model)
         self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
@@ -102,12 +103,13 @@ class EndToEnd:
                 group["lr"] = rate * factor
             self.optimizer.zero_grad(set_to_none=True)
             self._expand()
-            total = 0.0
-            for row in rows:
+            losses: list[Tensor] = []
+            for row in rows.tolist():
                 yield None
                 loss = self._next_token_loss(self.sequences[row : row + 1]) / len(rows)
                 loss.backward()
-                total += float(loss.detach())
+                losses.append(loss.detach())
+            total = sum(torch.stack(losses).tolist())  # the step's one copy to the host
             if math.isfinite(total):
                 for layer in self.layers:
                     assert layer.dense is not None
@@ -168,7 +170,7 @@ class EndToEnd:
 
     def _expand(self) -> None:
         for layer in self.layers:
-            layer.dense = layer.weight().detach().to(self.dtype or layer.params.dtype).requires_grad_()
+            layer.dense = layer.weight().detach().to(self.dtype).requires_grad_()
 
     def _drop(self) -> None:
         for layer in self.layers:
