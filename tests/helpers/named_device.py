@@ -245,10 +245,10 @@ def _half(value: Tensor) -> Tensor:
     return value.bfloat16() if value.dtype == torch.float32 else value
 
 
-def accelerator(precision: str) -> Any:
-    """What a run uses of accelerate's Accelerator, for the device."""
+def accelerator(precision: str, device: torch.device = DEVICE) -> Any:
+    """What a run uses of accelerate's Accelerator, for the device or for the CPU."""
     return SimpleNamespace(
-        device=DEVICE,
+        device=device,
         mixed_precision=precision,
         autocast=bfloat16_autocast if precision == "bf16" else nullcontext,
     )
