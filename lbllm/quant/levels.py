@@ -207,12 +207,7 @@ class _NearestLevel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,), (groups, levels) = grads, ctx.saved_tensors
-        if _compiled(groups):
-            return grad, torch.ops.lbllm.nearest_level_backward(grad, groups.contiguous(), levels.contiguous())
-        index = assign(groups, levels)
-        members = ((index == k).to(grad.dtype) for k in range(levels.shape[-1]))
-        return grad, torch.stack([torch.linalg.vecdot(grad, member) for member in members], -1)
+        return grads[0], nearest_level_backward(grads[0], *ctx.saved_tensors)
 
 
 def _compiled(groups: Tensor) -> bool:
@@ -229,23 +224,42 @@ def nearest_level(groups: Tensor, levels: Tensor) -> Tensor:
     return value
 
 
+def nearest_level_backward(grad: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
+    """Return the gradient (out, n, K) of the levels in ``nearest_level`` for that of the weights (out, n, g).
+
+    The gradient of the latent weights is ``grad`` itself.
+    """
+    if _compiled(groups):
+        by_levels: Tensor = torch.ops.lbllm.nearest_level_backward(grad, groups.contiguous(), levels.contiguous())
+        return by_levels
+    return fixed_level_backward(grad, assign(groups, levels), levels.shape[-1])
+
+
 class _FixedLevel(torch.autograd.Function):
     """Weights of fixed level indices; only the levels get a gradient."""
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = levels.shape[-1]
         wide = index.to(levels.dtype)
-        members = [float_mask(torch.eq, wide, float(k)) for k in range(levels.shape[-1])]
-        ctx.save_for_backward(*members)
-        value = levels[..., :1] * members[0]
-        for k in range(1, len(members)):
-            value.addcmul_(members[k], levels[..., k : k + 1])
+        value = levels[..., :1] * float_mask(torch.eq, wide, 0.0)
+        for k in range(1, levels.shape[-1]):
+            value.addcmul_(float_mask(torch.eq, wide, float(k)), levels[..., k : k + 1])
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return torch.stack([torch.linalg.vecdot(grad, member) for member in ctx.saved_tensors], -1), None
+        (index,) = ctx.saved_tensors
+        return fixed_level_backward(grads[0], index, ctx.count), None
+
+
+def fixed_level_backward(grad: Tensor, index: Tensor, count: int) -> Tensor:
+    """Return the gradient (out, n, count) of the levels in ``fixed_level`` for that of the weights (out, n, g): its
+    sums over the weights of each level."""
+    wide = index.to(grad.dtype)
+    sums = [torch.linalg.vecdot(grad, float_mask(torch.eq, wide, float(k))) for k in range(count)]
+    return torch.stack(sums, -1)
 
 
 def fixed_level(levels: Tensor, index: Tensor) -> Tensor:
@@ -278,9 +292,14 @@ def relaxed_level(groups: Tensor, bitmap: Tensor, params: Tensor) -> Tensor:
     return alpha * sign + middle
 
 
+def softness(bitmap: Tensor, beta: float) -> Tensor:
+    """Return 1 - |2 G_fp - 1|^beta of each entry of the bitmap: zero only where it is 0 or 1."""
+    return 1 - (2 * bitmap - 1).abs().pow(beta)
+
+
 def polarization(bitmap: Tensor, beta: float) -> Tensor:
     """Return L_reg = mean(1 - |2 G_fp - 1|^beta), a scalar (LBLLM, after AdaRound).
 
     It is zero only if every entry of the bitmap is 0 or 1.
     """
-    return (1 - (2 * bitmap - 1).abs().pow(beta)).mean()
+    return softness(bitmap, beta).mean()

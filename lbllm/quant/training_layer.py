@@ -1,7 +1,15 @@
-"""A linear layer for training: every forward pass binarizes its weights."""
+"""A linear layer for training: its weight is binarized anew in every step.
+
+A step of training needs little memory beside the parameters and the optimizer's state:
+
+    layer.expand_dense(dtype)    the fake-quantized weight in the precision of the products, without an autograd graph
+    forward and backward pass    ``layer.gradient`` is the gradient of this weight, which is released
+    layer.pass_on(...)           from there to the gradients of the layer's parameters
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,14 +20,17 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     assign,
     fixed_level,
+    fixed_level_backward,
     from_groups,
     group_length,
     index_to_planes,
     levels_to_params,
     nearest_level,
+    nearest_level_backward,
     params_to_levels,
     planes_to_index,
     relaxed_level,
+    softness,
     straight_through,
     to_groups,
 )
@@ -28,14 +39,18 @@ from lbllm.sections import LayerFormat
 
 Mode = Literal["coupled", "relaxed", "frozen"]
 
+# A layer is computed in parts of whole rows with at most this many weights: on a CPU its temporary tensors then stay
+# in the cache, on a GPU they stay below 1 GB.
+CPU_PART, GPU_PART = 2**20, 2**25
+
 
 class BinaryLinear(nn.Module):
     """A linear layer with a fake-quantized weight and, from stage 3 on, a fake-quantized input.
 
     ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (``latent`` (out, in) determines B and
     G), ``relaxed`` (the paper's G_fp and a latent weight), ``frozen`` (fixed level indices, for stage 3 and after
-    loading). 4-bit parameters are rounded to ``grid`` during training too, with the straight-through gradient; if
-    ``grid`` is None, one is fitted to ``params``.
+    loading). ``index`` is empty while latent weights train. 4-bit parameters are rounded to ``grid`` during training
+    too, with the straight-through gradient; if ``grid`` is None, one is fitted to ``params``.
     """
 
     def __init__(
@@ -59,6 +74,7 @@ class BinaryLinear(nn.Module):
         self.bitmap: nn.Parameter | None = None
         self.quantizer: ActQuantizer | None = None
         self.dense: Tensor | None = None
+        self.gradient: Tensor | None = None
         self.index: Tensor
 
     @property
@@ -75,18 +91,28 @@ class BinaryLinear(nn.Module):
         """Return the levels (out, n, K) of ``on_grid()``, in the order of ``params_to_levels``."""
         return params_to_levels(self.on_grid())
 
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that train: latent weights, group parameters and relaxed bitmap, as far as there are
+        any."""
+        return [parameter for parameter in (self.latent, self.params, self.bitmap) if parameter is not None]
+
     def keep_dense(self) -> None:
         """Expand the weight once for all later passes of a frozen layer."""
-        self.dense = self.weight().detach()
+        self.dense = self.expand(self.params.dtype)
 
     def thaw(self, latent: Tensor, mode: Mode) -> None:
-        """Begin training from a latent weight (out, in); a relaxed bitmap starts at 0.9 for G = 1 and 0.1 for G = 0."""
+        """Begin training from a latent weight (out, in) of any float type; a relaxed bitmap starts at 0.9 for G = 1 and
+        0.1 for G = 0."""
         self.mode = mode
-        self.latent = nn.Parameter(latent.to(self.params).clone())
+        self.latent = nn.Parameter(latent.to(self.params.device, self.params.dtype, copy=True))
         if mode == "relaxed":
-            bitmap = index_to_planes(to_groups(self.index, self.length), 4)[1]
-            assert bitmap is not None
-            self.bitmap = nn.Parameter(bitmap.to(self.params.dtype) * 0.8 + 0.1)
+            bitmap = self.params.new_empty(*self.params.shape[:2], self.length)
+            for rows in self._parts():
+                outer = index_to_planes(to_groups(self.index[rows], self.length), 4)[1]
+                assert outer is not None
+                bitmap[rows] = outer.to(bitmap.dtype) * 0.8 + 0.1
+            self.bitmap = nn.Parameter(bitmap)
+        self.index = self.index.new_empty(0)
 
     @torch.no_grad()
     def nearest_to(self, latent: Tensor) -> Tensor:
@@ -100,29 +126,29 @@ class BinaryLinear(nn.Module):
         nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
         return torch.where(nearest == weight, latent, weight)
 
+    @torch.no_grad()
     def freeze(self) -> None:
         """Fix the level indices that training found and drop the tensors that only training needs."""
         if self.latent is None:
             return
-        with torch.no_grad():
-            groups = to_groups(self.latent, self.length)
-            if self.mode == "relaxed":
-                assert self.bitmap is not None
-                outer = self.bitmap > 0.5
-                params = self.on_grid()
-                middle = torch.where(outer, params[..., 1:2], params[..., 3:4])
-                index = planes_to_index(groups > middle, outer)
-                levels, order = self.levels().sort(-1)
-                index = order.argsort(-1).gather(-1, index.long()).to(torch.uint8)
+        params = self.on_grid()
+        levels, order = params_to_levels(params).sort(-1)
+        index = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=params.device)
+        for rows in self._parts():
+            groups = to_groups(self.latent[rows], self.length)
+            if self.bitmap is not None:
+                outer = self.bitmap[rows] > 0.5
+                middle = torch.where(outer, params[rows, :, 1:2], params[rows, :, 3:4])
+                found = planes_to_index(groups > middle, outer)
+                found = order[rows].argsort(-1).gather(-1, found.long())
             else:
-                levels, order = self.levels().sort(-1)
-                index = assign(groups, levels)
-            if self.grid is None:
-                self.params.copy_(levels_to_params(levels))
-            else:  # keep the order of the parameters: in another order they might not be on the grid
-                index = order.gather(-1, index.long()).to(torch.uint8)
-            self.index = from_groups(index, self.in_features).contiguous()
-        self.mode, self.latent, self.bitmap = "frozen", None, None
+                found = assign(groups, levels[rows])
+            if self.grid is not None:  # keep the order of the parameters: in another they might not be on the grid
+                found = order[rows].gather(-1, found.long())
+            index[rows] = from_groups(found, self.in_features).to(torch.uint8)
+        if self.grid is None:
+            self.params.copy_(levels_to_params(levels))
+        self.index, self.mode, self.latent, self.bitmap = index, "frozen", None, None
 
     def round_params(self) -> None:
         """Round the group parameters to the values that a checkpoint stores; see ``stored_params``."""
@@ -130,16 +156,94 @@ class BinaryLinear(nn.Module):
             self.params.copy_(stored_params(self.params, self.fmt.param_bits, self.grid))
 
     def weight(self) -> Tensor:
-        """Return the fake-quantized weight (out, in)."""
-        levels = self.levels()
-        if self.mode == "frozen":
-            return from_groups(fixed_level(levels, to_groups(self.index, self.length)), self.in_features)
+        """Return the fake-quantized weight (out, in), differentiable in the parameters where gradients are enabled."""
+        if torch.is_grad_enabled():
+            return self._rows(self.on_grid(), slice(None))
+        return self.expand(self.params.dtype)
+
+    @torch.no_grad()
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """Return the fake-quantized weight (out, in) in ``dtype`` without gradients, computed part by part."""
+        params = self.on_grid()
+        weight = params.new_empty(self.out_features, self.in_features, dtype=dtype)
+        for rows in self._parts():
+            weight[rows] = self._rows(params[rows], rows)
+        return weight
+
+    def expand_dense(self, dtype: torch.dtype) -> None:
+        """Expand the weight in ``dtype`` for one forward and backward pass, which leaves its gradient in
+        ``gradient``."""
+        self.gradient, self.dense = None, self.expand(dtype).requires_grad_()
+        self.dense.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def _take_gradient(self, dense: Tensor) -> None:
+        # The gradient is whole, so all products with the weight are done; autograd keeps the tensor, but not its data.
+        self.gradient, dense.grad, self.dense = dense.grad, None, None
+        dense.data = dense.new_empty(0)
+
+    @torch.no_grad()
+    def pass_on(self, beta: float = 0.0, slope: Tensor | None = None) -> None:
+        """Set the gradients of ``trained()`` from ``gradient`` (out, in), that of the weight, in any float type.
+
+        For a relaxed bitmap, ``slope`` is the derivative of the loss by the layer's ``polarization`` with power
+        ``beta``, a scalar. Gradients of group parameters that are already set are kept.
+        """
+        assert self.gradient is not None
+        if self.bitmap is not None:
+            self._pass_on_relaxed(beta, slope)
+            return
+        if self.params.grad is None:
+            with torch.enable_grad():
+                levels = self.levels() if self.latent is None else self.levels().sort(-1).values
+            by_levels = torch.empty_like(levels)
+            for rows in self._parts():
+                grad = to_groups(self.gradient[rows].to(levels.dtype), self.length)
+                if self.latent is None:
+                    index = to_groups(self.index[rows], self.length)
+                    by_levels[rows] = fixed_level_backward(grad, index, levels.shape[-1])
+                else:
+                    groups = to_groups(self.latent[rows], self.length)
+                    by_levels[rows] = nearest_level_backward(grad, groups, levels[rows])
+            levels.backward(by_levels)
+        if self.latent is not None:
+            self.latent.grad = self.gradient.to(self.latent.dtype)
+
+    def _pass_on_relaxed(self, beta: float, slope: Tensor | None) -> None:
+        assert self.gradient is not None
         assert self.latent is not None
-        groups = to_groups(self.latent, self.length)
-        if self.mode == "relaxed":
-            assert self.bitmap is not None
-            return from_groups(relaxed_level(groups, self.bitmap, self.on_grid()), self.in_features)
-        return from_groups(nearest_level(groups, levels.sort(-1).values), self.in_features)
+        assert self.bitmap is not None
+        with torch.enable_grad():
+            params = self.on_grid()
+        by_params, self.latent.grad, self.bitmap.grad = map(torch.empty_like, (params, self.latent, self.bitmap))
+        for rows in self._parts():
+            leaves = [tensor.detach()[rows].requires_grad_() for tensor in (self.latent, self.bitmap, params)]
+            with torch.enable_grad():
+                results = [relaxed_level(to_groups(leaves[0], self.length), *leaves[1:])]
+                grads = [to_groups(self.gradient[rows].to(params.dtype), self.length)]
+                if slope is not None:
+                    results.append(softness(leaves[1], beta))
+                    grads.append((slope / self.bitmap.numel()).expand_as(leaves[1]))
+            found = torch.autograd.grad(results, leaves, grads)
+            self.latent.grad[rows], self.bitmap.grad[rows], by_params[rows] = found
+        self.params.grad = None
+        params.backward(by_params)
+
+    def _parts(self) -> Iterator[slice]:
+        most = CPU_PART if self.params.device.type == "cpu" else GPU_PART
+        rows = max(1, most // self.in_features)
+        for start in range(0, self.out_features, rows):
+            yield slice(start, min(start + rows, self.out_features))
+
+    def _rows(self, params: Tensor, rows: slice) -> Tensor:
+        """Return rows of the weight for their ``on_grid()`` parameters."""
+        levels = params_to_levels(params)
+        if self.latent is None:
+            groups = fixed_level(levels, to_groups(self.index[rows], self.length))
+        elif self.bitmap is not None:
+            groups = relaxed_level(to_groups(self.latent[rows], self.length), self.bitmap[rows], params)
+        else:
+            groups = nearest_level(to_groups(self.latent[rows], self.length), levels.sort(-1).values)
+        return from_groups(groups, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., out) for x (..., in)."""

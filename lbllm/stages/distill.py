@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm.models.blocks import BlockCall, run_batches, run_block
+from lbllm.models.blocks import BlockCall, device_of, entering, run_batches, run_block
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
@@ -73,8 +73,10 @@ def block_error(
     block: nn.Module, inputs: Tensor, targets: Tensor, call: BlockCall, batch: int, cache: Any = None
 ) -> float:
     """Return the mean ``token_error`` of a block over inputs and targets (n, T, hidden)."""
-    parts = zip(run_batches(block, inputs, call, batch, cache), targets.split(batch), strict=True)
-    return sum(float(token_error(output, target)) * len(target) for output, target in parts) / len(inputs)
+    parts = list(targets.split(batch))
+    outputs = zip(run_batches(block, inputs, call, batch, cache), parts, strict=True)
+    errors = torch.stack([token_error(output, entering(target, output.device)) for output, target in outputs])
+    return sum(error * len(part) for error, part in zip(errors.tolist(), parts, strict=True)) / len(inputs)
 
 
 def cosine(step: int, steps: int) -> float:
@@ -125,16 +127,16 @@ def distill(
     """
     if not groups:
         return  # a block that stays dense has nothing to train
-    layers = binary_layers(block).values()
+    layers, device = list(binary_layers(block).values()), device_of(block)
     quantizers = quantizers_of(layers)
     if quantizers:
         groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
     cache = TrainingCache(kv_bits) if kv_bits < 16 else None
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
-    parameters = [parameter for group in groups for parameter in group["params"]]
     batch = max(1, config.batch_tokens // inputs.shape[1])
     order = batch_order(len(inputs), batch, config.epochs, seed)
+    dtypes = [product_dtype(autocast, layer.params) for layer in layers]
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     probe = None
     if held_out is not None:
@@ -145,35 +147,95 @@ def distill(
         factor = cosine(step, len(order))
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
+        for layer, dtype in zip(layers, dtypes, strict=True):
+            layer.expand_dense(dtype)
         with autocast():
-            output = run_block(block, inputs[rows], call, cache)
-        loss = token_error(output, targets[rows], loss_kind)
-        reg = torch.zeros(())
+            output = run_block(block, entering(inputs[rows], device), call, cache)
+        loss = token_error(output, entering(targets[rows], device), loss_kind)
+        loss.backward()
+        # From here to the clip, the gradients of the loss are in ``layer.gradient`` and ``quantizer.act.grad``; those
+        # of all other parameters follow from them.
+        loss, reg, beta = loss.detach(), loss.new_zeros(()), 0.0
         if bitmaps:
             # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
             # one, which drives them to 0 or 1.
             assert isinstance(config, WatConfig)
             beta = config.beta_start + (config.beta_end - config.beta_start) * step / max(1, len(order) - 1)
-            reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        (loss + reg).backward()
-        finite = math.isfinite(float(loss.detach()))
+            with torch.no_grad():
+                reg = config.reg_weight * torch.stack([polarization(bitmap, beta) for bitmap in bitmaps]).mean()
+        shown_loss, shown_reg = torch.stack((loss, reg)).tolist()  # the only copy from the device in a step
+        finite = math.isfinite(shown_loss)
         if finite:
-            torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            for bitmap in bitmaps:
-                bitmap.data.clamp_(0, 1)
-            for quantizer in quantizers:
-                quantizer.bound()
+            slope = (
+                loss.new_full((), config.reg_weight) / len(bitmaps)
+                if isinstance(config, WatConfig) and bitmaps
+                else None
+            )
+            _update(layers, quantizers, optimizer, config.grad_clip, beta, slope)
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         measured = probe.after(step + 1) if probe is not None and finite else None
-        yield Step(step + 1, float(loss.detach()), float(reg.detach()), factor, speed, measured)
+        yield Step(step + 1, shown_loss, shown_reg, factor, speed, measured)
         if not finite:
             return
 
 
 @torch.no_grad()
+def _update(
+    layers: Sequence[BinaryLinear],
+    quantizers: Sequence[ActQuantizer],
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float,
+    beta: float,
+    slope: Tensor | None,
+) -> None:
+    """Clip the gradients to a norm of ``grad_clip`` over the whole block, then step and bound all parameters.
+
+    The wide gradients of a layer, in float32, exist only while the norm and then the step is computed for this layer.
+    ``beta`` and ``slope``: see ``BinaryLinear.pass_on``.
+    """
+    layers = [layer for layer in layers if layer.gradient is not None]
+    norms: list[Tensor] = []
+    narrow: list[Tensor | None] = []
+    for layer in layers:
+        layer.pass_on(beta, slope)
+        norms += _norms(layer.trained())
+        narrow.append(layer.params.grad)
+        for parameter in layer.trained():
+            parameter.grad = None
+    acts = [quantizer.act for quantizer in quantizers]
+    norms += _norms(acts)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+
+    def apply(parameters: list[nn.Parameter]) -> None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        optimizer.step()  # parameters without a gradient stay as they are
+        for parameter in parameters:
+            parameter.grad = None
+
+    apply(acts)
+    for quantizer in quantizers:
+        quantizer.bound()
+    for layer, layer.params.grad in zip(layers, narrow, strict=True):
+        layer.pass_on(beta, slope)
+        apply(layer.trained())
+        layer.gradient = None
+        if layer.bitmap is not None:
+            layer.bitmap.clamp_(0, 1)
+
+
+def _norms(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def product_dtype(autocast: Any, parameter: Tensor) -> torch.dtype:
+    """Return the type in which ``autocast`` computes matrix products of a parameter."""
+    one = parameter.detach().new_ones(1, 1)
+    with autocast():
+        return torch.mm(one, one).dtype
+
+
+@torch.no_grad()
 def _held_out_loss(block: nn.Module, held_out: HeldOut, kind: str, autocast: Any, cache: Any) -> float:
     with autocast():
-        output = run_block(block, held_out.inputs, held_out.call, cache)
-    return float(token_error(output, held_out.targets, kind))
+        output = run_block(block, entering(held_out.inputs, device_of(block)), held_out.call, cache)
+    return float(token_error(output, entering(held_out.targets, output.device), kind))

@@ -27,7 +27,7 @@ from lbllm.models.blocks import share_copy
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
-from lbllm.stages.distill import Step, batch_order, cosine, quantizers_of
+from lbllm.stages.distill import Step, batch_order, cosine, product_dtype, quantizers_of
 from lbllm.stages.losses import LOSSES, feature_error
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam first has to estimate the size of the gradients
@@ -55,10 +55,8 @@ class EndToEnd:
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
         self.student, self.teacher = student, share_copy(teacher)
-        one = torch.ones(1, 1, dtype=layers[0].params.dtype, device=sequences.device)
-        with autocast():
-            self.dtype = torch.mm(one, one).dtype  # of all matrix products
-        if self.dtype != one.dtype:
+        self.dtype = product_dtype(autocast, layers[0].params)
+        if self.dtype != layers[0].params.dtype:
             _cast_linear((self.student, self.teacher), self.dtype)
             if sequences.device.type == "cpu":
                 for model in (self.student, self.teacher):

@@ -24,10 +24,10 @@ def thaw_layers(layers: dict[str, BinaryLinear], latents: dict[str, Tensor], con
     parameter groups."""
     groups: list[dict[str, Any]] = []
     for name, layer in layers.items():
-        latent = latents[name]
         relaxed = config.bitmap == "relaxed" and layer.fmt.format == "w1+1"
-        layer.thaw(latent, "relaxed" if relaxed else "coupled")
-        scale = float(latent.std())
+        layer.thaw(latents[name], "relaxed" if relaxed else "coupled")
+        assert layer.latent is not None
+        scale = float(layer.latent.detach().std())
         groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
         groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
         if layer.bitmap is not None:
@@ -49,11 +49,12 @@ def wat_block(
 ) -> Iterator[Step]:
     """Run stage 2 on a block of frozen ``BinaryLinear`` layers; yields each training step.
 
-    ``inputs`` and ``targets`` are (n, T, hidden); ``latents`` are stage 1's weights (out, in) by layer name. When the
-    iterator ends, the layers are frozen again, with the new bits and levels.
+    ``inputs`` and ``targets`` are (n, T, hidden); ``latents`` are stage 1's weights (out, in) by layer name, of any
+    float type. When the iterator ends, the layers are frozen again, with the new bits and levels.
     """
     layers = binary_layers(block)
     groups = thaw_layers(layers, latents, config)
+    del latents  # the layers hold their own
     yield from distill(
         block,
         call,
