@@ -95,12 +95,11 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
 
 def check_names(checkpoint: str, teacher: str) -> Path:
-    """The file of the checkpoint's weights. Raises LbllmError if a name leads nowhere, before anything is measured."""
+    """The checkpoint's folder. Raises LbllmError if a name leads nowhere, before anything is measured."""
     from lbllm.checkpoints.find import find_checkpoint, find_teacher
-    from lbllm.checkpoints.seal import WEIGHTS
 
     find_teacher(teacher)
-    return find_checkpoint(checkpoint).folder / WEIGHTS
+    return find_checkpoint(checkpoint).folder
 
 
 def llama_cpp(folder: str) -> list[str]:
@@ -133,7 +132,7 @@ def main() -> None:
         name = arguments.checkpoint if arguments.kind.startswith("packed") else arguments.teacher
         print(json.dumps(measure(arguments.kind, name)))
         return
-    weights = check_names(arguments.checkpoint, arguments.teacher)
+    folder = check_names(arguments.checkpoint, arguments.teacher)
     kinds = {"fp32": "transformers, float32", "bf16": "transformers, bfloat16"}
     kinds |= {"packed16": "packed, A16", "packed": "packed, as it was trained"}
     if arguments.llama_cpp:
@@ -154,7 +153,9 @@ def main() -> None:
     cells = [[one["label"], f"{one['tokens_per_second']:.1f}", *(str(one[key]) for key in rounded)] for one in rows]
     print(markdown.table(["", "tokens/s", "first token, ms", "resident, MB", "of that model, MB"], cells))
     if arguments.out:
-        rows[list(kinds).index("packed")]["disk_mb"] = weights.stat().st_size / 1e6
+        from lbllm.checkpoints.weights import weights_bytes
+
+        rows[list(kinds).index("packed")]["disk_mb"] = weights_bytes(folder) / 1e6
         shape = {"prompt": PROMPT, "tokens": TOKENS, "triton": importlib.util.find_spec("triton") is not None}
         write_report(arguments.out, "decode", settings_of(arguments, "kind") | shape, rows)
 

@@ -13,7 +13,7 @@ from benchmarks.report import ROOT
 from lbllm.config import CONTINUATIONS, OPTIONS, SETTINGS, RunConfig, leaves, make_config
 from lbllm.fields import allowed
 from lbllm.labels import STAGE_NAMES, stage_numbers
-from lbllm.presets import PRESETS
+from lbllm.presets import ABOUT, PRESETS
 from lbllm.sections import STAGES
 
 PAGE = ROOT / "docs" / "settings.md"
@@ -88,7 +88,8 @@ def page() -> str:
     parts += ["", "## Format\n", setting_rows("quant")]
     for stage in STAGES:
         parts += ["", f"## {STAGE_NAMES[stage]}\n", setting_rows(stage)]
-    parts += ["", PRESETS_TEXT, preset_rows(), "", FROM_CHECKPOINT_TEXT, continuation_rows()]
+    about = "\n".join(f"- `{name}`: {words}" for name, words in ABOUT.items())
+    parts += ["", PRESETS_TEXT, about, "", preset_rows(), "", FROM_CHECKPOINT_TEXT, continuation_rows()]
     return "\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Renders the tables of docs/results.md and docs/results/*.md from the data: ``python -m benchmarks.tables [--check]``.
+"""Renders the tables of the results and of docs/method.md from the data: ``python -m benchmarks.tables [--check]``.
 
 The data are the files that benchmarks write by ``--out``, in docs/results. ``docs/results/tables.toml`` says of each
 table which data it shows and how. A page has a table between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``.
@@ -31,7 +31,7 @@ class Table(BaseModel):
     is empty where the row lacks a key, and a column with only empty cells is left out. ``rows``: instead of all rows
     of the data, some of them, each by its file, its label and the name that is shown. ``where``: only rows with these
     values. ``form``: "answers" shows texts one below the other. ``source``: the commands stand below the table, with
-    when and where they ran.
+    when and where they ran. ``optional``: the page is without the table until the files of its data are there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +42,7 @@ class Table(BaseModel):
     where: dict[str, str] = {}
     form: Literal["table", "answers"] = "table"
     source: bool = True
+    optional: bool = False
 
     @property
     def stems(self) -> list[str]:
@@ -139,7 +140,7 @@ def read_tables(path: Path) -> dict[str, Table]:
 
 def pages(docs: Path) -> list[Path]:
     """The pages that may have tables."""
-    return [docs / "results.md", *sorted((docs / "results").glob("*.md"))]
+    return [docs / "results.md", docs / "method.md", *sorted((docs / "results").glob("*.md"))]
 
 
 def rewritten(docs: Path) -> dict[Path, str]:
@@ -154,6 +155,8 @@ def rewritten(docs: Path) -> dict[Path, str]:
             if name not in tables:
                 raise ValueError(f"{page.relative_to(docs)}: tables.toml has no table {name}")
             missing = [stem for stem in tables[name].stems if stem not in reports]
+            if missing and tables[name].optional:
+                return match[1]
             if missing:
                 raise ValueError(f"table {name}: there is no {missing[0]}.json")
             return match[1] + rendered(tables[name], reports)

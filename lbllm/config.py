@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen pydantic models: one JSON document describes and reproduces a run.
 
-``RunConfig`` holds the model, the text and one section for each stage. Unknown keys are refused, every value is checked
-before anything is loaded, and ``preset(name)`` gives the named starting points.
+``RunConfig`` holds the model, the text and one section for each stage. Unknown keys are refused, and every value is
+checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from lbllm.errors import ConfigError
 from lbllm.json_input import LARGEST, check_depth, decode_object, shortened, shown
-from lbllm.presets import PRESETS
+from lbllm.presets import ABOUT, PRESETS
 from lbllm.sections import (
     ACTIVATION_BITS,
     ACTIVATION_SETTINGS,
@@ -32,6 +32,7 @@ from lbllm.sections import (
     QuantConfig,
     Section,
     Stage,
+    StreamDtype,
     WatConfig,
     stage_name,
 )
@@ -61,6 +62,9 @@ OPTIONS = {
     "start": "--from",
 }
 
+_WHOLE = {"schema_version", "quant", "ptq", "wat", "aar"}  # the keys of a document as runs write it
+_BEFORE = {"stream_dtype": "float32"}  # what runs did before there was a setting, where that is not its default
+
 
 class RunConfig(Section):
     """A whole run: ``model`` from the catalogue, the hub, a folder or a GGUF file; ``corpus`` from the catalogue or
@@ -84,9 +88,9 @@ class RunConfig(Section):
     preset: str = Field(
         "custom",
         title="Preset",
-        description="A starting point for all other settings. preview: minutes, to see whether it works; weights only. "
-        "quick: the embedded model on two cores. standard: a real attempt. paper: the paper's amount of text, needs a "
-        "GPU.",
+        description=" ".join(
+            ["A starting point for all other settings.", *(f"{k}: {text}" for k, text in ABOUT.items())]
+        ),
     )
     stages: tuple[Stage, ...] = Field(
         PAPER_STAGES,
@@ -111,19 +115,28 @@ class RunConfig(Section):
     device: str = Field(
         "auto", title="Device", description="auto, cpu or cuda; auto is a GPU on a machine that has one, else the CPU."
     )
+    stream_dtype: StreamDtype = Field(
+        "bfloat16",
+        title="Precision of hidden states",
+        description="How stages 1 to 3 keep the outputs of a block, which are the inputs of the next block, for all "
+        "tokens of the stage. bfloat16 takes half the memory; float32 gives the same results as version 0.1.",
+    )
     quant: QuantConfig = Field(QuantConfig(), title="Format")
     ptq: PtqConfig = Field(PtqConfig(), title=stage_name("ptq"))
     wat: WatConfig = Field(WatConfig(), title=stage_name("wat"))
     aar: AarConfig = Field(AarConfig(), title=stage_name("aar"))
     e2e: E2eConfig = Field(E2eConfig(), title=stage_name("e2e"))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_run(cls, document: object) -> object:
+        return _BEFORE | document if isinstance(document, dict) and document.keys() >= _WHOLE else document
+
     @field_validator("stages")
     @classmethod
     def _in_order(cls, value: tuple[Stage, ...]) -> tuple[Stage, ...]:
         blockwise = value[:-1] if value[-1:] == ("e2e",) else value
-        if value in CONTINUATIONS:
-            return value
-        if not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]:
+        if value not in CONTINUATIONS and (not blockwise or blockwise != PAPER_STAGES[: len(blockwise)]):
             raise ValueError(
                 f"stages run in the order {', '.join(PAPER_STAGES)}, each needs the one before it; e2e may follow any"
             )
@@ -159,8 +172,7 @@ class RunConfig(Section):
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """The binarized models of a finished run: after each stage, and the starting checkpoint if there is
-        one."""
+        """The binarized models of a finished run: the starting checkpoint if there is one, and after each stage."""
         return self.stages if self.start is None else ("start", *self.stages)
 
     def fixed_by_start(self) -> frozenset[str]:
@@ -293,12 +305,12 @@ def make_config(
 
 def read_settings(text: str | bytes, source: str) -> tuple[str | None, dict[str, Any]]:
     """The preset that a settings file names, if it is a known one, and its other settings. Raises ConfigError naming
-    ``source``. A whole document, as runs write it, gets missing settings from the defaults, not from a
-    preset: these settings did not exist when it was written, and their defaults are what that run did."""
+    ``source``. A whole document, as runs write it, gets missing settings from the defaults, or from ``_BEFORE``, not
+    from a preset: these settings did not exist when it was written, and such a value is what that run did."""
     document = _decode(text, source)
     named = document.pop("preset", None)
-    if {"schema_version", "quant", "ptq", "wat", "aar"} <= document.keys():
-        document = _merge(RunConfig().model_dump(mode="json", exclude={"preset"}), document)
+    if document.keys() >= _WHOLE:
+        document = _merge(RunConfig().model_dump(mode="json", exclude={"preset"}) | _BEFORE, document)
     return (named if isinstance(named, str) and named in PRESETS else None), document
 
 
@@ -362,8 +374,7 @@ def arguments(config: RunConfig) -> list[str]:
     plain, given = leaves(make_config(preset)), leaves(config)
     words = ["--model", config.model, "--preset", preset]
     if config.start is not None:
-        # Stages and format come from the checkpoint. What a run can change is always given, because without it the run
-        # checkpoint's own.
+        # Stages and format come from the checkpoint; what a run can change of them is always given.
         for name in CONTINUATIONS[config.stages]:
             words += _option(f"quant.{name}", given[f"quant.{name}"])
         given = {key: value for key, value in given.items() if key != "stages" and not key.startswith("quant.")}

@@ -142,7 +142,7 @@ class Acknowledged(_Event):
 
 
 class RunDone(_Event):
-    """The packed checkpoint is in ``path``; ``disk_bytes`` is the size of its weights file."""
+    """The packed checkpoint is in ``path``; ``disk_bytes`` is the size of its weights files."""
 
     kind: Literal["run_done"] = "run_done"
     path: str

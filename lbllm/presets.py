@@ -6,6 +6,15 @@ from typing import Any
 
 from lbllm.sections import ACT_GROUP_SIZE, STAGES
 
+# What each preset is, in one sentence, for pages and the command line.
+ABOUT = {
+    "preview": "Our method in minutes, to see whether it works: little text, only stages 1 and 2, weights only.",
+    "quick": "Our method for the embedded model on two cores: standard with less text.",
+    "standard": "Our method, a real attempt; unlike the paper's it has groups of 16 with 4-bit parameters, activation "
+    "ranges of 64 inputs, sweeps and drift correction in stage 1, a coupled bitmap, a relative loss, and stage 4.",
+    "paper": "The paper's method as described, with its amount of text: groups of 128, one activation range per token, "
+    "a relaxed bitmap, the squared error and three stages; needs a GPU.",
+}
 # Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
 FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,8 +41,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seq_len": 2_048,
         "corpus": "redpajama",
         "quant": {"group_size": 128},
-        "ptq": {"tokens": 262_144},
-        "wat": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
-        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096},
+        "ptq": {"tokens": 262_144, "sweeps": 0, "align": 0.0},
+        "wat": {
+            "tokens": 16_777_216,
+            "epochs": 1,
+            "batch_tokens": 4_096,
+            "lr_weight": 1e-3,
+            "lr_bitmap": 1e-2,
+            "bitmap": "relaxed",
+            "reg_weight": 100.0,
+            "loss": "mse",
+        },
+        "aar": {"tokens": 16_777_216, "epochs": 1, "batch_tokens": 4_096, "lr_act": 1e-3, "loss": "mse"},
     },
 }

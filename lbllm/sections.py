@@ -23,6 +23,8 @@ ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
+BlockLoss = Literal["relative", "mse"]
+StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
 Origin = (
     Stage | Literal["start"]
@@ -265,7 +267,7 @@ class WatConfig(Section):
     beta_end: float = Field(
         2.0, gt=0, title="Last polarization power", description="Power in the polarization loss at the last step."
     )
-    loss: Literal["relative", "mse"] = Field(
+    loss: BlockLoss = Field(
         "relative",
         title="Loss",
         description="relative: each token's squared error, divided by the larger squared norm of output and target. "
@@ -307,6 +309,12 @@ class AarConfig(Section):
         gt=0,
         title="Mask temperature",
         description="How softly body and tails of a range meet in training, relative to a step of the body.",
+    )
+    loss: BlockLoss = Field(
+        "relative",
+        title="Loss",
+        description="relative: each token's squared error, divided by the larger squared norm of output and target. "
+        "mse: the mean squared error, as in the paper.",
     )
     grad_clip: float = Field(0.3, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")
 

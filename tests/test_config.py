@@ -27,8 +27,8 @@ from lbllm.config import (
     setting_name,
 )
 from lbllm.errors import ConfigError
-from lbllm.presets import PRESETS
-from lbllm.sections import STAGES, QuantConfig, Stage
+from lbllm.presets import ABOUT, PRESETS
+from lbllm.sections import STAGES, WHOLE_ROW, QuantConfig, Stage
 from tests.helpers import ROOT
 
 
@@ -80,6 +80,44 @@ def test_settings_of_an_older_run_stay_what_they_were() -> None:
     # A file of a few settings changes the preset that it names.
     named, settings = read_settings('{"preset": "quick", "quant": {"group_size": 64}}', "settings.json")
     assert (named, settings) == ("quick", {"quant": {"group_size": 64}})
+
+
+def test_an_older_run_kept_its_hidden_states_in_float32() -> None:
+    document = json.loads(make_config("quick").model_dump_json())
+    assert document.pop("stream_dtype") == "bfloat16"
+    del document["aar"]["loss"]
+    assert (parse_config(document).stream_dtype, parse_config(document).aar.loss) == ("float32", "relative")
+    named, settings = read_settings(json.dumps(document), "config.json")
+    assert make_config(named or "", settings) == parse_config(document)
+    assert parse_config(document | {"stream_dtype": "bfloat16"}).stream_dtype == "bfloat16"
+    # The settings of a new run, in whatever form they come, have today's default.
+    assert {make_config(preset).stream_dtype for preset in PRESETS} | {RunConfig().stream_dtype} == {"bfloat16"}
+    assert make_config(*read_settings('{"preset": "paper", "seed": 3}', "settings.json")).stream_dtype == "bfloat16"
+
+
+def test_the_paper_preset_is_the_paper() -> None:
+    """What the paper states of its method, its format and its data; see docs/method.md."""
+    paper = make_config("paper")
+    assert paper.stages == ("ptq", "wat", "aar")
+    quant = paper.quant
+    assert (quant.format, quant.group_size, quant.param_bits) == ("w1+1", 128, 16)
+    assert (quant.act_bits, quant.kv_bits, quant.act_group_size) == (4, 4, WHOLE_ROW)
+    assert (quant.skip, quant.overrides) == ((), {})
+    assert (paper.ptq.sweeps, paper.ptq.align) == (0, 0)
+    assert (paper.wat.bitmap, paper.wat.loss, paper.aar.loss) == ("relaxed", "mse", "mse")
+    assert paper.wat.reg_weight > 0
+    assert (paper.corpus, paper.seq_len) == ("redpajama", 2_048)
+    assert (paper.wat.tokens, paper.wat.epochs) == (paper.aar.tokens, paper.aar.epochs) == (8_192 * 2_048, 1)
+    assert paper.wat.tokens / paper.wat.batch_tokens >= 1_000  # its rates are made for thousands of steps
+
+
+def test_what_a_preset_is_is_one_sentence() -> None:
+    assert ABOUT.keys() == PRESETS.keys()
+    for name, words in ABOUT.items():
+        assert (words.count("."), words[-1], len(words) < 250) == (1, ".", True), name
+        assert f"{name}: {words}" in str(SETTINGS["preset"].description)
+    assert "The paper's method" in ABOUT["paper"]
+    assert all(words.startswith("Our method") for name, words in ABOUT.items() if name != "paper")
 
 
 def test_every_setting_has_a_label_of_its_own_and_a_help_of_whole_sentences() -> None:

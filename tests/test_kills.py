@@ -25,10 +25,12 @@ import torch
 
 from lbllm.chat.votes import VoteStore
 from lbllm.checkpoints.find import find_checkpoint
+from lbllm.checkpoints.hf import load, save_packed_parts
 from lbllm.checkpoints.shipped import assemble, strip
 from lbllm.commands.attend import deliver
 from lbllm.config import RunConfig
 from lbllm.events import RunQueued
+from lbllm.files import new_folder
 from lbllm.models.gguf import convert, converted_folder
 from lbllm.models.teacher import Teacher
 from lbllm.runs.store import Run, RunStore
@@ -82,6 +84,13 @@ def sample(given: Given, folder: Path) -> None:
     list(sample_corpus(model, tokenizer, folder / "out.jsonl.gz", tokens=64, length=16, batch=2))
 
 
+def several_files(given: Given, folder: Path) -> None:
+    model, tokenizer = load(given.checkpoint, dtype=torch.bfloat16)
+    with new_folder(folder / "out") as checkpoint:
+        tokenizer.save_pretrained(checkpoint)
+        save_packed_parts(model, iter(model.state_dict().items()), checkpoint, largest=20_000)
+
+
 # Kinds of a file or folder: a function that writes it into a folder.
 WRITES: dict[str, Callable[[Given, Path], object]] = {
     "packed export": to("packed"),
@@ -94,6 +103,7 @@ WRITES: dict[str, Callable[[Given, Path], object]] = {
     "shipped checkpoint": lambda given, folder: assemble(given.stripped, given.teacher, folder / "out"),
     "asset of the checkpoint": lambda given, folder: strip(given.checkpoint, folder / "out"),
     "copy of a finished checkpoint": lambda given, folder: deliver(given.checkpoint, folder / "out"),
+    "checkpoint in several files": several_files,
     "sampled corpus": sample,
 }
 

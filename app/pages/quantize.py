@@ -32,7 +32,7 @@ from lbllm.errors import LbllmError
 from lbllm.measure.estimate import Estimate, check_memory
 from lbllm.models.catalogue import MODELS
 from lbllm.places import root
-from lbllm.presets import PRESETS
+from lbllm.presets import ABOUT, PRESETS
 from lbllm.runs.store import ACTIVE
 from lbllm.texts.catalogue import check_available
 
@@ -121,9 +121,11 @@ def _controls() -> DeltaGenerator:
         key=form.PRESET,
         on_change=form.take_preset,
         disabled=form.continues(),
-        help=SETTINGS["preset"].description,
+        help="\n".join(f"- **{name.capitalize()}**: {words}" for name, words in ABOUT.items()),
     )
     below = st.container()
+    if (preset := st.session_state[form.PRESET]) is not None and not form.continues():
+        below.caption(ABOUT[preset])
     for pair in ((shown.FORMAT, shown.STAGE_SETTING), (shown.GROUP_SIZE, shown.PARAM_BITS)):
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:

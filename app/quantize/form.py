@@ -36,7 +36,7 @@ from lbllm.errors import ConfigError, LbllmError
 from lbllm.pipeline.start import settings_to_go_on
 from lbllm.presets import PRESETS
 from lbllm.runs.store import Run
-from lbllm.sections import STAGES, LayerOverride
+from lbllm.sections import PAPER_STAGES, STAGES, LayerOverride
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 EDITED, NAME_KEY, METHODS_KEY = "quantize edited table", "quantize name", "quantize preview methods"
@@ -211,6 +211,8 @@ def not_read(setting: Setting) -> str | None:
     if section in STAGES and section not in stages:
         return f"Stage {STAGES.index(section) + 1} is not among the chosen stages."
     quantized = "aar" in stages or (continues() and not free_to_lower())
+    if setting.path == "stream_dtype" and not set(PAPER_STAGES) & {*stages}:
+        return "Stage 4 takes the whole model at once."
     if setting in ACTIVATIONS and not quantized:
         return "Stage 3, which quantizes activations and KV cache, is not among the chosen stages."
     if setting.path == "e2e.lr_act" and not quantized:

@@ -71,7 +71,12 @@ TOKENS = Setting("wat.tokens", step=4096, alone=True)
 
 _TOKENS, _COUNT, _RATE = 1024, 1, 0.001
 ADVANCED: dict[str, tuple[Setting, ...]] = {
-    "All stages": (Setting("seq_len", step=64), Setting("seed", step=_COUNT), Setting("device", DEVICES)),
+    "All stages": (
+        Setting("seq_len", step=64),
+        Setting("seed", step=_COUNT),
+        Setting("device", DEVICES),
+        Setting("stream_dtype"),
+    ),
     stage_name("ptq"): (
         Setting("ptq.tokens", step=_TOKENS),
         Setting("ptq.sweeps", step=_COUNT),

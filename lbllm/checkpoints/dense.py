@@ -2,19 +2,49 @@
 
 Its weights are the values of the packed bits and levels, rounded to bfloat16. Packed layers quantize their
 activations, and the packed cache its entries; this copy has neither, so it answers like the A16 model.
+
+A dense copy takes 2 bytes a weight, on disk too. An export writes its tensors one after the other instead.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lbllm.models.loading import quiet
 from lbllm.quant.packed_layer import PackedLinear
+
+
+def dense_structure(packed: PreTrainedModel) -> PreTrainedModel:
+    """The dense model of a packed one without its weights: bfloat16 on the meta device."""
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config
+    config.dtype = torch.bfloat16
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+        model.tie_weights()
+    model.generation_config = packed.generation_config
+    return model.eval()
+
+
+@torch.no_grad()
+def dense_tensors(packed: PreTrainedModel, structure: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed model's ``dense_structure``, one after the other in the order of its state dict, bfloat16
+    on the CPU: the packed layers expanded, all others as they are."""
+    layers = {f"{name}.weight": layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
+    kept = packed.state_dict()
+    for name in structure.state_dict():
+        if name in layers:
+            weight = layers[name].dequantize().cpu().bfloat16()
+            transposed = isinstance(structure.get_submodule(name.removesuffix(".weight")), Conv1D)
+            yield name, weight.t().contiguous() if transposed else weight
+        else:
+            yield name, kept[name].detach().cpu().bfloat16()
 
 
 @torch.no_grad()
@@ -24,29 +54,8 @@ def dense_copy(packed: PreTrainedModel) -> PreTrainedModel:
 
     It is only for writing to disk: buffers that are not saved (the rotary embedding's) are left on the meta device.
     """
-    config = copy.deepcopy(packed.config)
-    del config.quantization_config
-    config.dtype = torch.bfloat16
+    model = dense_structure(packed)
     with quiet():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-        model.load_state_dict(_tensors(packed, model), assign=True)
+        model.load_state_dict(dict(dense_tensors(packed, model)), assign=True)
         model.tie_weights()
-    model.generation_config = packed.generation_config
-    return model.eval()
-
-
-def _tensors(packed: PreTrainedModel, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``model`` by name, bfloat16 on the CPU: the packed layers expanded, all others as they are."""
-    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
-    tensors = {}
-    for name, tensor in packed.state_dict().items():
-        owner, _, last = name.rpartition(".")
-        if last != "bias" and any(path in layers for path in (owner, owner.removesuffix(".quantizer"))):
-            continue
-        tensors[name] = tensor.detach().cpu().bfloat16()
-    for name, layer in layers.items():
-        weight = layer.dequantize().cpu().bfloat16()
-        transposed = isinstance(model.get_submodule(name), Conv1D)
-        tensors[f"{name}.weight"] = weight.t().contiguous() if transposed else weight
-    return tensors
+    return model

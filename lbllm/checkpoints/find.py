@@ -24,12 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.hf import is_checkpoint, load
 from lbllm.checkpoints.record import RunRecord, provenance, read_record
-from lbllm.checkpoints.seal import WEIGHTS, stated_sha256
+from lbllm.checkpoints.seal import stated_weights, weights_sha256
 from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
 from lbllm.errors import CheckpointError, LbllmError, ModelError, RunError
 from lbllm.events import Evaluated
-from lbllm.files import file_sha256
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import TEACHERS, ModelSource, find_source, unknown_name
 from lbllm.models.teacher import Teacher, load_teacher
@@ -150,10 +149,10 @@ def _own_teacher(found: FoundCheckpoint, store: RunStore | None) -> str | None:
     """The model of the finished run whose checkpoint this is, or is a copy of."""
     if found.run is not None:
         return found.model
-    hashed = file_sha256(found.folder / WEIGHTS)
+    hashed = weights_sha256(found.folder).items()
     with _opened(store) as runs:
         for run in runs.all():
-            if run.state == "done" and stated_sha256(run.folder / "checkpoint") == hashed:
+            if run.state == "done" and hashed <= stated_weights(run.folder / "checkpoint").items():
                 return _model_of(run)
     return None
 

@@ -1,10 +1,10 @@
 """LBLLM checkpoints in transformers: a registered quantizer, so that from_pretrained and save_pretrained just work.
 
-A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors, tokenizer. Importing
-``lbllm`` registers the method. Without it transformers would only warn of an unknown method and load wrong weights,
-so two things stop it: the packed tensors carry the name ``weight`` with a shape that no dense layer has, and
-config.json names a weights file that does not exist and whose name says what to do. If lbllm is registered, it removes
-that name before transformers looks for files.
+A checkpoint is a usual folder: config.json with a ``quantization_config``, model.safetensors or several such files with
+an index (weights.py), tokenizer. Importing ``lbllm`` registers the method. Without it transformers would only warn of
+an unknown method and load wrong weights, so two things stop it: the packed tensors carry the name ``weight`` with a
+shape that no dense layer has, and config.json names a weights file that does not exist and whose name says what to do.
+If lbllm is registered, it removes that name before transformers looks for files.
 
 config.json also holds a hash of the format, and the seal of all files that decide the output (seal.py). ``load`` and
 transformers' own from_pretrained refuse files that were not saved together.
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -29,7 +30,6 @@ from lbllm import memory
 from lbllm.checkpoints.decode import computing_dtype, speed_up
 from lbllm.checkpoints.seal import (
     CORRUPT,
-    WEIGHTS,
     add_seal,
     already_checked,
     check_folder,
@@ -38,12 +38,13 @@ from lbllm.checkpoints.seal import (
     other_format,
     seal_tokenizer,
 )
+from lbllm.checkpoints.weights import LARGEST, remove_old, save_parts
 from lbllm.config import setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.files import write_file
 from lbllm.json_input import shortened
-from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.models.loading import FileFault, load_model, quiet, settle_tied_weights
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
+from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tied_weights
 from lbllm.quant.kv_cache import KeepBits, KVLayer, PackedKVLayer, leave_no_cache, with_bits
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
@@ -174,11 +175,32 @@ def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> N
         raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
     if options.pop("variant", None) is not None:
         raise ConfigError("a packed model has no variants: its parameters keep their precision; leave out variant")
-    # Always one file, since the hash is computed from it.
+    folder, writes = Path(folder), options.get("is_main_process", True)
+    if writes:
+        (folder / INDEX).unlink(missing_ok=True)  # of an earlier save
     with quiet():
-        type(model).save_pretrained(model, folder, **options | {"max_shard_size": "1000GB"})
-    if options.get("is_main_process", True):
-        _seal(Path(folder), computing_dtype(model))
+        type(model).save_pretrained(model, folder, **options)
+    if writes:
+        remove_old(folder)
+        _seal(folder, computing_dtype(model))
+
+
+def save_packed_parts(
+    model: PreTrainedModel, tensors: Iterator[tuple[str, Tensor]], folder: Path, *, largest: int = LARGEST
+) -> None:
+    """Write the folder that ``save_packed`` writes, from packed tensors that come one after the other: in memory are
+    those of one file, of at most ``largest`` bytes, and of one block.
+
+    ``model``: the structure, dense or already packed, whose config has the ``quantization_config``; its parameters may
+    be on the meta device, but must be shared where weights are tied. ``tensors``: all entries of the packed model's
+    state dict in the order of the model. Raises ValueError for a tensor that the packed model does not have and for a
+    missing one, OSError, SafetensorError.
+    """
+    structure: PreTrainedModel = share_copy(model)
+    if not any(isinstance(module, PackedLinear) for module in structure.modules()):
+        with torch.device("meta"):
+            replace_layers(structure, structure.config.quantization_config.format)
+    _seal(folder, save_parts(structure, tensors, folder, largest=largest))
 
 
 def _seal(folder: Path, dtype: torch.dtype) -> None:
@@ -258,7 +280,7 @@ def _check_files(folder: Path) -> None:
     stated = document["quantization_config"]
     # transformers would read another file than the one whose hash is checked.
     if document.get("transformers_weights", GUARD) != GUARD:
-        raise CheckpointError(f"{config} names another weights file than {WEIGHTS}; {CORRUPT}")
+        raise CheckpointError(f"{config} names another weights file than the one that was saved; {CORRUPT}")
     if stated.get("version") != VERSION:
         raise CheckpointError(_other_version(str(config), stated.get("version")))
     if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
@@ -25,17 +27,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
+from lbllm.checkpoints.weights import WEIGHTS, weights_files
 from lbllm.errors import CheckpointError, LbllmError
 from lbllm.files import file_sha256, write_errors, write_file
+from lbllm.models.loading import INDEX, FileFault
 
 SEAL_VERSION = 1
-WEIGHTS = "model.safetensors"
 CORRUPT = "copy or make the checkpoint again; nothing of it was used"  # the advice for every damaged checkpoint
-_MODEL = ("model*.safetensors", "model*.safetensors.index.json", "generation_config.json", "adapter_config.json")
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
+_MODEL = (*_WEIGHTS, "generation_config.json", "adapter_config.json")
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", f"{CHAT_TEMPLATE_DIR}/*.jinja"),
     *("*.model", "*.tiktoken", "tekken.json", "vocab*", "merges.txt"),
 )
+_READERS = 8
 _checked: ContextVar[Path | None] = ContextVar("checked", default=None)
 
 
@@ -66,9 +71,9 @@ def format_sha256(quant: dict[str, Any]) -> str:
 def add_seal(document: dict[str, Any], folder: Path) -> None:
     """Put the seal of the files in ``folder`` into the content of its config.json. Raises OSError."""
     stated = document["quantization_config"]
-    files = {name: _sealed(file) for name, file in deciding_files(folder).items()}
-    if WEIGHTS in files:
-        stated["tensors_sha256"] = files[WEIGHTS].sha256
+    files = _sealed(deciding_files(folder))
+    # For versions without seals, which read one file of weights.
+    stated["tensors_sha256"] = files[WEIGHTS].sha256 if WEIGHTS in files else None
     stated["seal"] = Seal(config_sha256=_config_sha256(document), files=files).model_dump()
 
 
@@ -78,12 +83,12 @@ def seal_again(folder: Path) -> None:
     Raises CheckpointError if the weights or the format are not, or config.json can't be read; OSError.
     """
     document = read_document(folder)
-    stated = document["quantization_config"]
-    weights = folder / WEIGHTS
+    stated, weights = document["quantization_config"], stated_weights(folder)
     if stated.get("format_sha256") != format_sha256(stated.get("quant", {})):
         raise CheckpointError(other_format(str(folder / "config.json")))
-    if not weights.is_file() or stated.get("tensors_sha256") != file_sha256(weights):
-        raise CheckpointError(_changed(weights))
+    for name, hashed in weights_sha256(folder).items():
+        if weights.get(name) != hashed:
+            raise CheckpointError(_changed(folder / name))
     add_seal(document, folder)
     _write(folder, document)
 
@@ -101,8 +106,7 @@ def seal_tokenizer(folder: Path) -> None:
     if seal is None:
         return
     kept = {name: entry for name, entry in seal.files.items() if not _is_named(name, _TOKENIZER)}
-    now = {name: _sealed(file) for name, file in deciding_files(folder, _TOKENIZER).items()}
-    files = dict(sorted((kept | now).items()))
+    files = dict(sorted((kept | _sealed(deciding_files(folder, _TOKENIZER))).items()))
     document["quantization_config"]["seal"] = seal.model_copy(update={"files": files}).model_dump()
     _write(folder, document)
 
@@ -130,19 +134,15 @@ def check_folder(folder: Path) -> None:
     Raises CheckpointError for a file that differs, is missing or was added. A tokenizer that was added to a checkpoint
     sealed without one passes.
     """
-    seal, found = check_config(folder), deciding_files(folder)
-    if WEIGHTS not in found:
-        raise CheckpointError(f"{folder / WEIGHTS} does not exist; {CORRUPT}")
+    weights, seal, found = packed_weights(folder), check_config(folder), deciding_files(folder)
     if seal is None:
-        _check_files(folder, None, {WEIGHTS: found[WEIGHTS]})
+        _check_unsealed(folder, weights)
         return
     if not any(_is_named(name, _TOKENIZER) for name in seal.files):
         found = {name: file for name, file in found.items() if not _is_named(name, _TOKENIZER)}
     for name in seal.files:
         if name not in found:
-            raise CheckpointError(
-                f"{folder / name} is missing, which was saved with this checkpoint; {_way_out(folder)}"
-            )
+            raise CheckpointError(_missing(folder / name))
     _check_files(folder, seal, found)
 
 
@@ -155,9 +155,14 @@ def check_loaded(files: Iterable[str | Path]) -> None:
     if not paths or _checked.get() == paths[0].parent.absolute():
         return
     folder = paths[0].parent
-    found = deciding_files(folder, _MODEL) | {path.name: path for path in paths}
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(_missing(path))
     seal = check_config(folder)
-    _check_files(folder, seal, found if seal is not None else {path.name: path for path in paths})
+    if seal is None:
+        _check_unsealed(folder, paths)
+    else:
+        _check_files(folder, seal, deciding_files(folder, _MODEL) | {path.name: path for path in paths})
 
 
 @contextmanager
@@ -189,13 +194,38 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def stated_sha256(folder: Path) -> str | None:
-    """The hash of the tensors that a checkpoint's config.json states; None if there is none."""
+def packed_weights(folder: Path) -> list[Path]:
+    """Like ``weights_files`` of a checkpoint. Raises CheckpointError."""
     try:
-        stated = read_document(folder)["quantization_config"].get("tensors_sha256")
+        return weights_files(folder)
+    except FileFault as fault:
+        raise CheckpointError(f"{folder}: {fault}; {CORRUPT}") from None
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """The hash of each weights file in a folder, with their index if there are several, by name.
+
+    Raises CheckpointError if one is missing; OSError.
+    """
+    files = packed_weights(folder)
+    if files != [folder / WEIGHTS]:
+        files.append(folder / INDEX)
+    return {name: one.sha256 for name, one in _sealed({file.name: file for file in files}).items()}
+
+
+def stated_weights(folder: Path) -> dict[str, str]:
+    """The hashes that a checkpoint's config.json states of these files; empty if there are none, or if it can't be
+    read."""
+    try:
+        document = read_document(folder)
+        alone = document["quantization_config"].get("tensors_sha256")
+        seal = _read_seal(document, folder)
     except CheckpointError:
-        return None
-    return None if stated is None else str(stated)
+        return {}
+    if alone is not None:
+        return {WEIGHTS: str(alone)}
+    files = {} if seal is None else seal.files
+    return {name: one.sha256 for name, one in files.items() if _is_named(name, _WEIGHTS)}
 
 
 def other_format(place: str) -> str:
@@ -220,27 +250,38 @@ def _read_seal(document: dict[str, Any], folder: Path) -> Seal | None:
         raise CheckpointError(f"{path} has a damaged seal (quantization_config.seal.{place}); {CORRUPT}") from error
 
 
-def _check_files(folder: Path, seal: Seal | None, found: dict[str, Path]) -> None:
-    """Compare files with the seal, or with the hash of the weights that an older checkpoint has."""
+def _check_files(folder: Path, seal: Seal, found: dict[str, Path]) -> None:
+    """Compare files with the seal."""
     for name, path in found.items():
-        if seal is None:
-            same = stated_sha256(folder) == file_sha256(path)
-        elif name not in seal.files:
+        if name not in seal.files:
             raise CheckpointError(f"{path} was added after this checkpoint was saved; remove it, or {_reseal(folder)}")
-        else:
-            # The size first: a file that was cut off is not read.
-            same = seal.files[name].size == path.stat().st_size and seal.files[name].sha256 == file_sha256(path)
-        if not same:
+        # The sizes first: where a file was cut off, no file is read.
+        if seal.files[name].size != path.stat().st_size:
+            raise CheckpointError(_changed(path))
+    for name, now in _sealed(found).items():
+        if now.sha256 != seal.files[name].sha256:
+            raise CheckpointError(_changed(found[name]))
+
+
+def _check_unsealed(folder: Path, weights: list[Path]) -> None:
+    """Compare the weights with the only hash that a checkpoint without a seal has."""
+    for path in weights:
+        if stated_weights(folder).get(path.name) != file_sha256(path):
             raise CheckpointError(_changed(path))
 
 
+def _missing(path: Path) -> str:
+    return f"{path} is missing, which was saved with this checkpoint; {_way_out(path)}"
+
+
 def _changed(path: Path) -> str:
+    return f"{path} is not the file that was saved (its hash differs); {_way_out(path)}"
+
+
+def _way_out(path: Path) -> str:
+    if _is_named(path.name, _WEIGHTS):
+        return CORRUPT
     folder = path.parent if path.parent.name != CHAT_TEMPLATE_DIR else path.parent.parent
-    weights = fnmatchcase(path.name, "model*.safetensors")
-    return f"{path} is not the file that was saved (its hash differs); {CORRUPT if weights else _way_out(folder)}"
-
-
-def _way_out(folder: Path) -> str:
     return f"copy or make the checkpoint again, or {_reseal(folder)}"
 
 
@@ -248,8 +289,12 @@ def _reseal(folder: Path) -> str:
     return f"if you changed it on purpose, run `python -m lbllm.checkpoints.seal {folder}`"
 
 
-def _sealed(file: Path) -> SealedFile:
-    return SealedFile(sha256=file_sha256(file), size=file.stat().st_size)
+def _sealed(files: dict[str, Path]) -> dict[str, SealedFile]:
+    """Size and hash of files; several are read at a time."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as pool:
+        hashes = pool.map(file_sha256, files.values())
+        entries = zip(files.items(), hashes, strict=True)
+        return {name: SealedFile(sha256=hashed, size=file.stat().st_size) for (name, file), hashed in entries}
 
 
 def _config_sha256(document: dict[str, Any]) -> str:

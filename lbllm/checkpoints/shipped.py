@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lbllm.checkpoints.record import RECORD
-from lbllm.checkpoints.seal import WEIGHTS, add_seal, check_config, check_folder, is_sealed, read_document
+from lbllm.checkpoints.seal import add_seal, check_config, check_folder, is_sealed, read_document
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.errors import CheckpointError
 from lbllm.files import file_sha256, locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
@@ -62,7 +63,10 @@ def check_assets() -> None:
 
 
 def strip(checkpoint: Path, target: Path) -> None:
-    """Write the part of a checkpoint folder that ``assemble`` can't take from the teacher."""
+    """Write the part of a checkpoint folder that ``assemble`` can't take from the teacher. Raises CheckpointError if
+    its weights are in several files: the hash of ``assemble`` is that of one."""
+    if not (checkpoint / WEIGHTS).is_file():
+        raise CheckpointError(f"{checkpoint} has no {WEIGHTS}; save it in one file, with a larger max_shard_size")
     with safe_open(checkpoint / WEIGHTS, "pt") as file, new_folder(target, replace=True) as folder:
         names = set(file.keys())
         layers = _packed_layers(names)

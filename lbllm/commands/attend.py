@@ -60,7 +60,7 @@ class StoppedByUser(RunError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run. ``path``: its packed checkpoint; ``disk_bytes``: the size of its weights file; ``seconds``: how
+    """A finished run. ``path``: its packed checkpoint; ``disk_bytes``: the size of its weights files; ``seconds``: how
     long its last worker took."""
 
     run: str

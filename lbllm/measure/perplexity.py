@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.machine import float32_products
+from lbllm.models.streamed import BlockModel
 
 ROWS = 256
 BATCH_TOKENS = 2048
@@ -70,6 +71,32 @@ def perplexity(model: PreTrainedModel, sequences: Tensor, *, on_progress: Progre
             on_progress(done, len(sequences))
     tokens = sequences.shape[0] * (sequences.shape[1] - 1)
     return Perplexity(_exp(total / tokens), tokens, time.monotonic() - started)
+
+
+@torch.no_grad()
+@float32_products()
+def block_perplexity(model: BlockModel, sequences: Tensor, *, between: Callable[[], None] = lambda: None) -> float:
+    """Return the perplexity of a model that is computed block by block on windows of token ids (n, T), T at least 2.
+
+    Of a window's logits only a part of the vocabulary exists at a time. ``between`` is called before each window.
+    """
+    _check(sequences)
+    total = 0.0
+    for batch in sequences.split(_windows(sequences)):
+        between()
+        for window, hidden in zip(batch.split(1), model.last_hidden(batch).split(1), strict=True):
+            between()
+            targets = window[0, 1:].to(hidden.device)
+            mass = hidden.new_full(targets.shape, -torch.inf)
+            chosen = torch.zeros_like(mass)
+            for start, logits in model.logits(window, hidden):
+                rows = logits[0, :-1].float()
+                mass = torch.logaddexp(mass, rows.logsumexp(-1))
+                here = (targets >= start) & (targets < start + rows.shape[-1])
+                column = (targets - start).clamp(0, rows.shape[-1] - 1)
+                chosen = torch.where(here, rows.gather(-1, column[:, None])[:, 0], chosen)
+            total += float((mass - chosen).sum(dtype=torch.float64))
+    return _exp(total / (sequences.shape[0] * (sequences.shape[1] - 1)))
 
 
 def divergence(

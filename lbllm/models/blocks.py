@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -93,11 +93,11 @@ def check_length(model: PreTrainedModel, tokens: int, setting: str) -> None:
         )
 
 
-class _Captured(Exception):
-    """Ends a forward pass early; never leaves this module."""
+class Captured(Exception):
+    """Ends a forward pass early; whoever starts the pass catches it."""
 
 
-def _call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+def call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     """Split the arguments of one block call into the hidden states and all other arguments by name."""
     bound = inspect.signature(block.forward).bind(*args, **kwargs)
     arguments: dict[str, Any] = {}
@@ -119,19 +119,19 @@ def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = 
     calls: list[BlockCall] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_call_arguments(block, args, kwargs)[1])
+        calls.append(call_arguments(block, args, kwargs)[1])
         if len(calls) == len(blocks):
-            raise _Captured  # the output layer of a large vocabulary would need more memory than all blocks
+            raise Captured  # the output layer of a large vocabulary would need more memory than all blocks
 
     _pass(model, sequence, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
     return calls
 
 
 def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandle]) -> None:
-    """Run one forward pass for its hooks, then remove them; a hook may end the pass by raising _Captured."""
+    """Run one forward pass for its hooks, then remove them; a hook may end the pass by raising Captured."""
     try:
         model(input_ids=sequence, use_cache=False)
-    except _Captured:
+    except Captured:
         pass
     finally:
         for handle in handles:
@@ -148,7 +148,7 @@ def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
     called: set[nn.Module] = set()
 
     def end(*_: Any) -> None:
-        raise _Captured  # before the output layer, as in capture_calls
+        raise Captured  # before the output layer, as in capture_calls
 
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
     _pass(model, sequence, [*handles, blocks[-1].register_forward_hook(end)])
@@ -158,23 +158,27 @@ def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
     """Return the input (n, T, hidden) of the first block for token ids (n, T)."""
+    return torch.cat(list(embedded_batches(model, sequences, batch, model.device)))
+
+
+@torch.no_grad()
+def embedded_batches(model: PreTrainedModel, sequences: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the input (b, T, hidden) of the first block for token ids (n, T), ``batch`` sequences at a time."""
     _, blocks = decoder_blocks(model)
-    outputs: list[Tensor] = []
+    box: list[Tensor] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outputs.append(_call_arguments(block, args, kwargs)[0])
-        raise _Captured
+        box.append(call_arguments(block, args, kwargs)[0])
+        raise Captured
 
     handle = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for part in sequences.split(batch):
-            try:
-                model(input_ids=part.to(model.device), use_cache=False)
-            except _Captured:
-                continue
+            with suppress(Captured):
+                model(input_ids=part.to(device), use_cache=False)
+            yield box.pop()
     finally:
         handle.remove()
-    return torch.cat(outputs)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
@@ -250,14 +254,14 @@ def layer_inputs(
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         box.append(args[0])
-        raise _Captured
+        raise Captured
 
     for part in hidden.split(batch):
         # The hook is removed between batches, because the caller may run the block there.
         handle = block.get_submodule(layer).register_forward_pre_hook(keep)
         try:
             run_block(block, entering(part, device_of(block)), call, cache)
-        except _Captured:
+        except Captured:
             pass
         finally:
             handle.remove()
@@ -265,15 +269,20 @@ def layer_inputs(
 
 
 @contextmanager
-def recorded_inputs(block: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the inputs of the named linear layers while a block runs: bfloat16 (tokens, in) for each batch."""
+def recorded_inputs(
+    block: nn.Module, layers: Iterable[str], keep_at: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the inputs of the named linear layers while a block runs: bfloat16 (tokens, in) for each batch.
+
+    ``keep_at`` moves each of them to its place.
+    """
     records: dict[str, list[Tensor]] = {name: [] for name in layers}
     reached: set[str] = set()
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name not in reached:  # only the first call in a batch, as in layer_inputs
-                records[name].append(args[0].detach().flatten(0, -2).bfloat16())
+                records[name].append(keep_at(args[0].detach().flatten(0, -2).bfloat16()))
                 reached.add(name)
 
         return hook

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -51,27 +51,44 @@ def quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def load_model(place: str | Path, *, offline: bool = True, guard: str | None = None, **options: Any) -> PreTrainedModel:
+def load_model(
+    place: str | Path,
+    *,
+    offline: bool = True,
+    guard: str | None = None,
+    placeholders: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Load a causal language model from the safetensors files of a folder or of a hub repository.
 
-    ``guard``: what config.json may say instead of the name of a weights file. ``options``: further arguments of
-    from_pretrained. Raises FileFault if a file names another place, or if the
-    weights are not exactly those of the model, and the errors of transformers, safetensors and torch.
+    ``guard``: what config.json may say instead of the name of a weights file. ``placeholders``: tensors to load instead
+    of those of the files; ``options`` must then have the config. ``options``: further arguments of from_pretrained.
+    Raises FileFault if a file names another place, or if the weights are not exactly those of the model, and the errors
+    of transformers, safetensors and torch.
     """
     place = str(place)
     check_files(place, offline, guard)
     generation = generation_config(place, offline)
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=offline,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            generation_config=generation,
-            **options,
-        )
+        known = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report is checked below
+        if placeholders is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=offline,
+                generation_config=generation,
+                **known,
+                **options,
+            )
+        else:
+            if generation is None and find_file(place, "generation_config.json", offline) is not None:
+                generation = GenerationConfig.from_pretrained(place, local_files_only=offline)
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+            loaded = kind.from_pretrained(
+                None, state_dict=placeholders, generation_config=generation, **known, **options
+            )
+            loaded[0].name_or_path = loaded[0].config._name_or_path = place
     model: PreTrainedModel
     model, report = loaded
     check_report(report)
@@ -108,7 +125,7 @@ def _first(names: set[str]) -> str:
 def check_files(place: str, offline: bool = True, guard: str | None = None) -> None:
     """Raise FileFault unless all files that transformers would read for the model at ``place``, a folder or a hub id,
     lie in its own folder and are safetensors files. ``guard`` as in ``load_model``."""
-    document = _read_object(place, "config.json", offline)
+    document = read_object(place, "config.json", offline)
     stated = document.get("transformers_weights")
     if stated == guard:
         stated = None
@@ -119,7 +136,7 @@ def check_files(place: str, offline: bool = True, guard: str | None = None) -> N
     for value in _implementations(document):
         if re.search(r"[/:@]", value):
             raise FileFault(f"config.json names the attention code {value!r} of another place, which never runs here")
-    if _find(place, "adapter_config.json", offline) is not None:
+    if find_file(place, "adapter_config.json", offline) is not None:
         raise FileFault(
             "it holds an adapter (adapter_config.json); merge it into its model first (merge_and_unload and "
             "save_pretrained), or remove the file if that was done"
@@ -129,19 +146,23 @@ def check_files(place: str, offline: bool = True, guard: str | None = None) -> N
     index = stated if isinstance(stated, str) else INDEX
     if stated is None and Path(place).is_dir() and (Path(place) / "model.safetensors").is_file():
         return
-    if _find(place, index, offline) is not None:
-        _check_index(place, index, offline)
+    if find_file(place, index, offline) is not None:
+        indexed_files(place, index, offline)
 
 
-def _check_index(place: str, name: str, offline: bool) -> None:
-    weight_map = _read_object(place, name, offline).get("weight_map")
+def indexed_files(place: str, name: str = INDEX, offline: bool = True) -> list[str]:
+    """The names of the files that an index names, sorted. Raises FileFault if it is damaged, or names a file of
+    another place or one that is missing."""
+    weight_map = read_object(place, name, offline).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFault(f"{name} has no weight_map")
-    for file in {str(value): None for value in weight_map.values()}:
+    files = sorted({str(value) for value in weight_map.values()})
+    for file in files:
         if not _WEIGHTS_FILE.fullmatch(file):
             raise FileFault(f"{name} names the file {file!r}; only .safetensors files beside it are read")
         if Path(place).is_dir() and not (Path(place) / file).is_file():
             raise FileFault(f"{name} names the file {file}, which is missing")
+    return files
 
 
 def _implementations(value: object) -> Iterator[str]:
@@ -156,11 +177,12 @@ def _implementations(value: object) -> Iterator[str]:
 
 def read_config(place: str, offline: bool) -> dict[str, Any]:
     """The content of a model's config.json. Raises FileFault if it is not a JSON object."""
-    return _read_object(place, "config.json", offline)
+    return read_object(place, "config.json", offline)
 
 
-def _read_object(place: str, name: str, offline: bool) -> dict[str, Any]:
-    file = _find(place, name, offline)
+def read_object(place: str, name: str, offline: bool) -> dict[str, Any]:
+    """The JSON object in a file of a folder or of a hub repository. Raises FileFault."""
+    file = find_file(place, name, offline)
     if file is None:
         raise FileFault(f"it has no {name}")
     try:
@@ -172,7 +194,7 @@ def _read_object(place: str, name: str, offline: bool) -> dict[str, Any]:
     return document
 
 
-def _find(place: str, name: str, offline: bool) -> Path | None:
+def find_file(place: str, name: str, offline: bool) -> Path | None:
     """A file of a folder or of a hub repository, downloaded if need be; None if there is none."""
     if Path(place).is_dir():
         file = Path(place) / name
@@ -194,10 +216,10 @@ def generation_config(place: str, offline: bool = True) -> GenerationConfig | No
     """
     damaged = False
     for name in ("generation_config.json", "config.json"):
-        if _find(place, name, offline) is None:
+        if find_file(place, name, offline) is None:
             continue
         try:
-            stated = _read_object(place, name, offline)
+            stated = read_object(place, name, offline)
         except FileFault:
             damaged = True
             continue

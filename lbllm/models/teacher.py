@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from lbllm.models.catalogue import EMBEDDED_PRECISION
 from lbllm.models.gguf import converted_folder, gguf_model_config, read_metadata
 from lbllm.models.gguf import precision as gguf_precision
 from lbllm.models.loading import FileFault, load_model, quiet, read_config
+from lbllm.models.opened import ConvertedWeights, open_blocks
 from lbllm.models.sizes import check_sizes
 from lbllm.models.source import GATED, ModelSource, dense_place, resolve
 from lbllm.models.stored import untie_stored_head
+from lbllm.models.streamed import BlockModel
 from lbllm.models.tokens import check_tokenizer, embedding_rows
 from lbllm.places import home
 
@@ -81,7 +84,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
     config = _checked_config(name, place, offline)
     if source.kind == "folder":
         _check_weights(Path(place))
-    placement = {} if device == "cpu" else {"device_map": device}
+    placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
     try:
         model = load_model(place, offline=offline, config=config, dtype=dtype, **placement)
     except FileFault as fault:
@@ -96,6 +99,58 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
         tokenizer=tokenizer,
         precision=_precision(source, place, config),
         licence=_licence(source, place),
+    )
+
+
+@dataclass
+class BlockTeacher:
+    """A dense model that is computed one block at a time. ``precision`` and ``licence`` as in ``Teacher``; ``whole``
+    loads it into memory, for what needs all of it."""
+
+    name: str
+    model: BlockModel
+    tokenizer: PreTrainedTokenizerBase
+    precision: str
+    licence: str
+    whole: Callable[[], PreTrainedModel]
+
+    @classmethod
+    def of(cls, teacher: Teacher, device: torch.device) -> BlockTeacher:
+        """Return a teacher in memory as one that is computed block by block, on a device."""
+        model = teacher.model.to(device)  # type: ignore[arg-type]
+        return cls(
+            teacher.name, BlockModel.of(model), teacher.tokenizer, teacher.precision, teacher.licence, lambda: model
+        )
+
+
+def stream_teacher(name: str, device: torch.device) -> BlockTeacher:
+    """Open the model ``name`` to compute it one block at a time on ``device``; its weights become float32.
+
+    A model whose weights transformers converts when it reads them is loaded as a whole. Raises ModelError, and
+    ResourceError if the disk has too little space to convert a GGUF file.
+    """
+    source = resolve(name)
+    place, offline = dense_place(source)
+    config = _checked_config(name, place, offline)
+    if source.kind == "folder":
+        _check_weights(Path(place))
+    try:
+        model = open_blocks(place, offline, config, device)
+    except ConvertedWeights:
+        return BlockTeacher.of(load_teacher(name), device)
+    except FileFault as fault:
+        raise ModelError(f"{name}: {fault}; {_COPY}") from None
+    except Exception as error:  # whatever a foreign config or file makes the libraries do
+        raise _load_error(name, error) from error
+    tokenizer = _tokenizer(name, place, offline)
+    check_tokenizer(name, tokenizer, embedding_rows(model.model))
+    return BlockTeacher(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        precision=_precision(source, place, config),
+        licence=_licence(source, place),
+        whole=lambda: load_teacher(name, device=str(device)).model,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError
@@ -31,15 +31,20 @@ _PLACE = {"stage", "block", "after", "seal"}
 _METADATA = _PLACE | {"fingerprint", "sha256", "loss_before", "loss_after", "diverged"}
 
 
-def fingerprint(config: RunConfig, teacher: nn.Module, corpus_hash: str, precision: str) -> str:
+def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, precision: str) -> str:
     """What a block's state depends on: all settings, the teacher's weights, the text, the matmul precision. Hex
-    SHA-256."""
+    SHA-256.
+
+    ``weights``: the hash of each of the teacher's parameters by name."""
     document = config.model_dump(mode="json", exclude={"preset", "device", "stages"})
     if config.start is None:
         del document["start"]  # runs of the time before there was such a setting are resumed, too
     if config.quant.act_group_size == WHOLE_ROW:
         del document["quant"]["act_group_size"]
-    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
+    if config.stream_dtype == "float32":
+        del document["stream_dtype"]
+    if config.aar.loss == "relative":
+        del document["aar"]["loss"]
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from lbllm.events import BlockDone, BlockStarted, Event, LayerDone, StageDone, S
 from lbllm.memory import peak_memory
 from lbllm.models.blocks import (
     BlockCall,
-    first_inputs,
+    entering,
     recorded_inputs,
-    run_batches,
     run_block,
     share_copy,
     shared_inputs,
@@ -35,38 +35,31 @@ HARMLESS = 1.02
 
 
 def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
-    """One stage over all blocks: the teacher's stream and the student's advance together, block by block."""
+    """One stage over all blocks: the teacher's stream and the student's advance together, block by block.
+
+    A stream has the hidden states (n, T, hidden) of all tokens of the stage, before or after a block. Only one block
+    exists at a time: the teacher's until its outputs are known, then the student's until its own are.
+    """
     began = time.perf_counter()
     settings = getattr(run.config, stage)
     sequences = run.sequences(settings.tokens)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
     bits = run.config.quant.kv_bits
     cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
-    teacher_stream = first_inputs(run.teacher, sequences, run.batch)
-    student_stream = teacher_stream
+    targets = _first_stream(run, sequences)
+    inputs = run.streams.empty(*targets.shape).copy_(targets)
     beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
-    for number, block in enumerate(run.blocks):
+    for number in range(run.blocks):
         run.check()
-        state = run.store.load(stage, number)
-        # Of layers that read one input, the first.
-        names: list[str] = []
-        if stage == "ptq" and state is None:
-            names = [names[0] for names in shared_inputs(block, teacher_stream[:1], run.calls[number])]
-        with recorded_inputs(block, names) as meant:
-            targets = _advance(run, block, number, teacher_stream)
-        if not targets.isfinite().all():
-            raise ModelError(
-                f"{run.config.model}: {run.path}.{number} gives values that are not finite (NaN or infinity) for these "
-                "texts before anything is binarized; its weights may be damaged, give another copy of the model"
-            )
-        held_out = beside.enter(number) if beside is not None else None
+        state, student = run.store.load(stage, number), None
+        taught = _teach(run, stage, number, targets, beside, done=state is not None)
         if state is None:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
             if stage == "ptq":
-                state = yield from _initialize(run, number, student_stream, meant, targets)
+                state, student = yield from _initialize(run, number, inputs, targets, taught)
             else:
-                state = yield from _train(run, stage, number, student_stream, targets, cache, held_out)
+                state, student = yield from _train(run, stage, number, inputs, targets, taught, cache)
             run.store.save(stage, number, state)
             yield BlockDone(
                 stage=stage,
@@ -77,14 +70,44 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
                 memory_bytes=peak_memory(),
                 diverged=state.diverged,
             )
-        student = _student(run, number, state)
         # The last block's output enters nothing.
-        if number + 1 < len(run.blocks):
-            student_stream = _advance(run, student, number, student_stream, cache)
-            teacher_stream = targets
+        if number + 1 < run.blocks:
+            student = student or _student(run, number, state)
+            _advance(run, student, number, inputs, cache)
             if beside is not None:
                 beside.leave(student)
+        del state, student, taught
     yield StageDone(stage=stage, seconds=time.perf_counter() - began)
+
+
+@dataclass
+class _Taught:
+    """What the teacher's block shows on its stream.
+
+    ``sharing``: its layers grouped by input. ``meant``: for stage 1, the inputs (tokens, in) of the first layer of each
+    group, by batch. ``held_out``: held-out tokens before and after the block.
+    """
+
+    sharing: list[list[str]]
+    meant: dict[str, list[Tensor]]
+    held_out: HeldOut | None
+
+
+def _teach(
+    run: RunContext, stage: Stage, number: int, stream: Tensor, beside: _Beside | None, *, done: bool
+) -> _Taught:
+    """Let the teacher's stream pass a block; it then holds the block's targets. ``done``: the block is finished."""
+    block = run.teacher.block(number)
+    sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
+    names = [names[0] for names in sharing] if stage == "ptq" else []
+    with recorded_inputs(block, names, run.streams.kept) as meant:
+        finite = _advance(run, block, number, stream)
+    if not finite:
+        raise ModelError(
+            f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
+            "these texts before anything is binarized; its weights may be damaged, give another copy of the model"
+        )
+    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None)
 
 
 class _Beside:
@@ -99,16 +122,17 @@ class _Beside:
         self._run, self._cache, self._tokens = run, cache, run.held_out
         self._at: HeldOut | None = None
         with self._tokens.budget.timed():
-            self._streams: tuple[Tensor, Tensor] | None = (first_inputs(run.teacher, self._tokens.ids, run.batch),) * 2
+            first = torch.cat(list(run.teacher.first_inputs(self._tokens.ids, run.batch)))
+        self._streams: tuple[Tensor, Tensor] | None = (first, first)
 
-    def enter(self, number: int) -> HeldOut | None:
-        """Return the held-out tokens before a block; None if there is no time left to measure them."""
+    def enter(self, number: int, block: nn.Module) -> HeldOut | None:
+        """Return the held-out tokens before the teacher's block; None if there is no time left to measure them."""
         self._at = None
         if self._streams is not None and self._tokens.budget.allows(self._tokens.budget.cost):
             student, teacher = self._streams
             call = self._tokens.calls[number]
             with self._tokens.budget.timed():
-                targets = self._pass(self._run.blocks[number], teacher, call)
+                targets = self._pass(block, teacher, call)
             self._at = HeldOut(student, targets, call, self._tokens.budget)
         return self._at
 
@@ -125,22 +149,41 @@ class _Beside:
             return run_block(block, stream, call, cache).float()
 
 
+def _first_stream(run: RunContext, sequences: Tensor) -> Tensor:
+    """The stream (n, T, hidden) before the first block."""
+    stream, done = None, 0
+    for part in run.teacher.first_inputs(sequences, run.batch):
+        if stream is None:
+            stream = run.streams.empty(len(sequences), *part.shape[1:])
+        stream[done : done + len(part)].copy_(part)
+        done += len(part)
+    assert stream is not None
+    return stream
+
+
 @torch.no_grad()
-def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> Tensor:
-    """The stream (n, T, hidden) after a block, float32."""
-    outputs = []
+def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> bool:
+    """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite."""
+    finite = True
     for part in stream.split(run.batch):
         run.check()
         with run.autocast():
-            outputs += list(run_batches(block, part, run.calls[number], run.batch, cache))
-    return torch.cat(outputs).float()
+            output = run_block(block, entering(part, run.teacher.device), run.calls[number], cache)
+        finite = finite and bool(output.isfinite().all())
+        part.copy_(output)
+    return finite
 
 
 def _student(run: RunContext, number: int, state: BlockState) -> nn.Module:
-    student = restore(run.blocks[number], run.formats[number], state.tensors, run.config.quant.tail_steps)
+    """A finished student's block, which computes with expanded weights."""
+    student = _restored(run, number, state.tensors)
     for layer in binary_layers(student).values():
         layer.keep_dense()
     return student.requires_grad_(False)
+
+
+def _restored(run: RunContext, number: int, tensors: dict[str, Tensor]) -> nn.Module:
+    return restore(run.teacher.block(number), run.formats[number], tensors, run.config.quant.tail_steps)
 
 
 def _probe(run: RunContext, block: nn.Module, number: int, inputs: Tensor, targets: Tensor, cache: Any = None) -> float:
@@ -151,52 +194,85 @@ def _probe(run: RunContext, block: nn.Module, number: int, inputs: Tensor, targe
 
 
 def _initialize(
-    run: RunContext, number: int, inputs: Tensor, meant: dict[str, list[Tensor]], targets: Tensor
-) -> Generator[Event, None, BlockState]:
-    """Stage 1 on one block. ``loss_before`` is that of the dense block on the student's stream: the error that it
-    inherits."""
-    config, block, call = run.config, run.blocks[number], run.calls[number]
+    run: RunContext, number: int, inputs: Tensor, targets: Tensor, taught: _Taught
+) -> Generator[Event, None, tuple[BlockState, nn.Module]]:
+    """Stage 1 on one block; returns its state and the finished student. ``loss_before`` is that of the dense block on
+    the student's stream: the error that it inherits."""
+    before, tensors = yield from _binarize(run, number, inputs, targets, taught)
+    taught.meant.clear()
+    state = BlockState(tensors, before, 0.0, False)
+    student = _student(run, number, state)
+    state.loss_after = _probe(run, student, number, inputs, targets)
+    return state, student
+
+
+def _binarize(
+    run: RunContext, number: int, inputs: Tensor, targets: Tensor, taught: _Taught
+) -> Generator[Event, None, tuple[float, dict[str, Tensor]]]:
+    """The loss of the dense block, and the tensors of the binarized one."""
+    config, block, call = run.config, run.teacher.block(number), run.calls[number]
     student: nn.Module = share_copy(block)
     before = _probe(run, student, number, inputs, targets)
     tensors: dict[str, Tensor] = {}
     try:
-        layers = ptq_block(block, student, call, inputs, meant, run.formats[number], config.ptq, run.batch)
+        layers = ptq_block(block, student, call, inputs, taught.meant, run.formats[number], config.ptq, run.batch)
         for name, result, layer in layers:
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
             yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
             tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
             run.check()
     except LbllmError as error:
-        raise LbllmError(f"{run.path}.{number}.{error}") from error
-    state = BlockState(tensors, before, 0.0, False)
-    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets)
-    return state
+        raise LbllmError(f"{run.teacher.path}.{number}.{error}") from error
+    return before, tensors
 
 
 def _train(
-    run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, cache: Any, held_out: HeldOut | None
-) -> Generator[Event, None, BlockState]:
-    """Stage 2 or 3 on one block; keeps the state it began with where training does not lower the loss."""
+    run: RunContext, stage: Stage, number: int, inputs: Tensor, targets: Tensor, taught: _Taught, cache: Any
+) -> Generator[Event, None, tuple[BlockState, nn.Module]]:
+    """Stage 2 or 3 on one block; returns its state and the finished student. The state is that it began with where
+    training does not lower the loss."""
     config, call = run.config, run.calls[number]
-    earlier = run.store.finished(config.origins[config.origins.index(stage) - 1], number)
-    student = restore(run.blocks[number], run.formats[number], earlier.tensors, config.quant.tail_steps)
+    origin = config.origins[config.origins.index(stage) - 1]
+    earlier = run.store.finished(origin, number).tensors
+    student = _restored(run, number, earlier)
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
+    searched: dict[str, Tensor] = {}
     if stage == "wat":
-        latents = {name: earlier.tensors[f"{name}.latent"].float() for name in run.formats[number]}
+        latents = {name: earlier.pop(f"{name}.latent").float() for name in run.formats[number]}
+        del earlier
         before = _probe(run, student, number, inputs, targets)
         steps = wat_block(
-            student, call, inputs, targets, latents, config.wat, seed=seed, autocast=run.autocast, held_out=held_out
+            student,
+            call,
+            inputs,
+            targets,
+            latents,
+            config.wat,
+            seed=seed,
+            autocast=run.autocast,
+            held_out=taught.held_out,
         )
-        start = earlier.tensors
+        del latents
     else:
+        del earlier
         quant = config.quant
-        sharing = shared_inputs(run.blocks[number], inputs[:1], call)
         add_quantizers(
-            student, sharing, call, inputs, config.aar, tail=quant.tail_steps, kv_bits=quant.kv_bits, batch=run.batch
+            student,
+            taught.sharing,
+            call,
+            inputs,
+            config.aar,
+            tail=quant.tail_steps,
+            kv_bits=quant.kv_bits,
+            batch=run.batch,
         )
         before = _probe(run, student, number, inputs, targets, cache)
-        start = {name: tensor.clone() for name, tensor in collect(binary_layers(student)).items()}
+        searched = {
+            f"{name}.act": layer.quantizer.act.detach().clone()
+            for name, layer in binary_layers(student).items()
+            if layer.quantizer is not None
+        }
         steps = aar_block(
             student,
             call,
@@ -206,19 +282,30 @@ def _train(
             kv_bits=quant.kv_bits,
             seed=seed,
             autocast=run.autocast,
-            held_out=held_out,
+            held_out=taught.held_out,
         )
     for step in steps:
         yield step_metric(stage, number, step)
         run.check()
-    for layer in binary_layers(student).values():
-        layer.round_params()
-    state = BlockState(collect(binary_layers(student)), before, 0.0, False)
-    state.loss_after = _probe(run, _student(run, number, state), number, inputs, targets, cache)
+    del steps
+    state = BlockState(_rounded(student), before, 0.0, False)
+    del student
+    finished = _student(run, number, state)
+    state.loss_after = _probe(run, finished, number, inputs, targets, cache)
     if not state.loss_after <= before:
-        kept = {k: v for k, v in start.items() if not k.endswith(".latent")}
+        first = run.store.finished(origin, number).tensors
+        kept = {name: tensor for name, tensor in first.items() if not name.endswith(".latent")} | searched
         state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
-    return state
+        finished = _student(run, number, state)
+    return state, finished
+
+
+def _rounded(student: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a trained block, whose parameters are rounded to what a checkpoint stores."""
+    layers = binary_layers(student)
+    for layer in layers.values():
+        layer.round_params()
+    return collect(layers)
 
 
 def is_divergence(before: float, after: float) -> bool:

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lbllm.config import RunConfig
 from lbllm.events import StepMetric
 from lbllm.models.blocks import FORWARD_TOKENS, BlockCall
+from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.runs.store import Request
 from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
 from lbllm.stages.distill import Step, batch_order
 from lbllm.stages.probe import Budget
+from lbllm.streams import Streams
 from lbllm.texts.corpus import Corpus
 
 # The loss between is measured on at most this many tokens, which the run doesn't train on.
@@ -41,13 +43,13 @@ class RunContext:
     """The data that all stages of a run share."""
 
     config: RunConfig
-    teacher: PreTrainedModel
-    path: str
-    blocks: nn.ModuleList
+    teacher: BlockModel
+    whole_teacher: Callable[[], PreTrainedModel]
     formats: list[dict[str, LayerFormat]]
     calls: list[BlockCall]
     corpus: Corpus
     store: BlockStore
+    streams: Streams
     autocast: Any
     request: Callable[[], Request | None]
     held_out: HeldOutTokens | None = None
@@ -56,6 +58,11 @@ class RunContext:
     def batch(self) -> int:
         """The number of sequences in one forward pass without gradients."""
         return max(1, FORWARD_TOKENS // self.config.seq_len)
+
+    @property
+    def blocks(self) -> int:
+        """The number of decoder blocks."""
+        return len(self.formats)
 
     def sequences(self, tokens: int) -> Tensor:
         """Return the first sequences of the corpus, enough for ``tokens``: token ids (n, seq_len)."""

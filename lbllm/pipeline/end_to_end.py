@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
 from lbllm.memory import peak_memory
-from lbllm.models.blocks import decoder_blocks, first_inputs, linear_weight, share_copy, shared_inputs
+from lbllm.models.blocks import decoder_blocks, linear_weight, share_copy, shared_inputs
+from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
@@ -37,12 +38,12 @@ def run_end_to_end(run: RunContext) -> Iterator[Event]:
     whole = run.corpus.sequences[-count:, : run.config.seq_len // length * length]
     sequences = whole.reshape(-1, length).to(run.teacher.device)
     yield StageStarted(stage=stage, steps=step_count(run.config.e2e, sequences))
-    if any(run.store.load(stage, number) is None for number in range(len(run.blocks))):
+    if any(run.store.load(stage, number) is None for number in range(run.blocks)):
         yield from _train_whole(run, sequences)
     yield StageDone(stage=stage, seconds=time.perf_counter() - began)
 
 
-def _latents(run: RunContext, blocks: list[nn.Module]) -> Iterator[Tensor]:
+def _latents(run: RunContext, teacher: BlockModel, blocks: list[nn.Module]) -> Iterator[Tensor]:
     """Yield the latent weights (out, in) of all layers in order.
 
     They come from stage 1, or from the starting checkpoint. If these have no latent weights, the teacher's weights are
@@ -53,21 +54,24 @@ def _latents(run: RunContext, blocks: list[nn.Module]) -> Iterator[Tensor]:
         for name in binary_layers(block):
             latent = tensors.get(f"{name}.latent")
             if latent is None:
-                latent = linear_weight(run.blocks[number].get_submodule(name)).detach()
+                latent = linear_weight(teacher.block(number).get_submodule(name)).detach()
             yield latent.to(run.teacher.device)
 
 
 def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     stage: Stage = "e2e"
     origin = run.config.origins[-2]
-    student, blocks = _whole_student(run, origin)
+    # This stage needs all of the teacher at once.
+    whole = run.whole_teacher()
+    teacher = BlockModel.of(whole)
+    student, blocks = _whole_student(run, teacher, origin)
     training = EndToEnd(
         student,
-        run.teacher,
+        whole,
         [layer for block in blocks for layer in binary_layers(block).values()],
         sequences,
         run.config.e2e,
-        latents=list(_latents(run, blocks)) if run.config.e2e.lr_weight > 0 else (),
+        latents=list(_latents(run, teacher, blocks)) if run.config.e2e.lr_weight > 0 else (),
         seed=run.config.seed,
         autocast=run.autocast,
     )
@@ -132,19 +136,19 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     )
 
 
-def _whole_student(run: RunContext, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
+def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
     """Return the model after a stage, with BinaryLinear layers to train, and its blocks.
 
     Layers that read the same input share a quantizer.
     """
     quant = run.config.precision(stage)
-    student: PreTrainedModel = share_copy(run.teacher)
+    student: PreTrainedModel = share_copy(teacher.model)
     attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)
     _, student_blocks = decoder_blocks(student)
-    hidden = first_inputs(run.teacher, run.corpus.sequences[:1], 1)
+    (hidden,) = teacher.first_inputs(run.corpus.sequences[:1], 1)
     blocks: list[nn.Module] = []
-    for number, restored in enumerate(restored_blocks(run.teacher, run.store, stage, quant)):
-        block, layers = run.blocks[number], binary_layers(restored)
+    for number, restored in enumerate(restored_blocks(teacher, run.store, stage, quant)):
+        block, layers = teacher.block(number), binary_layers(restored)
         for names in shared_inputs(block, hidden, run.calls[number]):
             shared: dict[int, ActQuantizer] = {}
             for name in names:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, attach_kv_cache, save_packed
+from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, attach_kv_cache, save_packed_parts
 from lbllm.checkpoints.record import RunRecord, write_record
 from lbllm.config import RunConfig
 from lbllm.files import new_folder
-from lbllm.models.blocks import decoder_blocks, share_copy
-from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.models.blocks import share_copy
+from lbllm.models.streamed import BlockModel, Rows, row_parts
+from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.packed_layer import PackedLinear
@@ -24,13 +25,12 @@ from lbllm.stages.block_state import restore
 from lbllm.stages.distill import binary_layers
 
 
-def restored_blocks(
-    model: PreTrainedModel, store: BlockStore, stage: Origin, quant: QuantConfig
-) -> Iterator[nn.Module]:
+def restored_blocks(teacher: BlockModel, store: BlockStore, stage: Origin, quant: QuantConfig) -> Iterator[nn.Module]:
     """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
-    _, blocks, formats = block_formats(model, quant)
-    for number, block in enumerate(blocks):
-        yield restore(block, formats[number], store.finished(stage, number).tensors, quant.tail_steps)
+    formats = block_formats(teacher.model, quant)[2]
+    for number, of_block in enumerate(formats):
+        tensors = store.finished(stage, number).tensors
+        yield restore(teacher.block(number), of_block, tensors, quant.tail_steps)
 
 
 def stage_model(config: RunConfig, folder: Path, stage: Origin, teacher: Teacher | None = None) -> PreTrainedModel:
@@ -39,37 +39,62 @@ def stage_model(config: RunConfig, folder: Path, stage: Origin, teacher: Teacher
     Weights alone are binarized after stages 1 and 2; from stage 3 on activations and KV cache have their bits too.
     Raises CheckpointError where the run has not finished that stage.
     """
-    teacher = teacher or load_teacher(config.model)
-    return packed_model(config, folder, stage, teacher, torch.float32)[0]
+    whole = (teacher or load_teacher(config.model)).model
+    student = stage_blocks(config, folder, stage, BlockModel.of(whole))
+    for number in range(len(student.blocks)):
+        student.blocks[number] = student.block(number)
+    return student.model.eval()
 
 
-def packed_model(
-    config: RunConfig, folder: Path, stage: Origin, teacher: Teacher, dtype: torch.dtype
-) -> tuple[PreTrainedModel, QuantConfig]:
-    """The packed model after a stage and its format; what stays dense is rounded to bfloat16 and then held in
-    ``dtype``."""
+def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockModel) -> BlockModel:
+    """``stage_model``, computed one block at a time."""
+    quant, store = config.precision(stage), BlockStore(folder, None)
+    model: PreTrainedModel = share_copy(teacher.model)
+    attach_kv_cache(model, quant.kv_bits)
+    inside = f"{teacher.path}."
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            _round_dense(module, torch.float32, skip=teacher.matrices, prefix=name)
+    model.tie_weights()
+    formats = block_formats(teacher.model, quant)[2]
+
+    def make(number: int) -> nn.Module:
+        tensors = store.finished(stage, number).tensors
+        block = restore(teacher.block(number), formats[number], tensors, quant.tail_steps)
+        return packed_block(block, quant.tail_steps, torch.float32).eval()
+
+    def read(name: str, rows: Rows) -> Tensor:
+        return teacher.rows(name, rows).bfloat16().float()
+
+    return BlockModel(model, make, device=teacher.device, matrices=teacher.matrices, read=read)
+
+
+def packed_block(block: nn.Module, tail: int, dtype: torch.dtype) -> nn.Module:
+    """Pack the layers of a restored block; what stays dense is rounded to bfloat16 and then held in ``dtype``."""
+    for name, layer in binary_layers(block).items():
+        block.set_submodule(name, PackedLinear.pack(layer, tail, dtype))
+    for module in block.modules():
+        _round_dense(module, dtype)
+    return block
+
+
+def _round_dense(module: nn.Module, dtype: torch.dtype, skip: Container[str] = (), prefix: str = "") -> None:
+    """Round a module's own parameters to bfloat16, as a checkpoint stores them."""
+    if isinstance(module, ActQuantizer):
+        return
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if f"{prefix}.{name}".removeprefix(".") not in skip:
+            # New parameters, since the teacher shares the old ones.
+            stored = parameter.detach().bfloat16().to(dtype)
+            setattr(module, name, nn.Parameter(stored, requires_grad=False))
+
+
+def save_checkpoint(config: RunConfig, folder: Path, teacher: BlockTeacher, target: Path, record: RunRecord) -> None:
+    """Write the packed checkpoint of a run's last stage atomically: weights, config.json, tokenizer, and the record of
+    the run. One block at a time is in memory."""
+    stage = config.stages[-1]
     quant = config.precision(stage)
-    student: PreTrainedModel = share_copy(teacher.model)
-    attach_kv_cache(student, quant.kv_bits)
-    _, student_blocks = decoder_blocks(student)
-    for number, restored in enumerate(restored_blocks(teacher.model, BlockStore(folder, None), stage, quant)):
-        for name, layer in binary_layers(restored).items():
-            packed = PackedLinear.pack(layer, quant.tail_steps, dtype)
-            student_blocks[number].set_submodule(name, packed)
-    for module in student.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not isinstance(module, ActQuantizer):
-                # New parameters, since the teacher shares the old ones.
-                stored = parameter.detach().bfloat16().to(dtype)
-                setattr(module, name, nn.Parameter(stored, requires_grad=False))
-    student.tie_weights()
-    return student.eval(), quant
-
-
-def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: Path, record: RunRecord) -> None:
-    """Write the packed checkpoint of a run's last stage atomically: model.safetensors, config.json, tokenizer, and the
-    record of the run."""
-    model, quant = packed_model(config, folder, config.stages[-1], teacher, torch.bfloat16)
+    model: PreTrainedModel = share_copy(teacher.model.model)
     model.config.dtype = torch.bfloat16
     provenance = {"model": config.model, "precision": teacher.precision, "licence": teacher.licence}
     model.config.quantization_config = LbllmConfig(
@@ -80,5 +105,25 @@ def save_checkpoint(config: RunConfig, folder: Path, teacher: Teacher, target: P
     model.hf_quantizer = LbllmQuantizer(model.config.quantization_config)  # type: ignore[assignment]
     with new_folder(target, replace=True) as checkpoint:
         teacher.tokenizer.save_pretrained(checkpoint)
-        save_packed(model, checkpoint)  # after the tokenizer, since the seal covers it too
+        # After the tokenizer, since the seal covers it too.
+        save_packed_parts(model, _tensors(teacher.model, BlockStore(folder, None), stage, quant), checkpoint)
         write_record(checkpoint, record)
+
+
+def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: QuantConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a packed model in the order of its blocks, each by its name in the model's state_dict."""
+    inside, parameters = f"{teacher.path}.", dict(teacher.model.named_parameters())
+    buffers = dict(teacher.model.named_buffers())
+    blocks = restored_blocks(teacher, store, stage, quant)
+    begun = -1
+    for name, tensor in teacher.model.state_dict().items():
+        if name.startswith(inside):
+            number = int(name.removeprefix(inside).partition(".")[0])
+            if number != begun:
+                packed = packed_block(next(blocks), quant.tail_steps, torch.bfloat16)
+                yield from ((f"{inside}{number}.{key}", value) for key, value in packed.state_dict().items())
+            begun = number
+        elif name in teacher.matrices and name in parameters:
+            yield name, torch.cat([teacher.rows(name, part).bfloat16() for part in row_parts(teacher.matrices[name])])
+        elif name in parameters or name in buffers:
+            yield name, tensor.bfloat16() if name in parameters else tensor

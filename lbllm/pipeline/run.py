@@ -8,40 +8,40 @@ the same bytes as an uninterrupted one (on a CPU with the same number of threads
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from lbllm import memory
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import RunRecord
-from lbllm.checkpoints.seal import WEIGHTS
+from lbllm.checkpoints.weights import weights_bytes
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import CorpusError, ModelError
 from lbllm.events import Evaluated, Event, RunDone, RunStarted, RunStopped
 from lbllm.files import write_file
 from lbllm.machine import make_accelerator
-from lbllm.measure.perplexity import HELD_OUT_TOKENS, perplexity
-from lbllm.models.blocks import capture_calls, check_length, check_supported, linear_weight, uncalled_layers
+from lbllm.measure.perplexity import HELD_OUT_TOKENS, block_perplexity
+from lbllm.models.blocks import check_length, check_supported, linear_weight
 from lbllm.models.source import hub_id
-from lbllm.models.teacher import Teacher, load_teacher
+from lbllm.models.streamed import BlockModel
+from lbllm.models.teacher import BlockTeacher, Teacher, stream_teacher
 from lbllm.models.tokens import check_ids
 from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
-from lbllm.pipeline.packed_model import save_checkpoint, stage_model
+from lbllm.pipeline.packed_model import save_checkpoint, stage_blocks
 from lbllm.pipeline.start import checkpoint_blocks
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
 from lbllm.stages.probe import Budget
+from lbllm.streams import Streams
 from lbllm.texts.corpus import Corpus, load_corpus
 
 
@@ -65,39 +65,39 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(config.device, _recorded_precision(folder))
     write_file(folder / "precision", accelerator.mixed_precision.encode())
-    teacher = teacher or load_teacher(config.model)
-    check_supported(teacher.model)
-    check_length(teacher.model, config.seq_len, setting_name("seq_len"))
-    path, blocks, formats = block_formats(teacher.model, config.quant)
-    held_out = _held_out(config, teacher) if corpus is None else None
+    device = accelerator.device
+    opened = stream_teacher(config.model, device) if teacher is None else BlockTeacher.of(teacher, device)
+    model = opened.model
+    check_supported(model.model)
+    check_length(model.model, config.seq_len, setting_name("seq_len"))
+    _, blocks, formats = block_formats(model.model, config.quant)
+    held_out = _held_out(config, opened.tokenizer) if corpus is None else None
     corpus = corpus or load_corpus(
-        config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
+        config.corpus, opened.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
     )
-    check_ids(teacher.model, teacher.tokenizer, corpus.sequences)
-    model = teacher.model.to(accelerator.device)
-    first = corpus.sequences[:1].to(accelerator.device)
-    uncalled = [name for name in uncalled_layers(model, first) if config.quant.layer(name) is not None]
+    check_ids(model.model, opened.tokenizer, corpus.sequences)
+    survey = model.survey(corpus.sequences[:1])
+    uncalled = [name for name in survey.uncalled if config.quant.layer(name) is not None]
     if uncalled:
         raise ModelError(
             f"{config.model} never calls {', '.join(uncalled)}: a layer without inputs can't be binarized. Keep it "
             f"dense: --set 'quant.skip={json.dumps([*config.quant.skip, *uncalled])}'"
         )
-    with torch.no_grad():
-        calls = capture_calls(model, first)
-    mark = fingerprint(config, model, corpus.hash, accelerator.mixed_precision)
+    mark = fingerprint(config, survey.hashes, corpus.hash, accelerator.mixed_precision)
     store = BlockStore(folder, mark, config.stages)
     if config.start is not None and not all(store.path("start", number).exists() for number in range(len(blocks))):
-        for number, tensors in enumerate(checkpoint_blocks(config, teacher)):
+        for number, tensors in enumerate(checkpoint_blocks(config, model)):
             store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
+    on_disk = False
     state = RunContext(
         config,
         model,
-        path,
-        blocks,
+        opened.whole,
         formats,
-        calls,
+        survey.calls,
         corpus,
         store,
+        Streams(getattr(torch, config.stream_dtype), folder / "streams" if on_disk else None),
         accelerator.autocast,
         request,
         _held_out_tokens(model, held_out, budget) if held_out is not None else None,
@@ -113,7 +113,7 @@ def run(
             for block, f in zip(blocks, formats, strict=True)
             for name in f
         ),
-        device=str(accelerator.device),
+        device=str(device),
         corpus_hash=corpus.hash,
         tokens=corpus.sequences.numel(),
         bpw=bpw,
@@ -121,13 +121,13 @@ def run(
         rows_left_out=corpus.left_out,
     )
     try:
-        yield from _evaluate(state, "teacher", lambda: model, held_out)
+        yield from _evaluate(state, "teacher", model, held_out)
         if config.start is not None:
-            yield from _evaluate(state, "start", partial(stage_model, config, folder, "start", teacher), held_out)
+            yield from _evaluate(state, "start", stage_blocks(config, folder, "start", model), held_out)
         for stage in config.stages:
             memory.trim()  # freed blocks of the previous stage have other sizes than this stage needs
             yield from run_end_to_end(state) if stage == "e2e" else run_stage(state, stage)
-            yield from _evaluate(state, stage, partial(stage_model, config, folder, stage, teacher), held_out)
+            yield from _evaluate(state, stage, stage_blocks(config, folder, stage, model), held_out)
         state.check()
     except Ended:
         asked = request()
@@ -138,53 +138,45 @@ def run(
     record = RunRecord(
         settings=config,
         base_model=hub_id(config.model),
-        precision=teacher.precision,
-        licence=teacher.licence,
+        precision=opened.precision,
+        licence=opened.licence,
         bpw=bpw,
         corpus_hash=corpus.hash,
         corpus_tokens=corpus.tokens,
         evaluations=tuple(_evaluations(state, held_out)),
         start=find_checkpoint(config.start).record if config.start is not None else None,
     )
-    save_checkpoint(config, folder, teacher, target, record)
+    save_checkpoint(config, folder, opened, target, record)
     yield RunDone(
         path=str(target),
         bpw=bpw,
-        disk_bytes=(target / WEIGHTS).stat().st_size,
+        disk_bytes=weights_bytes(target),
         seconds=time.perf_counter() - began,
     )
 
 
-def _held_out(config: RunConfig, teacher: Teacher) -> Corpus | None:
+def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
     """Return the held-out text for the run's progress, which it never trains on; None if the corpus is too short."""
     try:
-        return load_corpus(
-            config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout"
-        )
+        return load_corpus(config.corpus, tokenizer, seq_len=config.seq_len, tokens=HELD_OUT_TOKENS, part="heldout")
     except CorpusError:
         return None
 
 
-def _held_out_tokens(model: PreTrainedModel, held_out: Corpus, budget: Budget) -> HeldOutTokens:
+def _held_out_tokens(model: BlockModel, held_out: Corpus, budget: Budget) -> HeldOutTokens:
     """Return the first of the held-out tokens, on which the loss of a block is measured while it trains."""
     length = min(held_out.sequences.shape[1], CURVE_TOKENS)
-    ids = held_out.sequences[: CURVE_TOKENS // length, :length].to(model.device)
+    ids = held_out.sequences[: CURVE_TOKENS // length, :length]
     with budget.timed():
-        return HeldOutTokens(ids, capture_calls(model, ids[:1]), budget)
+        return HeldOutTokens(ids, model.calls(ids[:1]), budget)
 
 
-def _evaluate(
-    run: RunContext, what: str, model: Callable[[], PreTrainedModel], held_out: Corpus | None
-) -> Iterator[Event]:
+def _evaluate(run: RunContext, what: str, model: BlockModel, held_out: Corpus | None) -> Iterator[Event]:
     """Measure the perplexity of ``model`` on the held-out text and yield it, unless the run's folder already has it."""
     known = read_evaluated(run.store.folder, run.config)
     if held_out is None or what in known:
         return
-    evaluated, losses = model(), []
-    for window in held_out.sequences.split(1):  # one by one: the logits of several would be the run's memory peak
-        run.check()
-        losses.append(math.log(perplexity(evaluated, window).perplexity))
-    value = math.exp(sum(losses) / len(losses))
+    value = block_perplexity(model, held_out.sequences, between=run.check)
     yield _evaluation(what, value, held_out)
     write_evaluated(run.store.folder, run.config, known | {what: value})
 

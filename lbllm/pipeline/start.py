@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lbllm.checkpoints.find import find_checkpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.json_input import decode_object, shortened, shown
-from lbllm.models.blocks import decoder_blocks
-from lbllm.models.teacher import Teacher
+from lbllm.models.streamed import BlockModel, row_parts
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_layer import PackedLinear
@@ -30,7 +30,7 @@ FREE = {*CONTINUATIONS[FROM_CHECKPOINT]}
 _LARGEST_CONFIG = 50_000_000  # bytes
 
 
-def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str, Tensor]]:
+def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[str, Tensor]]:
     """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
     from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
     into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
@@ -47,16 +47,14 @@ def checkpoint_blocks(config: RunConfig, teacher: Teacher) -> Iterator[dict[str,
             changed = ", ".join(setting_name(f"quant.{key}") for key in FREE)
             way = f"a run from a checkpoint can change only these settings of its format: {changed}"
         raise ConfigError(f"{setting_name('start')}: {config.start} was made with {different}; {way}")
-    kept = teacher.model.state_dict()
-    for name, tensor in model.state_dict().items():
-        # What stays dense must be the teacher's own; a packed layer's weight has another shape.
-        if name in kept and tensor.is_floating_point() and not _stored_as(kept[name], tensor):
-            made_from = stated.provenance.get("model", "another model")
-            raise ConfigError(
-                f"{setting_name('start')}: {config.start} was not made from {config.model} ({name} differs), but from "
-                f"{made_from}; choose that as the model"
-            )
-    path, _ = decoder_blocks(teacher.model)
+    foreign = _first_difference(model, teacher)
+    if foreign is not None:
+        made_from = stated.provenance.get("model", "another model")
+        raise ConfigError(
+            f"{setting_name('start')}: {config.start} was not made from {config.model} ({foreign} differs), but "
+            f"from {made_from}; choose that as the model"
+        )
+    path = teacher.path
     for number, block in enumerate(model.get_submodule(path).children()):
         tensors = _latents(folder.parent, number) if config.e2e.lr_weight > 0 else {}
         for name, layer in block.named_modules():
@@ -112,6 +110,31 @@ def _fixed(quant: QuantConfig) -> dict[str, Any]:
     document = quant.model_dump(mode="json", exclude=FREE)
     overrides = {name: o.model_dump(exclude=FREE, exclude_none=True) for name, o in quant.overrides.items()}
     return document | {"overrides": {name: kept for name, kept in overrides.items() if kept}}
+
+
+def _first_difference(packed: PreTrainedModel, teacher: BlockModel) -> str | None:
+    """The name of a tensor that stays dense in a packed model and isn't the teacher's own; None if all are."""
+    stored = packed.state_dict()
+
+    def differs(name: str, tensor: Tensor) -> bool:
+        # A packed layer's weight has another shape.
+        return name in stored and stored[name].is_floating_point() and not _stored_as(tensor, stored[name])
+
+    inside = f"{teacher.path}."
+    for name, tensor in teacher.model.state_dict().items():
+        if name in teacher.matrices:
+            if name in stored and any(
+                not _stored_as(teacher.rows(name, part), stored[name][part])
+                for part in row_parts(teacher.matrices[name])
+            ):
+                return name
+        elif not name.startswith(inside) and differs(name, tensor):
+            return name
+    for number in range(len(teacher.blocks)):
+        for name, tensor in teacher.block(number).state_dict().items():
+            if differs(f"{inside}{number}.{name}", tensor):
+                return f"{inside}{number}.{name}"
+    return None
 
 
 def _stored_as(tensor: Tensor, stored: Tensor) -> bool:

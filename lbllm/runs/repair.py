@@ -144,8 +144,8 @@ def _created(run_id: str, otherwise: float) -> float:
 
 def _end(checkpoint: Path) -> list[Event]:
     """The last events of a run with this checkpoint; no event if it isn't there."""
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file() or not (checkpoint / "config.json").is_file():
+    weights = list(checkpoint.glob("model*.safetensors"))
+    if not weights or not (checkpoint / "config.json").is_file():
         return []
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
@@ -157,5 +157,6 @@ def _end(checkpoint: Path) -> list[Event]:
             events.append(Evaluated.model_validate(evaluation))
     bpw = record.get("bpw")
     stated = float(bpw) if isinstance(bpw, int | float) else float("nan")
-    done = RunDone(path=str(checkpoint), bpw=stated, disk_bytes=weights.stat().st_size, seconds=0.0)
+    size = sum(file.stat().st_size for file in weights)
+    done = RunDone(path=str(checkpoint), bpw=stated, disk_bytes=size, seconds=0.0)
     return [*events, EVENT.validate_python(done)]

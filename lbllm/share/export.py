@@ -4,7 +4,8 @@ Space that shows it.
     source = find_checkpoint("20261122-103041-1d371b")       or a packed folder, or "shipped"
     export(source, "gguf", Path("exports/mine"))
 
-The folder is written atomically.
+The folder is written atomically. An export holds the packed model in memory, and of the dense weights those of one
+file (``LARGEST``) or of one tensor.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lbllm.checkpoints.dense import dense_copy
+from lbllm.checkpoints.dense import dense_structure, dense_tensors
 from lbllm.checkpoints.find import FoundCheckpoint, teacher_of
 from lbllm.checkpoints.hf import load
 from lbllm.checkpoints.record import RunRecord, copy_public
+from lbllm.checkpoints.weights import save_parts
 from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import last_part
-from lbllm.models.loading import quiet
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
 from lbllm.share.space import write_space
@@ -71,8 +72,8 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
         if kind == "packed":
             copy_public(source.folder, source.record, folder)
         elif kind == "dense":
-            with quiet():
-                dense_copy(model).save_pretrained(folder)
+            dense = dense_structure(model)
+            save_parts(dense, dense_tensors(model, dense), folder)
             tokenizer.save_pretrained(folder)
         else:
             _write_gguf(source.record, model, tokenizer, folder / f"{out.name}-BF16.gguf")
@@ -103,7 +104,9 @@ def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrained
 
     base = record.base_model or (record.settings.model if record.settings is not None else "")
     name = f"{last_part(base)} binarized by LBLLM".strip()
-    write_gguf(dense_copy(model), tokenizer, file, name=name, licence=record.licence)
+    dense = dense_structure(model)
+    tensors = dense_tensors(model, dense)
+    write_gguf(dense, tokenizer, file, name=name, licence=record.licence, tensors=tensors)
 
 
 def _check_space(folder: Path, needed: int) -> None:

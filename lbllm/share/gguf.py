@@ -1,6 +1,6 @@
 """Write a dense model as one GGUF file, as llama.cpp reads it: matrices in bfloat16, vectors in float32.
 
-    write_gguf(dense_copy(model), tokenizer, Path("model.gguf"), name="My model", licence="Apache-2.0")
+    write_gguf(model, tokenizer, Path("model.gguf"), name="My model", licence="Apache-2.0")
 
 llama.cpp has code for each architecture, so only those are written whose answers were compared with those of
 transformers; others are refused by name. Other tokenizers are refused, too: a GGUF file doesn't contain the rule that
@@ -10,6 +10,7 @@ splits a text before the merges, only the name of one of llama.cpp's rules.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,20 @@ def check_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, name: str, licence: str | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    *,
+    name: str,
+    licence: str | None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write the model with bfloat16 weights and its tokenizer to ``file``. Raises ModelError if it can't be
-    written as GGUF, OSError if writing to disk fails."""
+    """Write the model with bfloat16 weights and its tokenizer to ``file``.
+
+    ``tensors``: the entries of its state dict, one after the other in its order, where ``model`` is only the structure,
+    on the meta device; one of them at a time is then in memory. Raises ModelError if the model can't be written as
+    GGUF, OSError if writing to disk fails.
+    """
     config: Any = model.config
     check_exportable(config, tokenizer)
     arch = _ARCHITECTURES[config.model_type]
@@ -72,42 +83,59 @@ def write_gguf(
         _add_settings(writer, config)
         _add_tokenizer(writer, tokenizer, rows=config.vocab_size)
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        for key, tensor in _tensors(model):
+        shapes = _shapes(model)
+        for key, shape in shapes.items():
             renamed = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if renamed is None:
                 raise ModelError(f"llama.cpp's {config.model_type} models have no tensor like {key}; {_OTHERWISE}")
-            if arch == gguf.MODEL_ARCH.LLAMA and ".q_proj." in key:
-                tensor = _interleaved(tensor, config.num_attention_heads)
-            if arch == gguf.MODEL_ARCH.LLAMA and ".k_proj." in key:
-                tensor = _interleaved(tensor, config.num_key_value_heads)
-            _add_tensor(writer, renamed, tensor)
+            _add_info(writer, renamed, shape)
         factors = _frequency_factors(config)
         if factors is not None:
-            writer.add_tensor("rope_freqs.weight", factors.numpy())
+            _add_info(writer, "rope_freqs.weight", factors.shape)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        left = list(shapes)
+        for key, tensor in model.state_dict().items() if tensors is None else tensors:
+            if left[:1] == [key]:  # the file has them in this order
+                del left[0]
+                writer.write_tensor_data(_values(_as_in_llama_cpp(key, tensor.detach(), config)))
+        if left:
+            raise ValueError(f"{left[0]} is missing among the tensors, or has another place than in the model")
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
     finally:
         writer.close()
 
 
-def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """The model's tensors by name; a tied head is the same tensor as the embeddings, which llama.cpp knows."""
-    seen: set[int] = set()
-    found = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            found.append((name, parameter.detach()))
-    return found
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """The shapes of the model's tensors by name; a tied head is the same tensor as the embeddings, which llama.cpp
+    knows."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
-    if tensor.ndim == 1:  # llama.cpp adds and multiplies by vectors only in float32
-        writer.add_tensor(name, tensor.float().numpy())
+def _add_info(writer: gguf.GGUFWriter, name: str, shape: torch.Size) -> None:
+    if len(shape) == 1:  # llama.cpp adds and multiplies by vectors only in float32
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape.numel())
         return
+    size, kind = 2 * shape.numel(), gguf.GGMLQuantizationType.BF16
+    writer.add_tensor_info(name, (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), size, raw_dtype=kind)
+
+
+def _values(tensor: Tensor) -> NDArray[Any]:
+    if tensor.ndim == 1:
+        return tensor.float().numpy()
     values: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
-    writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    return values
+
+
+def _as_in_llama_cpp(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """A tensor with its rows in llama.cpp's order."""
+    if config.model_type == "llama" and ".q_proj." in name:
+        return _interleaved(tensor, config.num_attention_heads)
+    if config.model_type == "llama" and ".k_proj." in name:
+        return _interleaved(tensor, config.num_key_value_heads)
+    return tensor
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:

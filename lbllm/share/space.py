@@ -23,7 +23,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
 from lbllm.checkpoints.hf import is_checkpoint
 from lbllm.checkpoints.record import copy_public, provenance, read_record
-from lbllm.checkpoints.seal import WEIGHTS
+from lbllm.checkpoints.seal import packed_weights
 from lbllm.errors import CheckpointError, ConfigError, LbllmError, ModelError, ResourceError
 from lbllm.extras import installation
 from lbllm.files import new_folder, refuse_links, write_errors
@@ -67,8 +67,9 @@ def write_space(
     ``hub_id``: the checkpoint's repository on the hub, which the Space then downloads; without it the folder contains
     the checkpoint. Raises CheckpointError, ModelError, ConfigError, ResourceError.
     """
-    if not is_checkpoint(checkpoint) or not (checkpoint / WEIGHTS).is_file():
+    if not is_checkpoint(checkpoint):
         raise CheckpointError(f"{checkpoint} is not a packed checkpoint; give the folder that a run wrote")
+    packed_weights(checkpoint)
     if hub_id is not None and not HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"{hub_id!r} is not a hub id; give owner/name")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -110,7 +110,7 @@ def aar_block(
         groups,
         config,
         lr_act=config.lr_act,
-        loss_kind="relative",
+        loss_kind=config.loss,
         kv_bits=kv_bits,
         seed=seed,
         autocast=autocast,

@@ -16,7 +16,7 @@ from lbllm.commands.main import build
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
 from lbllm.models.loading import quiet
-from lbllm.presets import PRESETS
+from lbllm.presets import ABOUT, PRESETS
 from lbllm.runs.store import RunStore
 from tests.helpers import ROOT
 from tests.helpers.finished_run import finished_run
@@ -107,6 +107,15 @@ def test_a_preset_sets_everything_but_the_model(app: AppTest) -> None:
     app.button_group(key="quantize preset").set_value("paper").run()
     assert settings(app) == make_config("paper")
     assert widget(app, "quant.group_size").value == 128
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_page_says_what_the_chosen_preset_is(app: AppTest, preset: str) -> None:
+    assert ABOUT["quick"] in said(app.caption)
+    app.button_group(key="quantize preset").set_value(preset).run()
+    assert [words for words in ABOUT.values() if words in said(app.caption)] == [ABOUT[preset]]
+    app.button_group(key="quantize preset").set_value(None).run()
+    assert not [words for words in ABOUT.values() if words in said(app.caption)]
 
 
 def test_activations_wait_for_stage_3(app: AppTest) -> None:

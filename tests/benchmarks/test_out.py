@@ -129,7 +129,7 @@ def test_decode_keeps_the_medians_of_its_rounds(tmp_path: Path, monkeypatch: pyt
 
     weights, out = tmp_path / "model.safetensors", tmp_path / "found.json"
     weights.write_bytes(bytes(1_500_000))
-    monkeypatch.setattr(decode, "check_names", lambda *names: weights)
+    monkeypatch.setattr(decode, "check_names", lambda *names: tmp_path)
     monkeypatch.setattr("benchmarks.decode.subprocess.run", measured)
     called(monkeypatch, "decode", "shipped", "--out", str(out))
     found = read_report(out)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 import lbllm
 from lbllm import kernels
 from lbllm.checkpoints.decode import FusedForward, HalfHead
-from lbllm.checkpoints.seal import WEIGHTS
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.quant.kv_cache import PackedKVLayer
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 

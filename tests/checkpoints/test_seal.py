@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lbllm
 from lbllm.checkpoints import seal
 from lbllm.checkpoints.record import copy_public, read_record
-from lbllm.checkpoints.seal import WEIGHTS, is_sealed
+from lbllm.checkpoints.seal import is_sealed
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.errors import CheckpointError
 from lbllm.files import file_sha256
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher

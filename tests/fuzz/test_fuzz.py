@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from lbllm.checkpoints import hf
-from lbllm.checkpoints.seal import WEIGHTS, add_seal
+from lbllm.checkpoints.seal import add_seal
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.config import DEFAULT_PRESET, RunConfig, arguments, make_config, parse_config, read_settings
 from lbllm.errors import CorpusError
 from lbllm.json_input import replaced

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,19 @@ def test_the_fingerprint_is_of_all_that_a_block_depends_on() -> None:
         teacher.weight[1, 2] += 1e-3
     marks.append(fingerprint(config, teacher, "text", "no"))
     assert len({mark, *marks}) == 1 + len(marks)
+
+
+def test_settings_that_came_later_leave_the_fingerprint_of_older_runs_alone() -> None:
+    """As version 0.1 computed it: over the document that it wrote, which had none of these settings."""
+    teacher = nn.Linear(3, 2)
+    document = run_config().model_dump(mode="json", exclude={"preset", "device", "stages", "start", "stream_dtype"})
+    del document["quant"]["act_group_size"], document["aar"]["loss"]
+    weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
+    text = json.dumps([document, weights, "text", "no"], sort_keys=True)
+    older = run_config(stream_dtype="float32")
+    assert fingerprint(older, teacher, "text", "no") == hashlib.sha256(text.encode()).hexdigest()
+    for other in (run_config(), run_config(stream_dtype="float32", aar={"loss": "mse"})):
+        assert fingerprint(other, teacher, "text", "no") != fingerprint(older, teacher, "text", "no")
 
 
 def test_training_a_restored_block_leaves_the_state_alone() -> None:

@@ -17,7 +17,8 @@ from benchmarks.kill_resume import hashes
 from lbllm import load
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import read_record
-from lbllm.checkpoints.seal import WEIGHTS, format_sha256
+from lbllm.checkpoints.seal import format_sha256
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.commands.options import run_config
 from lbllm.config import RunConfig, arguments, make_config
 from lbllm.errors import CheckpointError, ConfigError

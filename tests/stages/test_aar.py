@@ -173,6 +173,21 @@ def test_training_lowers_the_searched_loss_and_keeps_the_bits(architecture: str,
         assert torch.equal(after[name], state[name]) != trained, name
 
 
+def test_the_squared_error_is_that_of_the_paper() -> None:
+    """The first step's loss against ||teacher - student||_F^2 in float64, over the number of values."""
+    problem = Problem()
+    problem.add_quantizers()
+    with torch.no_grad():
+        output = run_block(problem.student, problem.inputs, problem.call, TrainingCache(4))
+    squared = (problem.targets.double() - output.double()).norm() ** 2 / output.numel()
+    one_step = AarConfig(epochs=1, batch_tokens=problem.inputs.shape[0] * LENGTH, loss="mse")
+    assert problem.train(one_step) == [pytest.approx(float(squared), rel=1e-4)]
+    before = problem.error()
+    losses = problem.train(CONFIG.model_copy(update={"loss": "mse"}))
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert problem.error() < before
+
+
 def test_layers_with_one_input_share_their_quantizer() -> None:
     problem = Problem("llama")
     problem.add_quantizers()

@@ -1,0 +1,129 @@
+"""Open a model of any size from its safetensors files: its structure at once, its blocks one by one.
+
+transformers itself says which stored tensor becomes which parameter: it loads placeholders of the stored tensors' names
+and shapes, which take no memory, and each placeholder is then found in the model. So its renames, its tied weights and
+its report of missing tensors hold here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lbllm.models.blocks import decoder_blocks, share_copy
+from lbllm.models.loading import check_files, load_model
+from lbllm.models.streamed import BlockModel, Rows
+from lbllm.models.weights import StoredWeights
+
+
+class ConvertedWeights(Exception):
+    """The model's parameters are not the stored tensors one to one; it has to be loaded as a whole."""
+
+
+def open_blocks(place: str, offline: bool, config: PretrainedConfig, device: torch.device) -> BlockModel:
+    """Open the model of a folder or of a hub repository; its weights are float32 on ``device``.
+
+    Raises FileFault as ``load_model`` does, ConvertedWeights, and the errors of transformers and of the system.
+    """
+    check_files(place, offline)
+    weights = StoredWeights.find(place, offline)
+    cells = _cells(weights, getattr(config.get_text_config(), "vocab_size", None))
+    shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+    placeholders = {name: cell.expand(shapes[name]) if shapes[name] else cell[0] for name, cell in cells.items()}
+    model = load_model(place, offline=offline, config=config, dtype=torch.float32, placeholders=placeholders)
+    known = {cell.data_ptr(): name for name, cell in cells.items()}
+    return _Opened(model.eval().requires_grad_(False), weights, known, device).blocks()
+
+
+def _cells(weights: StoredWeights, vocabulary: Any) -> dict[str, Tensor]:
+    """The single number behind each placeholder. transformers shares embeddings and output head if both are stored and
+    equal; so these have equal numbers if their values are, and all others differ."""
+    cells = {}
+    for number, (name, stored) in enumerate(weights.tensors.items()):
+        floats = stored.dtype.is_floating_point
+        cells[name] = torch.full((1,), number if floats else 0, dtype=torch.float32 if floats else stored.dtype)
+    shapes = {name: stored.shape for name, stored in weights.tensors.items()}
+    large = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == vocabulary]
+    for number, name in enumerate(large):
+        for other in large[:number]:
+            if weights.same_values(name, other):
+                cells[name].copy_(cells[other])
+    return cells
+
+
+class _Opened:
+    """A model of placeholders, which becomes a BlockModel."""
+
+    def __init__(
+        self, model: PreTrainedModel, weights: StoredWeights, known: dict[int, str], device: torch.device
+    ) -> None:
+        self._model, self._weights, self._device = model, weights, device
+        self._path, blocks = decoder_blocks(model)
+        # The stored name of each parameter, and of each buffer that has one.
+        self._stored: dict[str, str] = {}
+        for name, tensor in _named_tensors(model):
+            found = known.get(tensor.data_ptr())
+            if found is not None and tensor.shape == weights.tensors[found].shape:
+                self._stored[name] = found
+            elif isinstance(tensor, nn.Parameter):
+                raise ConvertedWeights(name)
+        self._matrices = dict(self._find_matrices())
+        shared: dict[int, nn.Parameter] = {}
+        for name, tensor in _named_tensors(model):
+            if name not in self._stored:
+                _set(model, name, tensor.to(device))
+                continue
+            if tensor.data_ptr() not in shared:
+                later = name in self._matrices or name.startswith(f"{self._path}.")
+                value = torch.empty(tensor.shape, device="meta") if later else self._read(name)
+                shared[tensor.data_ptr()] = nn.Parameter(value, requires_grad=False)
+            same = shared[tensor.data_ptr()]
+            _set(model, name, same if isinstance(tensor, nn.Parameter) else same.data)
+        self._templates = [share_copy(block) for block in blocks]
+
+    def _find_matrices(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield name and shape of embeddings and output head, which are read by rows."""
+        for module, kind in (
+            (self._model.get_input_embeddings(), nn.Embedding),
+            (self._model.get_output_embeddings(), nn.Linear),
+        ):
+            if isinstance(module, kind):
+                for name, tensor in self._model.named_parameters(remove_duplicate=False):
+                    if tensor is module.weight and name in self._stored:
+                        yield name, tuple(tensor.shape)
+
+    def blocks(self) -> BlockModel:
+        return BlockModel(self._model, self._block, device=self._device, matrices=self._matrices, read=self._read)
+
+    def _block(self, number: int) -> nn.Module:
+        block: nn.Module = share_copy(self._templates[number])
+        for name, tensor in _named_tensors(block):
+            full = f"{self._path}.{number}.{name}"
+            if full in self._stored:
+                value = self._read(full)
+                _set(
+                    block, name, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+                )
+        return block
+
+    def _read(self, name: str, rows: Rows | None = None) -> Tensor:
+        value = self._weights.read(self._stored[name], rows).to(self._device)
+        return value.float() if value.is_floating_point() else value
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters and buffers of a module by name; those that are shared under each of their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    place = module.get_submodule(owner)
+    if isinstance(value, nn.Parameter):
+        place._parameters[last] = value
+    else:
+        place._buffers[last] = value
