@@ -110,7 +110,7 @@ class OneBlock:
         latents: dict[str, Tensor] = {}
         for name, result, layer in ptq_block(block, student, call, self.seen[0], meant, formats, config, BATCH):
             student.set_submodule(name, layer)
-            latents[name] = result.latent
+            latents[name] = result.latent.float()
         return Made(student, latents)
 
     @torch.no_grad()

@@ -93,7 +93,7 @@ def main() -> None:
     meant = all_inputs(block, inputs[:4], call, 4)
     for name, result, layer in ptq_block(block, student, call, inputs[:4], meant, wanted, config.ptq, 4):
         tensors |= collect({name: layer})
-        latents[name] = result.latent
+        latents[name] = result.latent.float()
 
     def steps() -> float:
         """Median seconds of a step of stage 2, the teacher's forward pass of its tokens included."""

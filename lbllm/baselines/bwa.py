@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lbllm.baselines.layer import HALF, Quantized, Settings, half
 from lbllm.quant.levels import LEVELS, fit_levels, levels_to_params, params_to_levels, spans
-from lbllm.stages.ptq import assign_columns, factorize, one_thread
+from lbllm.stages.hessians import factorize
+from lbllm.stages.ptq import assign_columns, one_thread
 
 OUTLIERS = 1 / 32  # share of the 8-bit channels: 128 of 4,096
 EM_STEPS = 5

@@ -12,7 +12,8 @@ from torch import Tensor
 from lbllm.baselines.layer import Quantized, Settings
 from lbllm.baselines.rtn import even_bits, even_levels
 from lbllm.quant.levels import spans
-from lbllm.stages.ptq import assign_columns, factorize, one_thread
+from lbllm.stages.hessians import factorize
+from lbllm.stages.ptq import assign_columns, one_thread
 
 
 @torch.no_grad()

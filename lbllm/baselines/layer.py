@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lbllm.quant.levels import spans
-from lbllm.stages.ptq import factorize, one_thread
+from lbllm.stages.hessians import factorize
+from lbllm.stages.ptq import one_thread
 
 HALF = 16  # bits of a stored scale, mean or minimum
 

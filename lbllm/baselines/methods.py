@@ -30,7 +30,7 @@ from lbllm.models.blocks import (
     set_linear_weight,
     shared_inputs,
 )
-from lbllm.stages.ptq import input_statistics
+from lbllm.stages.hessians import input_statistics
 
 
 @dataclass(frozen=True)

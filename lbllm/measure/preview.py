@@ -44,7 +44,8 @@ from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat
 from lbllm.stages.block_state import collect, restore
 from lbllm.stages.distill import binary_layers, block_error
-from lbllm.stages.ptq import binarize_together, by_format, factorize, input_statistics, to_layer
+from lbllm.stages.hessians import factorize, input_statistics
+from lbllm.stages.ptq import binarize_together, by_format, to_layer
 from lbllm.stages.wat import wat_block
 from lbllm.texts.corpus import load_corpus
 
@@ -259,7 +260,7 @@ def initialize(sample: BlockSample, config: RunConfig, fmt: Format, group_size: 
                 raise LbllmError(f"{sample.path}.{error}") from error
             for name, result in solved.items():
                 layer = to_layer(sample.block.get_submodule(name), layer_format, result)
-                tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
+                tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.float()}
     built = restore(sample.block, formats, tensors, config.quant.tail_steps)
     bpw = bits_per_weight([sample.block], [formats])
     return Initialized(Point(fmt, group_size, _error(sample, built), bpw), formats, tensors)

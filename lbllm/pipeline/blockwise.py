@@ -219,7 +219,7 @@ def _binarize(
         for name, result, layer in layers:
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
             yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent.half()}
+            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
             run.check()
     except LbllmError as error:
         raise LbllmError(f"{run.teacher.path}.{number}.{error}") from error

@@ -22,12 +22,17 @@ import torch
 from torch import Tensor
 
 from lbllm import kernels
+from lbllm.quant.chunks import row_chunks
 from lbllm.sections import WHOLE_ROW, Format
 
 LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
 
 # The first clustering of a group works on at most this many runs of neighbouring sorted weights.
 POINTS = 16
+
+# Bytes of temporary tensors in ``fit_levels``: for each pair of borders between the runs of a group, and for each
+# weight (sorted weights with their order and importance, moments, running sums in float64).
+_FIT_PAIR, _FIT_WEIGHT = 40, 80
 
 
 def group_length(group_size: int, in_features: int) -> int:
@@ -73,10 +78,19 @@ def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Te
 
     They are a local minimum of sum_j h_j (w_j - l)^2. E-step: nearest level. M-step: importance-weighted mean of each
     cluster; an empty cluster keeps its level. The start is the best clustering of runs of the sorted weights, see
-    ``_best_split``. Padding has importance zero. ``importance`` broadcasts against ``groups``.
+    ``_best_split``. Padding has importance zero. ``importance`` broadcasts against ``groups``. The rows are fitted in
+    parts, see ``row_chunks``.
     """
+    importance, length = importance.expand_as(groups), groups.shape[-1]
+    row_bytes = groups[:1].numel() // length * (_FIT_PAIR * (POINTS + 1) ** 2 + _FIT_WEIGHT * length)
+    parts = row_chunks(len(groups), row_bytes)
+    return torch.cat([_fit_part(groups[rows], importance[rows], count, steps) for rows in parts])
+
+
+def _fit_part(groups: Tensor, importance: Tensor, count: int, steps: int) -> Tensor:
+    """``fit_levels`` of some rows."""
     ordered, order = groups.sort(-1)
-    weight = importance.expand_as(groups).gather(-1, order)
+    weight = importance.gather(-1, order)
     tiny = torch.finfo(groups.dtype).tiny
     mean = (ordered * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(tiny)
     ordered -= mean

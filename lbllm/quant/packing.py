@@ -20,10 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lbllm.quant.chunks import row_chunks
 from lbllm.sections import ParamBits
 
 # Candidates for the share of a layer's parameters, at each end, that the range of 4-bit codes leaves out.
 _CUT_OFF = (0.0, 0.0005, 0.002, 0.005, 0.01, 0.02, 0.04)
+
+# Bytes a group while a grid is fitted: one parameter in units of the row, its sorted copy with the order, errors.
+GRID_FIT = 4 + 12 + 4
 
 
 def pack_plane(plane: Tensor) -> Tensor:
@@ -73,30 +77,39 @@ def fit_grid(params: Tensor) -> ParamGrid:
     """Fit a grid to group parameters (out, n, K).
 
     A row's scale is the root mean square of its alpha_0. Candidate ranges of a parameter leave out a small share of its
-    smallest and largest values; the candidate with the smallest squared error is used.
+    smallest and largest values; the candidate with the smallest squared error is used. Beside ``params`` it needs
+    ``GRID_FIT`` bytes a group, and a part of the rows (``row_chunks``).
     """
     params = params.float()
     scale = params[..., 0].square().mean(1).sqrt().half().clamp_min(torch.finfo(torch.float16).tiny)
-    units = (params / scale.float()[:, None, None]).flatten(0, 1)
-    weight = scale.float().square().repeat_interleave(params.shape[1])
-    ranges = [_best_range(values, weight) for values in units.unbind(-1)]
+    units = scale.float()[:, None]
+    ranges = [_best_range(params[..., k] / units, units.square()) for k in range(params.shape[-1])]
     return ParamGrid(scale, torch.stack(ranges).half())
 
 
 def _best_range(values: Tensor, weight: Tensor) -> Tensor:
-    """Return minimum and step (2,) of the 16-value range with the smallest ``weight``-ed squared error for ``values``
-    (m,)."""
-    ordered, last = values.sort().values, len(values) - 1
-    best, least = torch.zeros(2, device=values.device), torch.inf
-    for below in _CUT_OFF:
-        for above in _CUT_OFF:
-            low, high = ordered[int(below * last)], ordered[last - int(above * last)]
+    """Return minimum and step (2,) of the 16-value range with the smallest squared error for ``values`` (out, n), with
+    a ``weight`` (out, 1) for each row."""
+    # The ends are copied: sorted values with their order take three times the memory of the values.
+    lows, highs = _ends(values.flatten().sort().values)
+    best, least = torch.zeros(2, device=values.device), torch.tensor(torch.inf, device=values.device)
+    errors, parts = torch.empty_like(values), row_chunks(len(values), 20 * values.shape[1])
+    for low in lows:
+        for high in highs:
             found = torch.stack((low, (high - low) / 15)).half().float()
-            nearest = found[0] + _codes(values, found[0], found[1], 15) * found[1]
-            error = float((weight * (nearest - values).square()).sum())
-            if error < least:
-                best, least = found, error
+            for rows in parts:
+                nearest = found[0] + _codes(values[rows], found[0], found[1], 15) * found[1]
+                torch.mul(weight[rows], (nearest - values[rows]).square(), out=errors[rows])
+            error = errors.sum()
+            best, least = torch.where(error < least, found, best), torch.where(error < least, error, least)
     return best
+
+
+def _ends(ordered: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the smallest and the largest of the ascending values (m,) that each cut leaves."""
+    last = len(ordered) - 1
+    places = [int(cut * last) for cut in _CUT_OFF]
+    return [ordered[place].clone() for place in places], [ordered[last - place].clone() for place in places]
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -131,8 +144,15 @@ def stored_params(params: Tensor, bits: ParamBits, grid: ParamGrid | None = None
     16 bits: float16. 8 bits: codes with a scale per row. 4 bits: ``grid``, by default one fitted to the parameters.
     """
     if bits == 4:
-        return (grid or fit_grid(params)).round(params.float())
-    return decode_params(*encode_params(params)) if bits == 8 else params.half().float()
+        grid = grid or fit_grid(params)
+    stored = torch.empty_like(params, dtype=torch.float32)
+    for rows in row_chunks(len(params), 20 * params[:1].numel()):
+        part = params[rows]
+        if grid is not None and bits == 4:
+            stored[rows] = ParamGrid(grid.scale[rows], grid.ranges).round(part.float())
+        else:
+            stored[rows] = decode_params(*encode_params(part)) if bits == 8 else part.half().float()
+    return stored
 
 
 def decode_params(params: Tensor, affine: Tensor | None) -> Tensor:

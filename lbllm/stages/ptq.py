@@ -9,9 +9,10 @@ squares under the full Hessian, then each of its columns moves to the level near
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lbllm.config import setting_name
 from lbllm.errors import LbllmError
 from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
+from lbllm.quant.chunks import row_chunks
 from lbllm.quant.levels import (
     LEVELS,
     assign,
@@ -34,32 +36,45 @@ from lbllm.quant.levels import (
 from lbllm.quant.packing import ParamGrid, fit_grid
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import LayerFormat, PtqConfig
+from lbllm.stages.hessians import align, correction_, factorize, factorize_, input_statistics
+
+# Bytes for each weight of the rows that are solved at the same time: six float32 matrices (target, compensated weights,
+# values, residual, a product, weights in the layer's own order), and in a group the temporaries of ``_descend``.
+_SOLVE_WEIGHT, _SOLVE_GROUP = 24, 100
+
+# Bytes for each weight while a layer's rounded weight is made: its level, its index as int64.
+_ROUND_WEIGHT = 12
 
 
 @dataclass
 class Binarized:
-    """A layer after stage 1. ``latent`` (out, in): the compensated weights, whose nearest levels are the result;
-    ``levels`` (out, n, K) ascending; ``error`` and ``energy`` (out,): squared output error and squared output of each
-    row; ``grid``: the values that 4-bit group parameters can have."""
+    """A layer after stage 1. ``latent`` (out, in), float16: the compensated weights; ``index`` (out, in), uint8: the
+    nearest level of each before it was rounded, which is the result; ``levels`` (out, n, K) ascending; ``error`` and
+    ``energy`` (out,): squared output error and squared output of each row; ``grid``: the values that 4-bit group
+    parameters can have."""
 
     latent: Tensor
+    index: Tensor
     levels: Tensor
     error: Tensor
     energy: Tensor
     grid: ParamGrid | None = None
 
-    def split(self, rows: list[int]) -> list[Binarized]:
+    def rows(self, part: slice) -> Binarized:
+        """The result of some rows; shares their memory."""
+        grid = None if self.grid is None else ParamGrid(self.grid.scale[part], self.grid.ranges)
+        return Binarized(
+            self.latent[part], self.index[part], self.levels[part], self.error[part], self.energy[part], grid
+        )
+
+    def split(self, lengths: list[int]) -> list[Binarized]:
         """The results of the single layers whose rows were joined in this one."""
-        tensors = (self.latent, self.levels, self.error, self.energy)
-        layers = [Binarized(*parts) for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
-        if self.grid is not None:
-            for layer, scale in zip(layers, self.grid.scale.split(rows), strict=True):
-                layer.grid = ParamGrid(scale, self.grid.ranges)
-        return layers
+        return [self.rows(slice(stop - n, stop)) for n, stop in zip(lengths, accumulate(lengths), strict=True)]
 
     def check(self, name: str) -> None:
         """Raise LbllmError naming the layer if the result is not finite."""
-        if not (self.latent.isfinite().all() and self.levels.isfinite().all()):
+        # A latent weight beyond float16 is infinite, and is what training can begin with.
+        if self.latent.isnan().any() or not self.levels.isfinite().all():
             raise _degenerate(name)
 
 
@@ -70,66 +85,90 @@ def _degenerate(name: str) -> LbllmError:
     )
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H with ``damping`` times its mean diagonal added; inputs that are always zero get a diagonal of their own."""
-    mean = hessian.diagonal().mean()
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
-    return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean)
+def binarize_layer(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: PtqConfig) -> Binarized:
+    """Stage 1 for a weight (out, in) and its Hessian (in, in)."""
+    return binarize_rows([weight], factorize(hessian, config.damping), fmt, config)
 
 
 @torch.no_grad()
-def factorize(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped H (in, in), and U, the upper Cholesky factor of its inverse, whose rows carry a column's error to the
-    columns after it."""
-    hessian = damped(hessian, damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return hessian, torch.linalg.cholesky(inverse, upper=True)
-
-
-@torch.no_grad()
-def binarize_layer(
-    weight: Tensor,
-    hessian: Tensor,
+def binarize_rows(
+    weights: Sequence[Tensor],
+    factors: tuple[Tensor, Tensor],
     fmt: LayerFormat,
     config: PtqConfig,
-    factors: tuple[Tensor, Tensor] | None = None,
+    correction: Tensor | None = None,
 ) -> Binarized:
-    """Stage 1 for a weight (out, in) and its Hessian (in, in); computes in the Hessian's dtype (float32 or float64).
+    """Stage 1 for the joined rows of weights (out, in) with the same input.
 
-    ``factors``: the Hessian's ``factorize``, if it is known.
+    ``factors``: the Hessian's ``factorize``; computes in their dtype (float32 or float64). ``correction``: what the
+    weights are first aligned with. A row's result depends on the other rows only through the grid, so the rows are
+    solved in parts, see ``row_chunks``.
     """
-    weight = weight.to(hessian.dtype)
-    hessian, factor = factors or factorize(hessian, config.damping)
-    count, groups = LEVELS[fmt.format], list(spans(weight.shape[1], fmt.group_size))
-    importance = factor.diagonal().square().reciprocal()
+    hessian, factor = factors
+    rows, columns = sum(len(weight) for weight in weights), len(hessian)
+    length = group_length(fmt.group_size, columns)
+    groups, count = -(-columns // length), LEVELS[fmt.format]
+    parts = row_chunks(rows, _SOLVE_WEIGHT * columns + _SOLVE_GROUP * length)
 
-    # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
-    target = weight.t().contiguous()
-    latent, value = target.clone(), torch.empty_like(target)
-    grid = _first_grid(weight, fmt, importance, config.em_steps) if fmt.param_bits == 4 else None
-    with one_thread():
-        levels = [
-            _compensate(latent, value, span, factor, importance[span], count, config.em_steps, grid) for span in groups
-        ]
-        for _ in range(config.sweeps):
-            for number, span in enumerate(groups):
-                levels[number] = _descend(target, latent, value, levels[number], span, hessian, grid)
+    def aligned(part: slice) -> Tensor:
+        return align(_join(weights, part).to(hessian.dtype), correction, config)
 
-    residual = target - value
-    return Binarized(
-        latent=latent.t().contiguous(),
-        levels=torch.stack(levels, 1),
-        error=(hessian @ residual).mul_(residual).sum(0),
-        energy=(hessian @ target).mul_(target).sum(0),
+    grid = None
+    if fmt.param_bits == 4:  # for the levels that the weights have before any compensation
+        counted = to_groups(factor.diagonal().square().reciprocal()[None], length)
+        params = hessian.new_empty(rows, groups, count)
+        for part in parts:
+            found = fit_levels(to_groups(aligned(part), length), counted, count, config.em_steps)
+            params[part] = levels_to_params(found)
+        grid = fit_grid(params)
+        del params
+    result = Binarized(
+        latent=hessian.new_empty(rows, columns, dtype=torch.float16),
+        index=hessian.new_empty(rows, columns, dtype=torch.uint8),
+        levels=hessian.new_empty(rows, groups, count),
+        error=hessian.new_empty(rows),
+        energy=hessian.new_empty(rows),
         grid=grid,
+    )
+    for part in parts:
+        _solve(aligned(part), factors, fmt, config, result.rows(part))
+    return result
+
+
+def _join(weights: Sequence[Tensor], part: slice) -> Tensor:
+    """Some of the joined rows of ``weights``."""
+    starts = accumulate((len(weight) for weight in weights[:-1]), initial=0)
+    return torch.cat(
+        [w[max(part.start - start, 0) : max(part.stop - start, 0)] for w, start in zip(weights, starts, strict=True)]
     )
 
 
-def _first_grid(weight: Tensor, fmt: LayerFormat, importance: Tensor, em_steps: int) -> ParamGrid:
-    """The grid for the levels that the weight (out, in) has before any compensation."""
-    length = group_length(fmt.group_size, weight.shape[1])
-    counted = to_groups(importance[None], length)
-    return fit_grid(levels_to_params(fit_levels(to_groups(weight, length), counted, LEVELS[fmt.format], em_steps)))
+def _solve(
+    weight: Tensor, factors: tuple[Tensor, Tensor], fmt: LayerFormat, config: PtqConfig, result: Binarized
+) -> None:
+    """Stage 1 for a weight (out, in); writes to ``result``, whose grid is known."""
+    hessian, factor = factors
+    count, groups = LEVELS[fmt.format], list(spans(weight.shape[1], fmt.group_size))
+    importance = factor.diagonal().square().reciprocal()
+    # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
+    target = weight.t().contiguous()
+    latent, value = target.clone(), torch.empty_like(target)
+    with one_thread():
+        levels = [
+            _compensate(latent, value, span, factor, importance[span], count, config.em_steps, result.grid)
+            for span in groups
+        ]
+        residual = target - value
+        for _ in range(config.sweeps):
+            for number, span in enumerate(groups):
+                levels[number] = _descend(target, latent, value, residual, levels[number], span, hessian, result.grid)
+    torch.stack(levels, 1, out=result.levels)
+    torch.sum((hessian @ residual).mul_(residual), 0, out=result.error)
+    torch.sum((hessian @ target).mul_(target), 0, out=result.energy)
+    rows = latent.t().contiguous()
+    result.latent.copy_(rows)
+    index = assign(to_groups(rows, group_length(fmt.group_size, len(hessian))), result.levels)
+    result.index.copy_(from_groups(index, len(hessian)))
 
 
 def on_grid(levels: Tensor, grid: ParamGrid | None) -> Tensor:
@@ -198,14 +237,21 @@ def assign_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, l
 
 
 def _descend(
-    target: Tensor, latent: Tensor, value: Tensor, levels: Tensor, span: slice, hessian: Tensor, grid: ParamGrid | None
+    target: Tensor,
+    latent: Tensor,
+    value: Tensor,
+    residual: Tensor,
+    levels: Tensor,
+    span: slice,
+    hessian: Tensor,
+    grid: ParamGrid | None,
 ) -> Tensor:
     """Refit the levels (out, K) of one group by least squares, then move each of its columns to its conditional
-    optimum."""
+    optimum. ``residual`` (in, out) is ``target - value``, and is kept so."""
     local, count = hessian[span, span], levels.shape[-1]
     index = assign(latent[span].t(), levels)
     # The target of the group's values: the gradient of the objective where this group's values are zero.
-    pull = hessian[span] @ (target - value) + local @ value[span]
+    pull = hessian[span] @ residual + local @ value[span]
 
     member = torch.stack([index == k for k in range(count)], -1).to(value.dtype)
     spread = (local @ member.transpose(0, 1).flatten(1)).view(len(local), *levels.shape).transpose(0, 1)
@@ -213,7 +259,7 @@ def _descend(
     right = (member.transpose(1, 2) @ pull.t()[..., None])[..., 0]
     # A small ridge keeps unused and nearly equal levels close to their present values.
     ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
-    fitted = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels)
+    fitted = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels).result
     present = take_levels(fitted, index).t()
     fitted = on_grid(fitted.sort(-1).values, grid)
 
@@ -225,18 +271,26 @@ def _descend(
         torch.clamp(present[offset] + gradient[offset] / local[offset, offset], low, high, out=latent[column])
         value[column] = columns.snap(latent[column])
         gradient.addr_(local[offset], value[column] - present[offset], alpha=-1)
+    torch.sub(target[span], value[span], out=residual[span])
     return fitted
 
 
 def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLinear:
     """The frozen layer of a result of stage 1, to replace the dense layer ``source``; its parameters are rounded as
     in a checkpoint."""
-    in_features = result.latent.shape[1]
-    groups = to_groups(result.latent, group_length(fmt.group_size, in_features))
-    index = from_groups(assign(groups, result.levels), in_features).contiguous()
-    layer = BinaryLinear(source, fmt, levels_to_params(result.levels), index, result.grid)
+    layer = BinaryLinear(source, fmt, levels_to_params(result.levels), result.index, result.grid)
     layer.round_params()
     return layer
+
+
+@torch.no_grad()
+def _rounded(layer: BinaryLinear) -> Tensor:
+    """The weight (out, in) of a frozen layer whose parameters are rounded."""
+    weight = layer.params.new_empty(layer.index.shape)
+    for rows in row_chunks(len(weight), _ROUND_WEIGHT * layer.in_features):
+        levels, index = params_to_levels(layer.params[rows]), to_groups(layer.index[rows], layer.length)
+        weight[rows] = from_groups(take_levels(levels, index), layer.in_features)
+    return weight
 
 
 def ptq_block(
@@ -261,16 +315,17 @@ def ptq_block(
         for fmt, names in by_format(sharing, formats):
             seen = layer_inputs(student, names[0], inputs, call, batch)
             hessian, drift = input_statistics(seen, meant[sharing[0]])
-            for name, result in binarize_together(teacher, names, hessian, fmt, config, drift).items():
+            results = binarize_together(teacher, names, hessian, fmt, config, drift)
+            del hessian, drift  # before the next input's are made
+            for name, result in results.items():
                 layer = to_layer(teacher.get_submodule(name), fmt, result)
-                rounded = layer.weight().detach()
-                if not rounded.isfinite().all():
+                if not layer.params.isfinite().all():
                     raise LbllmError(
                         f"{name}: its levels reach {float(result.levels.abs().max()):.2g}, and a checkpoint holds them "
                         "in float16, up to 65504; its weights may be damaged, else keep it dense: "
                         f"{setting_name('quant.skip')}"
                     )
-                set_linear_weight(student.get_submodule(name), rounded)
+                set_linear_weight(student.get_submodule(name), _rounded(layer))
                 yield name, result, layer
 
 
@@ -292,49 +347,21 @@ def binarize_together(
     """Stage 1 for the named layers of a block: they share an input and therefore a Hessian, so their rows are solved
     together.
 
-    With ``drift`` the weights are first aligned to it. Raises LbllmError naming a layer if a result is not finite.
+    With ``drift`` the weights are first aligned to it, and ``hessian`` and ``drift`` are overwritten: both are large.
+    Otherwise ``factors`` are the Hessian's ``factorize``, if they are known.
+
+    Raises LbllmError naming a layer if a result is not finite.
     """
     weights = [linear_weight(block.get_submodule(name)) for name in names]
-    weight = torch.cat(weights)
+    correction = None
     try:
         if drift is not None:
-            weight = align(weight, hessian, drift, config)
-        result = binarize_layer(weight, hessian, fmt, config, factors)
+            correction = correction_(hessian, drift, config)
+            factors = factorize_(hessian, config.damping)
+        result = binarize_rows(weights, factors or factorize(hessian, config.damping), fmt, config, correction)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise _degenerate(", ".join(names)) from None
     layers = dict(zip(names, result.split([len(w) for w in weights]), strict=True))
     for name, layer in layers.items():
         layer.check(name)
     return layers
-
-
-def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
-    tokens; float32.
-
-    Without a limit, tokens of massive activation would dominate H: a token with more than ten times the median energy
-    counts as if it had ten times the median.
-    """
-    hessian = drift = torch.zeros(())
-    tokens = 0
-    for x, target in zip(seen, meant, strict=True):
-        x = x.float()
-        energy = x.square().sum(1)
-        weighted = x * (10 * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)[:, None]
-        hessian = hessian.to(x.device) + weighted.t() @ x
-        drift = drift.to(x.device) + (target.float() - x).t() @ weighted
-        tokens += len(x)
-    return hessian / tokens, drift / tokens
-
-
-@torch.no_grad()
-def align(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> Tensor:
-    """The dense weight (out, in) that comes nearest to the teacher's outputs on the student's inputs: W + W D H^-1.
-
-    It is the least-squares solution of X W'^T = X_teacher W^T (the asymmetric calibration of GPTAQ, Li et al. 2025,
-    in closed form), damped towards W, so that a layer also corrects the drift of earlier layers.
-    """
-    if not config.align:
-        return weight.to(hessian.dtype)
-    change = torch.linalg.solve(damped(hessian, config.align_damping), drift.t()).t()
-    return weight.to(hessian.dtype) + config.align * (weight.to(hessian.dtype) @ change)

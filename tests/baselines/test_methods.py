@@ -20,7 +20,7 @@ from lbllm.baselines.rtn import round_to_nearest, rtn
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.quant.levels import group_length
-from lbllm.stages.ptq import input_statistics
+from lbllm.stages.hessians import input_statistics
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import VOCABULARY, tiny
 from tests.stages.test_ptq import correlated_inputs

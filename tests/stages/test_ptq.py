@@ -38,7 +38,8 @@ from lbllm.quant.packing import stored_params
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import Format, LayerFormat, PtqConfig
 from lbllm.stages.distill import block_error
-from lbllm.stages.ptq import Binarized, align, binarize_layer, input_statistics, ptq_block, to_layer
+from lbllm.stages.hessians import align, correction_, input_statistics
+from lbllm.stages.ptq import Binarized, binarize_layer, ptq_block, to_layer
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
 CONFIG = PtqConfig(em_steps=6, damping=0.01, sweeps=2, align=1.0)
@@ -70,9 +71,13 @@ def problem(rows: int = 6, features: int = 21, tokens: int = 200) -> tuple[Tenso
 
 def values(result: Binarized, group_size: int) -> Tensor:
     """The binarized weight (out, in) that a result stands for."""
-    in_features = result.latent.shape[1]
-    groups = to_groups(result.latent, group_length(group_size, in_features))
-    return from_groups(take_levels(result.levels, assign(groups, result.levels)), in_features)
+    in_features = result.index.shape[1]
+    index = to_groups(result.index, group_length(group_size, in_features))
+    return from_groups(take_levels(result.levels, index), in_features)
+
+
+def corrected(weight: Tensor, hessian: Tensor, drift: Tensor, config: PtqConfig) -> Tensor:
+    return align(weight, correction_(hessian, drift.clone(), config), config)
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -220,7 +225,7 @@ DEGENERATE: dict[str, Tensor] = {
 def test_degenerate_inputs_give_finite_levels(kind: str, format_: Format, group_size: int) -> None:
     x = DEGENERATE[kind]
     hessian, drift = input_statistics(iter([x]), iter([x]))
-    weight = align(torch.randn(5, 24, generator=random(4)), hessian, drift, CONFIG)
+    weight = corrected(torch.randn(5, 24, generator=random(4)), hessian, drift, CONFIG)
     result = binarize_layer(weight, hessian, layer_format(format_, group_size), CONFIG)
     result.check("layer")
     assert float(values(result, group_size).abs().max()) < 1e3
@@ -262,15 +267,15 @@ def test_align_is_the_least_squares_solution() -> None:
     weight = torch.randn(5, 12, generator=random(6), dtype=torch.float64)
     hessian, drift = x.t() @ x / 300, (target - x).t() @ x / 300
     exact = torch.linalg.lstsq(x, target @ weight.t()).solution.t()
-    aligned = align(weight, hessian, drift, PtqConfig(align_damping=1e-12))
+    aligned = corrected(weight, hessian, drift, PtqConfig(align_damping=1e-12))
     torch.testing.assert_close(aligned, exact, rtol=1e-6, atol=1e-6)
 
     def distance(change: float) -> float:
-        return float((align(weight, hessian, drift, PtqConfig(align_damping=change)) - weight).norm())
+        return float((corrected(weight, hessian, drift, PtqConfig(align_damping=change)) - weight).norm())
 
     assert 0 < distance(10) < distance(0.1) < distance(1e-4)
-    torch.testing.assert_close(align(weight, hessian, drift, PtqConfig(align=0)), weight)
-    half = align(weight, hessian, drift, PtqConfig(align=0.5, align_damping=1e-12))
+    torch.testing.assert_close(corrected(weight, hessian, drift, PtqConfig(align=0)), weight)
+    half = corrected(weight, hessian, drift, PtqConfig(align=0.5, align_damping=1e-12))
     torch.testing.assert_close(half, (weight + exact) / 2, rtol=1e-6, atol=1e-6)
 
 
@@ -307,10 +312,8 @@ def clustered(block: nn.Module, formats: dict[str, LayerFormat]) -> nn.Module:
         groups = to_groups(weight, group_length(fmt.group_size, weight.shape[1]))
         importance = to_groups(torch.ones_like(weight), groups.shape[-1])
         levels = fit_levels(groups, importance, LEVELS[fmt.format], 8)
-        nothing = torch.zeros(len(weight))
-        student.set_submodule(
-            name, to_layer(block.get_submodule(name), fmt, Binarized(weight, levels, nothing, nothing))
-        )
+        index = from_groups(assign(groups, levels), weight.shape[1]).contiguous()
+        student.set_submodule(name, BinaryLinear(block.get_submodule(name), fmt, levels_to_params(levels), index))
     return student
 
 
