@@ -245,6 +245,8 @@ class PackedLinear(nn.Module):
             stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
             act = None if self.quantizer is None else self.quantizer.act.data
             super()._apply(*args, **kwargs)
+            if self.dense is not None:
+                self.dense = self.dense.to(self.weight.device)
             for name, before in stored.items():
                 if before is not None and getattr(self, name).dtype != before.dtype:
                     setattr(self, name, before.to(self.weight.device))
