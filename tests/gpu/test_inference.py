@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from lbllm import load
 from lbllm.chat.lens import lens
@@ -88,13 +88,13 @@ def test_a_word_copies_nothing_to_the_host(checkpoint: Path, host: Host) -> None
 
 def test_chat_and_lens(checkpoint: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = placed(checkpoint)
-    generate = PreTrainedModel.generate
+    generate = GenerationMixin.generate
 
-    def there(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # a chat generates in a thread of its own
+    def there(self: Any, *args: Any, **kwargs: Any) -> Any:  # a chat generates in a thread of its own
         with named_device():
             return generate(self, *args, **kwargs)
 
-    monkeypatch.setattr(PreTrainedModel, "generate", there)
+    monkeypatch.setattr(GenerationMixin, "generate", there)
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator.clone_state())
     for temperature in (0.0, 0.8):
         pieces = list(
@@ -134,26 +134,40 @@ def test_an_expanded_layer_moves_with_its_weight(host: Host) -> None:
     assert there.to(BACK)(x).device == BACK
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.param_bits}")
-def test_the_kernels_get_tensors_of_the_gpu_alone(fmt: LayerFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-    kernels = ModuleType("kernels")
+class Kernels(ModuleType):
+    """Stands for ``lbllm.kernels.gpu``; keeps the tensors that it gets."""
 
-    def quantize_activations(x: Tensor, *parts: Any) -> Tensor:
-        seen.extend(part for part in (x, *parts) if isinstance(part, Tensor))
+    def __init__(self) -> None:
+        super().__init__("kernels")
+        self.seen: list[Tensor] = []
+
+    def quantize_activations(self, x: Tensor, *parts: Any) -> Tensor:
+        self.seen += [part for part in (x, *parts) if isinstance(part, Tensor)]
         return torch.empty_like(x)
 
-    def packed_linear(x: Tensor, weight: Tensor, *parts: Any) -> Tensor:
-        seen.extend(part for part in (x, weight, *parts) if isinstance(part, Tensor))
+    def packed_linear(self, x: Tensor, weight: Tensor, *parts: Any) -> Tensor:
+        self.seen += [part for part in (x, weight, *parts) if isinstance(part, Tensor)]
         return x.new_empty(*x.shape[:-1], len(weight))
 
-    vars(kernels).update(quantize_activations=quantize_activations, packed_linear=packed_linear)
+
+@torch.no_grad()
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.param_bits}")
+def test_the_kernels_get_tensors_of_the_device_alone(fmt: LayerFormat, host: Host) -> None:
+    kernels, layer, x = Kernels(), random_layer(24, 80, fmt, bias=True).to(DEVICE), torch.randn(2, 3, 80).to(DEVICE)
+    host.copies.clear()
+    assert layer.by_triton(x, kernels).shape == (2, 3, 24)
+    assert len(kernels.seen) >= 4
+    assert {tensor.device for tensor in kernels.seen} == {DEVICE}
+    assert host.copies == []
+
+
+@torch.no_grad()
+def test_a_layer_on_a_gpu_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels()
     monkeypatch.setattr(packed_layer, "on_gpu", lambda: kernels)
     with FakeTensorMode(), torch.device("cuda"):
-        layer = PackedLinear(80, 24, fmt, bias=True, tail=3, dtype=torch.bfloat16)
+        layer = PackedLinear(80, 24, FORMATS[2], bias=True, tail=3, dtype=torch.bfloat16)
         y = layer(torch.empty(2, 3, 80, dtype=torch.bfloat16))
-    assert y.shape == (2, 3, 24)
     assert y.device.type == "cuda"
-    assert len(seen) >= 4
-    assert {tensor.device.type for tensor in seen} == {"cuda"}
+    assert len(kernels.seen) == 4
+    assert {tensor.device.type for tensor in kernels.seen} == {"cuda"}

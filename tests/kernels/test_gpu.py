@@ -24,6 +24,7 @@ from triton.runtime import interpreter
 
 from lbllm.kernels import gpu
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
