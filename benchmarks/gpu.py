@@ -139,9 +139,8 @@ def decode(name: str, checkpoint: str, device: str, prompt: int, tokens: int, se
 
 def embedded_config(model: str, corpus: str, device: str, tokens: int) -> RunConfig:
     """The preset standard, without stage 4, on so many tokens."""
-    stages = {"wat": {"tokens": tokens}, "aar": {"tokens": tokens}}
-    base = {"model": model, "corpus": corpus, "device": device, "stages": ["ptq", "wat", "aar"]}
-    return make_config("standard", **base, **stages)  # type: ignore[arg-type]
+    changes = {"model": model, "corpus": corpus, "device": device, "stages": ["ptq", "wat", "aar"]}
+    return make_config("standard", {**changes, "wat": {"tokens": tokens}, "aar": {"tokens": tokens}})
 
 
 def embedded(config: RunConfig, folder: Path, seconds: float) -> list[Row]:

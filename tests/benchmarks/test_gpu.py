@@ -30,6 +30,7 @@ def test_without_a_gpu_it_says_so(
     assert capsys.readouterr().err == "This benchmark needs a GPU that torch can use, and this machine has none.\n"
 
 
+@pytest.mark.soak
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = stored_run_config(tmp_path), tmp_path / "out.json"
     small = config.model_copy(update={"preset": "custom"})
@@ -43,6 +44,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < row["share_of_peak"] < 1
 
 
+@pytest.mark.soak
 def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_tiny(run_config(), tmp_path / "run", tiny_teacher("llama"))
     teacher = str(save_tiny(tmp_path / "teacher", "llama"))
