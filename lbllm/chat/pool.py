@@ -28,6 +28,7 @@ from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import FORMAT_NAMES
 from lbllm.machine import device_named, free_memory
 from lbllm.models.teacher import load_teacher, skeleton
+from lbllm.quant.gpu_trial import on_gpu
 from lbllm.quant.packed_layer import PackedLinear, named_groups
 
 State = Literal["waiting", "loading", "ready", "failed"]
@@ -148,7 +149,7 @@ def _open(name: str) -> Loaded:
         return Loaded(
             teacher.model, teacher.tokenizer, False, teacher.precision, weights, stored, 0, 8 * stored / weights
         )
-    expand = not (kernels.on_gpu() if device == "cuda" else kernels.ready())
+    expand = not (on_gpu() if device.startswith("cuda") else kernels.ready())
     folder = found.folder
     # Two bits and the parameters become 32 bits.
     needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * (10 if expand else 1)

@@ -1,7 +1,8 @@
 """Kernels that compute from packed bits. Those for the CPU are C++, compiled for this machine at first use.
 
     ready()     loads the library and compiles it first if necessary; False, with one warning, if that fails
-    on_gpu()    the module of Triton kernels; None, with one warning, if they can't be used
+
+Those for GPUs are in lbllm.kernels.gpu; lbllm.quant.gpu_trial tries them on this machine.
 
 The operators, for example packed_linear, are in torch.ops.lbllm once ready() has returned True; operators.h lists them.
 The system's C++ compiler (CXX, else c++, g++ or clang++) builds the library for the widest instruction set that PyTorch
@@ -24,7 +25,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Generic, Literal, TypeVar, get_args
 
 import torch
@@ -198,20 +198,3 @@ def ready() -> bool:
         warnings.warn(f"packed layers compute in PyTorch, slowly: {error}", stacklevel=4)
         return False
     return True
-
-
-@Once
-def on_gpu() -> ModuleType | None:
-    """``lbllm.kernels.gpu`` if it works on this machine's GPU, else None. Tried once; warns once if it doesn't work."""
-    if os.environ.get("LBLLM_KERNELS") == "none" or not torch.cuda.is_available():
-        return None
-    try:
-        from lbllm.kernels import gpu
-
-        reason = None if gpu.works() else "Triton's results are wrong"
-    except Exception as error:  # a driver or a compiler can fail in any way
-        reason = f"{type(error).__name__}: {error}"
-    if reason is None:
-        return gpu
-    warnings.warn(f"packed layers compute on the GPU in PyTorch, slowly: {reason}", stacklevel=2)
-    return None

@@ -1,15 +1,15 @@
 """Packed layers on a GPU, in Triton: weights are read as bits and become numbers in registers.
 
-    works()                    whether they work on this machine's GPU
     packed_linear(...)         y = x W^T + bias from the planes and parameters as a checkpoint stores them
     quantize_activations(...)  the piecewise quantizer of lbllm.quant.activations
 
 One kernel handles any number of tokens: a program computes some rows for some tokens and loops over the input. For a
 few tokens it multiplies and sums in float32, limited by the time to read the bits; from 16 tokens on it multiplies a
 tile of the weights with the tokens in ``tl.dot``. Float32 input is multiplied in float32, half precision in its own
-dtype with float32 sums.
+dtype with float32 sums. All values that a kernel needs lie on the GPU: no call waits for one.
 
-With TRITON_INTERPRET=1 the same code runs in Triton's interpreter on the CPU, which is how it is tested.
+``lbllm.quant.gpu_trial`` says whether they work on this machine's GPU. With TRITON_INTERPRET=1 the same code runs in
+Triton's interpreter on the CPU, which is how it is tested.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -23,17 +23,34 @@ from torch import Tensor
 
 
 @triton.jit
-def _param(params_at, affine_at, at, row_in, group_in, WHICH: tl.constexpr, BITS: tl.constexpr):
+def _param(
+    params_at,
+    scale_at,
+    ranges_at,
+    at,
+    row,
+    row_in,
+    group_in,
+    WHICH: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """One of the group parameters alpha_0, mu_0, alpha_1, mu_1 of the groups whose first one is at ``at``."""
     if BITS == 16:
         value = tl.load(params_at + at + WHICH, mask=group_in, other=0).to(tl.float32)
     else:
         if BITS == 8:
             code = tl.load(params_at + at + WHICH, mask=group_in, other=0)
+            pair = scale_at + (row * COUNT + WHICH) * 2
+            low = tl.load(pair, mask=row_in, other=0).to(tl.float32)
+            step = tl.load(pair + 1, mask=row_in, other=0).to(tl.float32)
         else:
             code = tl.load(params_at + at // 2 + WHICH // 2, mask=group_in, other=0) >> (WHICH % 2 * 4) & 15
-        step = tl.load(affine_at + 2 * WHICH + 1, mask=row_in, other=0).to(tl.float32)
-        value = code.to(tl.float32) * step + tl.load(affine_at + 2 * WHICH, mask=row_in, other=0).to(tl.float32)
+            unit = tl.load(scale_at + row, mask=row_in, other=0).to(tl.float32)
+            # Rounded to float16, as ``ParamGrid.affine`` does.
+            low = (unit * tl.load(ranges_at + 2 * WHICH).to(tl.float32)).to(tl.float16).to(tl.float32)
+            step = (unit * tl.load(ranges_at + 2 * WHICH + 1).to(tl.float32)).to(tl.float16).to(tl.float32)
+        value = code.to(tl.float32) * step + low
     return value
 
 
@@ -43,6 +60,7 @@ def _linear(
     weight_at,
     params_at,
     scale_at,
+    ranges_at,
     bias_at,
     y_at,
     tokens,
@@ -78,13 +96,12 @@ def _linear(
         byte = weight_at + (wide[:, None] * PLANES) * stride + (column // 8)[None, :]
         shift = (column % 8)[None, :]
         sign = ((tl.load(byte, mask=inside, other=0).to(tl.int32) >> shift) & 1) * 2 - 1
-        affine = scale_at + wide[:, None] * COUNT * 2
-        one = row_in[:, None]
-        alpha = _param(params_at, affine, at, one, group_in, 0, PARAM_BITS)
-        mu = _param(params_at, affine, at, one, group_in, 1, PARAM_BITS)
+        one, one_in = wide[:, None], row_in[:, None]
+        alpha = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 0, COUNT, PARAM_BITS)
+        mu = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 1, COUNT, PARAM_BITS)
         if PLANES == 2:
-            inner = _param(params_at, affine, at, one, group_in, 2, PARAM_BITS)
-            middle = _param(params_at, affine, at, one, group_in, 3, PARAM_BITS)
+            inner = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 2, COUNT, PARAM_BITS)
+            middle = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 3, COUNT, PARAM_BITS)
             bitmap = (tl.load(byte + stride, mask=inside, other=0).to(tl.int32) >> shift) & 1
             alpha = tl.where(bitmap == 1, alpha, inner)
             mu = tl.where(bitmap == 1, mu, middle)
@@ -114,17 +131,33 @@ def _nearest(x):
 
 
 @triton.jit
+def _bounded(act_at, WHICH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    return tl.minimum(tl.maximum(tl.load(act_at + WHICH).to(tl.float32), LOW), HIGH)
+
+
+@triton.jit
 def _quantize(
-    x_at, out_at, knee, clip_low, clip_high, features, STEPS: tl.constexpr, TAIL: tl.constexpr, FEATURES: tl.constexpr
+    x_at,
+    out_at,
+    act_at,
+    features,
+    KNEE_LOW: tl.constexpr,
+    KNEE_HIGH: tl.constexpr,
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    STEPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    """One token's values on its grid."""
+    """One range's values on its grid."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, FEATURES)
     inside = feature < features
     x = tl.load(x_at + token * features + feature, mask=inside, other=0).to(tl.float32)
     # Zero is on every grid.
-    bottom = clip_low * tl.minimum(tl.min(x, axis=0), 0.0)
-    top = clip_high * tl.maximum(tl.max(x, axis=0), 0.0)
+    bottom = _bounded(act_at, 1, CLIP_LOW, CLIP_HIGH) * tl.minimum(tl.min(x, axis=0), 0.0)
+    top = _bounded(act_at, 2, CLIP_LOW, CLIP_HIGH) * tl.maximum(tl.max(x, axis=0), 0.0)
+    knee = _bounded(act_at, 0, KNEE_LOW, KNEE_HIGH)
     share = knee if TAIL else 1.0
     body = tl.maximum(share * (top - bottom) / STEPS, 1e-12)
     zero = _nearest(-share * bottom / body)
@@ -140,35 +173,21 @@ def _quantize(
     tl.store(out_at + token * features + feature, value.to(out_at.dtype.element_ty), mask=inside)
 
 
-def works() -> bool:
-    """Whether small layers give the right result on this machine's GPU."""
-    return all(map(_is_right, (1, 16, 65)))
-
-
-def _is_right(tokens: int) -> bool:
-    """Check a layer whose weights are all mu_1 + alpha_1 = 3: it must give three times the sum of its inputs."""
-    weight = torch.zeros(8, 2, 8, dtype=torch.uint8, device="cuda")
-    weight[:, 0] = 255
-    params = torch.tensor([5.0, 7.0, 1.0, 2.0], device="cuda").half().repeat(8, 2, 1)
-    x = torch.ones(tokens, 64, device="cuda")
-    grid = quantize_activations(x, 0.3, 1.0, 1.0, 4, 3)
-    sums = packed_linear(grid, weight, params, None, None, 64, 32)
-    return bool((sums - 192).abs().max() < 0.1)
-
-
 def packed_linear(
     x: Tensor,
     weight: Tensor,
     params: Tensor,
     scale: Tensor | None,
+    ranges: Tensor | None,
     bias: Tensor | None,
     columns: int,
     length: int,
 ) -> Tensor:
-    """y (..., rows) = x W^T + bias in x's dtype.
+    """y (..., rows) = x W^T + bias in x's dtype; groups of ``length`` columns.
 
-    ``weight`` uint8 (rows, planes, ceil(columns / 8)), ``params`` float16 (rows, groups, 2 planes), or uint8, perhaps
-    two a byte, with ``scale`` float16 (rows, 2 planes, 2), groups of ``length`` columns, as in ``lbllm.quant.packing``.
+    The tensors are those of ``lbllm.quant.packing``, all on x's device: ``weight`` uint8 (rows, planes, ceil(columns /
+    8)); ``params`` float16 (rows, groups, 2 planes), or uint8 with ``scale`` float16 (rows, 2 planes, 2), or uint8, two
+    a byte, with ``scale`` float16 (rows,) and ``ranges`` float16 (2 planes, 2).
     """
     rows, planes, _ = weight.shape
     flat = x.reshape(-1, columns).contiguous()
@@ -179,45 +198,58 @@ def packed_linear(
         many, some, step = (64, 64, 64) if tokens > 64 else (16, 64, 64) if dot else (1, 16, 256)
         while length % step and step > 16:
             step //= 2
-        _linear[(triton.cdiv(rows, some), triton.cdiv(tokens, many))](
-            flat,
-            weight,
-            params,
-            params if scale is None else scale,
-            y if bias is None else bias,
-            y,
-            tokens,
-            rows,
-            columns,
-            length,
-            params.shape[1],
-            PLANES=planes,
-            PARAM_BITS=16 if scale is None else 8 if params.shape[2] == 2 * planes else 4,
-            ALIGNED=length % step == 0 or length >= columns,
-            BIAS=bias is not None,
-            DOT=dot,
-            TOKENS=many,
-            ROWS=some,
-            COLUMNS=step,
-        )
+        with torch.cuda.device_of(x):  # Triton uses the current GPU, wherever the tensors are
+            _linear[(triton.cdiv(rows, some), triton.cdiv(tokens, many))](
+                flat,
+                weight,
+                params,
+                params if scale is None else scale,
+                params if ranges is None else ranges,
+                y if bias is None else bias,
+                y,
+                tokens,
+                rows,
+                columns,
+                length,
+                params.shape[1],
+                PLANES=planes,
+                PARAM_BITS=16 if scale is None else 8 if ranges is None else 4,
+                ALIGNED=length % step == 0 or length >= columns,
+                BIAS=bias is not None,
+                DOT=dot,
+                TOKENS=many,
+                ROWS=some,
+                COLUMNS=step,
+            )
     return y.reshape(*x.shape[:-1], rows)
 
 
-def quantize_activations(x: Tensor, knee: float, clip_low: float, clip_high: float, bits: int, tail: int) -> Tensor:
-    """x (..., features) on the grid of each token, in x's dtype."""
+def quantize_activations(
+    x: Tensor,
+    act: Tensor,
+    bits: int,
+    tail: int,
+    knee_range: tuple[float, float],
+    clip_range: tuple[float, float],
+) -> Tensor:
+    """x (..., features) on the grid of each row, in x's dtype.
+
+    ``act`` float32 (3,), on x's device: knee, lower and upper clip, each of which is clamped to its range.
+    """
     features = x.shape[-1]
     flat = x.reshape(-1, features).contiguous()
     out = torch.empty_like(flat)
     if len(flat):
-        _quantize[(len(flat),)](
-            flat,
-            out,
-            knee,
-            clip_low,
-            clip_high,
-            features,
-            STEPS=2**bits - 1 - 2 * tail,
-            TAIL=tail,
-            FEATURES=triton.next_power_of_2(features),
-        )
+        with torch.cuda.device_of(x):
+            _quantize[(len(flat),)](
+                flat,
+                out,
+                act,
+                features,
+                *knee_range,
+                *clip_range,
+                STEPS=2**bits - 1 - 2 * tail,
+                TAIL=tail,
+                FEATURES=triton.next_power_of_2(features),
+            )
     return out.reshape(x.shape)

@@ -34,6 +34,7 @@ from lbllm.machine import free_memory, has_bfloat16
 from lbllm.models.gguf import CONVERSION, is_whole
 from lbllm.models.source import embedded_file
 from lbllm.places import ASSETS, BUNDLE, data_dir, home, root
+from lbllm.quant.gpu_trial import faults as gpu_faults
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.repair import is_damaged
 from lbllm.runs.store import ACTIVE, RunStore
@@ -187,9 +188,20 @@ def _kernels() -> Lines:
     for fmt in _FORMATS:
         yield _self_test(fmt, "cpu")
     if torch.cuda.is_available():
-        yield "Triton", "ok" if kernels.on_gpu() else "note", "used" if kernels.on_gpu() else "not used", ""
+        yield from _triton()
         for fmt in _FORMATS:
             yield _self_test(fmt, "cuda")
+
+
+def _triton() -> Lines:
+    """The kernels for GPUs on each format that the presets use, and what failed."""
+    if os.environ.get("LBLLM_KERNELS") == "none":
+        yield "Triton", "note", "not used: LBLLM_KERNELS is none", ""
+        return
+    found = gpu_faults()
+    yield "Triton", "note" if found else "ok", "not used; PyTorch computes, slowly" if found else "used", ""
+    advice = "report it, with this list"
+    yield from (("Triton fails", "note", fault, advice) for fault in found)
 
 
 def _self_test(fmt: LayerFormat, device: str) -> tuple[str, State, str, str]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -215,6 +216,12 @@ class ActQuantizer(nn.Module):
     def deployed(self, x: Tensor, operator: Callable[..., Tensor]) -> Tensor:
         """Return ``forward(x)``, computed by a kernel's ``quantize_activations``, without gradients."""
         return from_groups(operator(self.ranges(x), *self.settings()), x.shape[-1])
+
+    def by_triton(self, x: Tensor, gpu: ModuleType) -> Tensor:
+        """Return ``forward(x)``, computed by ``lbllm.kernels.gpu``, without gradients and without a copy to the
+        host."""
+        values = gpu.quantize_activations(self.ranges(x), self.act, self.bits, self.tail, KNEE_RANGE, CLIP_RANGE)
+        return from_groups(values, x.shape[-1])
 
     def grid(self, x: Tensor) -> ActivationGrid:
         """Return the grids of x (..., features); each row of x has one range."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lbllm import kernels
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.gpu_trial import on_gpu
 from lbllm.quant.levels import (
     LEVELS,
     from_groups,
@@ -98,10 +100,10 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
-        """Return the packed form of a frozen layer; ``dtype`` is the dtype of the bias."""
+        """Return the packed form of a frozen layer, on its device; ``dtype`` is the dtype of the bias."""
         packed = cls(
             layer.in_features, layer.out_features, layer.fmt, bias=layer.bias is not None, tail=tail, dtype=dtype
-        )
+        ).to(layer.index.device)
         sign, bitmap = index_to_planes(layer.index, LEVELS[layer.fmt.format])
         planes = [sign] if bitmap is None else [sign, bitmap]
         packed.weight = torch.stack([pack_plane(plane) for plane in planes], 1)
@@ -243,6 +245,8 @@ class PackedLinear(nn.Module):
             stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
             act = None if self.quantizer is None else self.quantizer.act.data
             super()._apply(*args, **kwargs)
+            if self.dense is not None:
+                self.dense = self.dense.to(self.weight.device)
             for name, before in stored.items():
                 if before is not None and getattr(self, name).dtype != before.dtype:
                     setattr(self, name, before.to(self.weight.device))
@@ -266,25 +270,27 @@ class PackedLinear(nn.Module):
         return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
     def _output(self, x: Tensor) -> Tensor:
-        result: Tensor
         # The kernels sum in float32.
         if self.dense is None and x.device.type == "cpu" and x.dtype != torch.float64 and kernels.ready():
             arranged = self.arranged()
             if arranged is not None:
                 return self._by_kernels(x, arranged)
-        gpu = kernels.on_gpu() if self.dense is None and x.device.type == "cuda" else None
-        if gpu is not None and x.dtype != torch.float64:
-            if self.quantizer is not None:
-                x = self.quantizer.deployed(x, gpu.quantize_activations)
-            result = gpu.packed_linear(
-                x, self.weight, self.params, self.affine(), self.bias, self.in_features, self.length
-            )
-            return result
+        gpu = on_gpu() if self.dense is None and x.device.type == "cuda" and x.dtype != torch.float64 else None
+        if gpu is not None:
+            return self.by_triton(x, gpu)
         if self.quantizer is not None:
             x = self.quantizer(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.dequantize() if self.dense is None else self.dense
         return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    def by_triton(self, x: Tensor, gpu: ModuleType) -> Tensor:
+        """Return the output for x, computed by ``lbllm.kernels.gpu`` from the bits as stored."""
+        if self.quantizer is not None:
+            x = self.quantizer.by_triton(x, gpu)
+        parts = (self.weight, self.params, self.params_scale, self.params_range, self.bias)
+        result: Tensor = gpu.packed_linear(x, *parts, self.in_features, self.length)
+        return result
 
     def _by_kernels(self, x: Tensor, arranged: Arranged) -> Tensor:
         words, params, scale, _ = arranged

@@ -121,7 +121,7 @@ class BinaryLinear(nn.Module):
         Where ``latent`` already gives the layer's level, its value is kept; elsewhere the result is the level itself.
         """
         weight = self.weight()
-        latent = latent.to(weight.dtype)
+        latent = latent.to(weight)
         levels = self.levels().sort(-1).values
         nearest = from_groups(nearest_level(to_groups(latent, self.length), levels), self.in_features)
         return torch.where(nearest == weight, latent, weight)

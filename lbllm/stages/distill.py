@@ -144,7 +144,7 @@ def distill(
     batch = max(1, config.batch_tokens // inputs.shape[1])
     share = share or Share(len(inputs))
     order = batch_order(share.total, batch, config.epochs, seed)
-    dtype = product_dtype(autocast, device)
+    dtypes = [product_dtype(autocast, layer.params) for layer in layers]
     bitmaps = [layer.bitmap for layer in layers if layer.bitmap is not None]
     probe = None
     if held_out is not None:
@@ -157,8 +157,8 @@ def distill(
             group["lr"] = rate * factor
         mine, loss = share.mine(rows), torch.zeros((), device=device)
         if len(mine):
-            for layer in layers:
-                layer.expand_dense(dtype or layer.params.dtype)
+            for layer, dtype in zip(layers, dtypes, strict=True):
+                layer.expand_dense(dtype)
             with autocast():
                 output = run_block(block, entering(inputs[mine], device), call, cache)
             loss = token_error(output, entering(targets[mine], device), loss_kind) * (len(mine) / len(rows))
@@ -166,7 +166,7 @@ def distill(
         # From here to the clip, the gradients of the loss are in ``layer.gradient`` and ``quantizer.act.grad``; those
         # of all other parameters follow from them.
         loss = loss.detach()
-        _sum_over_ranks(loss, layers, quantizers, dtype)
+        _sum_over_ranks(loss, layers, quantizers, dtypes)
         reg, beta = loss.new_zeros(()), 0.0
         if bitmaps:
             # AdaRound's annealing: first a high power, so that middle values of the bitmap can move freely, then a low
@@ -194,15 +194,14 @@ def distill(
 
 
 def _sum_over_ranks(
-    loss: Tensor, layers: Sequence[BinaryLinear], quantizers: Sequence[ActQuantizer], dtype: torch.dtype | None
+    loss: Tensor, layers: Sequence[BinaryLinear], quantizers: Sequence[ActQuantizer], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Replace loss and gradients of this rank's rows by those of the whole step; a rank without rows adds zeros."""
     if ranks.count() == 1:
         return
-    for layer in layers:
+    for layer, dtype in zip(layers, dtypes, strict=True):
         if layer.gradient is None:
-            shape = len(layer.params), layer.in_features
-            layer.gradient = layer.params.new_zeros(shape, dtype=dtype or layer.params.dtype)
+            layer.gradient = layer.params.new_zeros(len(layer.params), layer.in_features, dtype=dtype)
     gradients = [layer.gradient for layer in layers if layer.gradient is not None]
     ranks.sum_(loss, *gradients, *ranks.gradients([quantizer.act for quantizer in quantizers]))
 
@@ -255,10 +254,11 @@ def _norms(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def product_dtype(autocast: Any, device: torch.device) -> torch.dtype | None:
-    """Return the type in which ``autocast`` computes matrix products on a device, or None for that of the weights."""
+def product_dtype(autocast: Any, parameter: Tensor) -> torch.dtype:
+    """Return the type in which ``autocast`` computes matrix products of a parameter."""
+    one = parameter.detach().new_ones(1, 1)
     with autocast():
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return torch.mm(one, one).dtype
 
 
 @torch.no_grad()

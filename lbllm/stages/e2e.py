@@ -28,7 +28,7 @@ from lbllm.models.blocks import share_copy
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
-from lbllm.stages.distill import Step, batch_order, cosine, quantizers_of
+from lbllm.stages.distill import Step, batch_order, cosine, product_dtype, quantizers_of
 from lbllm.stages.losses import LOSSES, feature_error
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam first has to estimate the size of the gradients
@@ -55,12 +55,11 @@ class EndToEnd:
         autocast: Any,
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
-        self.student, self.teacher, place = student, share_copy(teacher), sequences.device.type
-        with autocast():
-            self.dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else None
-        if self.dtype is not None:
+        self.student, self.teacher = student, share_copy(teacher)
+        self.dtype = product_dtype(autocast, layers[0].params)
+        if self.dtype != layers[0].params.dtype:
             _cast_linear((self.student, self.teacher), self.dtype)
-            if place == "cpu":
+            if sequences.device.type == "cpu":
                 for model in (self.student, self.teacher):
                     attend_by_products(model)
         self.order = batch_order(len(sequences), max(1, config.batch_tokens // sequences.shape[1]), config.epochs, seed)
@@ -104,14 +103,15 @@ class EndToEnd:
                 group["lr"] = rate * factor
             self.optimizer.zero_grad(set_to_none=True)
             self._expand()
-            total = 0.0
+            losses: list[Tensor] = []
             for round_ in rows.split(ranks.count()):
                 yield None
-                for row in round_[ranks.rank() : ranks.rank() + 1]:
+                for row in round_[ranks.rank() : ranks.rank() + 1].tolist():
                     loss = self._next_token_loss(self.sequences[row : row + 1]) / len(rows)
                     loss.backward()
-                    total += float(loss.detach())
-            total = ranks.mean(total, 1) * ranks.count()
+                    losses.append(loss.detach())
+            own = sum(torch.stack(losses).tolist()) if losses else 0.0  # the step's one copy to the host
+            total = ranks.mean(own, 1) * ranks.count()
             if math.isfinite(total):
                 for layer in self.layers:
                     assert layer.dense is not None
@@ -173,7 +173,7 @@ class EndToEnd:
 
     def _expand(self) -> None:
         for layer in self.layers:
-            layer.dense = layer.weight().detach().to(self.dtype or layer.params.dtype).requires_grad_()
+            layer.dense = layer.weight().detach().to(self.dtype).requires_grad_()
 
     def _drop(self) -> None:
         for layer in self.layers:
