@@ -86,6 +86,12 @@ def _metadata_sha256(metadata: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({shortened(str(error))}); delete it and resume: the block is done again"
+    )
+
+
 class BlockStore:
     """The block states of one run in its folder's ``blocks``.
 
@@ -150,9 +156,19 @@ class BlockStore:
                 metadata["diverged"] == "True",
             )
         except (SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({shortened(str(error))}); delete it and resume: the block is done again"
-            ) from error
+            raise _damaged(path, error) from error
+
+    def has(self, stage: Origin, block: int) -> bool:
+        """Whether a block has finished a stage. Raises CheckpointError for a foreign file; its tensors are not read."""
+        path = self.path(stage, block)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as stream:
+                self._check_place(path, stream.metadata() or {}, stage, block)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
+        return True
 
     def _check_place(self, path: Path, metadata: dict[str, str], stage: Origin, block: int) -> None:
         """Raise CheckpointError unless a file is of this run, stage and block; ValueError for damaged metadata."""

@@ -47,7 +47,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     sequences = run.sequences(settings.tokens)
     share = run.share(sequences)
     yield StageStarted(stage=stage, steps=0 if stage == "ptq" else step_count(settings, sequences))
-    if ranks.same(all(run.store.path(stage, number).exists() for number in range(run.blocks))):
+    if ranks.same(all(run.store.has(stage, number) for number in range(run.blocks))):
         yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
         return
     sequences = share.of(sequences)
