@@ -51,7 +51,7 @@ def binarize(block: Any) -> dict[str, Tensor]:
         latents[name] = layer.weight.detach().cpu().clone()  # type: ignore[operator]
         rows, columns = layer.weight.shape  # type: ignore[misc]
         params = torch.tensor([0.2, 0.0, 0.07, 0.0]).repeat(rows, -(-columns // 16), 1)
-        index = torch.randint(0, 4, (rows, columns), dtype=torch.uint8)  # type: ignore[arg-type]
+        index = torch.randint(0, 4, (rows, columns), dtype=torch.uint8)
         block.set_submodule(name, BinaryLinear(layer, FORMAT, params.to(DEVICE), index.to(DEVICE)))
     return latents
 

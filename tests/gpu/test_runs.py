@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lbllm import kernels, load
-from lbllm.checkpoints.seal import WEIGHTS
+from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.config import RunConfig
 from lbllm.events import BlockDone, Event, RunStarted, RunStopped
 from lbllm.measure.perplexity import divergence, perplexity
