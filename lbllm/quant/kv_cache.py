@@ -88,6 +88,25 @@ class TrainingKV8Layer(TrainingKVLayer):
     bits = 8
 
 
+class PassingKVLayer(DynamicLayer):
+    """A layer of a cache that keeps nothing and returns what it is given."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return keys and values (batch, heads, tokens, head_dim)."""
+        return key_states, value_states
+
+
+def passing_cache() -> DynamicCache:
+    """Return an empty cache that keeps nothing, unless the model has one of its own kind (``KeepBits``).
+
+    Without a cache, transformers looks at the positions whether several texts are packed into one row, and a GPU waits
+    for the answer.
+    """
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = [], PassingKVLayer
+    return cache
+
+
 class PackedKVLayer(DynamicLayer):
     """The KV cache of one layer, stored in 4 bits (two codes per byte), 8 bits or float16.
 

@@ -14,6 +14,7 @@ what the new text taught, and the model forgets less of its other abilities.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from lbllm import ranks
 from lbllm.models.blocks import share_copy
+from lbllm.quant.kv_cache import passing_cache
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
@@ -56,6 +58,7 @@ class EndToEnd:
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
         self.student, self.teacher = student, share_copy(teacher)
+        self.takes_cache = "past_key_values" in inspect.signature(student.forward).parameters
         self.dtype = product_dtype(autocast, layers[0].params)
         if self.dtype != layers[0].params.dtype:
             _cast_linear((self.student, self.teacher), self.dtype)
@@ -161,10 +164,12 @@ class EndToEnd:
     def _next_token_loss(self, sequence: Tensor) -> Tensor:
         """Return the loss of one sequence of token ids (1, T), averaged over its T - 1 predictions."""
         features, ids = self.config.feature_weight > 0, sequence[:, :-1]
+        options: dict[str, Any] = {"use_cache": False, "output_hidden_states": features}
+        caches = [{"past_key_values": passing_cache()} if self.takes_cache else {} for _ in range(2)]
         with self.autocast():
             with torch.no_grad():
-                teacher = self.teacher(input_ids=ids, use_cache=False, output_hidden_states=features)
-            student = self.student(input_ids=ids, use_cache=False, output_hidden_states=features)
+                teacher = self.teacher(input_ids=ids, **options, **caches[0])
+            student = self.student(input_ids=ids, **options, **caches[1])
         loss = LOSSES[self.config.loss](student.logits[0], teacher.logits[0], sequence[0, 1:])
         if features:  # the first hidden states are the embeddings
             error = feature_error(student.hidden_states[1:], teacher.hidden_states[1:])

@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = torch.device("lazy")
 _CPU = torch.device("cpu")
 _aten: Any = torch.ops.aten
+_MOVES = {_aten._to_copy.default, _aten.to.device, _aten.to.dtype_layout}  # the last two in inference mode alone
 # These take tensors of several devices.
-_COPIES = {_aten.copy_.default, _aten._to_copy.default}
+_COPIES = {_aten.copy_.default, *_MOVES}
 # A GPU has to wait until the host knows a value or a size.
 _WAITING = {
     _aten._local_scalar_dense.default,
@@ -146,10 +147,13 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return tensor.held
 
     inner_args, inner_kwargs = _mapped(held, args), _mapped(held, kwargs)
-    wanted = kwargs.get("device")
+    wanted = kwargs.get("device") if func is not _aten.to.device else args[1]
     if wanted is not None:
         wanted = torch.device(torch.device(wanted).type)
-        inner_kwargs["device"] = _CPU
+        if func is _aten.to.device:
+            inner_args = (inner_args[0], _CPU, *inner_args[2:])
+        else:
+            inner_kwargs["device"] = _CPU
     if not placed and wanted != DEVICE:
         return func(*args, **kwargs)
     if func not in _COPIES:
@@ -187,7 +191,7 @@ def _count(func: Any, args: Any, wanted: torch.device | None) -> None:
     """Note a copy to the host or from it."""
     downloads = func in _WAITING
     uploads = False
-    if func is _aten._to_copy.default:
+    if func in _MOVES:
         downloads = isinstance(args[0], NamedTensor) and wanted == _CPU
         uploads = not isinstance(args[0], NamedTensor) and args[0].ndim > 0
     elif func is _aten.copy_.default:
