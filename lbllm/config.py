@@ -88,9 +88,7 @@ class RunConfig(Section):
     preset: str = Field(
         "custom",
         title="Preset",
-        description=" ".join(
-            ["A starting point for all other settings.", *(f"{k}: {text}" for k, text in ABOUT.items())]
-        ),
+        description=" ".join(["A start for all other settings.", *(f"{k}: {text}" for k, text in ABOUT.items())]),
     )
     stages: tuple[Stage, ...] = Field(
         PAPER_STAGES,

@@ -53,20 +53,21 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
 def check_weights(folder: Path, model: str, weights: dict[str, int], files: dict[str, str]) -> None:
     """Keep the hashes of the teacher's ``weights`` in a run's folder, or compare them with those that it began with.
 
-    ``files``: the file of each weight. Raises ModelError, with the file, if one has changed.
+    ``files``: the file of each weight; without one there is nothing to name, and the fingerprint refuses other weights.
+    Raises ModelError, with the file, if one has changed.
     """
     path = folder / "teacher.json"
     try:
-        known = json.loads(path.read_bytes())
-        changed = [name for name in weights if known[name] != weights[name]]
-    except (OSError, ValueError, KeyError, TypeError):
+        known: dict[str, object] = json.loads(path.read_bytes())
+        changed = [name for name in files if name in weights and known[name] != weights[name]]
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or damaged: the fingerprint still decides
         changed = []
-        write_file(path, json.dumps(weights).encode())
+        if files:
+            write_file(path, json.dumps(weights).encode())
     if changed and any((folder / "blocks").glob("*.safetensors")):
-        where = f"{files[changed[0]]} has" if changed[0] in files else "its weights have"
         raise ModelError(
-            f"{model}: {where} changed since this run began ({changed[0]} and {len(changed) - 1} more); put back the "
-            "files that it began with and resume, or start a new run"
+            f"{model}: {files[changed[0]]} has changed since this run began ({changed[0]}); put back the file that it "
+            "began with and resume, or start a new run"
         )
     if changed:
         write_file(path, json.dumps(weights).encode())

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lbllm.errors import CheckpointError
+from lbllm.errors import CheckpointError, ModelError
 from lbllm.models.streamed import weight_hashes
-from lbllm.pipeline.block_store import BlockStore, fingerprint
+from lbllm.pipeline.block_store import BlockStore, check_weights, fingerprint
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.block_state import BlockState, collect, restore
@@ -247,3 +247,17 @@ def test_every_flipped_byte_of_a_state_s_metadata_is_noticed(tmp_path: Path) -> 
         path.write_bytes(bytes(data))
         with pytest.raises(CheckpointError, match="ptq-0000"):
             BlockStore(tmp_path, MARK).load("ptq", 0)
+
+
+def test_a_weights_file_that_changed_since_the_run_began_is_named(tmp_path: Path) -> None:
+    weights, files = {"a": 1, "b": 2}, {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
+    check_weights(tmp_path, "teacher", weights, files)
+    check_weights(tmp_path, "teacher", weights, files)
+    check_weights(tmp_path, "teacher", weights | {"b": 3}, files)  # nothing is trained yet
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "ptq-0000.safetensors").touch()
+    with pytest.raises(ModelError, match=r"teacher: model-00002\.safetensors has changed since this run began \(b\)"):
+        check_weights(tmp_path, "teacher", weights, files)
+    (tmp_path / "teacher.json").write_text("damaged")
+    check_weights(tmp_path, "teacher", weights, files)
+    check_weights(tmp_path, "teacher", {"a": 9}, {})
