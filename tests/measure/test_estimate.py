@@ -83,7 +83,7 @@ def test_embedded_model() -> None:
     assert result.parts["parameters"] == 106_168_320 // 64 * 8
     assert result.memory_bytes < 4 * 2**30
     dearer = estimate(make_config("standard", {"device": "cpu", "stages": ["ptq", "wat", "aar"]}))
-    assert dearer.memory_parts["hidden states of all tokens"] == 2 * 2 * 576 * 131_072 * 2
+    assert dearer.needs.disk["states of the blocks"] > 5 * 106_168_320
     assert dearer.seconds > 2 * result.seconds
 
 
@@ -163,6 +163,7 @@ def test_checkpoint_has_the_size_that_was_said(
 
 def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(save_tiny(tmp_path, "llama"))
+    config = config.model_copy(update={"wat": config.wat.model_copy(update={"tokens": 3_000_000})})
     ample = estimate(config, rate=1e9).needs
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
     short = estimate(config, rate=1e9).needs
@@ -176,7 +177,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeyp
 def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
     shallow, deep = (save_tiny(tmp_path / str(n), "llama", num_hidden_layers=n) for n in (2, 12))
     found = [estimate(_config(folder), rate=1e9).needs for folder in (shallow, deep)]
-    assert sum(found[0].memory.values()) == sum(found[1].memory.values())
+    assert sum(found[0].memory.values()) == pytest.approx(sum(found[1].memory.values()), rel=1e-3)
     assert sum(found[0].disk.values()) < sum(found[1].disk.values()) / 3
 
 
@@ -185,7 +186,7 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     config = _config(folder)
     base = estimate(config).memory_bytes
     for stage, key in (("wat", "tokens"), ("aar", "batch_tokens"), ("ptq", "tokens")):
-        larger = getattr(config, stage).model_copy(update={key: 2_000_000})
+        larger = getattr(config, stage).model_copy(update={key: 3_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
     # Stage 4 holds a graph of the whole model.
     whole = config.model_copy(update={"stages": STAGES, "e2e": config.e2e.model_copy(update={"seq_len": 20_000})})
