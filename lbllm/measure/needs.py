@@ -26,22 +26,23 @@ from lbllm.sections import PAPER_STAGES, LayerFormat, QuantConfig, Stage
 from lbllm.stages.hessians import MATRICES
 from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
 
-PROGRAM = 350_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
+PROGRAM = 340_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 GPU_PROGRAM = 1_000_000_000  # what a process takes on a GPU for itself
 FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
-TRAIN_FEATURE = 4, 2  # the same in training, kept for the backward pass: in all precisions, and twice in float32
+TRAIN_FEATURE = 5, 2  # the same in training, kept for the backward pass: in all precisions, and twice in float32
 BLOCK = 4  # per weight: a dense block, in float32
 WAT_WEIGHT = 12  # per weight in stage 2: latent weight and two moments
 RELAXED_WEIGHT = 12  # the same for a relaxed bitmap
 AAR_WEIGHT = 1  # per weight in stage 3: its index
-LAYER_WEIGHT = 8  # per weight of the largest layer: gradients in float32 while its parameters step
+LAYER_WEIGHT = 12  # per weight of the largest layer: gradients and temporaries while its parameters step
 PARAMS = 4  # group parameters with their gradient and two moments
-AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
+AAR_INPUT = 10, 32  # per token and quantized input feature in stage 3: with the CPU's kernels, and in PyTorch
+AAR_INPUT_WIDEST = 64  # the same of the widest layer, during its backward pass in PyTorch
 READ_PART = 2**24 * 4  # rows of embeddings or output head that are read at once
 E2E_FEATURE = 14  # in stage 4: as TRAIN_FEATURE, with its gradients
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
-E2E_LOGITS = 4  # numbers per token of one sequence and vocabulary entry: both models' logits and two gradients
+E2E_LOGITS = 3  # numbers per token of one sequence and vocabulary entry: both models' logits and a gradient
 E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
 
 Place = Literal["memory", "disk"]
@@ -149,17 +150,17 @@ def _moments(
     forward = FORWARD_FEATURE * max(config.seq_len, FORWARD_TOKENS) * features
     activations, state, dense = "activations of a batch", "block in training", "dense block"
     window = max(BATCH_TOKENS, config.seq_len)
+    # The logits of a part of the vocabulary, and the rows of the output head that give them.
+    part = min(text.vocab_size, max(256, LOGITS_PART // config.seq_len))
+    logits = {
+        "logits of one sequence": (3 * 4 * config.seq_len + 4 * text.hidden_size) * part,
+        "hidden states of all tokens": 4 * window * text.hidden_size,
+    }
+    written = min(LARGEST, checkpoint_bytes) + min(READ_PART, 4 * text.hidden_size * text.vocab_size)
     moments = [
-        # The logits of a part of the vocabulary, and the rows of the output head that give them.
-        _Moment(
-            {
-                "logits of one sequence": 3 * 4 * LOGITS_PART
-                + 4 * text.hidden_size * min(text.vocab_size, max(256, LOGITS_PART // config.seq_len)),
-                "hidden states of all tokens": 4 * window * text.hidden_size,
-            }
-        ),
+        _Moment(logits),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        _Moment({}, {"checkpoint being written": min(LARGEST, checkpoint_bytes) + READ_PART, state: weights + params}),
+        _Moment({}, {"checkpoint being written": written, state: weights + params}),
     ]
     for stage in config.stages:
         if stage == "e2e":
@@ -229,7 +230,8 @@ def _training(
     if stage == "aar":
         inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
         widest = max(layer.columns for block in blocks.values() for layer in block)
-        kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
+        plain = uses_gpu(config.device)
+        kept += (AAR_INPUT[plain] * inputs + AAR_INPUT_WIDEST * widest * plain) * batch
     each = WAT_WEIGHT if stage == "wat" else AAR_WEIGHT
     if stage == "wat" and config.wat.bitmap == "relaxed":
         each += RELAXED_WEIGHT
