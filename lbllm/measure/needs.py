@@ -32,6 +32,7 @@ FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters 
 TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
 BLOCK = 4  # per weight: a dense block, in float32
 WAT_WEIGHT = 28  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight and its gradient, index
+WAT_BITMAP = 16  # in addition with a relaxed bitmap: its numbers, gradient, two moments
 AAR_WEIGHT = 12  # per weight in stage 3: index, expanded weight, its gradient, group parameters with two moments
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 READ_PART = 2**24 * 4  # rows of embeddings or output head that are read at once
@@ -149,13 +150,22 @@ def _moments(
         # The logits of a part of the vocabulary, and the rows of the output head that give them.
         _Moment(
             {
-                "logits of one sequence": 3 * 4 * LOGITS_PART
+                "logits of one sequence": 3 * 4 * min(LOGITS_PART, config.seq_len * text.vocab_size)
                 + 4 * text.hidden_size * min(text.vocab_size, max(256, LOGITS_PART // config.seq_len)),
                 "hidden states of all tokens": 4 * window * text.hidden_size,
             }
         ),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        _Moment({}, {"checkpoint being written": min(LARGEST, checkpoint_bytes) + READ_PART, state: weights + params}),
+        # A file of the checkpoint, and the next block or the embeddings, which have a file of their own if they are
+        # larger than one.
+        _Moment(
+            {dense: BLOCK * weights, state: 2 * weights + 2 * params},
+            {"checkpoint being written": min(LARGEST, checkpoint_bytes)},
+        ),
+        _Moment(
+            {"rows of the embeddings": min(READ_PART, 4 * text.hidden_size * text.vocab_size)},
+            {"checkpoint being written": min(LARGEST, checkpoint_bytes) + 2 * text.hidden_size * text.vocab_size},
+        ),
     ]
     for stage in config.stages:
         if stage == "e2e":
@@ -225,10 +235,11 @@ def _training(
         inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
         widest = max(layer.columns for block in blocks.values() for layer in block)
         kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
-    each = WAT_WEIGHT if stage == "wat" else AAR_WEIGHT
-    return _Moment(
-        {"activations of a batch": kept, "block in training": each * weights + 4 * params}, streams=2 * stream
-    )
+    state = (WAT_WEIGHT if stage == "wat" else AAR_WEIGHT) * weights + 4 * params
+    if stage == "wat" and config.wat.bitmap == "relaxed":
+        relaxed = (sum(layer.weights for layer in block if layer.format.format == "w1+1") for block in blocks.values())
+        state += WAT_BITMAP * max(relaxed)
+    return _Moment({"activations of a batch": kept, "block in training": state}, streams=2 * stream)
 
 
 def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:

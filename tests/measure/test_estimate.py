@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, ModelError, ResourceError
@@ -24,7 +26,7 @@ from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
 from lbllm.units import against_16_bits
 from tests.helpers import ROOT
-from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
+from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny, tiny_config
 
 
 def _config(model: Path | str, stages: tuple[str, ...] = ("ptq", "wat", "aar"), **quant: Any) -> RunConfig:
@@ -83,7 +85,7 @@ def test_embedded_model() -> None:
     assert result.parts["parameters"] == 106_168_320 // 64 * 8
     assert result.memory_bytes < 4 * 2**30
     dearer = estimate(make_config("standard", {"device": "cpu", "stages": ["ptq", "wat", "aar"]}))
-    assert dearer.memory_parts["hidden states of all tokens"] == 2 * 2 * 576 * 131_072 * 2
+    assert dearer.memory_parts["hidden states of all tokens"] == 2 * 2 * 576 * 131_072
     assert dearer.seconds > 2 * result.seconds
 
 
@@ -163,6 +165,7 @@ def test_checkpoint_has_the_size_that_was_said(
 
 def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(save_tiny(tmp_path, "llama"))
+    config = config.model_copy(update={"wat": config.wat.model_copy(update={"tokens": 200_000})})
     ample = estimate(config, rate=1e9).needs
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
     short = estimate(config, rate=1e9).needs
@@ -188,8 +191,21 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
         larger = getattr(config, stage).model_copy(update={key: 2_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
     # Stage 4 holds a graph of the whole model.
+    with torch.device("meta"):
+        deep = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=64))
     whole = config.model_copy(update={"stages": STAGES, "e2e": config.e2e.model_copy(update={"seq_len": 20_000})})
-    assert estimate(whole.model_copy(update={"seq_len": 256})).memory_bytes > base + 10**6
+    less, more = (estimate(one.model_copy(update={"seq_len": 256}), model=deep) for one in (config, whole))
+    assert more.memory_bytes > less.memory_bytes + 10**7
+
+
+def test_a_relaxed_bitmap_takes_memory_of_its_own(tmp_path: Path) -> None:
+    config = _config(save_tiny(tmp_path, "llama"), ("ptq", "wat"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama", hidden_size=2048, intermediate_size=8192))
+    relaxed = config.model_copy(update={"wat": config.wat.model_copy(update={"bitmap": "relaxed"})})
+    coupled, more = (estimate(one, model=model, rate=1e9) for one in (config, relaxed))
+    # Numbers, gradient and two moments for each weight of one of the two blocks.
+    assert more.memory_bytes - coupled.memory_bytes == 16 * coupled.weights // 2
 
 
 _PEAK = """
