@@ -161,6 +161,9 @@ def test_rows_are_read_in_the_dtype_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(found, tensor)
     assert torch.equal(weights.read("a", slice(1, 3)), tensors["a"][1:3])
     assert torch.equal(weights.read("a", torch.tensor([0, 3])), tensors["a"][[0, 3]])
+    for rows in (torch.tensor([1, 4]), torch.tensor([-1]), slice(2, 5)):  # there are bytes, but of other tensors
+        with pytest.raises(IndexError, match="of a tensor of 4 rows"):
+            weights.read("a", rows)
 
 
 @pytest.mark.parametrize("entry", [{"dtype": "F7"}, {"shape": [-4, -3]}, {"data_offsets": [8, 4]}, {"shape": "x"}, 5])
