@@ -21,7 +21,7 @@ from lbllm.errors import ConfigError, ModelError, ResourceError
 from lbllm.events import RunDone
 from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, check_disk, check_memory, estimate
-from lbllm.measure.needs import Needs
+from lbllm.measure.needs import STREAMS, Needs
 from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
 from lbllm.units import against_16_bits
@@ -169,11 +169,15 @@ def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeyp
     ample = estimate(config, rate=1e9).needs
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
     short = estimate(config, rate=1e9).needs
-    states = "hidden states of all tokens"
+    states = STREAMS
     assert (ample.streams, short.streams) == ("memory", "disk")
     assert states not in ample.disk
-    assert short.disk[states] > 0
+    assert short.disk[states] == 2 * 200_000 * 48 * getattr(torch, config.stream_dtype).itemsize
     assert sum(short.memory.values()) < sum(ample.memory.values())
+    # Stage 1 keeps the inputs of layers there, too, in bfloat16: of q, k, v; of o; of gate and up; of down.
+    first = config.model_copy(update={"stages": ("ptq",), "stream_dtype": "float32"})
+    monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: 0)
+    assert estimate(first, rate=1e9).needs.disk[states] == config.ptq.tokens * (2 * 4 * 48 + 2 * (3 * 48 + 90))
 
 
 def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
@@ -279,13 +283,21 @@ def test_one_model_has_one_factor_wherever_its_size_is_stated() -> None:
     assert against_16_bits(2 * result.parameters + 1000, result.parameters) == "about as large as in 16 bits"
 
 
-def test_too_little_memory_or_disk_is_said_before_the_start(tmp_path: Path) -> None:
+def test_too_little_memory_or_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = _embedded(group_size=64)
     assert free_memory("cpu") > 0
     small, large = (
         replace(result, needs=Needs({"dense block": size}, {}, {"checkpoint": size}, "memory")) for size in (1, 10**15)
     )
     check_memory(small, "cpu")
+    # Several processes share the hidden states; each has all else.
+    parts = {"dense block": 10, STREAMS: 70}
+    shared = replace(result, needs=Needs(parts, {}, {}, "memory"))
+    monkeypatch.setattr("lbllm.measure.estimate.free_memory", lambda device: 100)
+    check_memory(shared, "cpu", 3)
+    with pytest.raises(ResourceError, match=r"dense block 0\.00 GB"):
+        check_memory(shared, "cpu", 4)
+    monkeypatch.undo()
     check_disk(small, tmp_path / "runs" / "of" / "nobody")
     with pytest.raises(
         ResourceError, match=r"needs about 1000000\.00 GB of memory .* are free.*dense block 1000000\.00 GB"
