@@ -48,6 +48,7 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.pipeline.run import run
+from lbllm.sections import PAPER_STAGES
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import collect, restore
 from lbllm.stages.ptq import ptq_block
@@ -139,7 +140,7 @@ def decode(name: str, checkpoint: str, device: str, prompt: int, tokens: int, se
 
 def embedded_config(model: str, corpus: str, device: str, tokens: int) -> RunConfig:
     """The preset standard, without stage 4, on so many tokens."""
-    changes = {"model": model, "corpus": corpus, "device": device, "stages": ["ptq", "wat", "aar"]}
+    changes = {"model": model, "corpus": corpus, "device": device, "stages": list(PAPER_STAGES)}
     return make_config("standard", {**changes, "wat": {"tokens": tokens}, "aar": {"tokens": tokens}})
 
 

@@ -217,7 +217,8 @@ class OneBlock:
 
 def _finish(steps: Iterable[Step]) -> str:
     """Take all steps; say in words where the loss became NaN, else empty."""
-    return next((f"diverged at step {step.step}" for step in steps if not math.isfinite(step.loss)), "")
+    taken = list(steps)
+    return next((f"diverged at step {step.step}" for step in taken if not math.isfinite(step.loss)), "")
 
 
 def _rounded(made: Made) -> Made:

@@ -133,7 +133,8 @@ def estimate(
     _tell_reading(settings, notices(quiet=as_json))
     result = estimate(settings)
     if as_json:
-        print_json(asdict(result))
+        memory = {"memory_bytes": result.memory_bytes, "memory_parts": result.memory_parts}
+        print_json(asdict(result) | memory)
     else:
         results().print(_estimate_table(settings, result))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lbllm.checkpoints.weights import LARGEST
 from lbllm.config import RunConfig
-from lbllm.machine import free_memory, has_bfloat16
+from lbllm.machine import free_memory, has_bfloat16, uses_gpu
 from lbllm.measure.perplexity import BATCH_TOKENS
 from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
 from lbllm.models.streamed import LOGITS_PART
@@ -29,13 +29,16 @@ from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
 PROGRAM = 350_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 GPU_PROGRAM = 1_000_000_000  # what a process takes on a GPU for itself
 FORWARD_FEATURE = 4  # per token of a forward pass, and per feature that enters or leaves a layer of a block
-TRAIN_FEATURE = 14  # the same in training: kept for the backward pass, and its gradients
+TRAIN_FEATURE = 4, 2  # the same in training, kept for the backward pass: in all precisions, and twice in float32
 BLOCK = 4  # per weight: a dense block, in float32
-WAT_WEIGHT = 28  # per weight in stage 2: latent, gradient, two moments, fake-quantized weight and its gradient, index
-WAT_BITMAP = 16  # in addition with a relaxed bitmap: its numbers, gradient, two moments
-AAR_WEIGHT = 12  # per weight in stage 3: index, expanded weight, its gradient, group parameters with two moments
+WAT_WEIGHT = 12  # per weight in stage 2: latent weight and two moments
+RELAXED_WEIGHT = 12  # the same for a relaxed bitmap
+AAR_WEIGHT = 1  # per weight in stage 3: its index
+LAYER_WEIGHT = 8  # per weight of the largest layer: gradients in float32 while its parameters step
+PARAMS = 4  # group parameters with their gradient and two moments
 AAR_INPUT, AAR_INPUT_WIDEST = 32, 64  # per token and quantized input feature: kept codes; one layer's backward pass
 READ_PART = 2**24 * 4  # rows of embeddings or output head that are read at once
+E2E_FEATURE = 14  # in stage 4: as TRAIN_FEATURE, with its gradients
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
 E2E_LOGITS = 4  # numbers per token of one sequence and vocabulary entry: both models' logits and two gradients
@@ -238,23 +241,34 @@ def _training(
 ) -> _Moment:
     """Stages 2 and 3 on a block."""
     batch = max(config.seq_len, getattr(config, stage).batch_tokens)
-    kept = TRAIN_FEATURE * features * batch
+    number = product_bytes(config)
+    kept = (TRAIN_FEATURE[0] + TRAIN_FEATURE[1] * number // 2) * features * batch
     if stage == "aar":
         inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
         widest = max(layer.columns for block in blocks.values() for layer in block)
         kept += (AAR_INPUT * inputs + AAR_INPUT_WIDEST * widest) * batch
-    state = (WAT_WEIGHT if stage == "wat" else AAR_WEIGHT) * weights + 4 * params
+    each = WAT_WEIGHT if stage == "wat" else AAR_WEIGHT
     if stage == "wat" and config.wat.bitmap == "relaxed":
-        relaxed = (sum(layer.weights for layer in block if layer.format.format == "w1+1") for block in blocks.values())
-        state += WAT_BITMAP * max(relaxed)
-    return _Moment({"activations of a batch": kept, "block in training": state}, streams=2 * stream)
+        each += RELAXED_WEIGHT
+    # The expanded weight, and then its gradient, in the precision of the products.
+    training = (each + number) * weights + PARAMS * params
+    largest = LAYER_WEIGHT * max(layer.weights for block in blocks.values() for layer in block)
+    return _Moment(
+        {"activations of a batch": kept, "block in training": training + (largest if stage == "wat" else 0)},
+        streams=2 * stream,
+    )
+
+
+def product_bytes(config: RunConfig) -> int:
+    """Return the bytes of a number in matrix products: bfloat16 on a GPU and on a CPU that has such products."""
+    return 2 if has_bfloat16() or uses_gpu(config.device) else 4
 
 
 def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:
     """Stage 4, which has the whole model in memory."""
     text = model.config.get_text_config()
-    kept = (TRAIN_FEATURE * sum(layer.columns + layer.rows for layer in layers)) * config.e2e_seq_len
-    number = 2 if has_bfloat16() or config.device not in ("auto", "cpu") else 4
+    kept = E2E_FEATURE * sum(layer.columns + layer.rows for layer in layers) * config.e2e_seq_len
+    number = product_bytes(config)
     each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
     head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products
     each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)

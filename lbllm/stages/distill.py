@@ -22,6 +22,9 @@ from lbllm.ranks import Share
 from lbllm.sections import AarConfig, WatConfig
 from lbllm.stages.probe import Budget, Probe
 
+# Gradients of a block in float32 that take at most so many bytes are computed once a step.
+KEPT_GRADIENTS = 64 * 2**20
+
 # The loss of a block before and after a stage is measured on at most this many tokens.
 PROBE_TOKENS = 2_048
 
@@ -217,17 +220,19 @@ def _update(
 ) -> None:
     """Clip the gradients to a norm of ``grad_clip`` over the whole block, then step and bound all parameters.
 
-    The wide gradients of a layer, in float32, exist only while the norm and then the step is computed for this layer.
-    ``beta`` and ``slope``: see ``BinaryLinear.pass_on``.
+    The wide gradients of a layer, in float32, exist only while the norm and then the step is computed for this layer,
+    unless those of the whole block are small: they are then kept in between. ``beta`` and ``slope``: see
+    ``BinaryLinear.pass_on``.
     """
     layers = [layer for layer in layers if layer.gradient is not None]
+    keep = 4 * sum(parameter.numel() for layer in layers for parameter in layer.trained()) <= KEPT_GRADIENTS
     norms: list[Tensor] = []
     narrow: list[Tensor | None] = []
     for layer in layers:
         layer.pass_on(beta, slope)
         norms += _norms(layer.trained())
         narrow.append(layer.params.grad)
-        for parameter in layer.trained():
+        for parameter in () if keep else layer.trained():
             parameter.grad = None
     acts = [quantizer.act for quantizer in quantizers]
     norms += _norms(acts)
@@ -239,12 +244,14 @@ def _update(
         for parameter in parameters:
             parameter.grad = None
 
-    apply(acts)
+    apply([*acts, *(parameter for layer in layers for parameter in layer.trained())] if keep else acts)
     for quantizer in quantizers:
         quantizer.bound()
-    for layer, layer.params.grad in zip(layers, narrow, strict=True):
-        layer.pass_on(beta, slope)
-        apply(layer.trained())
+    for layer, by_params in zip(layers, narrow, strict=True):
+        if not keep:
+            layer.params.grad = by_params
+            layer.pass_on(beta, slope)
+            apply(layer.trained())
         layer.gradient = None
         if layer.bitmap is not None:
             layer.bitmap.clamp_(0, 1)

@@ -235,7 +235,7 @@ def parsed(command: str) -> RunConfig:
     assert words[:4] == ["python", "-m", "lbllm", "quantize"]
     quantize = typer.main.get_command(build()).commands["quantize"]  # type: ignore[attr-defined]
     given = quantize.make_context("quantize", words[4:]).params
-    others = ("out", "ignore_memory", "as_json", "config")
+    others = ("out", "ignore_memory", "as_json", "config", "processes")
     return run_config(**{name: value for name, value in given.items() if name not in others})
 
 

@@ -347,7 +347,8 @@ def test_a_run_from_start_to_chat_and_again_from_its_settings(terminal: Terminal
     estimate = terminal("estimate", *options, "--json").document
     assert estimate["bpw"] == done.document["bpw"]
     assert estimate["disk_bytes"] == pytest.approx(weights, rel=0.01)
-    assert {"memory_bytes", "seconds"} <= estimate.keys()
+    assert {"memory_bytes", "memory_parts", "needs", "seconds"} <= estimate.keys()
+    assert estimate["memory_bytes"] == sum(estimate["needs"]["memory"].values())
     assert f"{estimate['bpw']:.3f}" in terminal("estimate", *options).out
 
     shown = terminal("runs", "show", run, "--json").document
@@ -410,7 +411,7 @@ def test_demo_and_its_repetition(terminal: Terminal, monkeypatch: pytest.MonkeyP
 def test_bad_settings_are_refused_before_a_run_is_made(terminal: Terminal, tmp_path: Path) -> None:
     out = tmp_path / "out"
     too_large = quantize(terminal, out, "--group-size", "1000")
-    too_much = quantize(terminal, out, "--set", "ptq.tokens=1000000000000")
+    too_much = quantize(terminal, out, "--set", "wat.batch_tokens=1000000000000")
     for result, value in ((too_large, "1000"), (too_much, "--ignore-memory")):
         assert result.code == 1
         assert value in result.document["error"]
@@ -440,7 +441,7 @@ def test_a_run_says_that_it_waits_for_another_and_then_ends(terminal: Terminal, 
         (run,) = terminal("runs", "list", "--json").document["runs"]
         with subprocess.Popen(second, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
             assert waiting.stderr is not None
-            assert any(f"waiting until run {run['id']} ends" in line for line in waiting.stderr)
+            assert any(f"run {run['id']} is at work" in line for line in waiting.stderr)
             working.send_signal(signal.SIGINT)
             working.communicate(timeout=180)
             waiting.communicate(timeout=180)

@@ -52,7 +52,7 @@ def call(
 ) -> Any:
     """Runs a command to the point where a worker or a server would be started; its exit code and what it printed."""
 
-    def attend(store: object, run: Run, progress: object, console: object, out: Path) -> Outcome:
+    def attend(store: object, run: Run, console: object, out: Path, *_: object) -> Outcome:
         return Outcome(run.id, out, 0.0, 0, 0.0)
 
     def serve(showcase: Showcase, **_: object) -> None:

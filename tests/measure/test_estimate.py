@@ -85,7 +85,7 @@ def test_embedded_model() -> None:
     assert result.parts["parameters"] == 106_168_320 // 64 * 8
     assert result.memory_bytes < 4 * 2**30
     dearer = estimate(make_config("standard", {"device": "cpu", "stages": ["ptq", "wat", "aar"]}))
-    assert dearer.memory_parts["hidden states of all tokens"] == 2 * 2 * 576 * 131_072
+    assert dearer.needs.disk["states of the blocks"] > 5 * 106_168_320
     assert dearer.seconds > 2 * result.seconds
 
 
@@ -165,14 +165,14 @@ def test_checkpoint_has_the_size_that_was_said(
 
 def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(save_tiny(tmp_path, "llama"))
-    config = config.model_copy(update={"wat": config.wat.model_copy(update={"tokens": 200_000})})
+    config = config.model_copy(update={"wat": config.wat.model_copy(update={"tokens": 3_000_000})})
     ample = estimate(config, rate=1e9).needs
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
     short = estimate(config, rate=1e9).needs
     states = STREAMS
     assert (ample.streams, short.streams) == ("memory", "disk")
     assert states not in ample.disk
-    assert short.disk[states] == 2 * 200_000 * 48 * getattr(torch, config.stream_dtype).itemsize
+    assert short.disk[states] == 2 * 3_000_000 * 48 * getattr(torch, config.stream_dtype).itemsize
     assert sum(short.memory.values()) < sum(ample.memory.values())
     # Stage 1 keeps the inputs of layers there, too, in bfloat16: of q, k, v; of o; of gate and up; of down.
     first = config.model_copy(update={"stages": ("ptq",), "stream_dtype": "float32"})
@@ -183,7 +183,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeyp
 def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
     shallow, deep = (save_tiny(tmp_path / str(n), "llama", num_hidden_layers=n) for n in (2, 12))
     found = [estimate(_config(folder), rate=1e9).needs for folder in (shallow, deep)]
-    assert sum(found[0].memory.values()) == sum(found[1].memory.values())
+    assert sum(found[0].memory.values()) == pytest.approx(sum(found[1].memory.values()), rel=1e-3)
     assert sum(found[0].disk.values()) < sum(found[1].disk.values()) / 3
 
 
@@ -192,7 +192,7 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     config = _config(folder)
     base = estimate(config).memory_bytes
     for stage, key in (("wat", "tokens"), ("aar", "batch_tokens"), ("ptq", "tokens")):
-        larger = getattr(config, stage).model_copy(update={key: 2_000_000})
+        larger = getattr(config, stage).model_copy(update={key: 3_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
     # Stage 4 holds a graph of the whole model.
     with torch.device("meta"):
@@ -205,11 +205,11 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
 def test_a_relaxed_bitmap_takes_memory_of_its_own(tmp_path: Path) -> None:
     config = _config(save_tiny(tmp_path, "llama"), ("ptq", "wat"))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config("llama", hidden_size=2048, intermediate_size=8192))
+        model = AutoModelForCausalLM.from_config(tiny_config("llama", hidden_size=8192, intermediate_size=8192))
     relaxed = config.model_copy(update={"wat": config.wat.model_copy(update={"bitmap": "relaxed"})})
     coupled, more = (estimate(one, model=model, rate=1e9) for one in (config, relaxed))
-    # Numbers, gradient and two moments for each weight of one of the two blocks.
-    assert more.memory_bytes - coupled.memory_bytes == 16 * coupled.weights // 2
+    # Numbers and two moments for each weight of one of the two blocks.
+    assert more.memory_bytes - coupled.memory_bytes == 12 * coupled.weights // 2
 
 
 _PEAK = """

@@ -21,6 +21,7 @@ from lbllm.quant import training_layer
 from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import Mode
 from lbllm.sections import AarConfig, LayerFormat, WatConfig
+from lbllm.stages import distill as distillation
 from lbllm.stages.distill import Step, batch_order, binary_layers, cosine, distill, quantizers_of, token_error
 from lbllm.stages.wat import thaw_layers, wat_block
 from tests.helpers.cases import cases
@@ -119,9 +120,12 @@ def parameters(block: Block) -> dict[str, Tensor]:
 
 @pytest.fixture(params=["kernels", "PyTorch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels and gradients that are computed twice, as of a large block; or without both."""
     assert kernels.ready()
     if request.param == "PyTorch":
         monkeypatch.setattr(kernels, "ready", lambda: False)
+    else:
+        monkeypatch.setattr(distillation, "KEPT_GRADIENTS", 0)
 
 
 @cases(60)
