@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lbllm.machine import PATIENCE
+
 T = TypeVar("T")
 # Tensors with fewer elements travel together, up to this many.
 _BUCKET = 1 << 22
@@ -86,7 +88,7 @@ def part(total: int, of: int | None = None) -> slice:
 @cache
 def _control() -> Any:
     """The group for values in main memory: a GPU's own group can't send them."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=PATIENCE)  # it does not take that of the first group
 
 
 def _group(tensor: Tensor) -> Any:

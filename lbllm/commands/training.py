@@ -92,7 +92,7 @@ def _quantize(
     console.print(_estimate_table(config, result))
     if not ignore_memory:
         try:
-            check_memory(result, config.device)
+            check_memory(result, config.device, processes)
         except ResourceError as error:
             raise ResourceError(f"{error}; --ignore-memory starts it anyway") from None
     check_disk(result, store.root)

@@ -23,7 +23,7 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
-from lbllm.measure.needs import Needs, PlannedLayer, needs, planned_layers
+from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
@@ -130,9 +130,13 @@ def expected_seconds(run: Run) -> dict[Stage, float]:
         return {}
 
 
-def check_memory(result: Estimate, device: str = "auto") -> None:
-    """Raise ResourceError if the run needs more memory than is free; the message says what to reduce."""
-    places = [("memory", result.needs.memory, "cpu")]
+def check_memory(result: Estimate, device: str = "auto", processes: int = 1) -> None:
+    """Raise ResourceError if the run needs more memory than is free; the message says what to reduce.
+
+    ``processes``: they share the hidden states, and each has all else, on a GPU of its own.
+    """
+    own = {name: size * (1 if name == STREAMS else processes) for name, size in result.needs.memory.items()}
+    places = [("memory", own, "cpu")]
     if result.needs.gpu:
         places.append(("GPU memory", result.needs.gpu, device))
     for name, parts, place in places:

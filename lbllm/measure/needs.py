@@ -22,7 +22,7 @@ from lbllm.models.streamed import LOGITS_PART
 from lbllm.quant.chunks import CHUNK_BYTES
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import block_formats
-from lbllm.sections import PAPER_STAGES, LayerFormat, QuantConfig, Stage
+from lbllm.sections import LayerFormat, QuantConfig, Stage
 from lbllm.stages.hessians import MATRICES
 from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
 
@@ -44,6 +44,8 @@ E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, 
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
 E2E_LOGITS = 3  # numbers per token of one sequence and vocabulary entry: both models' logits and a gradient
 E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
+
+STREAMS = "hidden states of all tokens"  # the term that several processes share
 
 Place = Literal["memory", "disk"]
 
@@ -111,7 +113,8 @@ def needs(
     if streams is None and sum(memory.values()) > free_memory("cpu"):
         place = "disk"
         memory, on_gpu = _largest(moments, gpu, in_files=True)
-    return Needs(memory, on_gpu, _disk(config, model, layers, checkpoint_bytes, place), place)
+    in_files = max(moment.streams for moment in moments) if place == "disk" else 0
+    return Needs(memory, on_gpu, _disk(config, layers, checkpoint_bytes, in_files), place)
 
 
 @dataclass
@@ -127,7 +130,7 @@ class _Moment:
 def _largest(moments: list[_Moment], gpu: bool, *, in_files: bool) -> tuple[dict[str, int], dict[str, int]]:
     def on_machine(moment: _Moment) -> dict[str, int]:
         terms = moment.host | ({} if gpu else moment.compute)
-        return terms | ({} if in_files or not moment.streams else {"hidden states of all tokens": moment.streams})
+        return terms | ({} if in_files or not moment.streams else {STREAMS: moment.streams})
 
     memory = max(map(on_machine, moments), key=lambda terms: sum(terms.values()))
     if not gpu:
@@ -154,13 +157,22 @@ def _moments(
     part = min(text.vocab_size, max(256, LOGITS_PART // config.seq_len))
     logits = {
         "logits of one sequence": (3 * 4 * config.seq_len + 4 * text.hidden_size) * part,
-        "hidden states of all tokens": 4 * window * text.hidden_size,
+        STREAMS: 4 * window * text.hidden_size,
     }
-    written = min(LARGEST, checkpoint_bytes) + min(READ_PART, 4 * text.hidden_size * text.vocab_size)
+    matrix = 2 * text.hidden_size * text.vocab_size  # as a checkpoint stores it
     moments = [
         _Moment(logits),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        _Moment({}, {"checkpoint being written": written, state: weights + params}),
+        # A file of the checkpoint, and the next block or the embeddings, which have a file of their own if they are
+        # larger than one.
+        _Moment(
+            {dense: BLOCK * weights, state: 2 * weights + 2 * params},
+            {"checkpoint being written": min(LARGEST, checkpoint_bytes)},
+        ),
+        _Moment(
+            {"rows of the embeddings": min(READ_PART, 2 * matrix)},
+            {"checkpoint being written": min(LARGEST, checkpoint_bytes) + matrix},
+        ),
     ]
     for stage in config.stages:
         if stage == "e2e":
@@ -202,6 +214,11 @@ def _solving(config: RunConfig, block: list[PlannedLayer], stream: int) -> _Mome
         groups[key] = groups.get(key, 0) + layer.params_bytes
         length = group_length(layer.format.group_size, layer.columns)
         solved = max(solved, layer.rows * (SOLVE_WEIGHT * layer.columns + SOLVE_GROUP * length))
+    inputs = sum(columns for _, columns in groups)
+    # A part whose layers all have as many columns is attention: its output projection has an input of its own.
+    for part in {part for part, _ in groups}:
+        same = [layer.columns for layer in block if layer.name.rpartition(".")[0] == part]
+        inputs += same[0] if len(same) > 1 and len(set(same)) == 1 else 0
     batch = 12 * widest * max(config.seq_len, min(FORWARD_TOKENS, tokens))
     return _Moment(
         {
@@ -210,7 +227,7 @@ def _solving(config: RunConfig, block: list[PlannedLayer], stream: int) -> _Mome
             "rows being solved": max(min(CHUNK_BYTES, solved), batch),
             "block in training": 3 * weights + params + 2 * max(groups.values()),
         },
-        streams=2 * stream + 2 * sum(columns for _, columns in groups) * tokens,
+        streams=2 * stream + 2 * inputs * tokens,
     )
 
 
@@ -267,17 +284,13 @@ def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]
     )
 
 
-def _disk(
-    config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer], checkpoint_bytes: int, place: Place
-) -> dict[str, int]:
-    """The files of a run: states of all blocks after each stage, the checkpoint, and hidden states in files."""
+def _disk(config: RunConfig, layers: list[PlannedLayer], checkpoint_bytes: int, in_files: int) -> dict[str, int]:
+    """The files of a run: states of all blocks after each stage, the checkpoint, and what ``in_files`` lies there of
+    hidden states."""
     weights, params = sum(layer.weights for layer in layers), sum(layer.params_bytes for layer in layers)
     states = 0
     for stage in config.stages:
         latent = stage == "ptq" or (stage == "e2e" and config.e2e.lr_weight > 0)
         states += (3 if latent else 1) * weights + params
     found = {"states of the blocks": states, "checkpoint": checkpoint_bytes}
-    blockwise = [stage for stage in config.stages if stage in PAPER_STAGES]
-    if place == "disk" and blockwise:
-        found["hidden states of all tokens"] = max(2 * _stream_bytes(config, model, stage) for stage in blockwise)
-    return found
+    return found | ({STREAMS: in_files} if in_files else {})

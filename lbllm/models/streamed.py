@@ -39,12 +39,11 @@ LOGITS_PART = 2**22
 class Survey:
     """What one pass over all blocks finds out.
 
-    ``calls``: each block's arguments for sequences of that length. ``rest``: what a block returns beside the hidden
-    states. ``uncalled``: the full names of linear layers that are never called. ``hashes``: the hash of each parameter.
+    ``calls``: each block's arguments for sequences of that length. ``uncalled``: the full names of linear layers that
+    are never called. ``hashes``: the hash of each parameter.
     """
 
     calls: list[BlockCall] = field(default_factory=list)
-    rest: list[tuple[Any, ...] | None] = field(default_factory=list)
     uncalled: list[str] = field(default_factory=list)
     hashes: dict[str, int] = field(default_factory=dict)
 
@@ -71,7 +70,8 @@ class BlockModel:
         self.model, self.block, self.device = model, make, device
         self.matrices, self._read, self.files = matrices or {}, read, files or {}
         self.path, self.blocks = decoder_blocks(model)
-        self._rest: list[tuple[Any, ...] | None] = []
+        # How much a block returns beside the hidden states, by number: those that have run and return a tuple.
+        self._beside: dict[int, int] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> BlockModel:
@@ -113,7 +113,7 @@ class BlockModel:
                     for handle in handles:
                         handle.remove()
                 found.uncalled.extend(full + name for name in layers if name not in called)
-                found.rest.append(None if isinstance(output, Tensor) else tuple(output[1:]))
+                self._hidden(number, output)
                 if number + 1 == len(self.blocks):
                     raise Captured  # the output layer of a large vocabulary would need more memory than all blocks
                 return output
@@ -122,7 +122,6 @@ class BlockModel:
 
         with self._computing(run), suppress(Captured):
             self.model(input_ids=sequence.to(self.device), use_cache=False)
-        self._rest = found.rest
         # A parameter outside the blocks, hashed in parts where it is not in memory.
         inside = f"{self.path}."
         for name, parameter in self.model.named_parameters():
@@ -163,8 +162,9 @@ class BlockModel:
         def run(number: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = self.block(number)(*args, **kwargs)
+                hidden = self._hidden(number, output)
                 if number + 1 == len(self.blocks):
-                    box.append(output if isinstance(output, Tensor) else output[0])
+                    box.append(hidden)
                     raise Captured
                 return output
 
@@ -177,7 +177,7 @@ class BlockModel:
     @torch.no_grad()
     def logits(self, sequences: Tensor, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the logits of token ids (n, T), whose last block gave ``hidden`` (n, T, hidden), by parts of the
-        vocabulary: the first token id of the part, logits (n, T, part)."""
+        vocabulary: the first token id of the part, logits (n, T, part). After ``survey`` or ``last_hidden``."""
 
         def run(number: int) -> Callable[..., Any]:
             last = number + 1 == len(self.blocks)
@@ -208,10 +208,19 @@ class BlockModel:
         finally:
             head.weight, head.bias = weight, bias
 
+    def _hidden(self, number: int, output: Any) -> Tensor:
+        """Return the hidden states of what a block returned, and remember its form."""
+        if isinstance(output, Tensor):
+            return output
+        # Not what else is in it: attention weights (1, heads, T, T) of all blocks would take more than the model.
+        self._beside[number] = len(output) - 1
+        hidden: Tensor = output[0]
+        return hidden
+
     def _output(self, number: int, hidden: Tensor) -> Any:
         """Return hidden states in the form in which a block gives them."""
-        rest = self._rest[number] if self._rest else None
-        return hidden if rest is None else (hidden, *rest)
+        beside = self._beside.get(number)
+        return hidden if beside is None else (hidden, *[None] * beside)
 
     @contextmanager
     def _computing(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

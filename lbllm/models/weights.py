@@ -94,7 +94,8 @@ class StoredWeights:
     def read(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """Return a tensor, or some of its rows (a slice without step, or ascending int64 indices), in its own dtype.
 
-        Raises FileFault if its file has changed since the headers were read, OSError.
+        Raises FileFault if its file has changed since the headers were read, IndexError for rows that it does not have,
+        OSError.
         """
         tensor = self.tensors[name]
         with self._open(tensor.file) as file:
@@ -131,6 +132,8 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _read(file: int, tensor: StoredTensor, first: int, rows: int) -> Tensor:
+    if tensor.shape and not 0 <= first <= first + rows <= tensor.shape[0]:  # other tensors' bytes lie there
+        raise IndexError(f"rows {first} to {first + rows - 1} of a tensor of {tensor.shape[0]} rows")
     data = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8)
     buffer: Any = data.numpy()
     view, done = memoryview(buffer), 0

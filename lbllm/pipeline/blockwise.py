@@ -307,8 +307,10 @@ def _train(
     finished = _student(run, number, state)
     state.loss_after = _probe(run, finished, number, inputs, targets, taught.share, cache)
     if not state.loss_after <= before:
+        del finished  # before the block is made once more
         first = run.store.finished(origin, number).tensors
-        kept = {name: tensor for name, tensor in first.items() if not name.endswith(".latent")} | searched
+        kept = {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
+        del first
         state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
         finished = _student(run, number, state)
     return state, finished

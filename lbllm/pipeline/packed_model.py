@@ -29,8 +29,8 @@ def restored_blocks(teacher: BlockModel, store: BlockStore, stage: Origin, quant
     """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
     formats = block_formats(teacher.model, quant)[2]
     for number, of_block in enumerate(formats):
-        tensors = store.finished(stage, number).tensors
-        yield restore(teacher.block(number), of_block, tensors, quant.tail_steps)
+        # No name holds the state while the block is used.
+        yield restore(teacher.block(number), of_block, store.finished(stage, number).tensors, quant.tail_steps)
 
 
 def stage_model(config: RunConfig, folder: Path, stage: Origin, teacher: Teacher | None = None) -> PreTrainedModel:
@@ -59,8 +59,9 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
     formats = block_formats(teacher.model, quant)[2]
 
     def make(number: int) -> nn.Module:
-        tensors = store.finished(stage, number).tensors
-        block = restore(teacher.block(number), formats[number], tensors, quant.tail_steps)
+        state = store.finished(stage, number)
+        block = restore(teacher.block(number), formats[number], state.tensors, quant.tail_steps)
+        del state
         return packed_block(block, quant.tail_steps, torch.float32).eval()
 
     def read(name: str, rows: Rows) -> Tensor:
@@ -124,6 +125,14 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
                 yield from ((f"{inside}{number}.{key}", value) for key, value in packed.state_dict().items())
             begun = number
         elif name in teacher.matrices and name in parameters:
-            yield name, torch.cat([teacher.rows(name, part).bfloat16() for part in row_parts(teacher.matrices[name])])
+            yield name, _matrix(teacher, name)
         elif name in parameters or name in buffers:
             yield name, tensor.bfloat16() if name in parameters else tensor
+
+
+def _matrix(teacher: BlockModel, name: str) -> Tensor:
+    """A matrix that is not in memory, rounded to bfloat16: read in parts, so it never exists twice."""
+    matrix = torch.empty(teacher.matrices[name], dtype=torch.bfloat16)
+    for part in row_parts(teacher.matrices[name]):
+        matrix[part] = teacher.rows(name, part).bfloat16()
+    return matrix

@@ -80,7 +80,9 @@ def run(
     corpus = corpus or load_corpus(
         config.corpus, opened.tokenizer, seq_len=config.seq_len, tokens=config.tokens, seed=config.seed
     )
-    check_ids(model.model, opened.tokenizer, corpus.sequences)
+    for text in (corpus, held_out):
+        if text is not None:
+            check_ids(model.model, opened.tokenizer, text.sequences)
     survey = model.survey(corpus.sequences[:1])
     uncalled = [name for name in survey.uncalled if config.quant.layer(name) is not None]
     if uncalled:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lbllm.errors import ConfigError
 from lbllm.quant.activations import RoundThrough
@@ -96,8 +97,15 @@ class PassingKVLayer(DynamicLayer):
         return key_states, value_states
 
 
+def keeps_attention_alone(config: PreTrainedConfig) -> bool:
+    """Return whether the cache of a model has keys and values alone: no state of convolutions or linear attention."""
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 def passing_cache() -> DynamicCache:
-    """Return an empty cache that keeps nothing, unless the model has one of its own kind (``KeepBits``).
+    """Return an empty cache that keeps nothing, unless the model has one of its own kind (``KeepBits``); for models of
+    ``keeps_attention_alone``.
 
     Without a cache, transformers looks at the positions whether several texts are packed into one row, and a GPU waits
     for the answer.

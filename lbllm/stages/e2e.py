@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lbllm import ranks
 from lbllm.models.blocks import share_copy
-from lbllm.quant.kv_cache import passing_cache
+from lbllm.quant.kv_cache import keeps_attention_alone, passing_cache
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
@@ -58,7 +58,8 @@ class EndToEnd:
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
         self.student, self.teacher = student, share_copy(teacher)
-        self.takes_cache = "past_key_values" in inspect.signature(student.forward).parameters
+        takes_cache = "past_key_values" in inspect.signature(student.forward).parameters
+        self.takes_cache = takes_cache and keeps_attention_alone(student.config)
         self.dtype = product_dtype(autocast, layers[0].params)
         if self.dtype != layers[0].params.dtype:
             _cast_linear((self.student, self.teacher), self.dtype)

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, ModelError, ResourceError
 from lbllm.events import RunDone
 from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, check_disk, check_memory, estimate
-from lbllm.measure.needs import Needs
+from lbllm.measure.needs import STREAMS, Needs
 from lbllm.pipeline.run import run
 from lbllm.sections import STAGES
 from lbllm.units import against_16_bits
 from tests.helpers import ROOT
-from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny
+from tests.helpers.tiny_models import DENSE_ARCHITECTURES, SENTENCES, save_tiny, tiny, tiny_config
 
 
 def _config(model: Path | str, stages: tuple[str, ...] = ("ptq", "wat", "aar"), **quant: Any) -> RunConfig:
@@ -167,11 +169,15 @@ def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeyp
     ample = estimate(config, rate=1e9).needs
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: sum(ample.memory.values()) - 1)
     short = estimate(config, rate=1e9).needs
-    states = "hidden states of all tokens"
+    states = STREAMS
     assert (ample.streams, short.streams) == ("memory", "disk")
     assert states not in ample.disk
-    assert short.disk[states] > 0
+    assert short.disk[states] == 2 * 3_000_000 * 48 * getattr(torch, config.stream_dtype).itemsize
     assert sum(short.memory.values()) < sum(ample.memory.values())
+    # Stage 1 keeps the inputs of layers there, too, in bfloat16: of q, k, v; of o; of gate and up; of down.
+    first = config.model_copy(update={"stages": ("ptq",), "stream_dtype": "float32"})
+    monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: 0)
+    assert estimate(first, rate=1e9).needs.disk[states] == config.ptq.tokens * (2 * 4 * 48 + 2 * (3 * 48 + 90))
 
 
 def test_a_model_of_many_blocks_needs_the_memory_of_one(tmp_path: Path) -> None:
@@ -188,10 +194,22 @@ def test_memory_grows_with_what_is_asked(tmp_path: Path) -> None:
     for stage, key in (("wat", "tokens"), ("aar", "batch_tokens"), ("ptq", "tokens")):
         larger = getattr(config, stage).model_copy(update={key: 3_000_000})
         assert estimate(config.model_copy(update={stage: larger})).memory_bytes > base + 10**8
-    # Stage 4 has the whole model and the logits of both.
-    large = _config(save_tiny(tmp_path / "large", "llama", vocab_size=60_000)).model_copy(update={"seq_len": 256})
-    whole = large.model_copy(update={"stages": STAGES, "e2e": config.e2e.model_copy(update={"loss": "eakld"})})
-    assert estimate(whole).memory_bytes > estimate(large).memory_bytes + 10**8
+    # Stage 4 holds a graph of the whole model.
+    with torch.device("meta"):
+        deep = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=64))
+    whole = config.model_copy(update={"stages": STAGES, "e2e": config.e2e.model_copy(update={"seq_len": 20_000})})
+    less, more = (estimate(one.model_copy(update={"seq_len": 256}), model=deep) for one in (config, whole))
+    assert more.memory_bytes > less.memory_bytes + 10**7
+
+
+def test_a_relaxed_bitmap_takes_memory_of_its_own(tmp_path: Path) -> None:
+    config = _config(save_tiny(tmp_path, "llama"), ("ptq", "wat"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama", hidden_size=8192, intermediate_size=8192))
+    relaxed = config.model_copy(update={"wat": config.wat.model_copy(update={"bitmap": "relaxed"})})
+    coupled, more = (estimate(one, model=model, rate=1e9) for one in (config, relaxed))
+    # Numbers and two moments for each weight of one of the two blocks.
+    assert more.memory_bytes - coupled.memory_bytes == 12 * coupled.weights // 2
 
 
 _PEAK = """
@@ -265,13 +283,21 @@ def test_one_model_has_one_factor_wherever_its_size_is_stated() -> None:
     assert against_16_bits(2 * result.parameters + 1000, result.parameters) == "about as large as in 16 bits"
 
 
-def test_too_little_memory_or_disk_is_said_before_the_start(tmp_path: Path) -> None:
+def test_too_little_memory_or_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = _embedded(group_size=64)
     assert free_memory("cpu") > 0
     small, large = (
         replace(result, needs=Needs({"dense block": size}, {}, {"checkpoint": size}, "memory")) for size in (1, 10**15)
     )
     check_memory(small, "cpu")
+    # Several processes share the hidden states; each has all else.
+    parts = {"dense block": 10, STREAMS: 70}
+    shared = replace(result, needs=Needs(parts, {}, {}, "memory"))
+    monkeypatch.setattr("lbllm.measure.estimate.free_memory", lambda device: 100)
+    check_memory(shared, "cpu", 3)
+    with pytest.raises(ResourceError, match=r"dense block 0\.00 GB"):
+        check_memory(shared, "cpu", 4)
+    monkeypatch.undo()
     check_disk(small, tmp_path / "runs" / "of" / "nobody")
     with pytest.raises(
         ResourceError, match=r"needs about 1000000\.00 GB of memory .* are free.*dense block 1000000\.00 GB"

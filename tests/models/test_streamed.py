@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lbllm.errors import ModelError
 from lbllm.measure.perplexity import block_perplexity, perplexity
@@ -68,6 +68,15 @@ def test_block_by_block_is_the_whole_model(
     if not whole:
         blocks = decoder_blocks(found.model)[1]
         assert {parameter.device.type for block in blocks for parameter in block.parameters()} == {"meta"}
+
+
+def test_blocks_that_return_more_than_hidden_states_need_no_survey_before(tmp_path: Path) -> None:
+    # MPT's blocks return their attention weights, too; a model after a stage is evaluated without a survey.
+    config = AutoConfig.for_model("mpt", vocab_size=320, d_model=48, n_layers=2, n_heads=4, max_seq_len=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, found = load_model(tmp_path, dtype=torch.float32).eval(), opened(tmp_path)
+    assert block_perplexity(found, ids(2, 16)) == pytest.approx(perplexity(model, ids(2, 16)).perplexity, rel=1e-5)
+    assert same(found.calls(ids(1, 12)), capture_calls(model, ids(1, 12)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
@@ -152,6 +161,9 @@ def test_rows_are_read_in_the_dtype_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(found, tensor)
     assert torch.equal(weights.read("a", slice(1, 3)), tensors["a"][1:3])
     assert torch.equal(weights.read("a", torch.tensor([0, 3])), tensors["a"][[0, 3]])
+    for rows in (torch.tensor([1, 4]), torch.tensor([-1]), slice(2, 5)):  # there are bytes, but of other tensors
+        with pytest.raises(IndexError, match="of a tensor of 4 rows"):
+            weights.read("a", rows)
 
 
 @pytest.mark.parametrize("entry", [{"dtype": "F7"}, {"shape": [-4, -3]}, {"data_offsets": [8, 4]}, {"shape": "x"}, 5])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.kill_resume import hashes
 from lbllm.checkpoints.hf import attach_kv_cache
@@ -32,6 +32,7 @@ from lbllm.stages.block_state import BlockState, restore
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.losses import feature_error
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_runs import bfloat_teacher, run_config, run_tiny, token_ids
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
@@ -298,6 +299,19 @@ def test_killed_between_two_savings_it_repeats_steps_and_ends_the_same(
     assert e2e_steps(second) == [3, 4, 5, 6]
     assert not any(isinstance(event, BlockStarted) for event in second)
     assert hashes(tmp_path / "checkpoint") == hashes(whole[0] / "checkpoint")
+
+
+def test_a_model_with_state_of_another_kind_than_attention_is_trained(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "lfm2", vocab_size=320, num_hidden_layers=2, layer_types=["conv", "full_attention"], **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    hybrid = Teacher("tiny", model, tiny_tokenizer(), "float32", "none")
+    quant = {"kv_bits": 16, "act_bits": 16}
+    once = {"tokens": 32, "batch_tokens": 32, "epochs": 1}
+    events = run_tiny(run_config(stages=["ptq", "e2e"], quant=quant, e2e=once), tmp_path, hybrid)
+    assert isinstance(events[-1], RunDone)
 
 
 def test_the_gradient_is_that_of_the_whole_graph(whole: tuple[Path, list[Event]], teacher: Teacher) -> None:
