@@ -69,9 +69,12 @@ class StoredWeights:
     def __init__(self, files: list[Path]) -> None:
         """Read the headers of ``files``. Raises FileFault, OSError."""
         self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}  # of all files
         self._states = {file: _state(file) for file in files}
         for file in files:
-            for name, tensor in _read_header(file):
+            metadata, tensors = _read_header(file)
+            self.metadata |= metadata
+            for name, tensor in tensors.items():
                 if name in self.tensors:
                     raise FileFault(f"{file.name} and {self.tensors[name].file.name} both have the tensor {name}")
                 self.tensors[name] = tensor
@@ -145,8 +148,8 @@ def _read(file: int, tensor: StoredTensor, first: int, rows: int) -> Tensor:
     return data.view(tensor.dtype).view(rows, *tensor.shape[1:])
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the tensors that a file has. The format: a length in 8 bytes, so many bytes of JSON, the tensors' bytes."""
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """A file's metadata and tensors. The format: a length in 8 bytes, so many bytes of JSON, the tensors' bytes."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -156,10 +159,11 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             table = decode_object(stream.read(length), largest=_LARGEST_HEADER)
         except ValueError as error:
             raise FileFault(f"{path.name} is damaged: its header {shortened(str(error))}") from None
-    end = 0
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileFault(f"{path.name} is damaged: its metadata are not texts")
+    tensors, end = {}, 0
     for name, entry in table.items():
-        if name == "__metadata__":
-            continue
         try:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
             start, stop = map(int, entry["data_offsets"])
@@ -168,6 +172,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         except (KeyError, TypeError, ValueError) as error:
             raise FileFault(f"{path.name} is damaged: tensor {shortened(name)}: {shortened(str(error))}") from None
         end = max(end, stop)
-        yield name, StoredTensor(path, dtype, shape, 8 + length + start)
+        tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start)
     if 8 + length + end > size:
         raise FileFault(f"{path.name} is too short: {size:,} bytes, its header needs {8 + length + end:,}")
+    return metadata, tensors

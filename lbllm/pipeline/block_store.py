@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError, ModelError
 from lbllm.files import new_file, write_file
 from lbllm.json_input import shortened
+from lbllm.models.weights import StoredWeights
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
 
@@ -143,11 +143,10 @@ class BlockStore:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as stream:
-                metadata = stream.metadata() or {}
-                self._check_place(path, metadata, stage, block)
-                # Copies: a tensor of the mapped file would keep all of the file mapped.
-                tensors = {name: stream.get_tensor(name).clone() for name in stream.keys()}  # noqa: SIM118
+            stored = StoredWeights([path])  # which maps no file into memory
+            metadata = stored.metadata
+            self._check_place(path, metadata, stage, block)
+            tensors = {name: stored.read(name) for name in stored.tensors}
             if metadata["sha256"] != _sha256(tensors):
                 raise ValueError("its hash differs")
             return BlockState(
@@ -156,7 +155,7 @@ class BlockStore:
                 float(metadata["loss_after"]),
                 metadata["diverged"] == "True",
             )
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
 
     def has(self, stage: Origin, block: int) -> bool:
@@ -165,9 +164,8 @@ class BlockStore:
         if not path.exists():
             return False
         try:
-            with safe_open(path, framework="pt") as stream:
-                self._check_place(path, stream.metadata() or {}, stage, block)
-        except (SafetensorError, KeyError, ValueError) as error:
+            self._check_place(path, StoredWeights([path]).metadata, stage, block)
+        except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
         return True
 
