@@ -65,8 +65,8 @@ def test_configure_preview_start(server: Server, page: Page) -> None:
     expect(chart.get_by_text("you are here")).to_be_visible()
     choose(page, "Group size", "row")
     expect(page.get_by_text("Changed from Preview: Text, Stages, Group size")).to_be_visible()
-    expect(chart).to_have_count(1)  # the old one leaves the page after the new one has come
-    expect(chart.get_by_text("you are here")).to_be_visible()
+    expect(chart.get_by_text("you are here")).to_have_count(1)  # the old one leaves after the new one has come
+    expect(chart.get_by_text("you are here").first).to_be_visible()
     expect(page.get_by_text("press Preview again")).to_have_count(0)
 
     # What is downloaded is what is set, and a settings file is taken in.
