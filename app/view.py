@@ -45,14 +45,16 @@ def size_text(size: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Return seconds as text: 42 s, 6:10 (minutes and seconds), 2 h 05 min or 3 d 4 h."""
+    """Return seconds as text: 42 s, 6:10 (minutes and seconds), 2 h 05 min, 39 h or 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02}"
-    if whole < 2 * 86400:
+    if whole < 36_000:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole < 2 * 86400:
+        return f"{round(whole / 3600)} h"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 

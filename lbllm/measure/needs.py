@@ -163,15 +163,14 @@ def _moments(
     moments = [
         _Moment(logits),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        # A file of the checkpoint, and the next block or the embeddings, which have a file of their own if they are
-        # larger than one.
+        # A file of the checkpoint, and what comes next: a block, or the embeddings, which are read in parts.
         _Moment(
             {dense: BLOCK * weights, state: 2 * weights + 2 * params},
             {"checkpoint being written": min(LARGEST, checkpoint_bytes)},
         ),
         _Moment(
             {"rows of the embeddings": min(READ_PART, 2 * matrix)},
-            {"checkpoint being written": min(LARGEST, checkpoint_bytes) + matrix},
+            {"checkpoint being written": min(LARGEST + matrix, checkpoint_bytes)},
         ),
     ]
     for stage in config.stages:
@@ -188,7 +187,7 @@ def _moments(
             )
         )
         if stage == "ptq":
-            moments += [_solving(config, block, stream) for block in blocks.values()]
+            moments += [_solving(config, block, stream, forward) for block in blocks.values()]
         else:
             moments.append(_training(config, stage, blocks, features, weights, params, stream))
     return moments
@@ -201,7 +200,7 @@ def _stream_bytes(config: RunConfig, model: PreTrainedModel, stage: Stage) -> in
     return int(item * model.config.get_text_config().hidden_size * tokens)
 
 
-def _solving(config: RunConfig, block: list[PlannedLayer], stream: int) -> _Moment:
+def _solving(config: RunConfig, block: list[PlannedLayer], stream: int, forward: int) -> _Moment:
     """Stage 1 on a block, see ``lbllm.stages.ptq``."""
     widest = max(layer.columns for layer in block)
     tokens = config.seq_len * math.ceil(config.ptq.tokens / config.seq_len)
@@ -224,7 +223,7 @@ def _solving(config: RunConfig, block: list[PlannedLayer], stream: int) -> _Mome
         {
             "dense block": 2 * BLOCK * weights,
             "Hessians": 4 * MATRICES * widest**2,
-            "rows being solved": max(min(CHUNK_BYTES, solved), batch),
+            "rows being solved, or inputs of a batch": max(min(CHUNK_BYTES, solved), batch + forward),
             "block in training": 3 * weights + params + 2 * max(groups.values()),
         },
         streams=2 * stream + 2 * inputs * tokens,
