@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lbllm import memory
 from lbllm.errors import ModelError
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.loading import FileFault, check_files, load_model
 from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.weights import StoredWeights
+
+# Freed memory goes back to the system after so many bytes of blocks. What outlives a block lies between its temporary
+# tensors, so the allocator alone would keep hundreds of megabytes.
+TRIM_BYTES = 2**28
 
 
 class ConvertedWeights(Exception):
@@ -86,6 +91,7 @@ class _Opened:
             same = shared[tensor.data_ptr()]
             _set(model, name, same if isinstance(tensor, nn.Parameter) else same.data)
         self._templates = [share_copy(block) for block in blocks]
+        self._made = 0  # bytes of blocks since the last trim
 
     def _find_matrices(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield name and shape of embeddings and output head, which are read by rows."""
@@ -105,6 +111,9 @@ class _Opened:
         )
 
     def _block(self, number: int) -> nn.Module:
+        if self._made > TRIM_BYTES:
+            memory.trim()
+            self._made = 0
         block: nn.Module = share_copy(self._templates[number])
         for name, tensor in _named_tensors(block):
             full = f"{self._path}.{number}.{name}"
