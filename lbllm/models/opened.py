@@ -22,8 +22,8 @@ from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.weights import StoredWeights
 
 # Freed memory goes back to the system after so many bytes of blocks. What outlives a block lies between its temporary
-# tensors, so the allocator alone would keep hundreds of megabytes.
-TRIM_BYTES = 2**28
+# tensors, so the allocator alone would keep several times as much.
+TRIM_BYTES = 2**26
 
 
 class ConvertedWeights(Exception):
