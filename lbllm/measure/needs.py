@@ -163,14 +163,14 @@ def _moments(
     moments = [
         _Moment(logits),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        # A file of the checkpoint, and what comes next: a block, or the embeddings, which are read in parts.
+        # A file of the checkpoint, and what comes next: a block, or the embeddings, read in parts and converted once.
         _Moment(
             {dense: BLOCK * weights, state: 2 * weights + 2 * params},
             {"checkpoint being written": min(LARGEST, checkpoint_bytes)},
         ),
         _Moment(
             {"rows of the embeddings": min(READ_PART, 2 * matrix)},
-            {"checkpoint being written": min(LARGEST + matrix, checkpoint_bytes)},
+            {"checkpoint being written": min(LARGEST + matrix, checkpoint_bytes) + matrix},
         ),
     ]
     for stage in config.stages:
