@@ -19,6 +19,7 @@ from lbllm.machine import free_memory, has_bfloat16, uses_gpu
 from lbllm.measure.perplexity import BATCH_TOKENS
 from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
 from lbllm.models.streamed import LOGITS_PART
+from lbllm.models.weights import PART
 from lbllm.quant.chunks import CHUNK_BYTES
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import block_formats
@@ -38,7 +39,7 @@ LAYER_WEIGHT = 12  # per weight of the largest layer: gradients and temporaries 
 PARAMS = 4  # group parameters with their gradient and two moments
 AAR_INPUT = 10, 32  # per token and quantized input feature in stage 3: with the CPU's kernels, and in PyTorch
 AAR_INPUT_WIDEST = 64  # the same of the widest layer, during its backward pass in PyTorch
-READ_PART = 2**24 * 4  # rows of embeddings or output head that are read at once
+READ_PART = 4 * PART  # rows of embeddings or output head that are read at once
 E2E_FEATURE = 14  # in stage 4: as TRAIN_FEATURE, with its gradients
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries

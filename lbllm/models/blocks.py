@@ -139,23 +139,6 @@ def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandl
 
 
 @torch.no_grad()
-def uncalled_layers(model: PreTrainedModel, sequence: Tensor) -> list[str]:
-    """Return the full names of the blocks' linear layers that the model doesn't call for token ids (1, T)."""
-    path, blocks = decoder_blocks(model)
-    layers = {
-        f"{path}.{index}.{name}": layer for index, b in enumerate(blocks) for name, layer in linear_layers(b).items()
-    }
-    called: set[nn.Module] = set()
-
-    def end(*_: Any) -> None:
-        raise Captured  # before the output layer, as in capture_calls
-
-    handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
-    _pass(model, sequence, [*handles, blocks[-1].register_forward_hook(end)])
-    return [name for name, layer in layers.items() if layer not in called]
-
-
-@torch.no_grad()
 def first_inputs(model: PreTrainedModel, sequences: Tensor, batch: int) -> Tensor:
     """Return the input (n, T, hidden) of the first block for token ids (n, T)."""
     return torch.cat(list(embedded_batches(model, sequences, batch, model.device)))

@@ -29,6 +29,7 @@ from lbllm.models.blocks import (
     linear_layers,
     share_copy,
 )
+from lbllm.models.weights import row_parts
 
 Rows = slice | Tensor
 # The logits of one part of the vocabulary have at most this many numbers.
@@ -267,13 +268,6 @@ class BlockModel:
             embeddings.padding_idx = padding
             for handle in handles:
                 handle.remove()
-
-
-def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield ranges of the rows of a matrix, each of about 16 million numbers."""
-    step = max(1, 2**24 // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def weight_hashes(model: nn.Module) -> dict[str, int]:

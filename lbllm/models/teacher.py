@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,18 +80,10 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
 
     Raises ModelError, and ResourceError if the disk has too little space to convert a GGUF file.
     """
-    source = resolve(name)
-    place, offline = dense_place(source)
-    config = _checked_config(name, place, offline)
-    if source.kind == "folder":
-        _check_weights(Path(place))
+    source, place, offline, config = _found(name)
     placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
-    try:
+    with _load_errors(name):
         model = load_model(place, offline=offline, config=config, dtype=dtype, **placement)
-    except FileFault as fault:
-        raise ModelError(f"{name}: {fault}; {_COPY}") from None
-    except Exception as error:  # whatever a foreign config or file makes the libraries do
-        raise _load_error(name, error) from error
     tokenizer = _tokenizer(name, place, offline)
     check_tokenizer(name, tokenizer, embedding_rows(model))
     return Teacher(
@@ -129,19 +122,12 @@ def stream_teacher(name: str, device: torch.device) -> BlockTeacher:
     A model whose weights transformers converts when it reads them is loaded as a whole. Raises ModelError, and
     ResourceError if the disk has too little space to convert a GGUF file.
     """
-    source = resolve(name)
-    place, offline = dense_place(source)
-    config = _checked_config(name, place, offline)
-    if source.kind == "folder":
-        _check_weights(Path(place))
+    source, place, offline, config = _found(name)
     try:
-        model = open_blocks(place, offline, config, device)
+        with _load_errors(name):
+            model = open_blocks(place, offline, config, device)
     except ConvertedWeights:
         return BlockTeacher.of(load_teacher(name), device)
-    except FileFault as fault:
-        raise ModelError(f"{name}: {fault}; {_COPY}") from None
-    except Exception as error:  # whatever a foreign config or file makes the libraries do
-        raise _load_error(name, error) from error
     tokenizer = _tokenizer(name, place, offline)
     check_tokenizer(name, tokenizer, embedding_rows(model.model))
     return BlockTeacher(
@@ -259,6 +245,29 @@ def _checked_config(name: str, place: str, offline: bool) -> PretrainedConfig:
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{name} is of type {config.model_type}, which is not a decoder-only language model")
     return config
+
+
+def _found(name: str) -> tuple[ModelSource, str, bool, PretrainedConfig]:
+    """Where a teacher's name leads, the folder or hub id of its files, whether to stay offline, and its config."""
+    source = resolve(name)
+    place, offline = dense_place(source)
+    config = _checked_config(name, place, offline)
+    if source.kind == "folder":
+        _check_weights(Path(place))
+    return source, place, offline, config
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Raise ModelError for what goes wrong while weights are loaded; ConvertedWeights passes."""
+    try:
+        yield
+    except ConvertedWeights:
+        raise
+    except FileFault as fault:
+        raise ModelError(f"{name}: {fault}; {_COPY}") from None
+    except Exception as error:  # whatever a foreign config or file makes the libraries do
+        raise _load_error(name, error) from error
 
 
 def _check_weights(folder: Path) -> None:

@@ -37,8 +37,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Rows of a matrix that are read or hashed at once, in bytes.
-_PART_BYTES = 64 * 2**20
+# Rows of a matrix that are read, compared or hashed at once, in numbers.
+PART = 2**24
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class StoredTensor:
         """The bytes of one entry of the first dimension."""
         return self.dtype.itemsize * prod(self.shape[1:])
 
-    def parts(self) -> Iterator[slice]:
-        """Yield ranges of rows that together are the tensor, each of about 64 MB."""
-        rows = self.shape[0] if self.shape else 1
-        step = max(1, _PART_BYTES // max(1, self.row_bytes))
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+
+def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield ranges of the rows of a tensor, each of about 16 million numbers."""
+    step = max(1, PART // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 class StoredWeights:
@@ -113,7 +113,7 @@ class StoredWeights:
         first, second = self.tensors[name], self.tensors[other]
         if first.shape != second.shape:
             return False
-        return all(torch.equal(self.read(name, part), self.read(other, part)) for part in first.parts())
+        return all(torch.equal(self.read(name, part), self.read(other, part)) for part in row_parts(first.shape))
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[int]:

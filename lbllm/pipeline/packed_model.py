@@ -14,8 +14,9 @@ from lbllm.checkpoints.record import RunRecord, write_record
 from lbllm.config import RunConfig
 from lbllm.files import new_folder
 from lbllm.models.blocks import share_copy
-from lbllm.models.streamed import BlockModel, Rows, row_parts
+from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
+from lbllm.models.weights import row_parts
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.packed_layer import PackedLinear

@@ -17,7 +17,8 @@ from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.json_input import decode_object, shortened, shown
-from lbllm.models.streamed import BlockModel, row_parts
+from lbllm.models.streamed import BlockModel
+from lbllm.models.weights import row_parts
 from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_layer import PackedLinear

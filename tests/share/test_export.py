@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,7 @@ from lbllm.models.teacher import load_teacher
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import Run, RunStore
 from lbllm.share.export import ExportKind, export
-from tests.helpers.finished_run import finished_run
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunStore]:
-    store = RunStore(tmp_path_factory.mktemp("home") / "runs")
-    yield store
-    store.close()
-
-
-@pytest.fixture(scope="module")
-def run(store: RunStore, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(store, tmp_path_factory.mktemp("given"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,10 @@ from lbllm.runs.repair import _end
 from lbllm.runs.store import Run, RunStore
 from lbllm.share import export as exporting
 from lbllm.share.export import ExportKind, export
-from tests.helpers.finished_run import finished_run
 from tests.helpers.homes import own_home
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
 
 KINDS: dict[str, tuple[ExportKind, ...]] = {"whole": ("dense", "gguf"), "parts": ("packed", "dense", "gguf", "space")}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunStore]:
-    store = RunStore(tmp_path_factory.mktemp("home") / "runs")
-    yield store
-    store.close()
-
-
-@pytest.fixture(scope="module")
-def run(store: RunStore, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(store, tmp_path_factory.mktemp("given"))
 
 
 @pytest.fixture(scope="module")
