@@ -18,6 +18,7 @@ from lbllm.config import RunConfig
 from lbllm.machine import free_memory, has_bfloat16, uses_gpu
 from lbllm.measure.perplexity import BATCH_TOKENS
 from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
+from lbllm.models.opened import TRIM_BYTES
 from lbllm.models.streamed import LOGITS_PART
 from lbllm.models.weights import PART
 from lbllm.quant.chunks import CHUNK_BYTES
@@ -161,17 +162,19 @@ def _moments(
         STREAMS: 4 * window * text.hidden_size,
     }
     matrix = 2 * text.hidden_size * text.vocab_size  # as a checkpoint stores it
+    freed = min(TRIM_BYTES, BLOCK * sum(layer.weights for layer in layers))
     moments = [
         _Moment(logits),
         _Moment({dense: BLOCK * weights, state: 2 * weights + 2 * params, activations: 2 * forward}),
-        # A file of the checkpoint, and what comes next: a block, or the embeddings, read in parts and converted once.
+        # A file of the checkpoint, and what comes next: a block, or the embeddings, read in parts; and freed memory of
+        # blocks that has not gone back yet.
         _Moment(
             {dense: BLOCK * weights, state: 2 * weights + 2 * params},
             {"checkpoint being written": min(LARGEST, checkpoint_bytes)},
         ),
         _Moment(
             {"rows of the embeddings": min(READ_PART, 2 * matrix)},
-            {"checkpoint being written": min(LARGEST + matrix, checkpoint_bytes) + matrix},
+            {"checkpoint being written": min(LARGEST + matrix, checkpoint_bytes) + freed},
         ),
     ]
     for stage in config.stages:

@@ -38,7 +38,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 # Rows of a matrix that are read, compared or hashed at once, in numbers.
-PART = 2**24
+PART = 2**22
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StoredTensor:
 
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield ranges of the rows of a tensor, each of about 16 million numbers."""
+    """Yield ranges of the rows of a tensor, each of about 4 million numbers."""
     step = max(1, PART // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
