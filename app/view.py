@@ -14,6 +14,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from lbllm.chat.pool import ModelPool
 from lbllm.config import labels_alone
 from lbllm.errors import LbllmError
 from lbllm.places import ASSETS, home
@@ -117,6 +118,12 @@ def guard() -> Iterator[None]:
             plain(f"An unexpected error occurred on this page ({type(error).__name__}: {error}). {where} ")
             + "Reload the page to continue; runs are not affected."
         )
+
+
+@st.cache_resource
+def pool() -> ModelPool:
+    """Return the models of this server's process, which all sessions share."""
+    return ModelPool()
 
 
 @st.cache_resource

@@ -13,20 +13,14 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app import visits
 from app.paths import model_name
-from app.view import checkpoints, plain, sentence, size_text, store
-from lbllm.chat.pool import ModelPool, Slot
+from app.view import checkpoints, plain, pool, sentence, size_text, store
+from lbllm.chat.pool import Slot
 from lbllm.config import DEFAULT_MODEL, SHIPPED
 from lbllm.labels import bits_name
 from lbllm.models.catalogue import EMBEDDED_PRECISION, MODELS
 from lbllm.units import against_16_bits
 
 SIDES = ("left", "right")
-
-
-@st.cache_resource
-def pool() -> ModelPool:
-    """Return the models of this server's process, which all sessions share."""
-    return ModelPool()
 
 
 class Offer(NamedTuple):

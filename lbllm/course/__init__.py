@@ -1,0 +1,1 @@
+"""The course: lessons on quantization whose every figure is computed from a real model and its checkpoint."""
