@@ -98,7 +98,8 @@ class Microscope:
         if not found.shipped and found.stated.name == "checkpoint":
             before = Before.find(found.stated.parent, len(opened.model.blocks))
         made = cls(found, config, stored, opened, before)
-        check_origin(made.title, opened, stored, made._expected())
+        with made._reading():
+            check_origin(made.title, opened, stored, made._expected())
         return made
 
     def check(self, address: Address | str) -> Address:
