@@ -84,6 +84,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_inner": 160},
     "granitemoehybrid": _MAMBA
     | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 160},
+    "helium": _HEADS,
     "hunyuan_v1_dense": _HEADS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1}
     | {"mamba_d_state": 8},
@@ -101,12 +102,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA
     | {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0, "mlp_only_layers": [0, 1]}
     | {"head_dim": 16},
+    "qwen2_moe": {"shared_expert_intermediate_size": 32},
     "recurrent_gemma": {"lru_width": 64, "num_hidden_layers": 3, "attention_window_size": 32},
     "rwkv": {"attention_hidden_size": 64},
     "xglm": {"d_model": 64, "ffn_dim": 160, "num_layers": 2, "attention_heads": 4},
     "youtu": _LATENT,
 }
-_WITH_EXPERTS = (
+WITH_EXPERTS = (
     *("afmoe", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "granitemoe", "minimax", "mixtral", "olmoe"),
     *("phimoe", "qwen2_moe", "qwen3_moe"),
 )
@@ -116,14 +118,14 @@ _DENSE = (
     *("modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen2"),
     *("qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
 )
-TYPES: tuple[str, ...] = tuple(sorted({*_DENSE, *_WITH_EXPERTS, *_OWN}))
+TYPES: tuple[str, ...] = tuple(sorted({*_DENSE, *WITH_EXPERTS, *_OWN}))
 # Sizes that a type calls by other names of its own; given twice, transformers would refuse them.
 _RENAMED = {"xglm": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 
 
 def tiny_of(kind: str) -> PreTrainedModel:
     """Return a tiny random model of a type, float32."""
-    own = (_EXPERTS if kind in _WITH_EXPERTS else {}) | _OWN.get(kind, {})
+    own = (_EXPERTS if kind in WITH_EXPERTS else {}) | _OWN.get(kind, {})
     sizes = {name: value for name, value in _SIZES.items() if name not in _RENAMED.get(kind, ())}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(sizes | own))

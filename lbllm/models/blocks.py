@@ -22,7 +22,7 @@ from lbllm.errors import ConfigError, ModelError
 from lbllm.models.calls import BlockCall, call_arguments, of_batch, with_repeated
 
 # The largest share of a block's weights that may be in matrices outside linear layers.
-DENSE_SHARE = 0.2
+DENSE_SHARE = 0.1
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
