@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from lbllm.chat.lens import pieces_of
 from lbllm.errors import ConfigError
+from lbllm.microscope.layer import relative_error
 from lbllm.microscope.mixed_cache import kept_bits, release
 from lbllm.microscope.pair import Pair, Side, Text
 from lbllm.microscope.passes import Passes, view
@@ -263,12 +264,6 @@ def _measure(quantizer: ActQuantizer, inputs: Tensor, weight: Tensor, token: int
     output_error = relative_error(inputs @ weight.t(), rounded @ weight.t())
     error = relative_error(inputs, rounded)
     return Quantizer(name, bits, tail, size, knee, low, high, error, output_error, token, tuple(ranges))
-
-
-def relative_error(exact: Tensor, other: Tensor) -> float:
-    """Return ||exact - other||^2 / ||exact||^2; 0 if both are zero."""
-    energy, error = (float(one.double().square().sum()) for one in (exact, exact - other))
-    return error / energy if energy else (math.inf if error else 0.0)
 
 
 def grid_values(grid: ActivationGrid, bits: int, tail: int) -> tuple[float, ...]:
