@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lbllm.machine import float32_products
-from lbllm.microscope.activations import layer_inputs_on, relative_error
+from lbllm.microscope.activations import layer_inputs_on
+from lbllm.microscope.layer import relative_error
 from lbllm.microscope.effect import ROWS, token_kl
 from lbllm.microscope.hybrid import Only, hybrid
 from lbllm.microscope.pair import Pair, Text
