@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lbllm.machine import float32_products
 from lbllm.microscope.activations import layer_inputs_on
-from lbllm.microscope.layer import relative_error
 from lbllm.microscope.effect import ROWS, token_kl
 from lbllm.microscope.hybrid import Only, hybrid
+from lbllm.microscope.layer import relative_error
 from lbllm.microscope.pair import Pair, Text
 from lbllm.microscope.passes import Passes, States, view
 
