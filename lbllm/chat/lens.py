@@ -133,7 +133,7 @@ def lens(
     ids = torch.cat([before, kept], dim=1)
     first = max(1, before.shape[1])
     log_p, log_q = (_log_probabilities(model, ids, ids.shape[1] - first) for model in (teacher, student))
-    pieces = _pieces(tokenizer, kept[0].tolist())
+    pieces = pieces_of(tokenizer, kept[0].tolist())
     tokens = [LensToken(piece, None, (), (), 0.0, 0.0) for piece in pieces[: first - before.shape[1]]]
     for start in range(0, len(log_p), ROWS):
         p, q = log_p[start : start + ROWS], log_q[start : start + ROWS].to(log_p.device)
@@ -145,8 +145,8 @@ def lens(
                 LensToken(
                     text=pieces[len(tokens)],
                     kl=kl,
-                    teacher=_top(tokenizer, p[row]),
-                    student=_top(tokenizer, q[row]),
+                    teacher=likeliest(tokenizer, p[row]),
+                    student=likeliest(tokenizer, q[row]),
                     teacher_probability=float(p[row, token].exp()),
                     student_probability=float(q[row, token].exp()),
                 )
@@ -180,7 +180,8 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor, count: int) -> Tenso
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def _top(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ...]:
+def likeliest(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ...]:
+    """Return the ``TOP`` likeliest tokens of log-probabilities (vocabulary,), the likeliest first."""
     values, ids = row.topk(min(TOP, len(row)))
     return tuple(
         Candidate(str(tokenizer.decode([token])), probability)
@@ -188,7 +189,7 @@ def _top(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ..
     )
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Return the text that each token adds. A character of several tokens belongs to the token that completes it."""
     pieces = []
     start = 0

@@ -3,15 +3,29 @@ them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from lbllm.microscope.pair import Pair
+from lbllm.chat.lens import pieces_of
+from lbllm.errors import ConfigError
+from lbllm.microscope.mixed_cache import kept_bits, release
+from lbllm.microscope.pair import Pair, Side, Text
+from lbllm.microscope.passes import Passes, view
+from lbllm.quant.activations import ActivationGrid, ActQuantizer, Codes, decode
+from lbllm.quant.kv_cache import decode_kv, encode_kv, fake_quant_kv
+from lbllm.quant.levels import group_length, spans
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.sections import ACT_GROUP_SIZE, WHOLE_ROW
+from lbllm.stages.aar import search_grid
 
-Side = Literal["teacher", "student"]
+_BINS = 64
+_PEAKS = 8
 
 
 @dataclass(frozen=True)
@@ -117,23 +131,187 @@ class CacheView:
 
 
 def activations(
-    pair: Pair,
-    block: int,
-    layer: str,
-    text: str | Sequence[int] | Tensor,
-    *,
-    side: Side = "student",
-    token: int | None = None,
+    pair: Pair, block: int, layer: str, text: Text, *, side: Side = "student", token: int | None = None
 ) -> ActivationView:
     """Return the inputs of a layer on a text, in the student or in the teacher. ``token``: whose grids to give; the
     default is the token with the largest input.
 
-    Raises ConfigError for an unknown block, layer or token, or a layer that this text never reaches; ModelError for a
+    Raises ConfigError for an unknown block, layer or token, or a layer that the block doesn't use; ModelError for a
     text with fewer than two tokens.
     """
-    raise NotImplementedError
+    pair.check(block, layer)
+    ids, _ = pair.ids(text)
+    pieces = tuple(pieces_of(pair.tokenizer, ids[0].tolist()))
+    if token is not None and not 0 <= token < len(pieces):
+        raise ConfigError(f"there is no token {token}; this text has tokens 0 to {len(pieces) - 1}")
+    inputs = layer_inputs_on(pair, side, ids, block, [layer])[layer]
+    size = inputs.abs()
+    chosen = int(size.amax(1).argmax()) if token is None else token
+    student, weight = pair.layer("student", block, layer), pair.weight(block, layer)
+    own = student.quantizer if isinstance(student, PackedLinear) else None
+    tail = next(module.tail for module in pair.student.model.modules() if isinstance(module, PackedLinear))
+    trials = []
+    for ranges in (ACT_GROUP_SIZE, WHOLE_ROW):
+        quantizer = ActQuantizer(4, tail, group_size=ranges).requires_grad_(False).to(inputs.device)
+        search_grid(quantizer, inputs, weight)
+        trials.append(_measure(quantizer, inputs, weight, chosen))
+    quantizer = None if own is None else _measure(own, inputs, weight, chosen)
+    return ActivationView(
+        block,
+        layer,
+        side,
+        pieces,
+        inputs,
+        _spread(inputs),
+        tuple(size.amax(0).tolist()),
+        _peaks(inputs, pieces),
+        quantizer,
+        tuple(trials),
+        _words(f"{block}/{layer}", student, quantizer),
+    )
 
 
-def cache(pair: Pair, block: int, text: str | Sequence[int] | Tensor) -> CacheView:
+def cache(pair: Pair, block: int, text: Text) -> CacheView:
     """Return keys and values of a block of the student on a text. Raises as ``activations``."""
-    raise NotImplementedError
+    pair.check(block)
+    ids, _ = pair.ids(text)
+    known, made = pair.states("student", ids), view(pair.student.model)
+    hooked = kept_bits(pair)
+    bits = 16
+    if hooked is not None:
+        release(made.get_submodule(hooked[0]))
+        bits = hooked[1].layer_class.bits
+    shown = 4 if bits == 16 else bits
+    recorder = _Recorder(shown if bits < 16 else 16)
+    Passes(made, pair.path).until(ids, known, block, known.inputs[block], block + 1, past_key_values=recorder)
+    if recorder.states is None:
+        raise ConfigError(f"block {block} keeps no keys and values of its own; choose another block")
+    keys, values = (_cache_part(states[0].float(), shown) for states in recorder.states)
+    words = f"The cache keeps keys and values in {bits} bits, with a range for each token and head."
+    if bits == 16:
+        words = "The cache keeps keys and values as they are (KV16). Shown is what 4 bits would make of them."
+    return CacheView(block, bits, tuple(pieces_of(pair.tokenizer, ids[0].tolist())), keys, values, words)
+
+
+def layer_inputs_on(pair: Pair, side: Side, ids: Tensor, block: int, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return the inputs (T, in), float32, of some linear layers of one block for token ids (1, T).
+
+    Raises ConfigError for a layer that the block never calls.
+    """
+    known, made = pair.states(side, ids), view(pair.model(side))
+    seen: dict[str, Tensor] = {}
+    for name in layers:
+        made.set_submodule(f"{pair.path}.{block}.{name}", _Watched(pair.layer(side, block, name), name, seen))
+    Passes(made, pair.path).until(ids, known, block, known.inputs[block], block + 1)
+    for name in layers:
+        if name not in seen:
+            raise ConfigError(f"block {block} never uses its layer {name} for this text; choose another layer")
+    return seen
+
+
+class _Watched(nn.Module):
+    """A layer that notes the input of its first call under its name in ``seen``."""
+
+    def __init__(self, layer: nn.Module, name: str, seen: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.layer, self.name, self.seen = layer, name, seen
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the layer's output."""
+        self.seen.setdefault(self.name, x.detach().reshape(-1, x.shape[-1]).float())
+        return self.layer(x)
+
+
+class _Recorder(Cache):
+    """A cache that notes the keys and values of its first call, and gives them back as ``bits`` would keep them."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(layers=[])
+        self.bits = bits
+        self.states: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values (1, heads, T, head_dim)."""
+        if self.states is None:
+            self.states = key_states.detach(), value_states.detach()
+        if self.bits == 16:
+            return key_states, value_states
+        return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
+
+
+@torch.no_grad()
+def _measure(quantizer: ActQuantizer, inputs: Tensor, weight: Tensor, token: int) -> Quantizer:
+    """What a quantizer makes of inputs (T, in) of a weight (out, in), with the grids of one token."""
+    knee, low, high, bits, tail = quantizer.settings()
+    rounded = quantizer(inputs)
+    size = group_length(quantizer.group_size, inputs.shape[1])
+    rows = inputs[token, None]
+    grid = quantizer.grid(quantizer.ranges(rows)[0])
+    ranges = []
+    for number, columns in enumerate(spans(inputs.shape[1], quantizer.group_size)):
+        own = ActivationGrid(*(part[number] for part in grid))
+        bottom, top = rows[0, columns].aminmax()
+        ranges.append(
+            Range(columns.start, columns.stop - 1, float(bottom), float(top), grid_values(own, bits, quantizer.tail))
+        )
+    name = f"A{bits}, one range a token" if size == inputs.shape[1] else f"A{bits}, ranges of {size} inputs"
+    output_error = relative_error(inputs @ weight.t(), rounded @ weight.t())
+    error = relative_error(inputs, rounded)
+    return Quantizer(name, bits, tail, size, knee, low, high, error, output_error, token, tuple(ranges))
+
+
+def relative_error(exact: Tensor, other: Tensor) -> float:
+    """Return ||exact - other||^2 / ||exact||^2; 0 if both are zero."""
+    energy, error = (float(one.double().square().sum()) for one in (exact, exact - other))
+    return error / energy if energy else (math.inf if error else 0.0)
+
+
+def grid_values(grid: ActivationGrid, bits: int, tail: int) -> tuple[float, ...]:
+    """Return all values of the grid of one range, ascending, each once."""
+    steps = 2**bits - 1 - 2 * tail
+    body = torch.arange(steps + 1, device=grid.body.device) - grid.zero
+    beyond = torch.arange(1, tail + 1, device=grid.body.device)
+    nothing = torch.zeros_like(body)
+    codes = [Codes(body, nothing, nothing)]
+    if tail:
+        zero = torch.zeros_like(beyond)
+        codes += [Codes(body[:1], beyond, zero), Codes(body[-1:], zero, beyond)]
+    return tuple(sorted({value for one in codes for value in decode(one, grid).tolist()}))
+
+
+def _spread(values: Tensor) -> Spread:
+    low, high = (float(end) for end in values.aminmax())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = torch.histc(values, _BINS, low, high).long().tolist()
+    return Spread(tuple(torch.linspace(low, high, _BINS + 1).tolist()), tuple(counts))
+
+
+def _peaks(inputs: Tensor, pieces: tuple[str, ...]) -> tuple[Peak, ...]:
+    size = inputs.abs()
+    middle = float(size.median())
+    largest, tokens = size.max(0)
+    peaks = []
+    for channel in largest.topk(min(_PEAKS, len(largest))).indices.tolist():
+        token = int(tokens[channel])
+        value = float(inputs[token, channel])
+        times = abs(value) / middle if middle else math.inf
+        peaks.append(Peak(channel, token, pieces[token], value, times))
+    return tuple(peaks)
+
+
+def _cache_part(states: Tensor, bits: int) -> CachePart:
+    codes, scale = encode_kv(states, bits)
+    stored = decode_kv(codes, scale, torch.float32)
+    low, step = scale.float().unbind(-1)
+    maxima = tuple(tuple(row) for row in states.abs().amax(1).tolist())
+    return CachePart(states, stored, _spread(states), maxima, relative_error(states, stored), low, step)
+
+
+def _words(name: str, student: nn.Module, quantizer: Quantizer | None) -> str:
+    if quantizer is not None:
+        return f"The inputs of {name} are quantized: {quantizer.name}."
+    why = "are not quantized (A16)" if isinstance(student, PackedLinear) else "are not quantized: the layer is dense"
+    return f"The inputs of {name} {why}. Shown is what 4 bits would make of them."

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lbllm.chat.lens import TOKENS, Candidate
+from lbllm.chat.duel import visible_messages
+from lbllm.chat.lens import TOKENS, Candidate, likeliest, pieces_of
 from lbllm.chat.settings import ChatSettings
-from lbllm.chat.stream import ChatPiece, Messages
-from lbllm.microscope.hybrid import Choice
-from lbllm.microscope.pair import Pair
+from lbllm.chat.stream import ChatPiece, Messages, stream
+from lbllm.microscope.hybrid import Choice, FirstBlocks, first_change, hybrid, started_from
+from lbllm.microscope.pair import Pair, Side, Text
+from lbllm.microscope.passes import Passes, States, view
+
+ROWS = 16  # rows of logits that exist at the same time
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,29 @@ class Effect:
         return 1 - self.hybrid.kl / self.student.kl if self.student.kl else 0.0
 
 
-def effect(pair: Pair, choice: Choice, text: str | Sequence[int] | Tensor, *, limit: int = TOKENS) -> Effect:
+def effect(pair: Pair, choice: Choice, text: Text, *, limit: int = TOKENS) -> Effect:
     """Return what a choice does to a text (or its token ids). Keys and values are quantized as ``hybrid`` says.
 
-    Raises ModelError for a text with fewer than two tokens, ConfigError for a choice that can't be.
+    The hidden states of both models on the text are kept for the next choice, which costs the blocks from its first
+    change on. Raises ModelError for a text with fewer than two tokens, ConfigError for a choice that can't be.
     """
-    raise NotImplementedError
+    started = time.monotonic()
+    ids, left_out = pair.ids(text, limit)
+    if isinstance(choice, FirstBlocks) and choice.count in (0, pair.blocks):
+        changed = _loaded_reading(pair, "student" if choice.count else "teacher", ids)
+    else:
+        start, known = first_change(pair, choice), pair.states(started_from(choice), ids)
+        passes = Passes(hybrid(pair, choice), pair.path)
+        changed = _reading(pair, ids, passes, known, passes.last(ids, known, start, known.inputs[start]))
+    return Effect(
+        choice,
+        tuple(pieces_of(pair.tokenizer, ids[0].tolist())),
+        left_out,
+        _loaded_reading(pair, "teacher", ids),
+        _loaded_reading(pair, "student", ids),
+        changed,
+        time.monotonic() - started,
+    )
 
 
 def answer(
@@ -65,5 +88,53 @@ def answer(
     *,
     stop: threading.Event | None = None,
 ) -> Iterator[ChatPiece]:
-    """Yield the hybrid's answer to ``messages`` in pieces, as ``lbllm.chat.stream``; ``settings`` as in the chat."""
-    raise NotImplementedError
+    """Return the hybrid's answer to ``messages`` in pieces, as ``lbllm.chat.stream`` gives it; ``settings`` as in the
+    chat. Raises as ``hybrid``, before the first piece."""
+    chosen = settings or ChatSettings()
+    return stream(
+        hybrid(pair, choice),
+        pair.tokenizer,
+        visible_messages(pair.student, messages, chosen),
+        max_new_tokens=chosen.max_new_tokens,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        repetition_penalty=chosen.repetition_penalty,
+        seed=chosen.seed,
+        template=chosen.template,
+        stop=stop,
+    )
+
+
+def _loaded_reading(pair: Pair, side: Side, ids: Tensor) -> Reading:
+    def read() -> Reading:
+        known = pair.states(side, ids)
+        return _reading(pair, ids, Passes(view(pair.model(side)), pair.path), known, known.last)
+
+    return pair.memo.get((side, "reading", *ids[0].tolist()), read, lambda reading: 8 * len(reading.token_kl))
+
+
+def _reading(pair: Pair, ids: Tensor, passes: Passes, known: States, last: Tensor) -> Reading:
+    """What a model makes of token ids (1, T) if its last block gives ``last`` (1, T, hidden)."""
+    of_teacher = pair.states("teacher", ids)
+    teacher = Passes(view(pair.teacher.model), pair.path)
+    kl: list[float] = []
+    losses: list[Tensor] = []
+    for start in range(0, ids.shape[1], ROWS):
+        rows = slice(start, min(start + ROWS, ids.shape[1]))
+        log_p, log_q = (
+            torch.log_softmax(one.logits(ids, states, hidden, rows), -1)
+            for one, states, hidden in ((teacher, of_teacher, of_teacher.last), (passes, known, last))
+        )
+        kl += token_kl(log_p, log_q)
+        targets = ids[0, rows.start + 1 : rows.stop + 1].to(log_q.device)
+        losses.append(-log_q[: len(targets)].gather(1, targets[:, None])[:, 0])
+    kl = kl[: ids.shape[1] - 1]
+    perplexity = float(torch.cat(losses).double().mean().exp())
+    return Reading(sum(kl) / len(kl), tuple(kl), perplexity, likeliest(pair.tokenizer, log_q[-1]))
+
+
+def token_kl(log_p: Tensor, log_q: Tensor) -> list[float]:
+    """Return KL(p || q), in nats, of each row of log-probabilities (rows, vocabulary)."""
+    # It is never negative, but rounding of nearly equal distributions can give a negative value.
+    values: list[float] = (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(-1).clamp_min(0).tolist()
+    return values

@@ -1,0 +1,67 @@
+"""A KV cache that keeps the keys and values of some blocks in the student's bits, and those of the others as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from lbllm.errors import ConfigError
+from lbllm.microscope.pair import Pair
+from lbllm.quant.kv_cache import KeepBits, leave_no_cache
+
+
+def kept_bits(pair: Pair) -> tuple[str, KeepBits] | None:
+    """The name of the module whose cache keeps the student's bits, and the hook that sees to it; None with 16 bits."""
+    for name, module in pair.student.model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, KeepBits):
+                return name, hook
+    return None
+
+
+def keep_bits_of(pair: Pair, made: PreTrainedModel, packed: Sequence[bool]) -> None:
+    """Make a view of teacher or student keep the keys and values of the ``packed`` blocks in the student's bits, and of
+    no other block."""
+    known = kept_bits(pair)
+    if known is None:
+        return
+    name, hook = known
+    holder = made.get_submodule(name)
+    release(holder)
+    if any(packed):
+        kinds = [hook.layer_class if one else DynamicLayer for one in packed]
+        holder.register_forward_pre_hook(_KeepMixed(kinds, hook.names), with_kwargs=True)
+        holder.register_forward_hook(leave_no_cache, with_kwargs=True)
+
+
+def release(holder: nn.Module) -> None:
+    """Let a module of a view keep its cache as it comes."""
+    for hooks in (holder._forward_pre_hooks, holder._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, KeepBits) or hook is leave_no_cache:
+                del hooks[key]
+
+
+class _KeepMixed:
+    """``KeepBits`` with a kind of layer for each block. No layer forgets tokens outside a sliding window: the mask
+    leaves them out, and it needs all layers to hold the same tokens."""
+
+    def __init__(self, kinds: list[type[DynamicLayer]], names: list[str]) -> None:
+        self.kinds, self.names = kinds, names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the arguments with a cache of these kinds. Raises ConfigError for a cache that can't be one."""
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            kwargs["past_key_values"] = Cache(layers=[kind() for kind in self.kinds])
+        elif list(map(type, cache.layers)) != self.kinds:
+            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+                raise ConfigError("past_key_values keeps other bits than this hybrid; pass no cache, or an empty one")
+            cache.layers = [kind() for kind in self.kinds]
+            cache.layer_class_to_replicate = None
+        return (), kwargs
