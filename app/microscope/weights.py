@@ -54,7 +54,7 @@ def _show_whole(scope: Microscope, shown: Map | None) -> None:
         st.markdown(f"**Where it is largest: {plain(shown.colour.label.lower())}**")
         rows = [Address(block, layer) for (block, layer), _ in ranked]
         _ranks(shown, rows, [f"{block}/{layer}" for (block, layer), _ in ranked], "inspect_first")
-    st.caption(plain(shown.colour.about) + ". Choose a layer on the map to see its weights, down to a single bit.")
+    st.caption(plain(sentence_of(shown.colour.about)) + " Choose a layer on the map to see its weights, down to a single bit.")
 
 
 def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
@@ -64,7 +64,12 @@ def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
         return
     st.markdown(f"**{plain(shown.colour.label)} of its layers**")
     _ranks(shown, [Address(block, name) for name in names], names, "inspect_block")
-    st.caption(plain(shown.colour.about) + ".")
+    st.caption(plain(sentence_of(shown.colour.about)))
+
+
+def sentence_of(about: str) -> str:
+    """A few words as a sentence."""
+    return f"{about[:1].upper()}{about[1:].rstrip('.')}."
 
 
 def _ranks(shown: Map, places: list[Address], names: list[str], key: str) -> None:

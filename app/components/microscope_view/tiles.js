@@ -142,7 +142,7 @@ function create(root) {
       const bits = name === "sign" || name === "bitmap";
       const ends = name === "sign" ? ["minus", "plus"] : ["none", "one"];
       paint(canvas, ...size, (at) =>
-        bits ? palette[ends[Number(values[at])]] : diverging(palette, values[at], most[name]),
+        bits ? mixed(palette.zero, palette[ends[Number(values[at])]], 0.75) : diverging(palette, values[at], most[name]),
       );
       chosen.style.display = "none";
       if (state.data.chosen) state.put(chosen, ...state.data.chosen);
