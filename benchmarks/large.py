@@ -45,11 +45,11 @@ from lbllm.measure.estimate import estimate
 from lbllm.measure.needs import needs, planned_layers
 from lbllm.models.loading import INDEX
 from lbllm.models.teacher import skeleton
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.places import ASSETS
 from lbllm.runs.store import Run, RunStore
 from lbllm.sections import PAPER_STAGES, Stage
+from lbllm.stages.block_store import BlockStore
 
 _LLAMA: dict[str, Any] = {"rope_theta": 10_000.0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -43,11 +43,11 @@ from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.loading import quiet
 from lbllm.models.streamed import weight_hashes
 from lbllm.models.teacher import Teacher, load_teacher
-from lbllm.pipeline.block_store import BlockStore, fingerprint
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.run import run
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.sections import PAPER_STAGES, STAGES, Stage, stage_number
+from lbllm.stages.block_store import BlockStore, fingerprint
 from lbllm.texts.corpus import Corpus, load_corpus
 
 PAPER, STANDARD, STAGE_4 = "preset paper", "preset standard", "stage 4"

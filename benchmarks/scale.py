@@ -25,9 +25,9 @@ from benchmarks import markdown
 from benchmarks.command_line import command_parser, one_message
 from benchmarks.report import write_report
 from lbllm.models.blocks import capture_calls, decoder_blocks, run_block
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.sections import LayerFormat, PtqConfig
 from lbllm.stages.block_state import BlockState, collect
+from lbllm.stages.block_store import BlockStore
 from lbllm.stages.hessians import input_statistics
 from lbllm.stages.ptq import binarize_layer, to_layer
 

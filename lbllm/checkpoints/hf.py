@@ -237,7 +237,7 @@ def load(
     missing or has another shape, or if a file that decides the output differs from what was saved.
     """
     folder = Path(folder)
-    _check_files(folder)
+    check_checkpoint(folder)
     try:
         with already_checked(folder):
             model = load_model(folder, guard=GUARD, dtype=dtype)
@@ -262,8 +262,9 @@ def load(
     return placed, tokenizer
 
 
-def _check_files(folder: Path) -> None:
-    """Raise CheckpointError unless config.json has our method and version and its hashes match the folder."""
+def check_checkpoint(folder: Path) -> None:
+    """Raise CheckpointError unless config.json has our method and version and its hashes match the folder; reads each
+    file once."""
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{config} does not exist; give the folder of a packed checkpoint")

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lbllm.microscope.address import Address
+from lbllm.models.weights import StoredTensor
+from lbllm.sections import LayerFormat
+
+PARAMS = ("alpha_0", "mu_0", "alpha_1", "mu_1")
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,13 @@ class StoredBit:
 
 @dataclass(frozen=True)
 class StoredParam:
-    """One group parameter. ``name``: alpha_0, mu_0, alpha_1 or mu_1; ``value``: as the kernels use it; ``bits``: 16, 8
-    or 4; ``code``: the stored bits as a number; ``data``: the bytes that hold them, from byte ``offset`` of ``file`` on;
-    ``bit``: where the code begins in them (4: the upper half of the byte). ``minimum``, ``step``: value = minimum +
-    code * step, before rounding to float32; None for 16 bits, where the code is a float16."""
+    """One group parameter.
+
+    ``name``: alpha_0, mu_0, alpha_1 or mu_1; ``value``: as the kernels use it; ``bits``: 16, 8 or 4; ``code``: the
+    stored bits as a number; ``data``: the bytes that hold them, from byte ``offset`` of ``file`` on; ``bit``: where the
+    code begins in them (4: the upper half of the byte). ``minimum``, ``step``: value = minimum + code * step; None for
+    16 bits, where the code is a float16.
+    """
 
     name: str
     value: float
@@ -45,9 +52,9 @@ class GroupView:
     """A group of g weights; the last one of a row may be shorter than the others.
 
     ``columns``: where they lie in the row. ``weights``: the teacher's, float32 (g,). ``index``: their levels, uint8
-    (g,). ``levels``: float32 (K,), ascending in a checkpoint that a run made. ``rebuilt``: levels[index], float32
-    (g,). ``before_levels`` float32 (K,), ``before_index`` uint8 (g,): before training. ``latent``: float32 (g,), or
-    None where the run kept none. ``params``: K of them. ``signs``: g bits; ``bitmap``: g bits, none for W1.
+    (g,). ``levels``: float32 (K,), in the order of ``params_to_levels``. ``rebuilt``: levels[index], float32 (g,).
+    ``before_levels`` float32 (K,), ``before_index`` uint8 (g,): before training. ``latent``: float32 (g,), or None
+    where the run kept none. ``params``: K of them. ``signs``: g bits; ``bitmap``: g bits, none for W1.
     """
 
     address: Address
@@ -63,7 +70,37 @@ class GroupView:
     signs: tuple[StoredBit, ...]
     bitmap: tuple[StoredBit, ...]
 
-    @property
-    def error(self) -> float:
-        """||w - w_q||^2 / ||w||^2 of the group."""
-        raise NotImplementedError
+
+def stored_bits(place: StoredTensor, row: int, columns: slice, planes: Tensor) -> list[tuple[StoredBit, ...]]:
+    """The bits of some columns of a row in each plane. ``place``: where the layer's planes lie, uint8 (out, planes,
+    bytes of a row); ``planes``: those of this row, uint8 (planes, bytes)."""
+    start = place.start + row * place.row_bytes
+    found = []
+    for number, plane in enumerate(planes.tolist()):
+        first = start + number * len(plane)
+        bits = [(plane[column // 8], column) for column in range(columns.start, columns.stop)]
+        found.append(
+            tuple(
+                StoredBit(bool(byte >> column % 8 & 1), place.file.name, first + column // 8, column % 8, byte)
+                for byte, column in bits
+            )
+        )
+    return found
+
+
+def stored_params(
+    place: StoredTensor, row: int, group: int, fmt: LayerFormat, params: Tensor, values: Tensor, affine: Tensor | None
+) -> tuple[StoredParam, ...]:
+    """The K parameters of a group. ``place``: where the layer's parameters lie; ``params``: those of this row as
+    stored (n, K), 4-bit ones (n, K / 2); ``values``: float32 (K,); ``affine``: minimum and step (K, 2), float16."""
+    data = params[group].numpy().tobytes()
+    first = place.start + row * place.row_bytes + group * len(data)
+    found = []
+    for number, value in enumerate(values.tolist()):
+        begin = number * fmt.param_bits
+        held = data[begin // 8 : -(-(begin + fmt.param_bits) // 8)]
+        code = int.from_bytes(held, "little") >> begin % 8 & 2**fmt.param_bits - 1
+        low, step = (None, None) if affine is None else affine[number].tolist()
+        where = place.file.name, first + begin // 8, begin % 8
+        found.append(StoredParam(PARAMS[number], value, fmt.param_bits, code, *where, held, low, step))
+    return tuple(found)

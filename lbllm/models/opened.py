@@ -129,7 +129,7 @@ class _Opened:
             value = self._weights.read(self._stored[name], rows).to(self._device)
         except (FileFault, OSError) as fault:
             raise ModelError(
-                f"{self._model.name_or_path}: {fault}; put the file back and resume: finished blocks are kept"
+                f"{self._model.name_or_path}: {fault}; put the file back and try again, a run keeps its finished blocks"
             ) from None
         return value.float() if value.is_floating_point() else value
 

@@ -115,12 +115,20 @@ class StoredWeights:
             return False
         return all(torch.equal(self.read(name, part), self.read(other, part)) for part in row_parts(first.shape))
 
-    @contextmanager
-    def _open(self, path: Path) -> Iterator[int]:
+    def check(self) -> None:
+        """Raise FileFault if a file is missing, or has changed since the headers were read."""
+        for path in self._states:
+            self._check(path)
+
+    def _check(self, path: Path) -> None:
         if not path.exists():
             raise FileFault(f"{path.name} is missing; it was there before")
         if _state(path) != self._states[path]:
             raise FileFault(f"{path.name} has changed since it was opened")
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[int]:
+        self._check(path)
         file = os.open(path, os.O_RDONLY)
         try:
             yield file

@@ -14,10 +14,10 @@ from lbllm.config import RunConfig
 from lbllm.events import StepMetric
 from lbllm.models.blocks import FORWARD_TOKENS, BlockCall
 from lbllm.models.streamed import BlockModel
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.ranks import Share
 from lbllm.runs.store import Request
 from lbllm.sections import AarConfig, E2eConfig, LayerFormat, Stage, WatConfig
+from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import Step, batch_order
 from lbllm.stages.probe import Budget
 from lbllm.streams import Streams

@@ -17,12 +17,12 @@ from lbllm.models.blocks import share_copy
 from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
 from lbllm.sections import Origin, QuantConfig
 from lbllm.stages.block_state import restore
+from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
 
 

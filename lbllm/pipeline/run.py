@@ -32,7 +32,6 @@ from lbllm.models.source import hub_id
 from lbllm.models.streamed import BlockModel
 from lbllm.models.teacher import BlockTeacher, Teacher, stream_teacher
 from lbllm.models.tokens import check_ids
-from lbllm.pipeline.block_store import BlockStore, check_weights, fingerprint
 from lbllm.pipeline.blockwise import run_stage
 from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContext
 from lbllm.pipeline.end_to_end import run_end_to_end
@@ -43,6 +42,7 @@ from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.ranks import Share
 from lbllm.runs.store import Request
 from lbllm.stages.block_state import BlockState
+from lbllm.stages.block_store import BlockStore, check_weights, fingerprint
 from lbllm.stages.probe import Budget
 from lbllm.streams import Streams
 from lbllm.texts.corpus import Corpus, load_corpus

@@ -19,12 +19,12 @@ from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.json_input import decode_object, shortened, shown
 from lbllm.models.streamed import BlockModel
 from lbllm.models.weights import row_parts
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
 from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
+from lbllm.stages.block_store import BlockStore
 
 # What every run from a checkpoint may change of the format. Stage 3 lowers the bits of activations that have 16.
 FREE = {*CONTINUATIONS[FROM_CHECKPOINT]}

@@ -185,7 +185,7 @@ def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
     """Return the level indices (uint8) of bit planes: the inverse of ``index_to_planes``."""
     if bitmap is None:
         return sign.to(torch.uint8)
-    return torch.where(sign, torch.where(bitmap, 3, 2), torch.where(bitmap, 0, 1)).to(torch.uint8)
+    return (sign == bitmap).to(torch.uint8).add_(sign, alpha=2)
 
 
 class _StraightThrough(torch.autograd.Function):

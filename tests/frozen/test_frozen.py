@@ -15,12 +15,12 @@ from lbllm.chat.votes import VoteStore
 from lbllm.config import parse_config
 from lbllm.events import RunStarted
 from lbllm.models.teacher import load_teacher
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.run import run as run_pipeline
 from lbllm.runs.store import RunStore
 from lbllm.runs.view import RunView
 from lbllm.sections import STAGES
+from lbllm.stages.block_store import BlockStore
 from tests.frozen.record import BAD_USAGE, call, differences, options, own_place, prepare
 
 VERSIONS = sorted(path for path in Path(__file__).parent.iterdir() if path.name.startswith("v"))

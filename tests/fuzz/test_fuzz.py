@@ -22,10 +22,10 @@ from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.config import DEFAULT_PRESET, RunConfig, arguments, make_config, parse_config, read_settings
 from lbllm.errors import CorpusError
 from lbllm.json_input import replaced
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.presets import PRESETS
 from lbllm.quant.plan import block_formats
 from lbllm.stages.block_state import BlockState, restore
+from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.documents import read_beginning, read_documents

@@ -25,7 +25,6 @@ from lbllm.errors import CheckpointError, ConfigError
 from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.models.streamed import BlockModel
 from lbllm.pipeline import run as pipeline
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.start import checkpoint_blocks, settings_to_go_on
 from lbllm.quant.levels import from_groups, params_to_levels, take_levels, to_groups
@@ -33,6 +32,7 @@ from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import RunStore
 from lbllm.sections import ACT_GROUP_SIZE, Stage
 from lbllm.share.export import export
+from lbllm.stages.block_store import BlockStore
 from tests.helpers.cases import cases
 from tests.helpers.finished_run import finished_run
 from tests.helpers.tiny_runs import bfloat_teacher, run_tiny, tiny_teacher, token_ids

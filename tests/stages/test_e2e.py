@@ -22,13 +22,13 @@ from lbllm.events import BlockDone, BlockStarted, Event, RunDone, RunStopped, St
 from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import end_to_end
-from lbllm.pipeline.block_store import BlockStore
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.quant.kv_cache import TrainingKVLayer
 from lbllm.quant.plan import block_formats
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import Stage
 from lbllm.stages.block_state import BlockState, restore
+from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.losses import feature_error

@@ -16,10 +16,10 @@ from torch import nn
 
 from lbllm.errors import CheckpointError, ModelError
 from lbllm.models.streamed import weight_hashes
-from lbllm.pipeline.block_store import BlockStore, check_weights, fingerprint
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat, Stage
 from lbllm.stages.block_state import BlockState, collect, restore
+from lbllm.stages.block_store import BlockStore, check_weights, fingerprint
 from lbllm.stages.distill import binary_layers
 from tests.helpers.tiny_runs import run_config
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from lbllm.models.weights import StoredWeights
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
 
+_OTHER_HASH = "its hash differs"
 _PLACE = {"stage", "block", "after", "seal"}
 _METADATA = _PLACE | {"fingerprint", "sha256", "loss_before", "loss_after", "diverged"}
 
@@ -73,11 +75,11 @@ def check_weights(folder: Path, model: str, weights: dict[str, int], files: dict
         write_file(path, json.dumps(weights).encode())
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
+def _sha256(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(names):
         digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor(name).flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -121,7 +123,7 @@ class BlockStore:
             "stage": stage,
             "block": str(block),
             "after": self._before(stage),
-            "sha256": _sha256(tensors),
+            "sha256": _sha256(tensors, tensors.__getitem__),
             "loss_before": repr(state.loss_before),
             "loss_after": repr(state.loss_after),
             "diverged": repr(state.diverged),
@@ -147,8 +149,8 @@ class BlockStore:
             metadata = stored.metadata
             self._check_place(path, metadata, stage, block)
             tensors = {name: stored.read(name) for name in stored.tensors}
-            if metadata["sha256"] != _sha256(tensors):
-                raise ValueError("its hash differs")
+            if metadata["sha256"] != _sha256(tensors, tensors.__getitem__):
+                raise ValueError(_OTHER_HASH)
             return BlockState(
                 tensors,
                 float(metadata["loss_before"]),
@@ -157,6 +159,17 @@ class BlockStore:
             )
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
+
+    def stored(self, stage: Origin, block: int) -> StoredWeights:
+        """The tensors of a block's state, to be read one by one; all of them are read once, for their hash. Raises
+        CheckpointError where ``finished`` does, FileFault, OSError."""
+        path = self.path(stage, block)
+        if not self.has(stage, block):
+            raise self._unfinished(stage, block)
+        stored = StoredWeights([path])
+        if stored.metadata.get("sha256") != _sha256(stored.tensors, stored.read):
+            raise _damaged(path, ValueError(_OTHER_HASH))
+        return stored
 
     def has(self, stage: Origin, block: int) -> bool:
         """Whether a block has finished a stage. Raises CheckpointError for a foreign file; its tensors are not read."""
@@ -205,7 +218,10 @@ class BlockStore:
         """A block's state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""
         state = self.load(stage, block)
         if state is None:
-            raise CheckpointError(
-                f"{self.folder.parent}: block {block} has not finished stage {stage}; resume the run first"
-            )
+            raise self._unfinished(stage, block)
         return state
+
+    def _unfinished(self, stage: Origin, block: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder.parent}: block {block} has not finished stage {stage}; resume the run first"
+        )

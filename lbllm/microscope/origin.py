@@ -1,0 +1,70 @@
+"""Whether a packed checkpoint was made from a teacher, seen from what binarization leaves as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lbllm.errors import ModelError
+from lbllm.models.blocks import linear_layers
+from lbllm.models.teacher import BlockTeacher
+from lbllm.models.weights import StoredWeights
+
+ROWS = 8  # of embeddings and output head that are compared
+_ROUNDING = 2.0**-7  # relative: a checkpoint keeps dense parameters in bfloat16
+_DIFFERING = 0.01  # share of a tensor's numbers
+
+
+def check_origin(title: str, teacher: BlockTeacher, stored: StoredWeights, expected: dict[str, Tensor]) -> None:
+    """Raise ModelError unless the checkpoint in the files ``stored`` can have been made from a teacher.
+
+    ``expected``: the packed tensors that it then has, by name. Their shapes and types are compared, and the values of
+    some parameters that stay dense: norms, and a few rows of the embeddings.
+    """
+    for name, tensor in expected.items():
+        found = stored.tensors.get(name)
+        if found is None or found.shape != tensor.shape:
+            shape = "no such tensor" if found is None else f"the shape {found.shape}"
+            raise _other(title, teacher, f"{name} would have the shape {tuple(tensor.shape)}, and it has {shape}")
+    inside = f"{teacher.model.path}."
+    numbers = {name.removeprefix(inside).partition(".")[0] for name in stored.tensors if name.startswith(inside)}
+    if len(numbers) != len(teacher.model.blocks):
+        raise _other(title, teacher, f"it has {len(numbers)} blocks, the model {len(teacher.model.blocks)}")
+    for name, tensor in _dense(teacher):
+        place = stored.tensors.get(name)
+        if place is None:
+            continue  # tied to another one
+        rows = slice(0, len(tensor)) if place.shape else None
+        if place.shape[1:] != tensor.shape[1:] or _differ(stored.read(name, rows), tensor):
+            raise _other(title, teacher, f"{name} differs")
+
+
+def _dense(teacher: BlockTeacher) -> Iterator[tuple[str, Tensor]]:
+    """Some parameters that stay dense, with their names in a checkpoint; the first rows of matrices."""
+    model = teacher.model
+    for name, parameter in model.model.named_parameters():
+        if name in model.matrices:
+            yield name, model.rows(name, slice(0, min(ROWS, parameter.shape[0])))
+        elif not name.startswith(f"{model.path}."):
+            yield name, parameter[:ROWS] if parameter.ndim > 1 else parameter
+    block = model.block(0)
+    linear = {id(parameter) for layer in linear_layers(block).values() for parameter in layer.parameters()}
+    for name, parameter in block.named_parameters():
+        if id(parameter) not in linear and parameter.ndim < 2:
+            yield f"{model.path}.0.{name}", parameter
+
+
+def _differ(stored: Tensor, own: Tensor) -> bool:
+    """Whether more numbers differ than rounding explains."""
+    if stored.shape != own.shape:
+        return True
+    close = torch.isclose(stored.float(), own.float(), rtol=_ROUNDING, atol=1e-6, equal_nan=True)
+    return int((~close).count_nonzero()) > _DIFFERING * own.numel()
+
+
+def _other(title: str, teacher: BlockTeacher, difference: str) -> ModelError:
+    return ModelError(
+        f"{title} was not made from {teacher.name}: {difference}; give the model that it was made from as its teacher"
+    )
