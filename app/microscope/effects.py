@@ -28,21 +28,22 @@ _SCOPES = {"layer": "This layer", "block": "Its whole block"}
 def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
     """The change, its effect, and the answers on request. Raises LbllmError."""
     change = Change.parse(state.value("change"))
-    st.segmented_control(
-        "Change",
-        list(KINDS),
-        required=True,
-        key=state.bound("kind", change.kind),
-        format_func=KINDS.__getitem__,
-        on_change=_kind,
-        args=(scope,),
-        label_visibility="collapsed",
-    )
+    with st.container(horizontal=True, key="inspect_change"):
+        st.segmented_control(
+            "Change",
+            list(KINDS),
+            required=True,
+            key=state.bound("kind", change.kind),
+            format_func=KINDS.__getitem__,
+            on_change=_kind,
+            args=(scope,),
+            label_visibility="collapsed",
+        )
+        if change.kind in ("dense", "only") and at.block is not None:
+            _pick_scope(change)
     lacks = missing(change, at)
     if lacks:
         st.markdown(lacks)
-        if change.kind in ("dense", "only") and at.block is not None:
-            _pick_scope(change)
         return
     levels = _controls(change, scope, at)
     choice = choice_of(change, at, scope, levels)
@@ -78,9 +79,7 @@ def _detail(kind: str) -> None:
 
 def _controls(change: Change, scope: Microscope, at: Address) -> tuple[float, ...]:
     """What the change needs besides the place; returns the stored levels where they are to be changed."""
-    if change.kind in ("dense", "only"):
-        _pick_scope(change)
-    elif change.kind == "first":
+    if change.kind == "first":
         st.slider(
             f"How many of the {scope.blocks} blocks are binarized, from the first on",
             0,
@@ -149,9 +148,9 @@ def _effect(pair: Pair, scope: Microscope, choice: Choice, text: str) -> Effect:
 
 def _show(found: Effect, name: str) -> None:
     show_figures(
-        (number_text(found.hybrid.kl), f"nats a token from the teacher: {name}"),
-        (number_text(found.student.kl), "the student"),
-        (f"{100 * found.returned:.0f} %", "of the student's divergence taken away"),
+        (number_text(found.hybrid.kl), "nats a token from the teacher"),
+        (number_text(found.student.kl), "the student as it is"),
+        (f"{100 * found.returned:.0f} %", "of that taken away"),
     )
     models = [
         _column("teacher", "Teacher", found.teacher),

@@ -29,7 +29,7 @@ def group_data(scope: Microscope, layer: LayerView, group: GroupView) -> dict[st
         "bits_title": "The bits in the file",
         "planes": [{"name": name, "bytes": _bytes(bits)} for name, bits in planes if bits],
         "params_title": f"The parameters as stored, in {layer.fmt.param_bits} bits each",
-        "params_head": ["", "code", "value", "bytes"],
+        "params_head": ["", "code", "value", "in the file", "at byte"],
         "params": [_param(param) for param in group.params],
         "at": 0,
     }
@@ -72,8 +72,7 @@ def _bytes(bits: tuple[StoredBit, ...]) -> list[dict[str, object]]:
 
 
 def _param(param: StoredParam) -> list[str]:
-    width = -(-param.bits // 4)
-    place = f"{param.data.hex(' ').upper()} at {param.offset:,}"
-    if param.bits == 4:
-        place += ", upper half" if param.bit else ", lower half"
-    return [param.name, f"0x{param.code:0{width}X}", _number(param.value), place]
+    digits = -(-param.bits // 4)
+    half = ("upper half of " if param.bit else "lower half of ") if param.bits == 4 else ""
+    place = f"{half}0x{param.data.hex(' ').upper()}"
+    return [param.name, f"0x{param.code:0{digits}X}", _number(param.value), place, f"{param.offset:,}"]

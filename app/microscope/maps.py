@@ -20,7 +20,6 @@ from lbllm.microscope.overview import METRICS, MetricName
 from lbllm.microscope.pair import Pair
 
 Unit = Literal["share", "bits", "nats"]
-_MOVED = "inspect_moved"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,6 @@ def map_on_text(scope: Microscope, name: str, pair: Pair, text: str) -> Map:
 def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "") -> None:
     """The map, which fills while it is looked at; without values where it needs something first, which ``waiting``
     says."""
-    st.session_state.pop(_MOVED, None)
     if shown is None:
         _draw(None, scope, at, waiting)
         return
@@ -137,7 +135,8 @@ def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "
 def _growing(shown: Map, at: Address) -> None:
     with guard():
         shown.filling.look(shown.work)
-        if shown.filling.done or st.session_state.pop(_MOVED, False):
+        state.follow()
+        if shown.filling.done:
             st.rerun()
         _draw(shown, shown.scope, at, f"{len(shown.filling.blocks)} of {shown.scope.blocks} blocks are computed")
 
@@ -177,7 +176,6 @@ def _go(scope: Microscope, sent: list[int]) -> None:
     block, column = sent
     if 0 <= block < scope.blocks and column < len(scope.layers):
         state.go(at=str(Address(block, scope.layers[column] if column >= 0 else None)))
-        st.session_state[_MOVED] = True
 
 
 def short_names(layers: list[str]) -> dict[str, str]:

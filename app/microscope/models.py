@@ -11,25 +11,24 @@ from pathlib import Path
 import streamlit as st
 
 from app import visits
-from app.compare.models import allow, allowed, choices, hold, resolve
+from app.compare.models import Offer, allow, allowed, choices, hold, resolve
 from app.microscope import state
 from app.paths import teacher_name
 from app.view import plain, sentence
 from lbllm.chat.pool import Slot
 from lbllm.checkpoints.find import find_checkpoint
+from lbllm.errors import CheckpointError
 from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from lbllm.models.catalogue import MODELS
 
-OWN = "The one it was made from"
+TEACHER, OWN = "Beside its teacher", "The one it was made from"
 _SLOTS = "inspect_slots"
 
 
-def pick_model() -> str:
-    """The picker of the checkpoint; returns its name for the engine. Raises ConfigError and others for a bad one."""
-    teachers = {entry.id for entry in MODELS}
-    offered = {value: offer for value, offer in choices().items() if value not in teachers}
-    chosen = state.value("model")
+def pick_model() -> None:
+    """The picker of the checkpoint."""
+    offered, chosen = _checkpoints(), state.value("model")
     st.selectbox(
         "Checkpoint",
         list(dict.fromkeys([*offered, chosen])),
@@ -40,15 +39,14 @@ def pick_model() -> str:
         args=("model",),
         help="A packed checkpoint: choose one, or type a run's id or a folder.",
     )
-    return resolve(chosen, offered).name
 
 
-def pick_teacher() -> str | None:
-    """The picker of the teacher; returns its name, None for the one that the checkpoint names."""
+def pick_teacher() -> None:
+    """The picker of the teacher."""
     chosen = state.value("teacher")
     known = ["", *(entry.id for entry in MODELS)]
     st.selectbox(
-        "Beside its teacher",
+        TEACHER,
         list(dict.fromkeys([*known, chosen])),
         key=state.bound("teacher", chosen),
         format_func=lambda value: value or OWN,
@@ -58,7 +56,20 @@ def pick_teacher() -> str | None:
         help="The full-precision model. Only the one that the checkpoint was made from fits; choose it here where the "
         "checkpoint does not name it, or type a folder, a .gguf file or a hub id.",
     )
-    return teacher_name(chosen) if chosen else None
+
+
+def chosen() -> tuple[str, str | None]:
+    """The names of the checkpoint and of the teacher for the engine; None for the teacher that the checkpoint names.
+
+    Raises LbllmError for a name that leads nowhere, ConfigError for a path outside the allowed folder.
+    """
+    teacher = state.value("teacher")
+    return resolve(state.value("model"), _checkpoints()).name, teacher_name(teacher) if teacher else None
+
+
+def _checkpoints() -> dict[str, Offer]:
+    teachers = {entry.id for entry in MODELS}
+    return {value: offer for value, offer in choices().items() if value not in teachers}
 
 
 def _picked(name: str) -> None:
@@ -68,7 +79,7 @@ def _picked(name: str) -> None:
 
 def unread() -> list[str]:
     """What only a link chose and what is not this machine's own: it is read after a click."""
-    own = choices()
+    own = _checkpoints()
     values = {name: state.value(name) for name in ("model", "teacher")}
     return [
         value
@@ -87,7 +98,10 @@ def ask_to_read(values: list[str]) -> None:
 def microscope(name: str, teacher: str | None) -> Microscope:
     """The open checkpoint, which all sessions share. Raises LbllmError."""
     folder = find_checkpoint(name).folder
-    stamps = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
+    try:
+        stamps = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read ({error}); choose another checkpoint") from None
     return _opened(name, teacher, folder, stamps)
 
 

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, str] = {
 }
 # The address of a page has room for a paragraph.
 LONGEST_TEXT = 600
-_LAST = "inspect_last"
+_LAST, _MOVED = "inspect_last", "inspect_moved"
 
 
 def arrive() -> None:
@@ -34,6 +34,7 @@ def arrive() -> None:
     visits.arrive()
     if not any(name in st.query_params for name in DEFAULTS):
         st.query_params.update(st.session_state.get(_LAST, {"model": SHIPPED}))
+    st.session_state.pop(_MOVED, None)
     _keep()
 
 
@@ -49,7 +50,14 @@ def go(**changes: str) -> None:
             st.query_params.pop(name, None)
         elif st.query_params.get(name) != wanted:
             st.query_params[name] = wanted
+    st.session_state[_MOVED] = True
     _keep()
+
+
+def follow() -> None:
+    """In a part of the page that runs alone: run the whole page where a click in this part changed the address."""
+    if st.session_state.pop(_MOVED, False):
+        st.rerun()
 
 
 def _keep() -> None:

@@ -12,7 +12,7 @@ from app.microscope import state
 from app.microscope.figures import show_figures
 from app.microscope.groups import group_data
 from app.microscope.maps import Map, value_text
-from app.view import count_text, number_text, plain
+from app.view import count_text, guard, number_text, plain
 from lbllm.microscope.address import Address
 from lbllm.microscope.layer import TILES, LayerView
 from lbllm.microscope.microscope import Microscope
@@ -49,21 +49,48 @@ def _show_whole(scope: Microscope, shown: Map | None) -> None:
     if shown is None:
         st.markdown("Choose a layer on the map to see its weights.")
         return
+    with st.container():
+        (_largest if shown.filling.done else _largest_so_far)(shown)
+    st.caption(
+        plain(sentence_of(shown.colour.about)) + " Choose a layer on the map to see its weights, down to a single bit."
+    )
+
+
+def _largest(shown: Map) -> None:
+    """The layers with the largest values."""
     ranked = sorted(shown.known().items(), key=lambda item: -item[1])[:_FIRST]
     if ranked:
-        st.markdown(f"**Where it is largest: {plain(shown.colour.label.lower())}**")
+        st.markdown(f"**{plain(shown.colour.label)}: the largest{'' if shown.filling.done else ' so far'}**")
         rows = [Address(block, layer) for (block, layer), _ in ranked]
         _ranks(shown, rows, [f"{block}/{layer}" for (block, layer), _ in ranked], "inspect_first")
-    st.caption(plain(sentence_of(shown.colour.about)) + " Choose a layer on the map to see its weights, down to a single bit.")
+
+
+@st.fragment(run_every=1.0)
+def _largest_so_far(shown: Map) -> None:
+    with guard():
+        state.follow()
+        _largest(shown)
+
+
+def _of_block(shown: Map, block: int) -> None:
+    """The layers of a block with their values."""
+    names = list(shown.scope.shapes[block])
+    _ranks(shown, [Address(block, name) for name in names], names, "inspect_block")
+
+
+@st.fragment(run_every=1.0)
+def _of_block_so_far(shown: Map, block: int) -> None:
+    with guard():
+        state.follow()
+        _of_block(shown, block)
 
 
 def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
-    names = list(scope.shapes[block])
     if shown is None:
         st.markdown("Choose a layer of this block on the map.")
         return
     st.markdown(f"**{plain(shown.colour.label)} of its layers**")
-    _ranks(shown, [Address(block, name) for name in names], names, "inspect_block")
+    (_of_block if shown.filling.done else _of_block_so_far)(shown, block)
     st.caption(plain(sentence_of(shown.colour.about)))
 
 

@@ -31,9 +31,9 @@ def page() -> None:
     with st.container(key="inspect_top"):
         first, second, third, last = st.columns([5, 4, 4, 6], vertical_alignment="bottom")
         with first:
-            name = models.pick_model()
+            models.pick_model()
         with second:
-            teacher = models.pick_teacher()
+            models.pick_teacher()
         with third:
             colour = pick_colour()
         with last:
@@ -42,6 +42,7 @@ def page() -> None:
     if unread:
         models.ask_to_read(unread)
         return
+    name, teacher = models.chosen()
     scope = models.microscope(name, teacher)
     at, problem = _place(scope)
     left, right = st.columns([5, 11], gap="large")

@@ -1,18 +1,17 @@
 // One group of weights: above the axis the stored levels with the weights that use them, below it those before training;
 // then the weights one by one, the parameters as they are stored, and the bytes of the file.
 
-const WIDTH = 640;
 const AXIS = 104;
 const BAND = 76;
 
-function bars(values, index, levels, low, high, up) {
+function bars(values, index, low, high, wide, up) {
   const count = within(Math.ceil(2 * Math.sqrt(values.length)) + 4, 12, 60);
   const at = (value) => within(Math.floor(((value - low) / (high - low)) * count), 0, count - 1);
   const stacks = Array.from({ length: count }, () => []);
   values.forEach((value, number) => stacks[at(value)].push(number));
   const most = Math.max(...stacks.map((stack) => stack.length));
   const step = Math.min(14, BAND / most);
-  const width = (WIDTH - 40) / count;
+  const width = (wide - 40) / count;
   const nodes = [];
   stacks.forEach((stack, bin) => {
     stack.sort((a, b) => index[a] - index[b]);
@@ -32,24 +31,24 @@ function bars(values, index, levels, low, high, up) {
   return nodes;
 }
 
-function picture(data) {
+function picture(data, wide) {
   const all = [...data.weights, ...data.levels, ...(data.before?.levels ?? []), ...(data.latent ?? [])];
   const [least, most] = [Math.min(...all), Math.max(...all)];
   const margin = (most - least || 1) * 0.04;
   const [low, high] = [least - margin, most + margin];
-  const x = (value) => 20 + ((value - low) / (high - low)) * (WIDTH - 40);
-  const svg = drawing("svg", { viewBox: `0 0 ${WIDTH} ${2 * AXIS}`, role: "img", "aria-label": data.label });
-  svg.append(...bars(data.weights, data.index, data.levels, low, high, true));
-  if (data.before) svg.append(...bars(data.weights, data.before.index, data.before.levels, low, high, false));
-  svg.append(drawing("line", { class: "axis", x1: 20, x2: WIDTH - 20, y1: AXIS, y2: AXIS }));
+  const x = (value) => 20 + ((value - low) / (high - low)) * (wide - 40);
+  const svg = drawing("svg", { viewBox: `0 0 ${wide} ${2 * AXIS}`, role: "img", "aria-label": data.label });
+  svg.append(...bars(data.weights, data.index, low, high, wide, true));
+  if (data.before) svg.append(...bars(data.weights, data.before.index, low, high, wide, false));
+  svg.append(drawing("line", { class: "axis", x1: 20, x2: wide - 20, y1: AXIS, y2: AXIS }));
   const marks = (levels, from, to, place, kind) => {
     let last = -Infinity;
     levels.forEach((level, number) => {
       svg.append(drawing("line", { class: `mark ${kind} level${number % 4}`, x1: x(level), x2: x(level), y1: from, y2: to }));
       // Two levels may lie too close to each other for two labels.
-      if (x(level) - last < 52) return;
+      if (x(level) - last < 56) return;
       last = x(level);
-      svg.append(drawing("text", { class: "label", x: within(x(level), 42, WIDTH - 42), y: place }, digits(level)));
+      svg.append(drawing("text", { class: "label", x: within(x(level), 42, wide - 42), y: place }, digits(level)));
     });
   };
   marks(data.levels, 18, AXIS, 13, "after");
@@ -118,7 +117,7 @@ function create(root) {
   const rest = element("div", "rest");
   box.append(legend, chart, line, rest);
   root.append(box);
-  const state = { box, legend, chart, line, rest, at: 0, data: null };
+  const state = { box, legend, chart, line, rest, at: 0, data: null, wide: 0 };
   chart.tabIndex = 0;
   chart.setAttribute("role", "application");
   chart.setAttribute("aria-roledescription", "weights of a group");
@@ -130,6 +129,14 @@ function create(root) {
     }
     line.replaceChildren(...data.lines[state.at].map((part) => element("span", "", part)));
   };
+  // Drawn for the width that there is: text in it has the size of text beside it.
+  state.draw = () => {
+    state.wide = within(chart.clientWidth || 640, 280, 900);
+    chart.replaceChildren(picture(state.data, state.wide));
+    state.mark(state.at);
+  };
+  state.resize = new ResizeObserver(() => state.data && Math.abs(chart.clientWidth - state.wide) > 8 && state.draw());
+  state.resize.observe(chart);
   box.addEventListener("mouseover", (event) => {
     const node = event.target.closest?.("[data-number]");
     if (node) state.mark(Number(node.dataset.number));
@@ -161,12 +168,12 @@ export default function ({ parentElement, data }) {
     }),
   );
   state.chart.setAttribute("aria-label", data.keys);
-  state.chart.replaceChildren(picture(data));
   const bits = element("div", "planes");
   bits.append(element("div", "title", data.bits_title), ...data.planes.map((one) => plane(state, one)));
   const params = element("div", "params");
   params.append(element("div", "title", data.params_title), table(data.params_head, data.params, data.params_title));
   state.rest.replaceChildren(bits, params);
-  state.mark(data.at);
+  state.at = data.at;
+  state.draw();
   state.box.dataset.place = data.place;
 }

@@ -36,6 +36,8 @@ function create(root) {
     const [row, column] = where(node);
     state.mark(row, column);
     state.send("go", [row, column - 1]);
+    // On a phone what is chosen stands below the map.
+    if (innerWidth <= 640) document.querySelector(".st-key-inspect_crumbs")?.scrollIntoView({ behavior: "smooth" });
   };
   grid.addEventListener("mouseover", (event) => place(event) && state.show(place(event)));
   grid.addEventListener("mouseleave", hide);
