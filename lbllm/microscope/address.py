@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 
 from lbllm.errors import ConfigError
-from lbllm.json_input import shortened
+from lbllm.json_input import shown
 
 _LONGEST = 300  # characters
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -45,7 +45,7 @@ class Address:
         fits = len(text) <= _LONGEST and len(parts) <= 4 and (layer is None or _LAYER.fullmatch(layer))
         if not fits or not all(part is None or _NUMBER.fullmatch(part) for part in (block, row, group)):
             raise ConfigError(
-                f"{shortened(text)} is not an address; write block/layer/row/group, counted from 0, for example "
+                f"{shown(text)} is not an address; write block/layer/row/group, counted from 0, for example "
                 f"{EXAMPLE}, or only its first parts"
             )
         numbers = [None if part is None else int(part) for part in (block, row, group)]

@@ -1,0 +1,69 @@
+"""A packed checkpoint of a tiny model beside its teacher, in a fraction of a second: clustered, not trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, save_packed
+from lbllm.models.blocks import linear_layers, linear_weight
+from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.levels import (
+    LEVELS,
+    assign,
+    fit_levels,
+    from_groups,
+    group_length,
+    levels_to_params,
+    params_to_levels,
+    to_groups,
+)
+from lbllm.quant.packed_layer import PackedLinear
+from lbllm.quant.packing import fit_grid, stored_params
+from lbllm.quant.plan import block_formats
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import LayerFormat, QuantConfig
+from tests.helpers.tiny_models import save_tiny, tiny
+
+
+def tiny_pair(folder: Path, architecture: str, quant: QuantConfig, **changes: Any) -> tuple[Path, Path]:
+    """Write the model to ``folder``/teacher and its packed form to ``folder``/packed; returns both. ``changes``: as of
+    ``save_tiny``, and ``largest``, the bytes of a file of weights."""
+    largest = changes.pop("largest", 10**9)
+    teacher = save_tiny(folder / "teacher", architecture, **changes)
+    model, tokenizer = tiny(architecture, **changes)
+    _, blocks, formats = block_formats(model, quant)
+    packed = [
+        {name: _packed(linear_layers(block)[name], fmt, quant) for name, fmt in of_block.items()}
+        for block, of_block in zip(blocks, formats, strict=True)
+    ]
+    stated = LbllmConfig(quant=quant.model_dump(mode="json"), bpw=2.0, provenance={"model": str(teacher)})
+    model.bfloat16().config.quantization_config = stated
+    model.hf_quantizer = LbllmQuantizer(stated)  # type: ignore[assignment]
+    for block, of_packed in zip(blocks, packed, strict=True):
+        for name, layer in of_packed.items():
+            block.set_submodule(name, layer)
+    tokenizer.save_pretrained(folder / "packed")
+    save_packed(model, folder / "packed", max_shard_size=largest)
+    return folder / "packed", teacher
+
+
+@torch.no_grad()
+def _packed(layer: torch.nn.Module, fmt: LayerFormat, quant: QuantConfig) -> PackedLinear:
+    weight = linear_weight(layer)
+    length, count = group_length(fmt.group_size, weight.shape[1]), LEVELS[fmt.format]
+    groups = to_groups(weight, length)
+    importance = to_groups(torch.ones_like(weight), length)
+    params = levels_to_params(fit_levels(groups, importance, count, 2))
+    grid = fit_grid(params) if fmt.param_bits == 4 else None
+    params = stored_params(params, fmt.param_bits, grid)
+    index = from_groups(assign(groups, params_to_levels(params)), weight.shape[1])
+    # Some bits as training would have changed them.
+    index[::3, ::5] = (index[::3, ::5] + 1) % count
+    binary = BinaryLinear(layer, fmt, params, index, grid)
+    if fmt.act_bits < 16:
+        binary.quantizer = ActQuantizer(fmt.act_bits, quant.tail_steps, group_size=fmt.act_group_size)
+        binary.quantizer.act.data.copy_(torch.tensor([0.4, 0.9, 0.8]))
+    return PackedLinear.pack(binary, quant.tail_steps, torch.bfloat16)
