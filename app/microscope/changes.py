@@ -75,17 +75,11 @@ def _levels(text: str) -> tuple[float, ...] | None:
 
 def missing(change: Change, at: Address) -> str:
     """What has to be chosen before the change means something; empty if nothing is missing."""
-    if change.kind in ("dense", "only"):
-        if at.block is None:
-            return "Choose a layer or a block on the map."
-        return "Choose a layer on the map, or change the whole block." if not _found(change, at) else ""
+    if change.kind in ("dense", "only") and at.block is None:
+        return "Choose a layer or a block on the map."
     if change.kind == "levels" and at.group is None:
         return "Choose a layer on the map, then in Weights a group of it: its levels can be changed here."
     return "Choose a layer on the map." if change.kind == "bits" and at.layer is None else ""
-
-
-def _found(change: Change, at: Address) -> bool:
-    return change.detail == "block" or at.layer is not None
 
 
 def choice_of(change: Change, at: Address, scope: Microscope, levels: tuple[float, ...]) -> Choice:
@@ -109,7 +103,7 @@ def choice_of(change: Change, at: Address, scope: Microscope, levels: tuple[floa
 
 def name_of(change: Change, at: Address) -> str:
     """The hybrid of a change in a few words."""
-    place = f"block {at.block}" if change.detail == "block" else str(at.of_layer)
+    place = f"block {at.block}" if change.detail == "block" or at.layer is None else str(at.of_layer)
     if change.kind == "first":
         return f"First {change.detail} blocks binarized"
     if change.kind == "levels":

@@ -39,7 +39,7 @@ def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
             args=(scope,),
             label_visibility="collapsed",
         )
-        if change.kind in ("dense", "only") and at.block is not None:
+        if change.kind in ("dense", "only") and at.layer is not None:
             _pick_scope(change)
     lacks = missing(change, at)
     if lacks:

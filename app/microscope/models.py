@@ -17,7 +17,7 @@ from app.paths import teacher_name
 from app.view import plain, sentence
 from lbllm.chat.pool import Slot
 from lbllm.checkpoints.find import find_checkpoint
-from lbllm.errors import CheckpointError
+from lbllm.errors import CheckpointError, ModelError
 from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from lbllm.models.catalogue import MODELS
@@ -102,7 +102,10 @@ def microscope(name: str, teacher: str | None) -> Microscope:
         stamps = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read ({error}); choose another checkpoint") from None
-    return _opened(name, teacher, folder, stamps)
+    try:
+        return _opened(name, teacher, folder, stamps)
+    except ModelError as error:
+        raise ModelError(str(error).replace("with --teacher", f"above, as “{TEACHER}”")) from None
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the files of the checkpoint and its teacher")
