@@ -29,6 +29,7 @@ TOGETHER = (
     "tests/pipeline/test_run.py",
     "tests/pipeline/test_start.py",
     "tests/measure/test_preview.py",
+    "tests/microscope/test_before.py",
     "tests/benchmarks/test_quality.py",
     "tests/app/test_quantize_preview.py",
     "tests/checkpoints/test_shipped.py",

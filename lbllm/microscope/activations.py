@@ -152,9 +152,9 @@ def activations(
     tail = next(module.tail for module in pair.student.model.modules() if isinstance(module, PackedLinear))
     trials = []
     for ranges in (ACT_GROUP_SIZE, WHOLE_ROW):
-        quantizer = ActQuantizer(4, tail, group_size=ranges).requires_grad_(False).to(inputs.device)
-        search_grid(quantizer, inputs, weight)
-        trials.append(_measure(quantizer, inputs, weight, chosen))
+        trial = ActQuantizer(4, tail, group_size=ranges).requires_grad_(False).to(inputs.device)
+        search_grid(trial, inputs, weight)
+        trials.append(_measure(trial, inputs, weight, chosen))
     quantizer = None if own is None else _measure(own, inputs, weight, chosen)
     return ActivationView(
         block,

@@ -17,15 +17,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Self
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lbllm.checkpoints.find import FoundCheckpoint, find_checkpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, check_checkpoint
 from lbllm.checkpoints.record import checkpoint_name
-from lbllm.checkpoints.seal import packed_weights, read_document, stated_weights
+from lbllm.checkpoints.seal import CORRUPT, packed_weights, read_document, stated_weights
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.microscope.address import EXAMPLE, Address
 from lbllm.microscope.before import Before
@@ -87,18 +89,18 @@ class Microscope:
         found = find_checkpoint(name, store)
         folder = found.folder
         check_checkpoint(folder)
+        config = _config(folder)
         try:
             stored = StoredWeights(packed_weights(folder))
         except (FileFault, OSError) as fault:
-            raise CheckpointError(f"{folder}: {fault}; copy or make the checkpoint again") from None
-        stated = read_document(folder)["quantization_config"]
-        config = LbllmConfig(**{key: value for key, value in stated.items() if key != "quant_method"})
+            raise CheckpointError(f"{folder}: {fault}; {CORRUPT}") from None
         opened = stream_teacher(teacher or teacher_of(found, store), torch.device("cpu"))
         before = Before()
         if not found.shipped and found.stated.name == "checkpoint":
             before = Before.find(found.stated.parent, len(opened.model.blocks))
         made = cls(found, config, stored, opened, before)
-        check_origin(made.title, opened, stored, made._expected())
+        with made._reading():
+            check_origin(made.title, opened, stored, made._expected())
         return made
 
     def check(self, address: Address | str) -> Address:
@@ -252,6 +254,18 @@ def _weight(block: nn.Module, place: Address) -> Tensor:
 def _shape(layer: nn.Module) -> tuple[int, int]:
     rows, columns = linear_weight(layer).shape
     return rows, columns
+
+
+def _config(folder: Path) -> LbllmConfig:
+    """What a checkpoint's config.json says of its format. Raises CheckpointError for one that can't be read."""
+    stated = read_document(folder)["quantization_config"]
+    config = LbllmConfig(**{key: value for key, value in stated.items() if key != "quant_method"})
+    try:
+        _ = config.format
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"{folder}: setting quant.{place} can't be read; {CORRUPT}") from None
+    return config
 
 
 def _fingerprint(hashes: dict[str, str]) -> str:

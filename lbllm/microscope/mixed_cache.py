@@ -1,4 +1,5 @@
-"""A KV cache that keeps the keys and values of some blocks in the student's bits, and those of the others as they are."""
+"""A KV cache that keeps the keys and values of some blocks in the student's bits, and those of the others as they
+are."""
 
 from __future__ import annotations
 

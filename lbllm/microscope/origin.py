@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lbllm.errors import ModelError
+from lbllm.checkpoints.seal import CORRUPT
+from lbllm.errors import CheckpointError, ModelError
 from lbllm.models.blocks import linear_layers
 from lbllm.models.teacher import BlockTeacher
 from lbllm.models.weights import StoredWeights
@@ -18,20 +19,25 @@ _DIFFERING = 0.01  # share of a tensor's numbers
 
 
 def check_origin(title: str, teacher: BlockTeacher, stored: StoredWeights, expected: dict[str, Tensor]) -> None:
-    """Raise ModelError unless the checkpoint in the files ``stored`` can have been made from a teacher.
+    """Raise ModelError unless the checkpoint in the files ``stored`` can have been made from a teacher, CheckpointError
+    if it has tensors of another type than its format.
 
     ``expected``: the packed tensors that it then has, by name. Their shapes and types are compared, and the values of
     some parameters that stay dense: norms, and a few rows of the embeddings.
     """
     for name, tensor in expected.items():
         found = stored.tensors.get(name)
-        if found is None or found.shape != tensor.shape:
-            shape = "no such tensor" if found is None else f"the shape {found.shape}"
-            raise _other(title, teacher, f"{name} would have the shape {tuple(tensor.shape)}, and it has {shape}")
+        wanted = f"would have the shape {tuple(tensor.shape)}"
+        if found is None:
+            raise _other(title, teacher, f"{name} {wanted}, but there is no such tensor")
+        if found.shape != tensor.shape:
+            raise _other(title, teacher, f"{name} {wanted}, but has {found.shape}")
+        if found.dtype != tensor.dtype and not name.endswith(".act"):
+            raise CheckpointError(f"{title}: {name} is of type {found.dtype}, not {tensor.dtype}; {CORRUPT}")
     inside = f"{teacher.model.path}."
     numbers = {name.removeprefix(inside).partition(".")[0] for name in stored.tensors if name.startswith(inside)}
     if len(numbers) != len(teacher.model.blocks):
-        raise _other(title, teacher, f"it has {len(numbers)} blocks, the model {len(teacher.model.blocks)}")
+        raise _other(title, teacher, f"it has {len(numbers)} blocks, and the model {len(teacher.model.blocks)}")
     for name, tensor in _dense(teacher):
         place = stored.tensors.get(name)
         if place is None:

@@ -78,6 +78,8 @@ class Pair:
             found = prompt_ids(self.tokenizer, [{"role": "user", "content": text}], template=False)
         else:
             found = torch.as_tensor(text, dtype=torch.long).reshape(1, -1)
+            if found.numel() and int(found.min()) < 0:
+                raise ModelError(f"{int(found.min())} is not the id of a token; ids are 0 and more")
         if found.shape[1] < 2:
             raise ModelError(
                 f"the text has {found.shape[1]} token; a token's probability follows from those before it, so write at "

@@ -57,7 +57,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for name, fmt in of_block.items()
         if fmt is not None
     ]
-    return Made(folder, microscope, {place: microscope.layer(place) for place in places})
+    some = {*places[:2], *places[2::3], places[-1]}
+    return Made(folder, microscope, {place: microscope.layer(place) for place in sorted(some)})
 
 
 def header(file: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
@@ -152,7 +153,7 @@ def test_weights_follow_from_bits_and_parameters(made: Made) -> None:
                 assert math.isclose(group.rebuilt[place].item(), wanted, rel_tol=1e-6, abs_tol=1e-7)
                 assert layer.rebuilt[row, column] == group.rebuilt[place]
                 assert group.weights[place] == layer.original[row, column]
-                assert group.levels[group.index[place].item()] == group.rebuilt[place]
+                assert group.levels[int(group.index[place])] == group.rebuilt[place]
 
 
 def test_layers_are_those_of_the_loaded_models(made: Made) -> None:
