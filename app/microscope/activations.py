@@ -27,6 +27,7 @@ from lbllm.microscope.pair import Pair
 
 PARTS = {"activations": "Inputs of the layer", "keys": "Keys", "values": "Values"}
 _KEPT = "inspect_activations"
+_COLOURWAY = [COLOURS[name] for name in ("student", "ptq", "aar", "e2e", "bad", "bitmap", "other")]
 
 
 def show_activations(pair: Pair, scope: Microscope, at: Address, text: str, view: str) -> None:
@@ -140,7 +141,7 @@ def _cache_part(view: CacheView, part: CachePart, name: str) -> None:
         for number, row in enumerate(part.maxima)
     ]
     layout = {"xaxis": {"title": {"text": "channel"}}, "yaxis": {"title": {"text": "largest value"}}, "height": 260}
-    figure = {"data": heads, "layout": layout | {"showlegend": True}}
+    figure = {"data": heads, "layout": layout | {"showlegend": True, "colorway": _COLOURWAY}}
     live_chart(encode(figure, label=f"Largest {name.lower()} of each channel"), key="inspect_maxima")
 
 

@@ -38,6 +38,7 @@ def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
             on_change=_kind,
             args=(scope,),
             label_visibility="collapsed",
+            wrap=True,
         )
         if change.kind in ("dense", "only") and at.layer is not None:
             _pick_scope(change)
@@ -109,7 +110,8 @@ def _controls(change: Change, scope: Microscope, at: Address) -> tuple[float, ..
 def _pick_levels(change: Change, scope: Microscope, at: Address) -> tuple[float, ...]:
     assert at.row is not None
     assert at.group is not None
-    group = scope.layer(at).group(at.row, at.group)
+    layer = scope.layer(at)
+    group = layer.group(at.row, at.group)
     stored = tuple(group.levels.tolist())
     shown = change.levels or stored
     if len(shown) != len(stored):
@@ -126,7 +128,8 @@ def _pick_levels(change: Change, scope: Microscope, at: Address) -> tuple[float,
                 args=(len(shown),),
             )
         st.button("As stored", key="inspect_levels_reset", on_click=state.go, kwargs={"change": "levels:"})
-    st.caption(f"The levels of group {at.group} of row {at.row} in {plain(str(at.of_layer))}, one of many groups.")
+    groups = layer.shape[0] * layer.groups
+    st.caption(f"Group {at.group} of row {at.row} in {plain(str(at.of_layer))} is one of {groups:,} in this layer.")
     return shown
 
 
@@ -150,7 +153,10 @@ def _show(found: Effect, name: str) -> None:
     show_figures(
         (number_text(found.hybrid.kl), "nats a token from the teacher"),
         (number_text(found.student.kl), "the student as it is"),
-        (f"{100 * found.returned:.0f} %", "of that taken away"),
+        (
+            f"{number_text(100 * abs(found.returned))} %",
+            "of that added" if found.returned < 0 else "of that taken away",
+        ),
     )
     models = [
         _column("teacher", "Teacher", found.teacher),

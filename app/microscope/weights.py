@@ -137,7 +137,10 @@ def _show_layer(scope: Microscope, at: Address) -> None:
     if found is None:
         st.caption("Point at a weight, or use the arrow keys; a click or Enter opens its group.")
         return
-    st.markdown(f"**Group {group} of row {row}**")
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.markdown(f"**Group {group} of row {row}**", width="content")
+        change = {"view": "change", "change": "levels:"}
+        st.button("Change its levels by hand", key="inspect_edit", type="tertiary", on_click=state.go, kwargs=change)
     group_view(group_data(scope, layer, found), key="inspect_group")
 
 

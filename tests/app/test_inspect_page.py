@@ -319,7 +319,9 @@ def test_a_map_fills_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) 
     time.sleep(0.8)
     stopped = len(found.blocks)
     assert 0 < stopped < 40
-    wait_until(lambda: found.look(work) or found.done, seconds=20)
+    found.look(work)
+    monkeypatch.setattr(background, "PATIENCE", 60)
+    wait_until(lambda: found.done, seconds=20)
     assert len(begun) == 2
     assert begun[1] >= set(range(stopped - 1))
     assert found.values["error"] == {(block, "a"): float(block) for block in range(40)}
