@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,9 +73,9 @@ class Window:
 
 
 def relative_error(original: Tensor, rebuilt: Tensor) -> float:
-    """Return ||W - W_q||^2 / ||W||^2 of weights of the same shape; 0 if both are zero."""
-    difference, energy = _energy(original - rebuilt), _energy(original)
-    return difference / max(energy, torch.finfo(torch.float64).tiny)
+    """Return ||W - W_q||^2 / ||W||^2 of tensors (..., n); 0 if both are zero."""
+    error, energy = _energy(original - rebuilt), _energy(original)
+    return error / energy if energy else (math.inf if error else 0.0)
 
 
 def flipped(index: Tensor, before: Tensor, count: int) -> tuple[float, float | None]:

@@ -42,6 +42,7 @@ def test_the_error_is_the_squared_distance_by_the_energy(layer: LayerView) -> No
 
 def test_the_error_of_nothing_is_nothing() -> None:
     assert relative_error(torch.zeros(3, 4), torch.zeros(3, 4)) == 0.0
+    assert relative_error(torch.zeros(3, 4), torch.ones(3, 4)) == float("inf")
 
 
 def test_flipped_bits_are_counted() -> None:
