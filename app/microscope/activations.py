@@ -10,6 +10,7 @@ import streamlit as st
 from app.components.live_chart import encode, live_chart
 from app.microscope import state
 from app.microscope.figures import show_figures
+from app.microscope.filling import click
 from app.view import COLOURS, number_text, plain
 from lbllm.microscope.activations import (
     ActivationView,
@@ -61,7 +62,7 @@ def _layer_inputs(pair: Pair, scope: Microscope, at: Address, text: str) -> Acti
     key = (scope.fingerprint, scope.teacher_name, at.block, at.layer, text)
     kept = st.session_state.get(_KEPT)
     if kept is None or kept[0] != key:
-        with st.spinner("The student reads the sentence"):
+        with st.spinner("The student reads the sentence"), click():
             kept = st.session_state[_KEPT] = key, activations(pair, at.block, at.layer, text)
     found: ActivationView = kept[1]
     return found
@@ -71,7 +72,7 @@ def _block_cache(pair: Pair, scope: Microscope, block: int, text: str) -> CacheV
     key = (scope.fingerprint, scope.teacher_name, block, text)
     kept = st.session_state.get(_KEPT)
     if kept is None or kept[0] != key:
-        with st.spinner("The student reads the sentence"):
+        with st.spinner("The student reads the sentence"), click():
             kept = st.session_state[_KEPT] = key, cache(pair, block, text)
     found: CacheView = kept[1]
     return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import streamlit as st
 
+from app.components.live_chart import encode, live_chart
 from app.components.microscope_view import words_view
 from app.microscope import state
 from app.microscope.changes import FORMATS, KINDS, ROUNDED, Change, choice_of, missing, name_of
 from app.microscope.figures import show_figures, words_html
-from app.view import number_text, plain
+from app.microscope.filling import click
+from app.view import COLOURS, number_text, plain
 from lbllm.chat.settings import ChatSettings
 from lbllm.labels import FORMAT_NAMES
 from lbllm.microscope.address import Address
@@ -50,7 +53,9 @@ def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
     choice = choice_of(change, at, scope, levels)
     found = _effect(pair, scope, choice, text)
     name = name_of(change, at)
-    _show(found, name)
+    _show(found, name, change)
+    if change.kind == "first":
+        _curve(found, scope, text)
     _answers(pair, scope, choice, name, text)
 
 
@@ -142,21 +147,23 @@ def _effect(pair: Pair, scope: Microscope, choice: Choice, text: str) -> Effect:
     kept: OrderedDict[tuple[object, ...], Effect] = st.session_state.setdefault("inspect_effects", OrderedDict())
     key = (scope.fingerprint, scope.teacher_name, choice, text)
     if key not in kept:
-        with st.spinner("The models read the sentence"):
+        with st.spinner("The models read the sentence"), click():
             kept[key] = effect(pair, choice, text)
         while len(kept) > _KEPT:
             kept.popitem(last=False)
     return kept[key]
 
 
-def _show(found: Effect, name: str) -> None:
+def _show(found: Effect, name: str, change: Change) -> None:
+    share = f"{100 * abs(found.returned):.3g} %"
+    if change.kind in ("only", "first"):
+        share, words = f"{100 * (1 - found.returned):.3g} %", "of the student's"
+    else:
+        words = "of it is added" if found.returned < 0 else "of it is taken away"
     show_figures(
         (number_text(found.hybrid.kl), "nats a token from the teacher"),
         (number_text(found.student.kl), "the student as it is"),
-        (
-            f"{number_text(100 * abs(found.returned))} %",
-            "of that added" if found.returned < 0 else "of that taken away",
-        ),
+        (share, words),
     )
     models = [
         _column("teacher", "Teacher", found.teacher),
@@ -166,6 +173,45 @@ def _show(found: Effect, name: str) -> None:
     words_view({"place": name, "models": models, "expected": found.teacher.next[0].text}, key="inspect_words")
     if found.left_out:
         st.caption(f"The last {found.left_out} tokens of the sentence are not read: it is too long.")
+
+
+def _curve(found: Effect, scope: Microscope, text: str) -> None:
+    """The divergence against the number of binarized blocks, as far as it was tried. Its ends are always known."""
+    kept: OrderedDict[tuple[object, ...], Effect] = st.session_state["inspect_effects"]
+    tried = {0: 0.0, scope.blocks: found.student.kl}
+    for (*of, choice, read), one in kept.items():
+        if isinstance(choice, FirstBlocks) and (*of, read) == (scope.fingerprint, scope.teacher_name, text):
+            tried[choice.count] = one.hybrid.kl
+    counts = sorted(tried)
+    here = found.choice.count if isinstance(found.choice, FirstBlocks) else 0
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "uid": "tried",
+            "x": counts,
+            "y": [tried[count] for count in counts],
+            "line": {"color": COLOURS["ptq"], "width": 2},
+            "hovertemplate": "%{x} blocks: %{y:.3g}<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "uid": "here",
+            "x": [here],
+            "y": [tried[here]],
+            "marker": {"size": 14, "color": "rgba(0,0,0,0)", "line": {"color": COLOURS["bad"], "width": 2.5}},
+            "hoverinfo": "skip",
+        },
+    ]
+    layout = {
+        "height": 200,
+        "showlegend": False,
+        "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
+        "xaxis": {"title": {"text": "binarized blocks"}},
+        "yaxis": {"title": {"text": "nats a token"}, "rangemode": "tozero"},
+    }
+    live_chart(encode({"data": traces, "layout": layout}, label="Divergence by the number of binarized blocks"), key="inspect_curve")
 
 
 def _column(kind: str, name: str, reading: Reading) -> dict[str, object]:

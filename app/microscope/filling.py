@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import streamlit as st
 
@@ -18,8 +19,40 @@ PATIENCE = 5.0
 Cell = tuple[int, str]
 # (block, layer), and for each colour that the work knows its value there.
 Step = tuple[Cell, dict[str, float | None]]
-# Maps compete for the cores with whoever clicks: one step at a time.
+# One step of one map at a time.
 _TURN = threading.Lock()
+
+
+class _Clicks:
+    """How many clicks are being answered: maps wait for them, since they would share the cores."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._open = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with self._mutex:
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._open -= 1
+
+    def wait(self, seconds: float) -> None:
+        """Wait until none is open, at most so long: a busy server's maps must fill, too."""
+        end = time.monotonic() + seconds
+        while self._open and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+_CLICKS = _Clicks()
+
+
+def click() -> AbstractContextManager[None]:
+    """A context in which the maps wait: for what the user waits for."""
+    return _CLICKS.one()
 
 
 class Filling:
@@ -52,6 +85,7 @@ class Filling:
             steps = work(set(self.blocks))
             while time.monotonic() - self._seen < PATIENCE:
                 with _TURN:
+                    _CLICKS.wait(PATIENCE)
                     found = next(steps, None)
                 if found is None or (last is not None and found[0][0] != last):
                     self.blocks |= {last} if last is not None else set()

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, str] = {
     "at": "",
     "colour": "error",
     "view": "weights",
-    "text": "The capital of France is",
+    "text": "The sky is blue because",
     "change": "dense:layer",
 }
 # The address of a page has room for a paragraph.

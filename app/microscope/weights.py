@@ -10,6 +10,7 @@ from torch import Tensor
 from app.components.microscope_view import group_view, ranks_view, tiles_view
 from app.microscope import state
 from app.microscope.figures import show_figures
+from app.microscope.filling import click
 from app.microscope.groups import group_data
 from app.microscope.maps import Map, value_text
 from app.view import count_text, guard, number_text, plain
@@ -113,7 +114,8 @@ def _ranks(shown: Map, places: list[Address], names: list[str], key: str) -> Non
             return name, "dense" if dense else "–", None
         return name, value_text(shown.colour.unit, found), found / most
 
-    data = {"label": shown.colour.label, "rows": [row(*pair) for pair in zip(places, names, strict=True)]}
+    rows = [row(*pair) for pair in zip(places, names, strict=True)]
+    data = {"place": state.value("at"), "label": shown.colour.label, "rows": rows}
 
     def chosen(number: int) -> None:
         if 0 <= number < len(places):
@@ -124,16 +126,19 @@ def _ranks(shown: Map, places: list[Address], names: list[str], key: str) -> Non
 
 def _show_layer(scope: Microscope, at: Address) -> None:
     layer = scope.layer(at)
+    opened = at.row is not None and at.group is not None
+    row, group = at.row or 0, at.group or 0
+    with click():
+        error = layer.error
+        tiles = tiles_data(layer, row, group, opened=opened)
+        found = group_data(scope, layer, layer.group(row, group)) if opened else None
     rows, columns = layer.shape
     show_figures(
-        (f"{number_text(100 * layer.error)} %", "weight error"),
+        (f"{number_text(100 * error)} %", "weight error"),
         (f"{layer.bits:.2f}", "bits a weight"),
         (f"{rows} × {columns}", f"weights, in groups of {layer.length}"),
     )
-    opened = at.row is not None and at.group is not None
-    row, group = at.row or 0, at.group or 0
-    found = layer.group(row, group) if opened else None
-    tiles_view(tiles_data(layer, row, group, opened=opened), key="inspect_tiles", go=partial(_go, layer))
+    tiles_view(tiles, key="inspect_tiles", go=partial(_go, layer))
     if found is None:
         st.caption("Point at a weight, or use the arrow keys; a click or Enter opens its group.")
         return
@@ -141,7 +146,7 @@ def _show_layer(scope: Microscope, at: Address) -> None:
         st.markdown(f"**Group {group} of row {row}**", width="content")
         change = {"view": "change", "change": "levels:"}
         st.button("Change its levels by hand", key="inspect_edit", type="tertiary", on_click=state.go, kwargs=change)
-    group_view(group_data(scope, layer, found), key="inspect_group")
+    group_view(found, key="inspect_group")
 
 
 def _go(layer: LayerView, sent: list[int]) -> None:

@@ -53,7 +53,7 @@ def map_view(data: dict[str, Any], *, key: str, go: Go) -> None:
 def ranks_view(data: dict[str, Any], *, key: str, go: Go) -> None:
     """A list of names with bars, each a button. ``go`` gets its number.
 
-    ``data``: label; rows: (name, text, share between 0 and 1 or None).
+    ``data``: place (address), label; rows: (name, text, share between 0 and 1 or None).
     """
     _moving(_ranks, data, key, go)
 

@@ -3,6 +3,7 @@
 export default function ({ parentElement, data, setTriggerValue }) {
   const list = parentElement.querySelector("ol") ?? parentElement.appendChild(element("ol", "ranks"));
   list.setAttribute("aria-label", data.label);
+  list.dataset.place = data.place;
   list.replaceChildren(
     ...data.rows.map(([name, text, share], number) => {
       const item = element("li", "");
