@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,15 +58,32 @@ def matmul_rate(dtype: torch.dtype, size: int = 384, seconds: float = 0.1, place
 _onednn: Any = torch.backends.mkldnn  # its type hints lack ``matmul``
 
 
+class _Products:
+    """How many threads compute by oneDNN now, and the setting without them."""
+
+    def __init__(self) -> None:
+        self.mutex, self.users, self.before = threading.Lock(), 0, ""
+
+
+_products = _Products()
+
+
 @contextmanager
 def _by_onednn() -> Iterator[None]:
     """Compute float32 matrix products on the CPU with oneDNN, which may round their factors to bfloat16."""
-    before = _onednn.matmul.fp32_precision
-    _onednn.matmul.fp32_precision = "bf16"
+    # It holds for the whole process: the last of several threads restores what the first one found.
+    with _products.mutex:
+        if _products.users == 0:
+            _products.before = _onednn.matmul.fp32_precision
+            _onednn.matmul.fp32_precision = "bf16"
+        _products.users += 1
     try:
         yield
     finally:
-        _onednn.matmul.fp32_precision = before
+        with _products.mutex:
+            _products.users -= 1
+            if _products.users == 0:
+                _onednn.matmul.fp32_precision = _products.before
 
 
 @contextmanager

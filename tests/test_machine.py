@@ -127,6 +127,13 @@ def test_other_products_stay_as_they_were() -> None:
     with pytest.raises(KeyError), float32_products():
         raise KeyError
     assert onednn.matmul.fp32_precision == before
+    # Two threads, of which the first to begin is the first to end.
+    first, second = float32_products(), float32_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert onednn.matmul.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"
 
 

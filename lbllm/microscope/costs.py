@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lbllm.machine import float32_products
 from lbllm.microscope.activations import layer_inputs_on, relative_error
 from lbllm.microscope.effect import ROWS, token_kl
 from lbllm.microscope.hybrid import Only, hybrid
@@ -37,9 +38,11 @@ def costs(pair: Pair, text: Text, *, blocks: Sequence[int] | None = None) -> Ite
     for block in range(pair.blocks) if blocks is None else blocks:
         pair.check(block)
         if names := pair.binarized[block]:
-            inputs = layer_inputs_on(pair, "teacher", ids, block, names)
-            errors = [_output_error(pair, block, name, inputs[name]) for name in names]
-            for name, kl, error in zip(names, _divergences(pair, ids, known, block, names), errors, strict=True):
+            with float32_products():
+                inputs = layer_inputs_on(pair, "teacher", ids, block, names)
+                errors = [_output_error(pair, block, name, inputs[name]) for name in names]
+                found = _divergences(pair, ids, known, block, names)
+            for name, kl, error in zip(names, found, errors, strict=True):
                 yield LayerCost(block, name, kl, error)
 
 

@@ -23,6 +23,8 @@ from lbllm.quant.packed_layer import PackedLinear
 
 # Bytes of hidden states that a pair keeps.
 KEPT = 2**24
+# Results that are kept in any case: hidden states and readings of two models.
+_ALWAYS = 4
 # A loaded packed model has these as attributes of its own; they would lead from a view back to it.
 _BOUND = ("forward", "save_pretrained")
 T = TypeVar("T")
@@ -143,8 +145,8 @@ class Passes:
 
 
 class Memo:
-    """The latest results of computations that are repeated for the same text, within ``size`` bytes. Threads may share
-    it; two that ask for the same at once may both compute it."""
+    """The latest results of computations that are repeated for the same text, within ``size`` bytes, but always those
+    of the last text. Threads may share it; two that ask for the same at once may both compute it."""
 
     def __init__(self, size: int = KEPT) -> None:
         self._size = size
@@ -161,7 +163,7 @@ class Memo:
         made = make()
         with self._mutex:
             self._found[key] = made, nbytes(made)
-            while sum(size for _, size in self._found.values()) > self._size:
+            while len(self._found) > _ALWAYS and sum(size for _, size in self._found.values()) > self._size:
                 self._found.popitem(last=False)
         return made
 

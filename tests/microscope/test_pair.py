@@ -11,6 +11,7 @@ import torch
 
 from lbllm.errors import ConfigError, ModelError
 from lbllm.microscope.pair import Pair
+from lbllm.microscope.passes import Memo
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, tiny
 from tests.helpers.tiny_pairs import as_loaded, tiny_pair, tiny_student
 
@@ -105,3 +106,28 @@ def test_another_tokenizer_of_the_same_size_is_refused(pair: Pair) -> None:
     tokenizer.add_tokens(["<|more|>"])
     with pytest.raises(ModelError, match="different vocabularies"):
         Pair(pair.teacher, dataclasses.replace(pair.student, tokenizer=tokenizer))
+
+
+def test_the_latest_results_are_kept_within_their_size() -> None:
+    memo, made = Memo(10), []
+
+    def ask(key: str, size: int) -> str:
+        def make() -> str:
+            made.append(key)
+            return key * 2
+
+        return memo.get(key, make, lambda _: size)
+
+    assert [ask(key, 3) for key in "abcabc"] == ["aa", "bb", "cc"] * 2
+    assert made == ["a", "b", "c"]
+    ask("a", 3)  # used later than b
+    ask("d", 3)
+    ask("e", 3)
+    ask("a", 3)
+    assert made == ["a", "b", "c", "d", "e"]
+    ask("b", 3)
+    assert made[-1] == "b"
+    # Those of one text stay, whatever their size.
+    for key in "wxyzwxyz":
+        ask(key, 100)
+    assert made[6:] == ["w", "x", "y", "z"]
