@@ -1,7 +1,7 @@
 """How long a click on the page Inspect takes, by the clock of a real browser: ``python -m benchmarks.clicks``.
 
-A workbench is started over an empty home, with the shipped checkpoint beside the embedded teacher. Each kind of click
-is made ``--clicks`` times at different places: links, layers, groups and windows, which come from the files, then
+A workbench is started over a home without runs, with the shipped checkpoint beside the embedded teacher. Each kind of
+click is made ``--clicks`` times at different places: links, layers, groups and windows, which come from the files, then
 changes of a text of ``--tokens`` tokens, for which both models are loaded. Printed is the time from the click to the
 new view in the page: the median, what 95 of 100 clicks take at most, and the slowest. Nothing else should work on the
 machine.
@@ -27,6 +27,7 @@ from lbllm.microscope.microscope import Microscope
 from lbllm.models.teacher import load_tokenizer
 from lbllm.texts.prompts import example_prompts
 from tests.browser.conftest import CHROMIUM, FLAGS, Server
+from tests.helpers.homes import own_home
 
 PATIENCE = 300_000  # milliseconds
 # Watched in the page itself. ``window.shown`` resolves when a part of the microscope shows another place than before
@@ -58,7 +59,7 @@ def text_of(tokens: int) -> str:
     tokenizer = load_tokenizer(DEFAULT_MODEL)
     prompts = " ".join(prompt for kind in example_prompts() for prompt in kind.prompts)
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    text: str = tokenizer.decode(ids[:tokens])
+    text = str(tokenizer.decode(ids[:tokens]))
     found = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     if found != tokens:
         raise SystemExit(f"a text of {found} tokens was found instead of {tokens}; give other --tokens")
@@ -189,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     text, scope = text_of(options.tokens), Microscope.open(SHIPPED)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        server = Server(Path(folder) / "home")
+        server = Server(own_home(Path(folder) / "home", "kernels", "models"))
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             server.start()

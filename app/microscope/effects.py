@@ -211,7 +211,8 @@ def _curve(found: Effect, scope: Microscope, text: str) -> None:
         "xaxis": {"title": {"text": "binarized blocks"}},
         "yaxis": {"title": {"text": "nats a token"}, "rangemode": "tozero"},
     }
-    live_chart(encode({"data": traces, "layout": layout}, label="Divergence by the number of binarized blocks"), key="inspect_curve")
+    payload = encode({"data": traces, "layout": layout}, label="Divergence by the number of binarized blocks")
+    live_chart(payload, key="inspect_curve")
 
 
 def _column(kind: str, name: str, reading: Reading) -> dict[str, object]:
