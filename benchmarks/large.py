@@ -38,7 +38,7 @@ from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError, LbllmError
-from lbllm.events import BlockDone, Event, RunDone, RunFailed, RunStarted, StageStarted
+from lbllm.events import BlockDone, Evaluated, Event, RunDone, RunFailed, RunStarted, StageDone, StageStarted
 from lbllm.files import new_folder
 from lbllm.machine import fastest_matmul_rate
 from lbllm.measure.estimate import estimate
@@ -154,8 +154,10 @@ class Watched:
                 after = stored.seq
                 if isinstance(stored.event, StageStarted):
                     doing = f"stage {PAPER_STAGES.index(stored.event.stage) + 1}"
-                elif stored.event.kind == "stage_done":
-                    doing = "evaluation and end"
+                elif isinstance(stored.event, StageDone):
+                    doing = "evaluation"
+                elif isinstance(stored.event, Evaluated) and stored.event.what == self._run.config.stages[-1]:
+                    doing = "checkpoint"
                 yield stored.event
             if ended:
                 return

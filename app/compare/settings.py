@@ -18,11 +18,10 @@ _OFFERED: dict[str, tuple[float, float]] = {
 }
 
 
-def settings() -> tuple[ChatSettings, ChatSettings, bool]:
-    """Show the controls in a popover; return the settings of the left and the right side, and whether the models answer
-    one after the other."""
+def settings() -> None:
+    """Show the controls in a popover; ``current`` returns what is chosen."""
     with st.popover("Settings", icon=":material/tune:"):
-        timed = st.toggle(
+        st.toggle(
             "One after the other",
             key="compare_timed",
             persist_state="session",
@@ -37,16 +36,28 @@ def settings() -> tuple[ChatSettings, ChatSettings, bool]:
             help="Use separate settings for each side, for example to compare one model at two temperatures.",
         )
         if not apart:
-            both = _controls("both")
-            return both, both, timed
-        left, right = st.columns(2, gap="large")
-        with left:
-            st.markdown("**Left**")
-            first = _controls("left")
-        with right:
-            st.markdown("**Right**")
-            second = _controls("right")
-    return first, second, timed
+            _controls("both")
+            return
+        for side, column in zip(("left", "right"), st.columns(2, gap="large"), strict=True):
+            with column:
+                st.markdown(f"**{side.capitalize()}**")
+                _controls(side)
+
+
+def current() -> tuple[ChatSettings, ChatSettings, bool]:
+    """Return the settings of the left and the right side, and whether the models answer one after the other.
+
+    In a callback this is what the page shows at that moment, also if the script has not run since a change.
+    """
+    state = st.session_state
+    sides = ("left", "right") if state.get("compare_apart") else ("both", "both")
+    left, right = (_of(side) for side in sides)
+    return left, right, bool(state.get("compare_timed"))
+
+
+def _of(side: str) -> ChatSettings:
+    values = {name: st.session_state.get(f"compare_{name}_{side}") for name in ChatSettings.model_fields}
+    return ChatSettings(**{name: value for name, value in values.items() if value is not None})
 
 
 def chosen() -> dict[str, Any]:
@@ -70,7 +81,7 @@ def _start_from_shared() -> None:
                 state[f"compare_{name}_{side}"] = value
 
 
-def _controls(side: str) -> ChatSettings:
+def _controls(side: str) -> None:
     def shared(name: str) -> dict[str, Any]:
         """Return the arguments that all widgets of a setting have."""
         field = ChatSettings.model_fields[name]
@@ -83,12 +94,12 @@ def _controls(side: str) -> ChatSettings:
         ends = {"min_value": kind(least), "max_value": kind(greatest)}  # type: ignore[arg-type]
         return shared(name) | ends | _first(name, side) | {"step": step}
 
-    values = {name: st.slider(**number(name, 0.05)) for name in ("temperature", "top_p", "repetition_penalty")}
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        st.slider(**number(name, 0.05))
     for column, (name, step) in zip(st.columns(2), (("seed", 1), ("max_new_tokens", 8)), strict=True):
-        values[name] = column.number_input(**number(name, step))
-    system = st.text_area(**shared("system"), height=80, max_chars=4000, placeholder="None")
-    template = st.toggle(**shared("template"), **_first("template", side))
-    return ChatSettings(system=system or "", template=template, **values)
+        column.number_input(**number(name, step))
+    st.text_area(**shared("system"), height=80, max_chars=4000, placeholder="None")
+    st.toggle(**shared("template"), **_first("template", side))
 
 
 def _first(name: str, side: str) -> dict[str, Any]:

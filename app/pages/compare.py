@@ -12,7 +12,7 @@ from app import visits
 from app.compare.answers import difference_text, prompt_bubble, show_earlier, show_exchange, show_live, show_prompt
 from app.compare.lens import complete, show_lens
 from app.compare.models import SIDES, Offer, allow, allowed, choices, hold, pick, resolve, show_state, write_state
-from app.compare.settings import chosen, settings
+from app.compare.settings import chosen, current, settings
 from app.compare.votes import show_votes, votes_of
 from app.view import guard, plain
 from lbllm.chat.conversation import Conversation, Exchange
@@ -45,8 +45,9 @@ def ask(prompt: str) -> None:
     ready = st.session_state.get("compare_ready")
     if not prompt or ready is None or conversation().running:
         return
-    slots, names, both, timed = ready
-    conversation().ask(prompt, slots, names, both, timed=timed)
+    slots, titles = ready
+    left, right, timed = current()
+    conversation().ask(prompt, slots, contenders(titles, (left, right)), (left, right), timed=timed)
     st.session_state.pop("compare_editing", None)
 
 
@@ -57,10 +58,12 @@ def asked() -> None:
 
 def regenerate() -> None:
     """Answer the last prompt once more, each side with its next seed: the same one would write the same again."""
-    slots, names, both, timed = st.session_state["compare_ready"]
+    slots, titles = st.session_state["compare_ready"]
+    *both, timed = current()
     seeds = [own.seed + 1 for own in conversation().exchanges[-1].settings]
     prompt = conversation().drop_last()
     left, right = (own.model_copy(update={"seed": seed}) for own, seed in zip(both, seeds, strict=True))
+    names = contenders(titles, (both[0], both[1]))
     conversation().ask(prompt, slots, names, (left, right), timed=timed)
 
 
@@ -114,8 +117,8 @@ def pickers() -> tuple[tuple[Offer, Offer] | None, list[str], list[DeltaGenerato
     return (picked[0], picked[1]) if len(picked) == 2 else None, waiting, places
 
 
-def composer(talk: Conversation, *, ready: bool) -> tuple[ChatSettings, ChatSettings, bool]:
-    """Prompt box, stop, settings, examples; the settings of both sides and whether they answer in turn."""
+def composer(talk: Conversation, *, ready: bool) -> None:
+    """Prompt box, stop, settings, examples."""
     closed = talk.running or not ready
     # Not at the window's lower edge: there it would scroll the page down with every new word.
     with st.container(horizontal=True, vertical_alignment="center", key="compare_composer"):
@@ -129,7 +132,7 @@ def composer(talk: Conversation, *, ready: bool) -> tuple[ChatSettings, ChatSett
             disabled=not talk.running,
             on_click=stop,
         )
-        left, right, timed = settings()
+        settings()
         with st.popover("Examples", icon=":material/lightbulb:"):
             for kind in example_prompts():
                 st.markdown(f"**{kind.kind}**")
@@ -142,7 +145,6 @@ def composer(talk: Conversation, *, ready: bool) -> tuple[ChatSettings, ChatSett
                         args=(prompt,),
                         disabled=closed,
                     )
-    return left, right, timed
 
 
 def welcome() -> None:
@@ -253,7 +255,7 @@ def page() -> None:
     talk = conversation()
     picked, waiting, states = pickers()
     ready = picked is not None and not waiting
-    left, right, timed = composer(talk, ready=ready)
+    composer(talk, ready=ready)
     visits.kept().settings = chosen()
     # A place for each state of the page: the one that is not filled vanishes at once, not at the end of the script.
     beginning, earlier, stage, below, lens = (st.empty() for _ in range(5))
@@ -264,8 +266,10 @@ def page() -> None:
             ask_to_load(waiting)
     elif picked is not None:
         slots = hold((picked[0].name, picked[1].name))
-        names = contenders((picked[0].title, picked[1].title), (left, right))
-        st.session_state["compare_ready"] = (slots, names, (left, right), timed)
+        titles = (picked[0].title, picked[1].title)
+        left, right, _ = current()
+        names = contenders(titles, (left, right))
+        st.session_state["compare_ready"] = (slots, titles)
     if slots is not None and not talk.running:
         for slot, place, side in zip(slots, states, SIDES, strict=True):
             with place.container():

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm import kernels, memory
 from lbllm.checkpoints.structure import Structure
-from lbllm.quant.kv_cache import HalfKVLayer, PackedKVLayer, is_packed
+from lbllm.quant.kv_cache import HalfKVLayer, PackedKVLayer
+from lbllm.quant.model_cache import is_packed
 from lbllm.quant.packed_layer import Arranged
 
 

@@ -39,13 +39,13 @@ from lbllm.checkpoints.seal import (
     seal_tokenizer,
 )
 from lbllm.checkpoints.weights import LARGEST, remove_old, save_parts
-from lbllm.config import setting_name
-from lbllm.errors import CheckpointError, ConfigError, ModelError
+from lbllm.errors import CheckpointError, ConfigError
 from lbllm.files import write_file
 from lbllm.json_input import shortened
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
 from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tied_weights
-from lbllm.quant.kv_cache import KeepBits, KVLayer, PackedKVLayer, leave_no_cache, with_bits
+from lbllm.quant.kv_cache import KVLayer, PackedKVLayer, with_bits
+from lbllm.quant.model_cache import KeepBits, leave_no_cache
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
 
@@ -136,26 +136,30 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
             block.set_submodule(name, packed)
 
 
-def attach_kv_cache(model: nn.Module, bits: int, kind: KVLayer = PackedKVLayer) -> None:
+def attach_kv_cache(model: PreTrainedModel, bits: int, kind: KVLayer = PackedKVLayer) -> None:
     """Make the model keep its KV cache in ``bits`` bits, no matter who creates the cache: generate(), a caller, or a
-    plain forward call of the model or of its decoder without the head. Call it before the layers are replaced."""
-    if bits >= 16:
+    plain forward call of the model or of its decoder without the head. Call it before the layers are replaced.
+
+    A model without a KV cache stays as it is. Raises ConfigError for a cache that can't keep these bits.
+    """
+    decoder = _cache_holder(model) if bits < 16 else None
+    if decoder is None:
         return
-    decoder = _cache_holder(model)
     names = list(inspect.signature(decoder.forward).parameters)
-    decoder.register_forward_pre_hook(KeepBits(with_bits(kind, bits), names), with_kwargs=True)
+    decoder.register_forward_pre_hook(KeepBits(with_bits(kind, bits), names, model.config), with_kwargs=True)
     decoder.register_forward_hook(leave_no_cache, with_kwargs=True)
 
 
-def _cache_holder(model: nn.Module) -> nn.Module:
-    """The innermost module around the decoder blocks that takes a KV cache: every pass with a cache goes through it."""
+def _cache_holder(model: nn.Module) -> nn.Module | None:
+    """The innermost module around the decoder blocks that takes a KV cache: every pass with a cache goes through it.
+    None if the model has no KV cache."""
     path, _ = decoder_blocks(model)
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
         if "past_key_values" in inspect.signature(module.forward).parameters:
             return module
-    raise ModelError(f"{type(model).__name__} takes no past_key_values; set {setting_name('quant.kv_bits')} to 16")
+    return None
 
 
 def _other_version(place: str, version: object) -> str:

@@ -26,7 +26,6 @@ from lbllm.baselines.methods import StoredLayer, method, quantize_layer
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.models.blocks import (
-    BlockCall,
     capture_calls,
     check_supported,
     decoder_blocks,
@@ -39,6 +38,7 @@ from lbllm.models.blocks import (
     share_copy,
     shared_inputs,
 )
+from lbllm.models.calls import BlockCall
 from lbllm.models.teacher import load_teacher
 from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat

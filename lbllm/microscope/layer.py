@@ -98,7 +98,8 @@ class LayerView:
     """One binarized layer. Tensors are made when they are first asked for, and then kept; change none of them.
 
     ``address``; ``name``: the full module path; ``shape``: (out, in); ``fmt``; ``length``: weights in a full group;
-    ``groups``: groups in a row; ``quantizer``: None with 16-bit activations.
+    ``groups``: groups in a row; ``quantizer``: None with 16-bit activations. ``names``: those of the packed layer's
+    tensors in the files.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class LayerView:
         name: str,
         packed: PackedLinear,
         stored: StoredWeights,
+        names: dict[str, str],
         original: Callable[[], Tensor],
         before: Before,
     ) -> None:
@@ -117,7 +119,8 @@ class LayerView:
         if packed.quantizer is not None:
             knee, low, high, bits, tail = packed.quantizer.settings()
             self.quantizer = Quantizer(bits, knee, low, high, tail, packed.quantizer.group_size)
-        self._packed, self._stored, self._original, self._before = packed, stored, original, before
+        self._packed, self._stored, self._names = packed, stored, names
+        self._original, self._before = original, before
 
     @property
     def bits(self) -> float:
@@ -245,7 +248,7 @@ class LayerView:
         levels = params_to_levels(params)
         before_levels, before_index = self.before(one)
         latent = self._before.latents(*self._place, self.shape, one)
-        bits = stored_bits(self._stored.tensors[f"{self.name}.weight"], row, columns, planes)
+        bits = stored_bits(self._stored.tensors[self._names["weight"]], row, columns, planes)
         return GroupView(
             address=Address(*self._place, row, group),
             columns=columns,
@@ -257,7 +260,7 @@ class LayerView:
             before_index=before_index[0, columns],
             latent=None if latent is None else latent[0, columns],
             params=stored_params(
-                self._stored.tensors[f"{self.name}.params"],
+                self._stored.tensors[self._names["params"]],
                 row,
                 group,
                 self.fmt,
@@ -290,7 +293,7 @@ class LayerView:
     def _read(self, name: str, rows: slice) -> Tensor:
         """Some rows of one of the layer's tensors, from the file."""
         try:
-            return self._stored.read(f"{self.name}.{name}", rows)
+            return self._stored.read(self._names[name], rows)
         except (FileFault, OSError) as fault:
             raise CheckpointError(f"{self.name}: {fault}; put the file back, and open the checkpoint again") from None
 

@@ -32,7 +32,7 @@ from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.microscope.address import EXAMPLE, Address
 from lbllm.microscope.before import Before
 from lbllm.microscope.layer import LayerView
-from lbllm.microscope.origin import check_origin
+from lbllm.microscope.origin import check_origin, stored_name
 from lbllm.microscope.overview import METRICS, MetricName, Overview, Row
 from lbllm.models.blocks import linear_layers, linear_weight
 from lbllm.models.catalogue import model_title
@@ -76,6 +76,9 @@ class Microscope:
             for number, of_block in enumerate(structure)
         ]
         self.before_words, self.latent_words = before.words, before.latent_words
+        self._expected = self._packed_tensors()
+        structure_of = teacher.model.model
+        self._names = {name: stored_name(structure_of, name, tensor, stored) for name, tensor in self._expected.items()}
         self._kept: OrderedDict[Address, LayerView] = OrderedDict()
         self._rows: dict[tuple[MetricName, int], Row] = {}
         self._lock = threading.Lock()
@@ -100,7 +103,7 @@ class Microscope:
             before = Before.find(found.stated.parent, len(opened.model.blocks))
         made = cls(found, config, stored, opened, before)
         with made._reading():
-            check_origin(made.title, opened, stored, made._expected())
+            check_origin(made.title, opened, stored, made._expected, made._names)
         return made
 
     def check(self, address: Address | str) -> Address:
@@ -216,7 +219,7 @@ class Microscope:
                 dtype=torch.float32,
             )
 
-    def _expected(self) -> dict[str, Tensor]:
+    def _packed_tensors(self) -> dict[str, Tensor]:
         """The tensors, on the meta device, that a checkpoint of this format and of this teacher has for its layers."""
         places = [
             Address(number, name)
@@ -233,9 +236,10 @@ class Microscope:
     def _view(self, place: Address, original: Callable[[], Tensor]) -> LayerView:
         full, packed = self._full(place), self._empty(place)
         with self._reading():
-            tensors = {name: self._stored.read(f"{full}.{name}") for name in packed.state_dict()}
+            names = {name: self._names[f"{full}.{name}"] for name in packed.state_dict()}
+            tensors = {name: self._stored.read(stored) for name, stored in names.items()}
         packed.load_state_dict(tensors, assign=True)
-        return LayerView(place, full, packed, self._stored, original, self._before)
+        return LayerView(place, full, packed, self._stored, names, original, self._before)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

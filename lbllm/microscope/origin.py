@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lbllm.checkpoints.seal import CORRUPT
 from lbllm.errors import CheckpointError, ModelError
@@ -18,15 +20,23 @@ _ROUNDING = 2.0**-7  # relative: a checkpoint keeps dense parameters in bfloat16
 _DIFFERING = 0.01  # share of a tensor's numbers
 
 
-def check_origin(title: str, teacher: BlockTeacher, stored: StoredWeights, expected: dict[str, Tensor]) -> None:
+def stored_name(model: PreTrainedModel, name: str, tensor: Tensor, stored: StoredWeights) -> str:
+    """The name in a checkpoint's files of a tensor of a model, or of the packed form of one of its layers. Some
+    architectures have other names in files, and transformers knows them."""
+    return name if name in stored.tensors else next(iter(revert_weight_conversion(model, {name: tensor})))
+
+
+def check_origin(
+    title: str, teacher: BlockTeacher, stored: StoredWeights, expected: dict[str, Tensor], names: dict[str, str]
+) -> None:
     """Raise ModelError unless the checkpoint in the files ``stored`` can have been made from a teacher, CheckpointError
     if it has tensors of another type than its format.
 
-    ``expected``: the packed tensors that it then has, by name. Their shapes and types are compared, and the values of
-    some parameters that stay dense: norms, and a few rows of the embeddings.
+    ``expected``: the packed tensors that it then has, by name; ``names``: their names in the files. Their shapes and
+    types are compared, and the values of some parameters that stay dense: norms, and a few rows of the embeddings.
     """
     for name, tensor in expected.items():
-        found = stored.tensors.get(name)
+        found = stored.tensors.get(names[name])
         wanted = f"would have the shape {tuple(tensor.shape)}"
         if found is None:
             raise _other(title, teacher, f"{name} {wanted}, but there is no such tensor")
@@ -34,16 +44,16 @@ def check_origin(title: str, teacher: BlockTeacher, stored: StoredWeights, expec
             raise _other(title, teacher, f"{name} {wanted}, but has {found.shape}")
         if found.dtype != tensor.dtype and not name.endswith(".act"):
             raise CheckpointError(f"{title}: {name} is of type {found.dtype}, not {tensor.dtype}; {CORRUPT}")
-    inside = f"{teacher.model.path}."
-    numbers = {name.removeprefix(inside).partition(".")[0] for name in stored.tensors if name.startswith(inside)}
-    if len(numbers) != len(teacher.model.blocks):
-        raise _other(title, teacher, f"it has {len(numbers)} blocks, and the model {len(teacher.model.blocks)}")
+    more = {name for name in stored.tensors if name.endswith(".params")} - set(names.values())
+    if more:
+        raise _other(title, teacher, f"the model has no layer for {min(more)}")
     for name, tensor in _dense(teacher):
-        place = stored.tensors.get(name)
+        own = stored_name(teacher.model.model, name, tensor, stored)
+        place = stored.tensors.get(own)
         if place is None:
             continue  # tied to another one
         rows = slice(0, len(tensor)) if place.shape else None
-        if place.shape[1:] != tensor.shape[1:] or _differ(stored.read(name, rows), tensor):
+        if place.shape[1:] != tensor.shape[1:] or _differ(stored.read(own, rows), tensor):
             raise _other(title, teacher, f"{name} differs")
 
 

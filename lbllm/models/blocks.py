@@ -18,10 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lbllm.config import setting_name
 from lbllm.errors import ConfigError, ModelError
+from lbllm.models.calls import BlockCall, call_arguments, of_batch, with_repeated
 
-BlockCall = dict[str, Any]
+# The largest share of a block's weights that may be in matrices outside linear layers.
+DENSE_SHARE = 0.1
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -59,18 +60,34 @@ def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise ModelError, with the parameter's name, if a block has matrices outside linear layers (MoE experts)."""
+    """Raise ModelError, with the largest parameter's name, if more than ``DENSE_SHARE`` of a block's weights are in
+    matrices outside linear layers, like the experts of a mixture, if a block has a list of sub-modules, or if the model
+    changes its own weights.
+
+    Smaller ones, like the state matrices of a state-space model, stay dense.
+    """
     path, blocks = decoder_blocks(model)
+    every = getattr(model.config, "rescale_every", 0)
+    if every:
+        raise ModelError(
+            f"{type(model).__name__} divides its own weights by two at every {every} blocks while it computes, which "
+            'packed weights can\'t be; set "rescale_every" to 0 in its config.json'
+        )
     for index, block in enumerate(blocks):
         inside = {id(parameter) for layer in linear_layers(block).values() for parameter in layer.parameters()}
-        for name, parameter in block.named_parameters():
-            if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
-                shape = tuple(parameter.shape)
-                raise ModelError(
-                    f"{type(model).__name__}: {path}.{index}.{name} of shape {shape} is not a linear layer. "
-                    "Mixture-of-experts blocks and other fused weights are not supported; "
-                    "choose a dense model of the same family"
-                )
+        outside = {
+            name: parameter
+            for name, parameter in block.named_parameters()
+            if id(parameter) not in inside and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
+        }
+        share = sum(map(Tensor.numel, outside.values())) / sum(map(Tensor.numel, block.parameters()))
+        if share > DENSE_SHARE:
+            name, parameter = max(outside.items(), key=lambda entry: entry[1].numel())
+            raise ModelError(
+                f"{type(model).__name__}: {share:.0%} of the weights of {path}.{index} are not in linear layers, most "
+                f"of them in {name} of shape {tuple(parameter.shape)}, and could not be binarized. Mixture-of-experts "
+                "blocks and other fused weights are not supported; choose a dense model of the same family"
+            )
         if any(isinstance(module, nn.ModuleList) for module in block.modules()):
             raise ModelError(
                 f"{type(model).__name__}: {path}.{index} contains lists of sub-modules, like a mixture-of-experts "
@@ -97,34 +114,24 @@ class Captured(Exception):
     """Ends a forward pass early; whoever starts the pass catches it."""
 
 
-def call_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    """Split the arguments of one block call into the hidden states and all other arguments by name."""
-    bound = inspect.signature(block.forward).bind(*args, **kwargs)
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        parameter = bound.signature.parameters[name]
-        arguments |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    first = next(iter(bound.signature.parameters))
-    return arguments.pop(first), arguments
-
-
 @torch.no_grad()
 def capture_calls(model: PreTrainedModel, sequence: Tensor, count: int | None = None) -> list[BlockCall]:
     """Return the arguments, without the hidden states, of the calls of the first ``count`` blocks (default: all).
 
-    ``sequence``: token ids (1, T). The arguments depend only on positions and masks and broadcast over the batch, so
-    they are valid for every batch of length T.
+    ``sequence``: token ids (1, T). The arguments depend only on positions, masks and the number of sequences, so they
+    are valid for every batch of length T in ``run_block``.
     """
     blocks = decoder_blocks(model)[1][:count]
     calls: list[BlockCall] = []
 
     def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(call_arguments(block, args, kwargs)[1])
-        if len(calls) == len(blocks):
+        if len(calls) % len(blocks) == 0:
             raise Captured  # the output layer of a large vocabulary would need more memory than all blocks
 
-    _pass(model, sequence, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
-    return calls
+    for ids in (sequence, sequence.repeat(2, 1)):
+        _pass(model, ids, [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks])
+    return [with_repeated(*both) for both in zip(calls[: len(blocks)], calls[len(blocks) :], strict=True)]
 
 
 def _pass(model: PreTrainedModel, sequence: Tensor, handles: list[RemovableHandle]) -> None:
@@ -165,17 +172,13 @@ def embedded_batches(model: PreTrainedModel, sequences: Tensor, batch: int, devi
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
-    """Return the block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` replaces the KV cache.
-
-    Raises ModelError if the block takes no KV cache.
-    """
+    """Return the block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` replaces the KV cache of a
+    block that has one."""
     if cache is not None:
         names = inspect.signature(block.forward).parameters
         name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
-        if name is None:
-            raise ModelError(f"{type(block).__name__} takes no KV cache; set {setting_name('quant.kv_bits')} to 16")
-        call = call | {name: cache}
-    output = block(hidden, **call)
+        call = call if name is None else call | {name: cache}
+    output = block(hidden, **of_batch(call, len(hidden)))
     return output if isinstance(output, Tensor) else output[0]
 
 

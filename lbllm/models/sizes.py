@@ -12,7 +12,7 @@ from lbllm.models.loading import FileFault
 _GREATEST: tuple[tuple[str, int], ...] = (
     (r"layers?|block_count|n_layer", 1_000),
     (r"heads?|n_head|head_count|head_count_kv", 1 << 13),
-    (r"experts?|expert_count|expert_used_count|per_tok", 1 << 13),
+    (r"experts?|expert_count|expert_used_count|per_tok", 1 << 15),
     (r"vocab_size", 1 << 24),
     (r"hidden_size|d_model|n_embd|embedding_length|embed_dim|head_dim|key_length|value_length", 1 << 18),
     (r"intermediate_size|ffn_dim|n_inner|d_ff|feed_forward_length|_rank|kernel|_size|_dim", 1 << 22),

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.models.blocks import (
-    BlockCall,
     Captured,
-    call_arguments,
     decoder_blocks,
     embedded_batches,
     linear_layers,
     share_copy,
 )
+from lbllm.models.calls import BlockCall, call_arguments, with_repeated
 from lbllm.models.weights import row_parts
 
 Rows = slice | Tensor
@@ -40,7 +39,7 @@ LOGITS_PART = 2**22
 class Survey:
     """What one pass over all blocks finds out.
 
-    ``calls``: each block's arguments for sequences of that length. ``uncalled``: the full names of linear layers that
+    ``calls``: each block's arguments for batches of that length. ``uncalled``: the full names of linear layers that
     are never called. ``hashes``: the hash of each parameter.
     """
 
@@ -107,7 +106,6 @@ class BlockModel:
             ]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                found.calls.append(call_arguments(block, args, kwargs)[1])
                 try:
                     output = block(*args, **kwargs)
                 finally:
@@ -123,6 +121,7 @@ class BlockModel:
 
         with self._computing(run), suppress(Captured):
             self.model(input_ids=sequence.to(self.device), use_cache=False)
+        found.calls = self.calls(sequence)
         # A parameter outside the blocks, hashed in parts where it is not in memory.
         inside = f"{self.path}."
         for name, parameter in self.model.named_parameters():
@@ -138,7 +137,11 @@ class BlockModel:
 
     @torch.no_grad()
     def calls(self, sequence: Tensor) -> list[BlockCall]:
-        """Return each block's arguments for token ids (1, T); after ``survey``, and without computing the blocks."""
+        """Return each block's arguments for batches of length T; after the first pass, without computing the
+        blocks.
+
+        ``sequence``: token ids (1, T).
+        """
         found: list[BlockCall] = []
 
         def run(number: int) -> Callable[..., Any]:
@@ -151,9 +154,11 @@ class BlockModel:
 
             return forward
 
-        with self._computing(run), suppress(Captured):
-            self.model(input_ids=sequence.to(self.device), use_cache=False)
-        return found
+        for ids in (sequence, sequence.repeat(2, 1)):
+            with self._computing(run), suppress(Captured):
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+        count = len(self.blocks)
+        return [with_repeated(*both) for both in zip(found[:count], found[count:], strict=True)]
 
     @torch.no_grad()
     def last_hidden(self, sequences: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from lbllm.errors import LbllmError, ModelError
 from lbllm.events import BlockDone, BlockStarted, Event, LayerDone, StageDone, StageStarted
 from lbllm.memory import peak_memory
 from lbllm.models.blocks import (
-    BlockCall,
     entering,
     recorded_inputs,
     run_block,
     share_copy,
     shared_inputs,
 )
+from lbllm.models.calls import BlockCall
 from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.ranks import Share

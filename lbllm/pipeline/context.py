@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from lbllm import ranks
 from lbllm.config import RunConfig
 from lbllm.events import StepMetric
-from lbllm.models.blocks import FORWARD_TOKENS, BlockCall
+from lbllm.models.blocks import FORWARD_TOKENS
+from lbllm.models.calls import BlockCall
 from lbllm.models.streamed import BlockModel
 from lbllm.ranks import Share
 from lbllm.runs.store import Request

@@ -160,6 +160,7 @@ def run(
         evaluations=tuple(_evaluations(state, held_out)),
         start=find_checkpoint(config.start).record if config.start is not None else None,
     )
+    memory.trim()
     if ranks.is_first():
         save_checkpoint(config, folder, opened, target, record)
     ranks.barrier()
@@ -204,6 +205,7 @@ def _evaluate(run: RunContext, what: str, model: BlockModel, held_out: Corpus | 
     known = ranks.same(read_evaluated(run.store.folder, run.config))
     if held_out is None or what in known:
         return
+    memory.trim()  # of what a stage has freed
     windows = Share(len(held_out.sequences)).of(held_out.sequences)
     value = block_perplexity(model, windows, between=run.check_alone) if len(windows) else 1.0
     if ranks.count() > 1:

@@ -2,18 +2,18 @@
 
 PackedKVLayer, HalfKVLayer, TrainingKVLayer    the cache of one layer of a transformers cache
 with_bits(kind, bits)                          the class of that kind which keeps so many bits
-KeepBits, leave_no_cache                       hooks of a decoder: whoever makes the cache, it keeps these bits
+
+``lbllm.quant.model_cache`` gives such layers to the cache of a whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from lbllm.errors import ConfigError
 from lbllm.quant.activations import RoundThrough
@@ -72,6 +72,30 @@ class TrainingCache:
         """Return the number of earlier tokens: 0."""
         return 0
 
+    # A block with a convolution or linear attention keeps states of these, too. There are no earlier ones here.
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> None:
+        """Return None: no earlier token has left a state."""
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> None:
+        """Return None: no earlier token has left a state."""
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Return False: no earlier token has left a state."""
+        return False
+
+    def is_recording_past(self, *args: Any, **kwargs: Any) -> bool:
+        """Return False: no state is kept."""
+        return False
+
+    def update_conv_state(self, conv_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the states of all tokens, which are those of this call."""
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the states of all tokens, which are those of this call."""
+        return recurrent_states
+
 
 class TrainingKVLayer(DynamicLayer):
     """``TrainingCache`` as one layer of a transformers cache, to train a whole model."""
@@ -95,24 +119,6 @@ class PassingKVLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return keys and values (batch, heads, tokens, head_dim)."""
         return key_states, value_states
-
-
-def keeps_attention_alone(config: PreTrainedConfig) -> bool:
-    """Return whether the cache of a model has keys and values alone: no state of convolutions or linear attention."""
-    layers = DynamicCache(config=config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def passing_cache() -> DynamicCache:
-    """Return an empty cache that keeps nothing, unless the model has one of its own kind (``KeepBits``); for models of
-    ``keeps_attention_alone``.
-
-    Without a cache, transformers looks at the positions whether several texts are packed into one row, and a GPU waits
-    for the answer.
-    """
-    cache = DynamicCache()
-    cache.layers, cache.layer_class_to_replicate = [], PassingKVLayer
-    return cache
 
 
 class PackedKVLayer(DynamicLayer):
@@ -270,48 +276,3 @@ def with_bits(kind: KVLayer, bits: int) -> KVLayer:
     Each is a class of this module, so that caches and models can be pickled.
     """
     return {4: kind, 8: _EIGHT[kind]}[bits]
-
-
-class KeepBits:
-    """A forward pre-hook of a decoder: its KV cache keeps its entries in layers of ``layer_class``.
-
-    ``names`` are the parameters of the decoder's forward, in order.
-    """
-
-    def __init__(self, layer_class: KVLayer, names: Sequence[str]) -> None:
-        self.layer_class, self.names = layer_class, list(names)
-
-    def __call__(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with a cache that keeps the bits. Raises ConfigError for a cache that can't."""
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            # Attention reads what the cache returns, so a pass without a cache needs one, too.
-            kwargs["past_key_values"] = Cache(layer_class_to_replicate=self.layer_class)
-        elif not is_packed(cache):
-            if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
-                bits = self.layer_class.bits
-                raise ConfigError(
-                    f"past_key_values is a {type(cache).__name__} that does not keep {bits} bits, and this model does; "
-                    "pass no cache, or an empty DynamicCache"
-                )
-            # In place, since the caller keeps its own reference to the cache it made.
-            cache.layers = []
-            cache.layer_class_to_replicate = self.layer_class
-        return (), kwargs
-
-
-def leave_no_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """A forward hook of a decoder: without ``use_cache`` the output holds no cache.
-
-    A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one.
-    """
-    if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
-        output.past_key_values = None
-
-
-def is_packed(cache: Cache) -> bool:
-    """Return whether the cache's layers are ``PackedKVLayer`` or a subclass."""
-    return issubclass(cache.layer_class_to_replicate or object, PackedKVLayer)

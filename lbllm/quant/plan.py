@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.config import setting_name
@@ -29,12 +29,13 @@ def block_formats(
 ) -> tuple[str, nn.ModuleList, list[dict[str, LayerFormat]]]:
     """Return the path of the decoder blocks, the blocks, and for each block the formats of its layers to binarize.
 
-    Raises ConfigError if a group is longer than a row, if the settings leave no layer to binarize, or if a pattern
-    matches no layer.
+    A row that is shorter than a group is one group. Raises ConfigError if that is so for most of the weights with this
+    group size, if the settings leave no layer to binarize, or if a pattern matches no layer.
     """
     path, blocks = decoder_blocks(model)
     formats: list[dict[str, LayerFormat]] = []
     names: list[str] = []
+    layers_of: dict[int, list[tuple[str, Tensor]]] = {}  # by group size
     for number, block in enumerate(blocks):
         formats.append({})
         for name, layer in linear_layers(block).items():
@@ -43,13 +44,16 @@ def block_formats(
             fmt = quant.layer(full)
             if fmt is None:
                 continue
-            row = linear_weight(layer).shape[1]
-            if fmt.group_size > row:
-                raise ConfigError(
-                    f"{setting_name('quant.group_size')} {fmt.group_size} is longer than a row of {full}, which has "
-                    f"{row} weights; choose at most {row}, or -1 for one group per row"
-                )
+            layers_of.setdefault(fmt.group_size, []).append((full, linear_weight(layer)))
             formats[-1][name] = fmt
+    for size, layers in layers_of.items():
+        short = [(full, weight) for full, weight in layers if weight.shape[1] < size]
+        if 2 * sum(weight.numel() for _, weight in short) > sum(weight.numel() for _, weight in layers):
+            full, weight = short[0]
+            raise ConfigError(
+                f"{setting_name('quant.group_size')} {size} is longer than a row of {full}, which has "
+                f"{weight.shape[1]} weights; choose at most {weight.shape[1]}, or -1 for one group per row"
+            )
     for pattern in (*quant.skip, *quant.overrides):
         probe = QuantConfig(skip=(pattern,))
         if all(probe.layer(name) is not None for name in names):

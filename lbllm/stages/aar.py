@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lbllm import ranks
-from lbllm.models.blocks import BlockCall, layer_inputs
+from lbllm.models.blocks import layer_inputs
+from lbllm.models.calls import BlockCall
 from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups

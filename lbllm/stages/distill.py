@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lbllm import ranks
-from lbllm.models.blocks import BlockCall, device_of, entering, run_batches, run_block
+from lbllm.models.blocks import device_of, entering, run_batches, run_block
+from lbllm.models.calls import BlockCall
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization

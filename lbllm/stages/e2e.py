@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lbllm import ranks
 from lbllm.models.blocks import share_copy
-from lbllm.quant.kv_cache import keeps_attention_alone, passing_cache
+from lbllm.quant.model_cache import keeps_attention_alone, passing_cache
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from lbllm import ranks
 from lbllm.config import setting_name
 from lbllm.errors import LbllmError
-from lbllm.models.blocks import BlockCall, layer_inputs, linear_weight, set_linear_weight, shared_inputs
+from lbllm.models.blocks import layer_inputs, linear_weight, set_linear_weight, shared_inputs
+from lbllm.models.calls import BlockCall
 from lbllm.quant.chunks import row_chunks
 from lbllm.quant.levels import (
     LEVELS,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lbllm.models.blocks import BlockCall
+from lbllm.models.calls import BlockCall
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.ranks import Share
 from lbllm.sections import WatConfig

@@ -164,6 +164,14 @@ def test_two_settings_on_one_model(opened: Open) -> None:
     assert "the same model" in written(page)
 
 
+def test_a_setting_and_a_prompt_that_arrive_together(opened: Open) -> None:
+    """On a busy machine one run of the script may get both."""
+    page = opened()
+    page.number_input(key="compare_max_new_tokens_both").set_value(3)
+    ask(page)
+    assert [own.max_new_tokens for own in talk(page).exchanges[-1].settings] == [3, 3]
+
+
 def test_two_settings_start_from_the_shared_ones(opened: Open) -> None:
     page = opened()
     page.slider(key="compare_temperature_both").set_value(0.7).run()

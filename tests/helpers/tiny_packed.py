@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, save_packed
 from lbllm.models.blocks import linear_layers, linear_weight
@@ -25,15 +26,29 @@ from lbllm.quant.packing import fit_grid, stored_params
 from lbllm.quant.plan import block_formats
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import LayerFormat, QuantConfig
-from tests.helpers.tiny_models import save_tiny, tiny
+from tests.helpers.tiny_models import tiny
 
 
-def tiny_pair(folder: Path, architecture: str, quant: QuantConfig, **changes: Any) -> tuple[Path, Path]:
-    """Write the model to ``folder``/teacher and its packed form to ``folder``/packed; returns both. ``changes``: as of
-    ``save_tiny``, and ``largest``, the bytes of a file of weights."""
-    largest = changes.pop("largest", 10**9)
-    teacher = save_tiny(folder / "teacher", architecture, **changes)
-    model, tokenizer = tiny(architecture, **changes)
+def tiny_pair(
+    folder: Path, architecture: str, quant: QuantConfig, *, largest: int = 10**9, **changes: Any
+) -> tuple[Path, Path]:
+    """Write the model to ``folder``/teacher and its packed form to ``folder``/packed; returns both. ``largest``: bytes
+    of a file of weights; ``changes``: as of ``save_tiny``."""
+    return pair_of(folder, *tiny(architecture, **changes), quant, largest=largest)
+
+
+def pair_of(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    quant: QuantConfig,
+    *,
+    largest: int = 10**9,
+) -> tuple[Path, Path]:
+    """``tiny_pair`` of a model in memory, which becomes the packed one."""
+    teacher = folder / "teacher"
+    model.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
     _, blocks, formats = block_formats(model, quant)
     packed = [
         {name: _packed(linear_layers(block)[name], fmt, quant) for name, fmt in of_block.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_flips_are_counted_in_evenly_spread_rows(layer: LayerView, monkeypatch: 
     rows = [number * layer.shape[0] // layer.flip_rows for number in range(layer.flip_rows)]
     assert (layer.sign_flips, layer.bitmap_flips) == flipped(layer.index[rows], index[rows], layer.count)
     assert 0 < layer.sign_flips < 0.5
-    fresh = LayerView(layer.address, layer.name, layer._packed, layer._stored, lambda: layer.original, layer._before)
+    fresh = copy.copy(layer)
+    del fresh.__dict__["_flips"]
     monkeypatch.setattr("lbllm.microscope.layer.SAMPLED_ROWS", 10**6)
     assert (fresh.sign_flips, fresh.bitmap_flips) == flipped(layer.index, index, layer.count)
 

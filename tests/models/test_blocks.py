@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,7 @@ def test_a_shared_copy_holds_the_same_tensors_in_modules_of_its_own() -> None:
 
 def test_mixture_of_experts_is_refused_by_name() -> None:
     model, _ = tiny("qwen3_moe")
-    with pytest.raises(ModelError, match=r"Qwen3Moe.*model\.layers\.0\..*Mixture-of-experts"):
+    with pytest.raises(ModelError, match=r"Qwen3Moe.*\d+% .*model\.layers\.0 .*experts.*Mixture-of-experts"):
         check_supported(model)
 
 
@@ -199,13 +200,47 @@ def test_a_model_without_blocks_is_refused() -> None:
         decoder_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_a_block_without_a_cache_is_refused_with_the_way_out() -> None:
+def test_a_block_without_a_cache_runs_without_one() -> None:
     class Plain(nn.Module):
         def forward(self, hidden_states: Tensor) -> Tensor:
-            return hidden_states
+            return 2 * hidden_states
 
-    with pytest.raises(ModelError, match=r"set quant\.kv_bits \(KV cache bits\) to 16"):
-        run_block(Plain(), torch.zeros(1, 2, 4), {}, TrainingCache(4))
+    assert torch.equal(run_block(Plain(), torch.ones(1, 2, 4), {}, TrainingCache(4)), torch.full((1, 2, 4), 2.0))
+
+
+def test_what_a_block_is_called_with_fits_every_number_of_sequences() -> None:
+    """Some arguments have a row for each sequence, or for each sequence and head."""
+
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, hidden: Tensor, alibi: Tensor, mask: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+            assert alibi.shape == (3 * len(hidden), 1)
+            assert mask.shape == (len(hidden), 1)
+            return self.proj(hidden) + alibi.view(-1, 3, 1).sum(1, keepdim=True) + mask[:, None] + tables[0]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Checked(), Checked()])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            count, hidden = len(input_ids), input_ids[..., None].float().expand(-1, -1, 4)
+            alibi, mask = torch.arange(3.0).repeat(count)[:, None], torch.ones(count, 1)
+            for block in self.blocks:
+                hidden = block(hidden, alibi, mask=mask, tables=(torch.full((1, 1, 4), 0.5), mask))
+            return hidden
+
+    model: Any = Model().eval()
+    ids = tokens(5, 7)
+    calls = capture_calls(model, ids[:1])
+    hidden = ids[..., None].float().expand(-1, -1, 4)
+    with torch.no_grad():
+        for block, call in zip(model.blocks, calls, strict=True):
+            hidden = torch.cat(list(run_batches(block, hidden, call, 2)))
+        assert torch.equal(hidden, model(ids, use_cache=False))
 
 
 def test_capturing_leaves_no_hooks_behind() -> None:

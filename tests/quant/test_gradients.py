@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 import lbllm
 from lbllm import kernels
 from lbllm.errors import ConfigError
-from lbllm.quant.kv_cache import KeepBits, TrainingKVLayer
+from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.quant.model_cache import KeepBits
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import LayerFormat
 from tests.helpers.cases import cases
