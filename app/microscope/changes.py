@@ -9,7 +9,6 @@ bits:4, bits:w1 the student, this layer quantized anew
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from lbllm.errors import ConfigError
@@ -28,6 +27,8 @@ KINDS: dict[str, str] = {
     "bits": "Other bits",
 }
 ROUNDED = ("1", "2", "3", "4", "6", "8")
+# Levels by hand are at most so large: larger ones overflow in the layers behind.
+MOST = 1000.0
 FORMATS: dict[str, Format] = {name.replace("+", ""): name for name in FORMAT_NAMES}
 
 
@@ -70,7 +71,7 @@ def _levels(text: str) -> tuple[float, ...] | None:
         found = tuple(map(float, text.split(",")))
     except ValueError:
         return None
-    return found if len(found) in (2, 4) and all(map(math.isfinite, found)) else None
+    return found if len(found) in (2, 4) and all(abs(level) <= MOST for level in found) else None
 
 
 def missing(change: Change, at: Address) -> str:

@@ -11,7 +11,7 @@ import streamlit as st
 from app.components.live_chart import encode, live_chart
 from app.components.microscope_view import words_view
 from app.microscope import state
-from app.microscope.changes import FORMATS, KINDS, ROUNDED, Change, choice_of, missing, name_of
+from app.microscope.changes import FORMATS, KINDS, MOST, ROUNDED, Change, choice_of, missing, name_of
 from app.microscope.figures import show_figures, words_html
 from app.microscope.filling import click
 from app.view import COLOURS, number_text, plain
@@ -126,6 +126,8 @@ def _pick_levels(change: Change, scope: Microscope, at: Address) -> tuple[float,
         for number, value in enumerate(shown):
             st.number_input(
                 f"Level {number + 1}",
+                -MOST,
+                MOST,
                 step=step,
                 format="%.4f",
                 key=state.bound(f"level_{number}", round(value, 6)),

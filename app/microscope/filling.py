@@ -79,6 +79,10 @@ class Filling:
             self._thread = threading.Thread(target=self._fill, args=(work,), name="lbllm-map", daemon=True)
             self._thread.start()
 
+    def again(self) -> None:
+        """Forget an error, so that the next look tries the rest once more."""
+        self.error, self.done = "", False
+
     def _fill(self, work: Callable[[set[int]], Iterator[Step]]) -> None:
         last: int | None = None
         try:

@@ -7,8 +7,8 @@ from lbllm.microscope.layer import LayerView
 from lbllm.microscope.microscope import Microscope
 
 
-def group_data(scope: Microscope, layer: LayerView, group: GroupView) -> dict[str, object]:
-    """The data of ``group_view``."""
+def group_data(scope: Microscope, layer: LayerView, group: GroupView, column: int) -> dict[str, object]:
+    """The data of ``group_view``, the weight in ``column`` of the matrix marked."""
     legend = [("after", "above: the stored levels, and which weights use them")]
     legend.append(("before", f"below: {scope.before_words}"))
     if group.latent is not None:
@@ -31,7 +31,7 @@ def group_data(scope: Microscope, layer: LayerView, group: GroupView) -> dict[st
         "params_title": f"The parameters as stored, in {layer.fmt.param_bits} bits each",
         "params_head": ["", "code", "value", "in the file", "at byte"],
         "params": [_param(param) for param in group.params],
-        "at": 0,
+        "at": column - group.columns.start,
     }
 
 

@@ -75,11 +75,12 @@ def pick_colour() -> str:
 
 @dataclass(frozen=True)
 class Map:
-    """A map as far as it is known."""
+    """A map as far as it is known; ``about``: what its values are."""
 
     scope: Microscope
     colour: Colour
     name: str
+    about: str
     filling: Filling
     work: Callable[[set[int]], Iterator[Step]]
 
@@ -102,7 +103,7 @@ def map_of_files(scope: Microscope, name: MetricName) -> Map:
                 yield (block, layer), {name: value}
 
     own = filling(scope.fingerprint, scope.teacher_name, name)
-    return Map(scope, COLOURS[name], name, own, work)
+    return Map(scope, COLOURS[name], name, scope.overview(name).about, own, work)
 
 
 def map_on_text(scope: Microscope, name: str, pair: Pair, text: str) -> Map:
@@ -114,7 +115,7 @@ def map_on_text(scope: Microscope, name: str, pair: Pair, text: str) -> Map:
             yield (cost.block, cost.layer), {"cost": cost.kl, "output": cost.output_error}
 
     own = filling(scope.fingerprint, scope.teacher_name, "on text", text)
-    return Map(scope, COLOURS[name], name, own, work)
+    return Map(scope, COLOURS[name], name, COLOURS[name].about, own, work)
 
 
 def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "") -> None:
@@ -129,6 +130,7 @@ def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "
     _draw(shown, scope, at, "")
     if shown.filling.error:
         st.error(sentence(shown.filling.error))
+        st.button("Try again", key="inspect_again", on_click=shown.filling.again)
 
 
 @st.fragment(run_every=0.5)

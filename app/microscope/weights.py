@@ -52,9 +52,7 @@ def _show_whole(scope: Microscope, shown: Map | None) -> None:
         return
     with st.container():
         (_largest if shown.filling.done else _largest_so_far)(shown)
-    st.caption(
-        plain(sentence_of(shown.colour.about)) + " Choose a layer on the map to see its weights, down to a single bit."
-    )
+    st.caption(plain(sentence_of(shown.about)) + " Choose a layer on the map to see its weights, down to a single bit.")
 
 
 def _largest(shown: Map) -> None:
@@ -92,7 +90,7 @@ def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
         return
     st.markdown(f"**{plain(shown.colour.label)} of its layers**")
     (_of_block if shown.filling.done else _of_block_so_far)(shown, block)
-    st.caption(plain(sentence_of(shown.colour.about)))
+    st.caption(plain(sentence_of(shown.about)))
 
 
 def sentence_of(about: str) -> str:
@@ -130,8 +128,9 @@ def _show_layer(scope: Microscope, at: Address) -> None:
     row, group = at.row or 0, at.group or 0
     with click():
         error = layer.error
-        tiles = tiles_data(layer, row, group, opened=opened)
-        found = group_data(scope, layer, layer.group(row, group)) if opened else None
+        column = _column(layer, row, group)
+        tiles = tiles_data(layer, row, group, column, opened=opened)
+        found = group_data(scope, layer, layer.group(row, group), column) if opened else None
     rows, columns = layer.shape
     show_figures(
         (f"{number_text(100 * error)} %", "weight error"),
@@ -157,17 +156,22 @@ def _go(layer: LayerView, sent: list[int]) -> None:
         state.go(at=str(place))
 
 
-def tiles_data(layer: LayerView, row: int, group: int, *, opened: bool) -> dict[str, object]:
-    """What ``tiles_view`` draws: the window around a group."""
+def _column(layer: LayerView, row: int, group: int) -> int:
+    """The column that was clicked to get here; else the group's first."""
+    place = Address(layer.address.block, layer.address.layer, row, group)
+    clicked = st.session_state.get("inspect_column")
+    return int(clicked[1]) if clicked is not None and clicked[0] == str(place) else group * layer.length
+
+
+def tiles_data(layer: LayerView, row: int, group: int, column: int, *, opened: bool) -> dict[str, object]:
+    """What ``tiles_view`` draws: the window around a group, with one column marked in its row."""
     height, width = min(ROWS, layer.shape[0]), min(COLUMNS, layer.shape[1])
     start, stop = group * layer.length, min((group + 1) * layer.length, layer.shape[1])
     top = min(max(0, row - height // 2), layer.shape[0] - height)
     left = min(max(0, (start + min(stop, start + width)) // 2 - width // 2), layer.shape[1] - width)
     part = layer.window(top, left, height, width)
     whole = layer.thumbnail("original", _WHOLE, _WHOLE)
-    marked = st.session_state.get("inspect_column")
     here = Address(layer.address.block, layer.address.layer, row, group)
-    column = marked[1] if marked is not None and marked[0] == str(here) else start
     most = float(part.original.abs().max())
     visible = max(start, left), min(stop, left + width)
     names = {

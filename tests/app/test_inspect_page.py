@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from html import unescape
@@ -246,6 +247,18 @@ def test_what_a_text_lacks_is_a_sentence(opened: Open, address: dict[str, str], 
     assert "unexpected" not in written(page)
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at(opened: Open, root: Path) -> None:
+    shutil.copytree(root / "run" / "checkpoint", root / "short")
+    page = opened(model="short", at="0/mlp.up_proj/3/1")
+    assert not page.error
+    shutil.rmtree(root / "short")
+    page.query_params["at"] = "1/mlp.up_proj/3/1"
+    page.run()
+    (error,) = page.error
+    assert "short" in error.value
+    assert "unexpected" not in error.value
+
+
 def test_the_page_is_found_again_as_it_was_left(opened: Open) -> None:
     page = opened(at="1/self_attn.q_proj", colour="bits", view="weights")
     for name in list(page.query_params):
@@ -262,7 +275,7 @@ def test_the_page_is_found_again_as_it_was_left(opened: Open) -> None:
 @given(st.integers(0, 89), st.integers(0, 2), st.booleans())
 def test_the_window_has_its_group_and_its_mark(scope: Microscope, row: int, group: int, opened: bool) -> None:
     layer = scope.layer("0/mlp.up_proj")
-    data: dict[str, Any] = tiles_data(layer, row, group, opened=opened)
+    data: dict[str, Any] = tiles_data(layer, row, group, group * layer.length, opened=opened)
     (top, left), (rows, columns) = data["first"], data["window"]
     assert (rows, columns) == (min(ROWS, layer.shape[0]), min(COLUMNS, layer.shape[1]))
     assert 0 <= top <= layer.shape[0] - rows
