@@ -84,9 +84,9 @@ class FirstBlocks:
 @dataclass(frozen=True)
 class Edited:
     """The student with the levels of one group changed. ``address``: "14/mlp.up_proj/211/7"; ``levels``: 4 (W1: 2)
-    values in the order of ``params_to_levels``, the lowest first."""
+    values in the order of ``params_to_levels``, which is that of ``GroupView.levels``."""
 
-    address: str
+    address: Address | str
     levels: tuple[float, ...]
 
 
@@ -141,9 +141,11 @@ def first_change(pair: Pair, choice: Choice) -> int:
 
 def edited_place(choice: Edited) -> tuple[int, str]:
     """Block and layer of the group. Raises ConfigError if the address is not one of a group."""
-    address = Address.parse(choice.address)
+    address = Address.parse(str(choice.address))
     if address.block is None or address.layer is None or address.row is None or address.group is None:
-        raise ConfigError(f"{choice.address!r} is not the address of a group; write block/layer/row/group: {EXAMPLE}")
+        raise ConfigError(
+            f"{str(choice.address)!r} is not the address of a group; write block/layer/row/group: {EXAMPLE}"
+        )
     return address.block, address.layer
 
 
@@ -200,7 +202,7 @@ class _Edited(nn.Module):
 
 def _edited(pair: Pair, choice: Edited) -> nn.Module:
     block, name = edited_place(choice)
-    layer, address = pair.packed(block, name), Address.parse(choice.address)
+    layer, address = pair.packed(block, name), Address.parse(str(choice.address))
     row, group = address.row, address.group
     assert row is not None
     assert group is not None

@@ -133,7 +133,6 @@ def test_threads_share_a_pair() -> None:
 
 
 MEASURE = """
-import sys, time
 from pathlib import Path
 from lbllm.chat.pool import ModelPool
 from lbllm.microscope.effect import answer, effect
@@ -148,9 +147,8 @@ def status(name):
 def peak(work):
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    began = time.monotonic()
     work()
-    print(f"{status('VmHWM') - before:.1f} {time.monotonic() - began:.3f}", flush=True)
+    print(f"{status('VmHWM') - before:.1f}", flush=True)
 
 pool = ModelPool()
 slots = [pool.get(name) for name in ("smollm2-135m-instruct", "shipped")]
@@ -172,10 +170,9 @@ for choice in (
 
 
 @pytest.mark.soak
-def test_the_embedded_model_needs_little_time_and_memory() -> None:
+def test_a_change_to_the_embedded_model_needs_little_memory() -> None:
     run = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for line in run.stdout.splitlines():
-        megabytes, seconds = map(float, line.split())
-        assert megabytes <= 50, run.stdout
-        assert seconds <= 3, run.stdout
+    megabytes = [float(line) for line in run.stdout.splitlines()]
+    assert len(megabytes) == 9
+    assert max(megabytes) <= 50, run.stdout

@@ -20,6 +20,7 @@ from lbllm.baselines.layer import Settings
 from lbllm.baselines.rtn import rtn
 from lbllm.checkpoints.decode import FusedForward
 from lbllm.errors import ConfigError
+from lbllm.microscope.address import Address
 from lbllm.microscope.hybrid import Bits, Choice, Dense, Edited, FirstBlocks, Only, fitted, hybrid
 from lbllm.microscope.pair import Pair
 from lbllm.models.blocks import linear_layers
@@ -237,7 +238,7 @@ def choices(pair: Pair) -> list[Choice]:
         Dense(),
         Only(pair.blocks - 1),
         Only(0, name),
-        Edited(f"0/{name}/0/0", tuple(float(number) for number in range(count))),
+        Edited(Address(0, name, 0, 0), tuple(float(number) for number in range(count))),
         Bits(0, name, 4),
     ]
 
