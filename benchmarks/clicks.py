@@ -193,7 +193,7 @@ def main() -> None:
         server = Server(own_home(Path(folder) / "home", "kernels", "models"))
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
-            server.start()
+            server.start(PATIENCE / 1000)
             page = browser.new_page(viewport={"width": 1280, "height": 720})
             page.set_default_timeout(PATIENCE)
             clicks = Clicks(page, options.clicks)

@@ -84,10 +84,6 @@ class Map:
     filling: Filling
     work: Callable[[set[int]], Iterator[Step]]
 
-    def value(self, cell: Cell) -> float | None:
-        """The value of a layer; None where it has none or it is not known yet."""
-        return self.filling.values.get(self.name, {}).get(cell)
-
     def known(self) -> dict[Cell, float]:
         """All values that are known."""
         found = dict(self.filling.values.get(self.name, {}))
