@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
 
 from lbllm.chat.lens import pieces_of
 from lbllm.errors import ConfigError
@@ -182,8 +184,9 @@ def cache(pair: Pair, block: int, text: Text) -> CacheView:
         release(made.get_submodule(hooked[0]))
         bits = hooked[1].layer_class.bits
     shown = 4 if bits == 16 else bits
-    recorder = _Recorder(shown if bits < 16 else 16)
-    Passes(made, pair.path).until(ids, known, block, known.inputs[block], block + 1, past_key_values=recorder)
+    recorder = _Recorder(made.config, bits)
+    if "past_key_values" in inspect.signature(made.forward).parameters:
+        Passes(made, pair.path).until(ids, known, block, known.inputs[block], block + 1, past_key_values=recorder)
     if recorder.states is None:
         raise ConfigError(f"block {block} keeps no keys and values of its own; choose another block")
     keys, values = (_cache_part(states[0].float(), shown) for states in recorder.states)
@@ -222,11 +225,11 @@ class _Watched(nn.Module):
         return self.layer(x)
 
 
-class _Recorder(Cache):
+class _Recorder(DynamicCache):
     """A cache that notes the keys and values of its first call, and gives them back as ``bits`` would keep them."""
 
-    def __init__(self, bits: int) -> None:
-        super().__init__(layers=[])
+    def __init__(self, config: PreTrainedConfig, bits: int) -> None:
+        super().__init__(config=config)
         self.bits = bits
         self.states: tuple[Tensor, Tensor] | None = None
 

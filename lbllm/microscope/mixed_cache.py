@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from lbllm.errors import ConfigError
 from lbllm.microscope.pair import Pair
-from lbllm.quant.kv_cache import KeepBits, leave_no_cache
+from lbllm.quant.model_cache import KeepBits, kept_layers, leave_no_cache
 
 
 def kept_bits(pair: Pair) -> tuple[str, KeepBits] | None:
@@ -34,8 +40,7 @@ def keep_bits_of(pair: Pair, made: PreTrainedModel, packed: Sequence[bool]) -> N
     holder = made.get_submodule(name)
     release(holder)
     if any(packed):
-        kinds = [hook.layer_class if one else DynamicLayer for one in packed]
-        holder.register_forward_pre_hook(_KeepMixed(kinds, hook.names), with_kwargs=True)
+        holder.register_forward_pre_hook(_KeepMixed(hook, packed), with_kwargs=True)
         holder.register_forward_hook(leave_no_cache, with_kwargs=True)
 
 
@@ -48,21 +53,35 @@ def release(holder: nn.Module) -> None:
 
 
 class _KeepMixed:
-    """``KeepBits`` with a kind of layer for each block. No layer forgets tokens outside a sliding window: the mask
-    leaves them out, and it needs all layers to hold the same tokens."""
+    """``KeepBits`` for some of the blocks. No other layer forgets the tokens outside a sliding window: the mask leaves
+    them out, and it needs all layers to hold the same tokens."""
 
-    def __init__(self, kinds: list[type[DynamicLayer]], names: list[str]) -> None:
-        self.kinds, self.names = kinds, names
+    def __init__(self, hook: KeepBits, packed: Sequence[bool]) -> None:
+        self.hook, self.packed = hook, packed
+        self.kinds = list(map(type, self._layers()))
+
+    def _layers(self) -> list[Any]:
+        """The layers of an empty cache."""
+        config = self.hook.config
+        both = zip(kept_layers(config, self.hook.layer_class), DynamicCache(config=config).layers, strict=True)
+        return [kept if one else _whole(usual) for one, (kept, usual) in zip(self.packed, both, strict=False)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the arguments with a cache of these kinds. Raises ConfigError for a cache that can't be one."""
-        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        """Return the arguments with a cache of these layers. Raises ConfigError for a cache that can't be one."""
+        kwargs = dict(zip(self.hook.names, args, strict=False)) | kwargs
         cache = kwargs.get("past_key_values")
         if cache is None:
-            kwargs["past_key_values"] = Cache(layers=[kind() for kind in self.kinds])
-        elif list(map(type, cache.layers)) != self.kinds:
+            cache = kwargs["past_key_values"] = DynamicCache()
+        if list(map(type, cache.layers)) != self.kinds:
             if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
                 raise ConfigError("past_key_values keeps other bits than this hybrid; pass no cache, or an empty one")
-            cache.layers = [kind() for kind in self.kinds]
-            cache.layer_class_to_replicate = None
+            cache.layers, cache.layer_class_to_replicate = self._layers(), None
         return (), kwargs
+
+
+def _whole(layer: Any) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicLayer()
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return layer

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lbllm.models.blocks import Captured, call_arguments
+from lbllm.models.blocks import Captured
+from lbllm.models.calls import call_arguments
 from lbllm.quant.packed_layer import PackedLinear
 
 # Bytes of hidden states that a pair keeps.

@@ -56,9 +56,12 @@ def decoder_blocks_of(student: PreTrainedModel, teacher: PreTrainedModel) -> Any
 
 def tiny_pair(architecture: str, *, changes: dict[str, Any] | None = None, **quant: Any) -> Pair:
     """A pair of ``tiny(architecture, **changes)`` and its ``tiny_student(**quant)``."""
-    teacher, tokenizer = tiny(architecture, **(changes or {}))
-    teacher.requires_grad_(False)
-    student = tiny_student(teacher, **quant)
+    return pair_of(*tiny(architecture, **(changes or {})), **quant)
+
+
+def pair_of(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **quant: Any) -> Pair:
+    """A pair of a dense model and its ``tiny_student(**quant)``."""
+    student = tiny_student(teacher.requires_grad_(False), **quant)
     return Pair(as_loaded(teacher, tokenizer, packed=False), as_loaded(student, tokenizer, packed=True))
 
 

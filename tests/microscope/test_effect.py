@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.architectures import tiny_of
 from lbllm.chat.lens import lens
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.stream import prompt_ids
 from lbllm.errors import ConfigError, ModelError
+from lbllm.microscope.costs import costs
 from lbllm.microscope.effect import Effect, answer, effect
 from lbllm.microscope.hybrid import Choice, Dense, Edited, FirstBlocks, Only, hybrid
 from lbllm.microscope.pair import Pair
 from tests.helpers import ROOT
-from tests.helpers.tiny_models import SENTENCES
-from tests.helpers.tiny_pairs import tiny_pair
+from tests.helpers.tiny_models import SENTENCES, tiny_tokenizer
+from tests.helpers.tiny_pairs import pair_of, tiny_pair
 
 TEXT = SENTENCES[0]
 CHOICES: list[Choice] = [FirstBlocks(0), FirstBlocks(1), FirstBlocks(2), Dense(1), Only(0, "self_attn.v_proj")]
@@ -57,6 +59,17 @@ def test_it_is_what_the_definitions_say(pair: Pair, choice: Choice) -> None:
     assert found.left_out == 0
     assert found.teacher.kl == 0
     assert found.choice == choice
+
+
+@pytest.mark.parametrize("kind", ["bloom", "lfm2", "mamba2"])
+def test_models_unlike_llama_have_effects_and_costs(kind: str) -> None:
+    """Alibi for each sequence; states of convolutions; no keys and values at all."""
+    pair = pair_of(tiny_of(kind), tiny_tokenizer())
+    for choice in (FirstBlocks(1), Dense(1), Only(0)):
+        check(pair, effect(pair, choice, TEXT), pair.ids(TEXT)[0])
+    layer = pair.binarized[1][0]
+    (cost,) = (cost for cost in costs(pair, TEXT, blocks=[1]) if cost.layer == layer)
+    assert cost.kl == pytest.approx(effect(pair, Only(1, layer), TEXT).hybrid.kl, rel=0.01, abs=1e-7)
 
 
 def test_it_agrees_with_the_lens(pair: Pair) -> None:

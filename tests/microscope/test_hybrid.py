@@ -24,8 +24,9 @@ from lbllm.microscope.address import Address
 from lbllm.microscope.hybrid import Bits, Choice, Dense, Edited, FirstBlocks, Only, fitted, hybrid
 from lbllm.microscope.pair import Pair
 from lbllm.models.blocks import linear_layers
-from lbllm.quant.kv_cache import KeepBits, fake_quant_kv, leave_no_cache
+from lbllm.quant.kv_cache import fake_quant_kv
 from lbllm.quant.levels import params_to_levels
+from lbllm.quant.model_cache import KeepBits, leave_no_cache
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import LayerFormat
 from tests.helpers.cases import cases
