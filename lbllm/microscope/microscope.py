@@ -77,8 +77,8 @@ class Microscope:
         ]
         self.before_words, self.latent_words = before.words, before.latent_words
         self._expected = self._packed_tensors()
-        structure_of = teacher.model.model
-        self._names = {name: stored_name(structure_of, name, tensor, stored) for name, tensor in self._expected.items()}
+        model = teacher.model.model
+        self._names = {name: stored_name(model, name, tensor, stored) for name, tensor in self._expected.items()}
         self._kept: OrderedDict[Address, LayerView] = OrderedDict()
         self._rows: dict[tuple[MetricName, int], Row] = {}
         self._lock = threading.Lock()

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from lbllm.errors import ConfigError
 from lbllm.microscope.address import EXAMPLE, Address
+from tests.helpers.cases import cases
 
 NUMBERS = st.integers(0, 999_999_999)
 LAYERS = st.text("abcdefgh_.0123456789", min_size=1, max_size=40)
 
 
+@cases(60)
 @given(st.lists(NUMBERS, min_size=3, max_size=3), LAYERS, st.integers(0, 4))
 def test_an_address_is_read_as_it_is_written(numbers: list[int], layer: str, length: int) -> None:
     parts = (numbers[0], layer, numbers[1], numbers[2])[:length]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lbllm.errors import ConfigError
@@ -17,6 +17,7 @@ from lbllm.microscope.layer import TILES, LayerView, flipped, relative_error
 from lbllm.microscope.microscope import Microscope
 from lbllm.quant.levels import assign, fit_levels
 from lbllm.sections import LayerOverride, QuantConfig
+from tests.helpers.cases import cases
 from tests.helpers.tiny_packed import tiny_pair
 
 PLACES = ("0/mlp.up_proj", "1/mlp.down_proj")  # W(1+1); W1
@@ -84,7 +85,7 @@ def test_flips_are_counted_in_evenly_spread_rows(layer: LayerView, monkeypatch: 
     assert (fresh.sign_flips, fresh.bitmap_flips) == flipped(layer.index, index, layer.count)
 
 
-@settings(max_examples=60)
+@cases(60)
 @given(st.integers(0, 89), st.integers(0, 47), st.integers(1, 120), st.integers(1, 120))
 def test_a_part_is_cut_from_all_tiles(microscope: Microscope, row: int, column: int, rows: int, columns: int) -> None:
     layer = microscope.layer(PLACES[0])
@@ -106,7 +107,7 @@ def test_a_part_outside_of_the_matrix_is_named(microscope: Microscope, part: tup
         microscope.layer(PLACES[0]).window(*part)
 
 
-@settings(max_examples=40)
+@cases(40)
 @given(st.sampled_from(PLACES), st.sampled_from(list(TILES)), st.integers(1, 120), st.integers(1, 120))
 def test_a_small_picture_has_the_means_of_its_cells(
     microscope: Microscope, place: str, tile: str, height: int, width: int
