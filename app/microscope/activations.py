@@ -141,7 +141,12 @@ def _cache_part(view: CacheView, part: CachePart, name: str) -> None:
         }
         for number, row in enumerate(part.maxima)
     ]
-    layout = {"xaxis": {"title": {"text": "channel"}}, "yaxis": {"title": {"text": "largest value"}}, "height": 260}
+    layout = {
+        "xaxis": {"title": {"text": "channel"}},
+        "yaxis": {"title": {"text": "largest value"}},
+        "height": 260,
+        "dragmode": False,
+    }
     figure = {"data": heads, "layout": layout | {"showlegend": True, "colorway": _COLOURWAY}}
     live_chart(encode(figure, label=f"Largest {name.lower()} of each channel"), key="inspect_maxima")
 
@@ -172,6 +177,7 @@ def spread_figure(spread: Spread, grid: Range | None) -> dict[str, Any]:
     layout = {
         "height": 260,
         "showlegend": False,
+        "dragmode": False,
         "bargap": 0,
         "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
         "xaxis": {"title": {"text": "value"}},
@@ -206,6 +212,7 @@ def maxima_figure(maxima: list[float], view: ActivationView) -> dict[str, Any]:
     layout = {
         "height": 240,
         "showlegend": False,
+        "dragmode": False,
         "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
         "xaxis": {"title": {"text": "channel"}},
         "yaxis": {"title": {"text": "largest input"}},

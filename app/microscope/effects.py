@@ -209,6 +209,7 @@ def _curve(found: Effect, scope: Microscope, text: str) -> None:
     layout = {
         "height": 200,
         "showlegend": False,
+        "dragmode": False,
         "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
         "xaxis": {"title": {"text": "binarized blocks"}},
         "yaxis": {"title": {"text": "nats a token"}, "rangemode": "tozero"},
@@ -254,4 +255,4 @@ def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str
 def _pieces(pair: Pair, choice: Choice, text: str) -> Iterator[str]:
     messages = [{"role": "user", "content": text}]
     for piece in answer(pair, choice, messages, _ANSWER):
-        yield piece.text
+        yield piece.text + (" …" if piece.cut else "")
