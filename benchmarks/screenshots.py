@@ -19,6 +19,8 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwr
 from app.showcase.page import serve
 from benchmarks.command_line import one_message
 from lbllm.chat.showcase import open_showcase
+from lbllm.config import SHIPPED
+from lbllm.microscope.address import EXAMPLE
 from lbllm.places import home
 from lbllm.runs.store import RunStore
 from tests.browser.conftest import CHROMIUM, FLAGS, Server
@@ -68,7 +70,19 @@ def runs(page: Page, server: Server) -> None:
     page.wait_for_timeout(3000)
 
 
-PAGES: dict[str, Callable[[Page, Server], None]] = {"compare": compare, "quantize": quantize, "runs": runs}
+def inspect(page: Page, server: Server) -> None:
+    """A group of a layer is open, and the map is full."""
+    page.goto(server.url(f"inspect?model={SHIPPED}&at={EXAMPLE}"))
+    page.locator(".grid[data-waiting='0']").wait_for(timeout=PATIENCE)
+    page.locator(".group").wait_for(timeout=PATIENCE)
+
+
+PAGES: dict[str, Callable[[Page, Server], None]] = {
+    "compare": compare,
+    "quantize": quantize,
+    "runs": runs,
+    "inspect": inspect,
+}
 SHOWCASE = "showcase"
 
 

@@ -99,13 +99,14 @@ def resolve(value: str, offered: dict[str, Offer]) -> Offer:
     return offered[value] if value in offered else Offer(value, value, model_name(value))
 
 
-def hold(names: tuple[str, str]) -> tuple[Slot, Slot]:
-    """Return the slots of both sides and hold them for this session; it releases the slots it held before."""
-    held: tuple[Slot, Slot] | None = st.session_state.get("compare_slots")
+def hold(names: tuple[str, str], key: str = "compare_slots") -> tuple[Slot, Slot]:
+    """Return the slots of both sides and hold them for this session, as ``key`` of its state; it releases the slots it
+    held there before."""
+    held: tuple[Slot, Slot] | None = st.session_state.get(key)
     if held is not None and tuple(slot.name for slot in held) == names:
         return held
     left, right = (pool().get(name) for name in names)
-    st.session_state["compare_slots"] = (left, right)
+    st.session_state[key] = (left, right)
     return left, right
 
 

@@ -1,0 +1,220 @@
+"""The inputs of a layer, and the keys and values of a block, on the sentence: how they are spread, and what a quantizer
+makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from app.components.live_chart import encode, live_chart
+from app.microscope import state
+from app.microscope.figures import show_figures
+from app.microscope.filling import click
+from app.view import COLOURS, number_text, plain
+from lbllm.microscope.activations import (
+    ActivationView,
+    CachePart,
+    CacheView,
+    Quantizer,
+    Range,
+    Spread,
+    activations,
+    cache,
+)
+from lbllm.microscope.address import Address
+from lbllm.microscope.microscope import Microscope
+from lbllm.microscope.pair import Pair
+
+PARTS = {"activations": "Inputs of the layer", "keys": "Keys", "values": "Values"}
+_KEPT = "inspect_activations"
+_COLOURWAY = [COLOURS[name] for name in ("student", "ptq", "aar", "e2e", "bad", "bitmap", "other")]
+
+
+def show_activations(pair: Pair, scope: Microscope, at: Address, text: str, view: str) -> None:
+    """Inputs, keys or values at the place that is chosen. Raises LbllmError."""
+    st.segmented_control(
+        "What is shown",
+        list(PARTS),
+        required=True,
+        key=state.bound("part", view),
+        format_func=PARTS.__getitem__,
+        on_change=_part,
+        label_visibility="collapsed",
+    )
+    if at.block is None or (view == "activations" and at.layer is None):
+        st.markdown("Choose a layer on the map." if view == "activations" else "Choose a block on the map.")
+        return
+    if view == "activations":
+        _inputs(_layer_inputs(pair, scope, at, text))
+        return
+    found = _block_cache(pair, scope, at.block, text)
+    _cache_part(found, found.keys if view == "keys" else found.values, PARTS[view])
+
+
+def _part() -> None:
+    state.go(view=str(st.session_state["inspect_part"]))
+
+
+def _layer_inputs(pair: Pair, scope: Microscope, at: Address, text: str) -> ActivationView:
+    assert at.block is not None
+    assert at.layer is not None
+    key = (scope.fingerprint, scope.teacher_name, at.block, at.layer, text)
+    kept = st.session_state.get(_KEPT)
+    if kept is None or kept[0] != key:
+        with st.spinner("The student reads the sentence"), click():
+            kept = st.session_state[_KEPT] = key, activations(pair, at.block, at.layer, text)
+    found: ActivationView = kept[1]
+    return found
+
+
+def _block_cache(pair: Pair, scope: Microscope, block: int, text: str) -> CacheView:
+    key = (scope.fingerprint, scope.teacher_name, block, text)
+    kept = st.session_state.get(_KEPT)
+    if kept is None or kept[0] != key:
+        with st.spinner("The student reads the sentence"), click():
+            kept = st.session_state[_KEPT] = key, cache(pair, block, text)
+    found: CacheView = kept[1]
+    return found
+
+
+def _inputs(view: ActivationView) -> None:
+    trials = (view.quantizer,) if view.quantizer is not None else view.trials
+    figures = [(f"{number_text(100 * one.error)} %", f"error with {one.name}") for one in trials]
+    if view.peaks:
+        peak = view.peaks[0]
+        figures.append((f"{peak.times:,.0f} ×", f"largest input against the median, channel {peak.channel}"))
+    show_figures(*figures)
+    st.caption(plain(view.words))
+    grid = _widest(trials[0].ranges) if trials else None
+    payload = encode(spread_figure(view.spread, grid), label="Inputs of the layer, with the steps of the quantizer")
+    live_chart(payload, key="inspect_spread")
+    for one in trials:
+        st.caption(_quantizer_words(one, view.pieces))
+    payload = encode(maxima_figure(list(view.maxima), view), label="Largest input of each channel")
+    live_chart(payload, key="inspect_maxima")
+    if view.peaks:
+        said = "; ".join(
+            f"channel {peak.channel} at token {peak.token} {peak.piece!r}: {number_text(peak.value)}"
+            for peak in view.peaks[:3]
+        )
+        st.caption(plain(f"The largest inputs: {said}."))
+
+
+def _widest(ranges: tuple[Range, ...]) -> Range | None:
+    return max(ranges, key=lambda one: one.high - one.low, default=None)
+
+
+def _quantizer_words(one: Quantizer, pieces: tuple[str, ...]) -> str:
+    grid = _widest(one.ranges)
+    where = ""
+    if grid is not None and one.token < len(pieces):
+        where = (
+            f" The steps drawn are those of token {one.token} {pieces[one.token]!r}, channels {grid.first} to "
+            f"{grid.last}: {len(grid.values)} values from {number_text(grid.values[0])} to "
+            f"{number_text(grid.values[-1])}."
+        )
+    return plain(
+        f"{one.name}: knee {one.knee:.3f}, clips {one.clip_low:.3f} and {one.clip_high:.3f}; error of the inputs "
+        f"{number_text(100 * one.error)} %, of the layer's output {number_text(100 * one.output_error)} %.{where}"
+    )
+
+
+def _cache_part(view: CacheView, part: CachePart, name: str) -> None:
+    most = max(max(row) for row in part.maxima)
+    head = next(number for number, row in enumerate(part.maxima) if max(row) == most)
+    show_figures(
+        (f"{number_text(100 * part.error)} %", f"error of the {name.lower()}"),
+        (number_text(most), f"largest value, head {head}, channel {part.maxima[head].index(most)}"),
+    )
+    st.caption(plain(view.words))
+    live_chart(encode(spread_figure(part.spread, None), label=f"{name} of the block"), key="inspect_spread")
+    heads = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "uid": f"head {number}",
+            "name": f"head {number}",
+            "x": list(range(len(row))),
+            "y": list(row),
+            "line": {"width": 1.5},
+        }
+        for number, row in enumerate(part.maxima)
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "channel"}},
+        "yaxis": {"title": {"text": "largest value"}},
+        "height": 260,
+        "dragmode": False,
+    }
+    figure = {"data": heads, "layout": layout | {"showlegend": True, "colorway": _COLOURWAY}}
+    live_chart(encode(figure, label=f"Largest {name.lower()} of each channel"), key="inspect_maxima")
+
+
+def spread_figure(spread: Spread, grid: Range | None) -> dict[str, Any]:
+    """A histogram with a logarithmic count; the values of a grid as lines."""
+    middles = [(low + high) / 2 for low, high in zip(spread.edges[:-1], spread.edges[1:], strict=True)]
+    widths = [high - low for low, high in zip(spread.edges[:-1], spread.edges[1:], strict=True)]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "uid": "counts",
+            "x": middles,
+            # A logarithm has no place for none.
+            "y": [count or None for count in spread.counts],
+            "width": widths,
+            "marker": {"color": COLOURS["student"]},
+            "hovertemplate": "%{y} values near %{x:.4g}<extra></extra>",
+        }
+    ]
+    shapes = []
+    if grid is not None:
+        line = {"color": COLOURS["ptq"], "width": 1.5}
+        shapes = [
+            {"type": "line", "x0": value, "x1": value, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+            for value in grid.values
+        ]
+    layout = {
+        "height": 260,
+        "showlegend": False,
+        "dragmode": False,
+        "bargap": 0,
+        "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
+        "xaxis": {"title": {"text": "value"}},
+        "yaxis": {"title": {"text": "count"}, "type": "log"},
+        "shapes": shapes,
+    }
+    return {"data": traces, "layout": layout}
+
+
+def maxima_figure(maxima: list[float], view: ActivationView) -> dict[str, Any]:
+    """The largest absolute input of each channel, the peaks marked."""
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "uid": "maxima",
+            "x": list(range(len(maxima))),
+            "y": maxima,
+            "line": {"color": COLOURS["teacher"], "width": 1.2},
+            "hovertemplate": "channel %{x}: %{y:.4g}<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "uid": "peaks",
+            "x": [peak.channel for peak in view.peaks],
+            "y": [abs(peak.value) for peak in view.peaks],
+            "marker": {"color": COLOURS["bad"], "size": 9},
+            "hovertemplate": "channel %{x}: %{y:.4g}<extra></extra>",
+        },
+    ]
+    layout = {
+        "height": 240,
+        "showlegend": False,
+        "dragmode": False,
+        "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
+        "xaxis": {"title": {"text": "channel"}},
+        "yaxis": {"title": {"text": "largest input"}},
+    }
+    return {"data": traces, "layout": layout}
