@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app.microscope.state import place_words
 from lbllm.errors import ConfigError
 from lbllm.json_input import shortened
 from lbllm.labels import FORMAT_NAMES
@@ -104,12 +105,12 @@ def choice_of(change: Change, at: Address, scope: Microscope, levels: tuple[floa
 
 def name_of(change: Change, at: Address) -> str:
     """The hybrid of a change in a few words."""
-    place = f"block {at.block}" if change.detail == "block" or at.layer is None else str(at.of_layer)
+    place = place_words(Address(at.block, None if change.detail == "block" else at.layer))
     if change.kind == "first":
         return f"First {change.detail} blocks binarized"
     if change.kind == "levels":
-        return f"Levels of {at} by hand"
+        return f"Levels of {place_words(at)} by hand"
     if change.kind == "bits":
         kind = FORMAT_NAMES[FORMATS[change.detail]] if change.detail in FORMATS else f"{change.detail} bits"
         return f"{place} in {kind}"
-    return f"{place} dense again" if change.kind == "dense" else f"Only {place} binarized"
+    return f"{place} dense again" if change.kind == "dense" else f"Only {place[0].lower()}{place[1:]} binarized"

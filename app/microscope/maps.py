@@ -156,7 +156,7 @@ def _draw(shown: Map | None, scope: Microscope, at: Address, progress: str) -> N
     data = {
         "label": f"{shown.colour.label if shown else 'Layers'} of {scope.title}, a row for each block; arrow keys "
         "move, Enter opens a layer or, at the left, a block",
-        "rows": [str(block) for block in range(scope.blocks)],
+        "rows": [str(block + 1) for block in range(scope.blocks)],
         "columns": [{"short": short, "name": name} for short, name in short_names(scope.layers).items()],
         "values": [[cell(block, layer) for layer in scope.layers] for block in range(scope.blocks)],
         "low": low,

@@ -1,7 +1,8 @@
 """What the page Inspect shows, as its address says it: the address is the only state, so a link opens the same view.
 
 model, teacher   the checkpoint, and its teacher if it is not the one that the checkpoint names
-at               block/layer/row/group, see ``lbllm.microscope.address``; blocks are counted from 0
+at               block/layer/row/group, see ``lbllm.microscope.address``; blocks are counted from 0 there, and from 1 in
+                 all text on screen
 colour           what the map shows
 view             weights, activations or change
 text             the sentence
@@ -14,6 +15,7 @@ import streamlit as st
 
 from app import visits
 from lbllm.config import SHIPPED
+from lbllm.microscope.address import Address
 
 DEFAULTS: dict[str, str] = {
     "model": SHIPPED,
@@ -27,6 +29,23 @@ DEFAULTS: dict[str, str] = {
 # The address of a page has room for a paragraph.
 LONGEST_TEXT = 600
 _LAST, _MOVED = "inspect_last", "inspect_moved"
+
+
+def block_words(block: int) -> str:
+    """Return a block's name on the screen, where blocks are counted from 1."""
+    return f"Block {block + 1}"
+
+
+def place_words(at: Address) -> str:
+    """Return the name of a block, layer or group on the screen."""
+    if at.block is None:
+        return "Whole model"
+    row = [] if at.row is None else [f"row {at.row}"]
+    return ", ".join([block_words(at.block), *([at.layer] if at.layer else []), *row, *_group(at)])
+
+
+def _group(at: Address) -> list[str]:
+    return [] if at.group is None else [f"group {at.group}"]
 
 
 def arrive() -> None:

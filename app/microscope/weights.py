@@ -61,7 +61,7 @@ def _largest(shown: Map) -> None:
     if ranked:
         st.markdown(f"**{plain(shown.colour.label)}: the largest{'' if shown.filling.done else ' so far'}**")
         rows = [Address(block, layer) for (block, layer), _ in ranked]
-        _ranks(shown, rows, [f"{block}/{layer}" for (block, layer), _ in ranked], "inspect_first")
+        _ranks(shown, rows, [state.place_words(row) for row in rows], "inspect_first")
 
 
 @st.fragment(run_every=1.0)

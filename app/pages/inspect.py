@@ -116,7 +116,7 @@ def _crumbs(at: Address) -> None:
     """The way from the whole to the place; each part leads back to it. At its end the link to copy."""
     steps = [("Whole model", Address())]
     if at.block is not None:
-        steps.append((f"Block {at.block}", Address(at.block)))
+        steps.append((state.block_words(at.block), Address(at.block)))
     if at.layer is not None:
         steps.append((at.layer, at.of_layer))
     if at.row is not None:

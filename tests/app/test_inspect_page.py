@@ -167,7 +167,7 @@ def test_a_link_alone_loads_nothing_and_a_change_has_the_engines_effect(opened: 
     models = drawn(page)["words"]["models"]
     assert models[1]["tokens"] == models[2]["tokens"] != before
     page.button_group(key="inspect_kind").set_value("bits").run()
-    assert drawn(page)["words"]["place"] == "0/mlp.up_proj in 4 bits"
+    assert drawn(page)["words"]["place"] == "Block 1, mlp.up_proj in 4 bits"
     page.button_group(key="inspect_kind").set_value("levels").run()
     assert "a group of it" in written(page)
     page.query_params["at"] = "0/mlp.up_proj/3/1"

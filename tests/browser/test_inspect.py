@@ -44,11 +44,11 @@ def test_from_the_map_to_a_bit_by_keys_and_by_a_link(
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
     focused = page.locator(".cell:focus")
-    expect(focused).to_have_attribute("aria-label", re.compile("Block 2, self_attn.k_proj"))
+    expect(focused).to_have_attribute("aria-label", re.compile("Block 3, self_attn.k_proj"))
     page.keyboard.press("Enter")
     tiles = page.locator(".tiles")
     expect(tiles).to_have_attribute("data-place", "2/self_attn.k_proj")
-    expect(grid.locator(".cell.chosen")).to_have_attribute("aria-label", re.compile("Block 2, self_attn.k_proj"))
+    expect(grid.locator(".cell.chosen")).to_have_attribute("aria-label", re.compile("Block 3, self_attn.k_proj"))
 
     # One weight is marked in all five tiles, by keys and by the pointer.
     line = page.locator(".tiles + .line")
@@ -101,13 +101,13 @@ def test_cause_and_effect(page: Page, server: Server) -> None:
     load = page.get_by_role("button", name="Load both models")
     load.click()
     words = page.locator(".words")
-    expect(words).to_have_attribute("data-place", "14/mlp.up_proj dense again", timeout=LOADING)
+    expect(words).to_have_attribute("data-place", "Block 15, mlp.up_proj dense again", timeout=LOADING)
     expect(words.locator("section")).to_have_count(3)
     expect(words.locator(".row")).to_have_count(15)
     figures = page.locator(".inspect-figures")
     before = figures.inner_text()
     page.get_by_role("radio", name="Its whole block").click()
-    expect(words).to_have_attribute("data-place", "block 14 dense again")
+    expect(words).to_have_attribute("data-place", "Block 15 dense again")
     expect(figures).not_to_have_text(before, use_inner_text=True)
     # All blocks binarized are the student.
     page.get_by_role("radio", name="First blocks").click()
