@@ -136,9 +136,7 @@ def _pick_levels(change: Change, scope: Microscope, at: Address) -> tuple[float,
             )
         st.button("As stored", key="inspect_levels_reset", on_click=state.go, kwargs={"change": "levels:"})
     groups = layer.shape[0] * layer.groups
-    st.caption(
-        f"Group {at.group} of row {at.row} in {plain(state.place_words(at.of_layer))} is one of {groups:,} in this layer."
-    )
+    st.caption(f"{plain(state.place_words(at))}: one of {groups:,} groups in this layer.")
     return shown
 
 
