@@ -21,6 +21,8 @@ TOGETHER = (
     "tests/pipeline/test_architectures.py",
     "tests/app/test_compare_page.py",
     "tests/checkpoints/test_decode.py",
+    "tests/course/test_first_lessons.py",
+    "tests/course/test_later_lessons.py",
     "tests/chat/test_duel.py",
     "tests/stages/test_e2e.py",
     "tests/share/test_export.py",

@@ -32,7 +32,20 @@ DOTTED = re.compile(r"(?<![\w./-])(?:lbllm|app|benchmarks|tests)(?:\.(?!py\b)\w+
 SOURCE = re.compile(r"(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|js|mjs|sh|toml|yaml)\b")
 LINK = re.compile(r"\]\(([^)]+)\)")
 ELSEWHERE = ("app.py", "llama.cpp")  # an exported Space has the first, the second is a program
-COMMANDS = ("quantize", "estimate", "demo", "evaluate", "table", "export", "chat", "doctor", "models", "ui", "showcase")
+COMMANDS = (
+    "quantize",
+    "estimate",
+    "demo",
+    "evaluate",
+    "table",
+    "export",
+    "export-course",
+    "chat",
+    "doctor",
+    "models",
+    "ui",
+    "showcase",
+)
 CALL = re.compile(rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs'))})\b)) ([^\n|]+)")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lbllm.commands import catalogues, chatting, checking, exporting, measuring, stored_runs, training
+from lbllm.commands import catalogues, chatting, checking, exporting, measuring, stored_runs, teaching, training
 from lbllm.commands import serving as showcasing
 from lbllm.commands import serving as workbench
 from lbllm.commands.attend import StoppedByUser
@@ -39,6 +39,7 @@ def build() -> typer.Typer:
         measuring.evaluate,
         measuring.table,
         exporting.export,
+        teaching.export_course,
         chatting.chat,
         catalogues.models,
         checking.doctor,

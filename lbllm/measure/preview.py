@@ -39,7 +39,7 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.models.calls import BlockCall
-from lbllm.models.teacher import load_teacher
+from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat
 from lbllm.stages.block_state import collect, restore
@@ -121,12 +121,13 @@ class Initialized:
 
 
 @torch.no_grad()
-def take_block(config: RunConfig, number: int) -> BlockSample:
+def take_block(config: RunConfig, number: int, teacher: Teacher | None = None) -> BlockSample:
     """Load the teacher, run it up to block ``number`` on a small part of the run's text, and keep only this block.
 
+    ``teacher``: the loaded one, if there is one; it gets hooks while it runs, so nobody else may use its modules.
     Raises ModelError, CorpusError, and ConfigError if the block does not exist.
     """
-    teacher = load_teacher(config.model)
+    teacher = teacher or load_teacher(config.model)
     model = teacher.model
     check_supported(model)
     path, blocks = decoder_blocks(model)

@@ -74,6 +74,21 @@ def take_levels(levels: Tensor, index: Tensor) -> Tensor:
     return levels.gather(-1, index.long())
 
 
+def refit(groups: Tensor, importance: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """M-step: return ascending levels (out, n, K), each the importance-weighted mean of its weights, and the index
+    (uint8) of each weight's level among them.
+
+    A level without weights keeps its value. ``importance`` broadcasts against ``groups`` (out, n, g). ``fit_levels``
+    does the same in one pass over sorted weights.
+    """
+    member = torch.nn.functional.one_hot(index.long(), levels.shape[-1]).to(groups.dtype)
+    share = importance.expand_as(groups)[..., None] * member
+    mass, first = share.sum(-2), (share * groups[..., None]).sum(-2)
+    means = torch.where(mass > 0, first / mass.clamp_min(torch.finfo(groups.dtype).tiny), levels)
+    ascending, order = means.sort(dim=-1, stable=True)
+    return ascending, order.argsort(-1).gather(-1, index.long()).to(torch.uint8)
+
+
 def fit_levels(groups: Tensor, importance: Tensor, count: int, steps: int) -> Tensor:
     """Fit levels to each group by importance-weighted EM: ascending levels (out, n, count).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lbllm.events import RunLoading, RunQueued
 from lbllm.pipeline import run as pipeline
@@ -13,9 +14,10 @@ from tests.helpers.tiny_models import SENTENCES
 from tests.helpers.tiny_runs import stored_run_config
 
 
-def finished_run(store: RunStore, folder: Path, stages: tuple[Stage, ...] = PAPER_STAGES) -> Run:
-    """The run; its teacher and its text, a hundred documents, are written to ``folder``."""
-    config = stored_run_config(folder).model_copy(update={"stages": stages})
+def finished_run(store: RunStore, folder: Path, stages: tuple[Stage, ...] = PAPER_STAGES, **changes: Any) -> Run:
+    """The run; its teacher and its text, a hundred documents, are written to ``folder``. ``changes``: to its settings,
+    as they are in ``RunConfig``."""
+    config = stored_run_config(folder).model_copy(update={"stages": stages} | changes)
     text = folder / "text.jsonl"
     documents = (" ".join(f"{number} {line}" for line in SENTENCES) for number in range(100))
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))

@@ -26,6 +26,7 @@ from lbllm.quant.levels import (
     params_to_levels,
     planes_to_index,
     polarization,
+    refit,
     relaxed_level,
     take_levels,
     to_groups,
@@ -137,6 +138,35 @@ def test_no_step_of_the_clustering_increases_the_error(
     errors = [weighted_error(weights, importance, fit_levels(weights, importance, count, steps)) for steps in range(7)]
     for earlier, later in itertools.pairwise(errors):
         assert (later <= earlier + 1e-12).all()
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 20), st.sampled_from([2, 4]), st.integers(0, 2**32))
+@cases(60)
+def test_e_and_m_steps_in_turn_are_the_clustering(rows: int, groups: int, length: int, count: int, seed: int) -> None:
+    weights = torch.randn(rows, groups, length, generator=random(seed), dtype=torch.float64)
+    importance = torch.rand(length, generator=random(seed + 1), dtype=torch.float64)
+    levels = fit_levels(weights, importance, count, 0)
+    for steps in range(1, 5):
+        index = assign(weights, levels)
+        before = take_levels(levels, index)
+        levels, moved = refit(weights, importance, levels, index)
+        torch.testing.assert_close(levels, fit_levels(weights, importance, count, steps))
+        # Weights that had one level have one level still, the mean of them all.
+        after = take_levels(levels, moved)
+        for row, group in itertools.product(range(rows), range(groups)):
+            for value in before[row, group].unique():
+                mine = before[row, group] == value
+                mean = (importance * weights[row, group])[mine].sum() / importance[mine].sum()
+                torch.testing.assert_close(after[row, group][mine], mean.expand(int(mine.sum())))
+
+
+def test_a_level_without_weights_stays_and_levels_ascend_after_the_m_step() -> None:
+    weights = torch.tensor([[[0.0, 0.1, 3.0, 3.2]]])
+    levels, index = refit(
+        weights, torch.ones(1), torch.tensor([[[0.0, 2.0, 2.1, 2.2]]]), torch.tensor([[[0, 0, 1, 1]]])
+    )
+    torch.testing.assert_close(levels, torch.tensor([[[0.05, 2.1, 2.2, 3.1]]]))
+    assert index.tolist() == [[[0, 0, 3, 3]]]
 
 
 @pytest.mark.parametrize("steps", [1, 5])

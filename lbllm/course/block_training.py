@@ -1,0 +1,167 @@
+"""The training of one block as the course shows it: a few steps of stage 2, and what they change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm.config import make_config
+from lbllm.course.data import CourseData
+from lbllm.course.lesson import dotted
+from lbllm.measure.preview import initialize, take_block
+from lbllm.microscope.address import Address
+from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
+from lbllm.models.teacher import Teacher
+from lbllm.quant.levels import assign, from_groups, group_length, to_groups
+from lbllm.quant.training_layer import BinaryLinear
+from lbllm.sections import LayerFormat
+from lbllm.stages.block_state import restore
+from lbllm.stages.distill import binary_layers, block_error
+from lbllm.stages.wat import wat_block
+
+STEPS = 12
+BATCH_TOKENS = 512
+ROWS = 8  # of one layer, of which a group is shown
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A block after ``step`` steps of training; step 0 is what stage 1 gives.
+
+    ``loss``: of the step's own text, None at step 0. ``error``: ``block_error`` on text that the training does not see.
+    ``changed``: the share of the weights with another level than at step 0. ``latent`` float32 (r, in), ``levels``
+    float32 (r, n, K) ascending, ``index`` uint8 (r, in): the first rows of one layer.
+    """
+
+    step: int
+    loss: float | None
+    error: float
+    changed: float
+    latent: Tensor
+    levels: Tensor
+    index: Tensor
+
+
+def binarized_weights(blocks: Iterable[dict[str, int]]) -> int:
+    """The number of binarized weights of blocks, each given by the sizes of its binarized layers."""
+    return sum(sum(block.values()) for block in blocks)
+
+
+def share_changed(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    """The share of the weights whose level index differs, over layers with indices of one shape each."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+@torch.no_grad()
+def nearest(layer: BinaryLinear, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """The index uint8 (out, in) of the level nearest to each latent weight (out, in) of a layer, and its levels
+    (out, n, K), ascending."""
+    levels = layer.levels().sort(-1).values
+    return from_groups(assign(to_groups(latent, layer.length), levels), layer.in_features), levels
+
+
+class Training:
+    """A few steps of stage 2 on a block of the checkpoint's teacher, in the checkpoint's format.
+
+    ``run`` does them. Then ``snapshots`` has one before the first of ``steps`` steps and one after each, ``tokens`` is
+    the length of the text that they learn from, and ``formats`` has the block's binarized layers.
+    """
+
+    ERROR, CHANGED = dotted(block_error), dotted(share_changed)
+
+    def __init__(self, data: CourseData, number: int) -> None:
+        self._data, self.number = data, number
+        quant = data.quant.weights_only()
+        changes: dict[str, Any] = {"model": data.teacher_name, "quant": quant.model_dump(), "device": "cpu"}
+        self.config = make_config("quick", changes)
+        _, blocks = decoder_blocks(data.teacher.model)
+        sizes = [{name: linear_weight(layer).numel() for name, layer in linear_layers(one).items()} for one in blocks]
+        self.all_blocks = [{name: s[name] for name in names} for s, names in zip(sizes, data.blocks, strict=True)]
+        self.block = self.all_blocks[number]
+        self._layer = max(self.block, key=lambda name: self.block[name])
+        self.steps = self.tokens = 0
+        self.formats: dict[str, LayerFormat] = {}
+        self.snapshots: list[Snapshot] = []
+
+    @property
+    def usual_steps(self) -> int:
+        """The steps of a block in stage 2 of a run with the settings that this training has."""
+        wat = self.config.wat
+        return wat.epochs * -(-wat.tokens // wat.batch_tokens)
+
+    def run(self) -> Iterator[Snapshot]:
+        """Train, and yield a snapshot before the first step and after each step. Raises LbllmError."""
+        loaded, config = self._data.teacher, self.config
+        # A copy that shares all weights: the modules of the loaded model get no hooks, others use them.
+        copied = share_copy(loaded.model)
+        sample = take_block(config, self.number, Teacher(config.model, copied, loaded.tokenizer, "", ""))
+        start = initialize(sample, config, config.quant.format, config.quant.group_size)
+        length = sample.inputs.shape[1]
+        batch = max(1, BATCH_TOKENS // length)
+        per_epoch = -(-len(sample.inputs) // batch)
+        epochs = max(1, round(STEPS / per_epoch))
+        settings = config.wat.model_copy(update={"epochs": epochs, "batch_tokens": batch * length})
+        self.steps, self.tokens, self.formats = epochs * per_epoch, len(sample.inputs) * length, start.formats
+        block = restore(sample.block, start.formats, start.tensors, config.quant.tail_steps)
+        layers = binary_layers(block)
+        latents = {name: start.tensors[f"{name}.latent"] for name in layers}
+        before = {name: nearest(layer, latents[name])[0] for name, layer in layers.items()}
+
+        def look(step: int, loss: float | None, latents: dict[str, Tensor]) -> Snapshot:
+            probe = sample.probe_inputs, sample.probe_targets
+            error = block_error(block, *probe, sample.call, len(sample.probe_inputs))
+            found = {name: nearest(layer, latents[name]) for name, layer in layers.items()}
+            changed = share_changed(before.values(), (found[name][0] for name in before))
+            index, levels = found[self._layer]
+            rows = (latents[self._layer][:ROWS].float().clone(), levels[:ROWS].float().clone(), index[:ROWS].clone())
+            self.snapshots.append(Snapshot(step, loss, error, changed, *rows))
+            return self.snapshots[-1]
+
+        yield look(0, None, latents)
+        training = wat_block(
+            block,
+            sample.call,
+            sample.inputs,
+            sample.targets,
+            latents,
+            settings,
+            seed=config.seed,
+            autocast=contextlib.nullcontext,
+        )
+        for step in training:
+            now = {name: layer.latent.detach() for name, layer in layers.items() if layer.latent is not None}
+            yield look(step.step, step.loss, now)
+
+    @property
+    def address(self) -> Address:
+        """The group that is shown: of the full groups in the rows that were kept, the one in which most weights have
+        another level at the end."""
+        length = self._length
+        full = self.snapshots[0].index.shape[1] // length
+        first, last = (to_groups(one.index, length)[:, :full] for one in (self.snapshots[0], self.snapshots[-1]))
+        place = int((first != last).sum(-1).flatten().argmax())
+        return Address(self.number, self._layer, *divmod(place, full))
+
+    @property
+    def _length(self) -> int:
+        return group_length(self.formats[self._layer].group_size, self.snapshots[0].index.shape[1])
+
+    def group(self, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent weights (g,) of the group that is shown, its levels (K,) and the index (g,) of each weight's."""
+        at = self.address
+        assert at.row is not None
+        assert at.group is not None
+        part = slice(at.group * self._length, (at.group + 1) * self._length)
+        return snapshot.latent[at.row, part], snapshot.levels[at.row, at.group], snapshot.index[at.row, part]
+
+    def group_ends(self) -> tuple[float, float]:
+        """The ends of an axis for the group in all snapshots."""
+        values = torch.cat([torch.cat(self.group(one)[:2]) for one in self.snapshots])
+        low, high = float(values.min()), float(values.max())
+        return low - 0.05 * (high - low), high + 0.05 * (high - low)
