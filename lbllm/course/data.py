@@ -30,7 +30,8 @@ CORPUS, SEQ_LEN = "embedded", 256
 
 def layer_words(address: Address) -> str:
     """A layer as texts name it: "layer mlp.up_proj of block 14"."""
-    return f"layer {address.layer} of block {address.block}"
+    assert address.block is not None
+    return f"layer {address.layer} of block {address.block + 1}"
 
 
 class CourseData:

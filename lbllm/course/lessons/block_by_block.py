@@ -34,7 +34,7 @@ class BlockByBlock(LessonMaker):
         """Train the block in the middle; it is seen while it trains."""
         numbers = [number for number, names in enumerate(self.data.blocks) if names]
         self._training = training = Training(self.data, numbers[len(numbers) // 2])
-        yield Progress(0.0, f"Block {training.number} is binarized, before it trains.")
+        yield Progress(0.0, f"Block {training.number + 1} is binarized, before it trains.")
         for snapshot in training.run():
             share = (snapshot.step + 1) / (training.steps + 1)
             said = f"Step {snapshot.step} of {training.steps}: the error of the block's output is {snapshot.error:.2%}."
@@ -48,8 +48,8 @@ class BlockByBlock(LessonMaker):
         weights = computed("", "{:,.0f}", "", binarized_weights, [training.block])
         everything = computed("", "{:,.0f}", "", binarized_weights, training.all_blocks)
         guess = number_question(
-            f"Block {training.number} is binarized, and its output has an error of {start.error:.2%}. Then it trains "
-            f"for {steps} small steps on {training.tokens:,} tokens (pieces of words) of text, to give what the "
+            f"Block {training.number + 1} is binarized, and its output has an error of {start.error:.2%}. Then it "
+            f"trains for {steps} small steps on {training.tokens:,} tokens (pieces of words) of text, to give what the "
             "teacher's block gives. How much of the error is left, on text that it has not seen?",
             left,
             [left / 3, (1 + left) / 2 if left < FAR_FROM_ONE else left * 2 / 3],
@@ -59,7 +59,7 @@ class BlockByBlock(LessonMaker):
             f"the preset {training.config.preset} does {training.usual_steps} steps in each block.",
         )
         check = number_question(
-            f"Which share of the weights of block {training.number} has another level after the {steps} steps?",
+            f"Which share of the weights of block {training.number + 1} has another level after the {steps} steps?",
             end.changed,
             [end.changed * 5, 0.5],
             "{:.1%}",
@@ -107,7 +107,7 @@ class BlockByBlock(LessonMaker):
         errors = {one.step: one.error for one in seen}
         losses = {one.step: one.loss for one in seen}
         return pictures.curve(
-            f"Block {training.number}: error of its output while it trains",
+            f"Block {training.number + 1}: error of its output while it trains",
             [float(step) for step in steps],
             {
                 "on text that it has not seen": [errors.get(step) for step in steps],

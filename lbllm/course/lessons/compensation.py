@@ -72,7 +72,7 @@ class Compensation(LessonMaker):
         address, sequences = self.data.example.address, self.data.sequences(TOKENS)
         assert address.block is not None
         assert address.layer is not None
-        words = f"The teacher reads {sequences.numel():,} tokens, up to block {address.block}."
+        words = f"The teacher reads {sequences.numel():,} tokens, up to block {address.block + 1}."
         yield Progress(0.0, words)
         steps = stream_inputs(self.data.teacher.model, address.block, address.layer, sequences)
         while True:

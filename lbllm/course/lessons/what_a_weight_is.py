@@ -164,12 +164,13 @@ class WhatAWeightIs(LessonMaker):
         """What a weight is a part of."""
         scope, layer = self.data.microscope, self.data.example
         rows, columns = layer.shape
+        block = layer.address.block or 0
         return pictures.table(
             "From the model to one weight",
             ("", "has"),
             (
                 (f"the model {scope.teacher_title}", f"{scope.blocks} blocks, one after the other"),
-                (f"block {layer.address.block}", f"{len(scope.shapes[layer.address.block or 0])} layers of weights"),
+                (f"block {block + 1}", f"{len(scope.shapes[block])} layers of weights"),
                 (f"{layer.address.layer}, one of them", f"{rows:,} rows, each of which computes one output"),
                 ("a row", f"{columns:,} weights, one for each input"),
                 (
