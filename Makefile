@@ -3,6 +3,7 @@
 # make showcase  open the showcase: a binarized model beside its teacher, for an audience
 # make test  ruff, mypy, import-linter, pytest
 # make quick-test  the same without the slow tests: the loop of a developer, under two minutes
+# make pictures  all pictures in docs/screens and the static course (out/course), for the checkpoint in assets/
 # make soak  what is too slow for every commit: many more random cases
 # All create .venv and install what is pinned in requirements*.txt, once.
 
@@ -20,7 +21,7 @@ export LBLLM_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: run demo showcase test quick-test soak lint format clean
+.PHONY: run demo showcase pictures test quick-test soak lint format clean
 .DELETE_ON_ERROR:
 
 run: .venv/installed
@@ -31,6 +32,12 @@ demo: .venv/installed
 
 showcase: .venv/installed
 	$(BIN)/python -m lbllm showcase
+
+pictures: .venv/installed-dev
+	$(BIN)/python -m benchmarks.screenshots
+	$(BIN)/python -m benchmarks.animation
+	rm -rf out/course
+	$(BIN)/python -m lbllm export-course --out out/course
 
 # Two tests at a time, each on one thread: most models in them are too small to gain from a second.
 test: lint

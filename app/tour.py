@@ -21,8 +21,8 @@ STEPS = (
     ),
     (
         "Make your own",
-        "**Quantize** shows the cost of every choice before anything runs. **Runs** shows a run live, block by block. "
-        "Then you can ask its result here.",
+        "**Quantize** shows the cost of every choice before anything runs, **Runs** a run live. **Inspect** shows any "
+        "weight and its bits. **Learn** explains it all in ten short lessons.",
     ),
 )
 

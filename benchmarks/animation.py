@@ -1,11 +1,12 @@
-"""Record half a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real
+"""Record a minute of the workbench as an animated picture, docs/screens/workbench.webp, made from real
 screenshots.
 
     python -m benchmarks.animation
 
 A visitor in headless Chromium, with its own home folder: both models answer a question, settings change the figures,
-one block is previewed, and a run of the preset `preview`, stages 1 and 2, is started and watched. The picture is
-faster than the machine: slow parts are shown by pictures at even intervals.
+one block is previewed, a run of the preset `preview`, stages 1 and 2, is started and watched, the microscope goes from
+the map to a group of weights and to a changed sentence, and a lesson is guessed. The picture is faster than the
+machine: slow parts are shown by pictures at even intervals.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwr
 
 from benchmarks.command_line import one_message
 from benchmarks.screenshots import PATIENCE, settle
+from lbllm.microscope.address import EXAMPLE
 from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import CHROMIUM, FLAGS, Server, wait_until
 from tests.browser.test_quantize import choose, figure
@@ -133,6 +135,43 @@ def watch(page: Page, server: Server, film: Film, limit: float) -> None:
     film.still(2.5)
 
 
+def look(page: Page, server: Server, film: Film, limit: float) -> None:
+    """From the map of all layers to the bits of a group, and what one layer does to a sentence."""
+    page.goto(server.url("inspect?model=shipped"))
+    full = page.locator(".grid[data-waiting='0']")
+    film.moving(lambda: full.count() > 0, 0.5, 2, limit)
+    page.goto(server.url(f"inspect?model=shipped&at={EXAMPLE}"))
+    page.locator(".group").wait_for()
+    film.still(2)
+    show(page.locator(".group"))
+    film.still(2.5)
+    page.goto(server.url(f"inspect?model=shipped&at={EXAMPLE}&view=change"))
+    load = page.get_by_role("button", name=re.compile("^Load"))
+    words = page.locator("[data-place*='dense again']")
+    page.wait_for_function("document.readyState === 'complete'")
+    settle(page)
+    if load.count():
+        load.first.click()
+    words.first.wait_for()
+    film.still(2.5)
+
+
+def learn(page: Page, server: Server, film: Film, limit: float) -> None:
+    """A lesson: the guess, and a dial that moves."""
+    page.goto(server.url("learn?lesson=one-bit"))
+    expect(page.get_by_text("Guess first")).to_be_visible()
+    film.still(2)
+    page.keyboard.press("1")
+    expect(page.locator("figure svg[role=img]").first).to_be_visible()
+    dial = page.locator("input[type=range], input[type=radio]:checked").first
+    for _ in range(4):
+        dial.focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator(".look")).to_have_attribute("aria-busy", "false")
+        film.still(0.7)
+    film.still(2)
+
+
 def end_runs(server: Server) -> None:
     """End the run, because its folder is deleted next."""
     for run in server.store.all():
@@ -159,7 +198,7 @@ def main() -> None:
             page = browser.new_context(viewport=SIZE, color_scheme="light").new_page()
             page.set_default_timeout(PATIENCE)
             film = Film(page)
-            for scene in (ask, configure, watch):
+            for scene in (ask, configure, watch, look, learn):
                 scene(page, server, film, arguments.limit)
             browser.close()
             film.save(arguments.out)

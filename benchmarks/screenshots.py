@@ -77,11 +77,21 @@ def inspect(page: Page, server: Server) -> None:
     page.locator(".group").wait_for(timeout=PATIENCE)
 
 
+def learn(page: Page, server: Server) -> None:
+    """A lesson is guessed, and its scene stands."""
+    page.goto(server.url("learn?lesson=one-bit"))
+    expect(page.get_by_text("Guess first")).to_be_visible(timeout=PATIENCE)
+    page.keyboard.press("1")
+    expect(page.locator("figure svg[role=img]").first).to_be_visible(timeout=PATIENCE)
+    page.locator(".look").scroll_into_view_if_needed()
+
+
 PAGES: dict[str, Callable[[Page, Server], None]] = {
     "compare": compare,
     "quantize": quantize,
     "runs": runs,
     "inspect": inspect,
+    "learn": learn,
 }
 SHOWCASE = "showcase"
 
