@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.view import COLOURS, number_text, time_text
-from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
+from lbllm.runs.curves import points, smoothed
+from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width
 from lbllm.sections import STAGES, Stage, stage_number
 
 STAGE_LABELS: dict[Stage, str] = {

@@ -16,8 +16,9 @@ from lbllm.events import (
     Evaluated,
     RunFailed,
 )
+from lbllm.runs.curves import points
 from lbllm.runs.store import Run, RunStore
-from lbllm.runs.view import RunView, points
+from lbllm.runs.view import RunView
 from lbllm.sections import STAGES, Stage
 from tests.browser.conftest import Server, wait_until
 from tests.helpers.played_run import PlayedRun

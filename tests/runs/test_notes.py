@@ -41,7 +41,7 @@ def test_note_and_tags_are_kept_apart(store: RunStore) -> None:
     assert all_tags([Note("", ("b", "a")), Note("x", ("B", "a"))]) == ["a", "b"]
 
 
-@cases(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases(10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=50), tags=st.lists(st.text(max_size=10), max_size=4))
 def test_any_text_is_kept_or_refused_as_a_whole(store: RunStore, text: str, tags: list[str]) -> None:
     run = store.create(RunConfig())
@@ -102,11 +102,12 @@ def test_a_damaged_note_hides_no_other(store: RunStore, caplog: pytest.LogCaptur
     # A damaged file is made anew with the notes that can be read.
     store.close()
     path = store.database.path
-    data = bytearray(path.read_bytes())
     with sqlite3.connect(path) as db:
         (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'votes'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     data = bytearray(path.read_bytes())
-    data[4096 * (page - 1) : 4096 * (page - 1) + 8] = b"\xff" * 8
+    data[size * (page - 1) : size * (page - 1) + 8] = b"\xff" * 8
     path.write_bytes(bytes(data))
     again = RunStore(store.root)
     assert len(again.all()) == 2
