@@ -128,7 +128,7 @@ class Evaluated(_Event):
 
 
 class SpeedMeasured(_Event):
-    """The packed model wrote ``tokens`` tokens one by one, alone, on ``machine``: rates of two machines don't compare."""
+    """The packed model wrote ``tokens`` tokens one by one, alone. Rates compare only on one ``machine``."""
 
     kind: Literal["speed_measured"] = "speed_measured"
     tokens_per_second: float

@@ -184,5 +184,7 @@ def loss_caution(listed: Sequence[Listed], stage: Stage) -> str | None:
         return "The runs have different teachers: compare the shapes of the curves, not their heights."
     losses = {getattr(getattr(config, stage), "loss", "") for config in configs}
     if len(losses) > 1:
-        return f"{stage_name(stage)} has different losses here ({', '.join(sorted(losses))}): heights can't be compared."
+        return (
+            f"{stage_name(stage)} has different losses here ({', '.join(sorted(losses))}): heights can't be compared."
+        )
     return None

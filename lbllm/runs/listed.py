@@ -1,13 +1,13 @@
 """Runs as a list shows them: what each is and has measured, which of them are wanted, and in which order.
 
-    listed = [describe(run, view, note, now) for ...]
-    ordered(matching(listed, Wanted(words="g16", tags=("paper",))), "bits")
+listed = [describe(run, view, note, now) for ...]
+ordered(matching(listed, Wanted(words="g16", tags=("paper",))), "bits")
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from lbllm.labels import format_name
 from lbllm.runs.notes import Note
 from lbllm.runs.store import Run, State
 from lbllm.runs.view import RunView
-from lbllm.sections import STAGES
+from lbllm.sections import STAGES, Stage
 
 Order = Literal["newest", "oldest", "name", "state", "bits", "size", "perplexity", "time"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -30,10 +30,11 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 class Listed:
     """A run with all that a list says of it. ``config``: None if the settings can't be read. ``teacher``: equal for
     runs of one teacher. ``measured``: by text, the newest evaluation of the latest stage that was evaluated on it;
-    ``teachers``: the same of the teacher. Sizes in bytes, ``seconds`` of work; None: not known."""
+    ``teachers``: the same of the teacher. Sizes in bytes, ``seconds`` of work, seconds ``left``;
+    None: not known."""
 
     run: Run
-    note: Note = Note()
+    note: Note
     config: RunConfig | None = None
     teacher: str = ""
     bits: float | None = None
@@ -41,6 +42,7 @@ class Listed:
     speed: float | None = None
     machine: str | None = None
     seconds: float = 0.0
+    left: float | None = None
     parts: tuple[int, int] = (0, 0)
     measured: dict[str, Evaluated] = field(default_factory=dict)
     teachers: dict[str, Evaluated] = field(default_factory=dict)
@@ -70,8 +72,9 @@ class Listed:
         return done / parts if parts else 0.0
 
 
-def describe(run: Run, view: RunView, note: Note, now: float) -> Listed:
-    """A run as lists show it, from its ``view`` at rest (inside ``caught_up``). ``now``: seconds since the epoch."""
+def describe(run: Run, view: RunView, note: Note, now: float, expected: Mapping[Stage, float] | None = None) -> Listed:
+    """A run as lists show it, from its ``view`` inside ``caught_up``. ``now``: seconds since the epoch; ``expected``:
+    the estimated seconds of each stage, for the time left before the run's first blocks tell it."""
     config = settings(run)
     measured: dict[str, Evaluated] = {}
     teachers: dict[str, Evaluated] = {}
@@ -93,6 +96,7 @@ def describe(run: Run, view: RunView, note: Note, now: float) -> Listed:
         view.speed.tokens_per_second if view.speed is not None else None,
         view.speed.machine if view.speed is not None else None,
         view.elapsed(now if run.state == "running" else view.last_time),
+        view.seconds_left(now, expected or {}) if run.state == "running" else None,
         view.parts,
         measured,
         teachers,

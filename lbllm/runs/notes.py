@@ -1,8 +1,8 @@
 """Notes and tags of runs: what people write about them. The run store's file keeps them.
 
-    write_note(store, run_id, "the first with small groups")
-    write_tags(store, run_id, ["paper", "g16"])
-    notes(store)[run_id].tags
+write_note(store, run_id, "the first with small groups")
+write_tags(store, run_id, ["paper", "g16"])
+notes(store)[run_id].tags
 """
 
 from __future__ import annotations

@@ -109,9 +109,7 @@ def _check(config: RunConfig, axes: Axes) -> None:
         if path in fixed:
             raise ConfigError(f"{setting_name(path)} is decided by the starting checkpoint {config.start}")
         if section in STAGES and not any(section in stages for stages in chosen):
-            raise ConfigError(
-                f"{setting_name(path)}: {stage_name(section)} is not among the stages of these runs"
-            )
+            raise ConfigError(f"{setting_name(path)}: {stage_name(section)} is not among the stages of these runs")
 
 
 def queue(store: RunStore, runs: Sequence[Planned], name: str, processes: int = 1) -> list[Run]:

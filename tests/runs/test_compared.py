@@ -29,6 +29,7 @@ from lbllm.runs.compared import (
     setting_text,
 )
 from lbllm.runs.listed import Listed, teacher_key
+from lbllm.runs.notes import Note
 from lbllm.runs.store import RunStore
 from tests.helpers.cases import cases
 
@@ -42,7 +43,7 @@ def store(tmp_path: Path) -> Iterator[RunStore]:
 
 def one(store: RunStore, changes: dict[str, Any], preset: str = "quick", **known: Any) -> Listed:
     run = store.create(make_config(preset, {"model": "some/model"} | changes))
-    return Listed(run, config=run.config, teacher=teacher_key(run, run.config), **known)
+    return Listed(run, Note(), config=run.config, teacher=teacher_key(run, run.config), **known)
 
 
 def result(text: str, perplexity: float, kl: float | None = None) -> dict[str, Evaluated]:
@@ -149,9 +150,7 @@ coordinates = st.integers(0, 6).map(float)
 
 
 @cases(200)
-@given(
-    made=st.lists(st.builds(Point, st.uuids().map(str), coordinates, coordinates), max_size=12), more=st.booleans()
-)
+@given(made=st.lists(st.builds(Point, st.uuids().map(str), coordinates, coordinates), max_size=12), more=st.booleans())
 def test_the_frontier_is_what_no_other_point_beats(made: list[Point], more: bool) -> None:
     def beats(other: Point, point: Point) -> bool:
         better_x = other.x > point.x if more else other.x < point.x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_every_order_is_that_of_a_sort_by_hand(store: RunStore) -> None:
     best = [one for one in ordered(runs, "perplexity") if one.latest is not None]
     assert all(one.latest is None for one in ordered(runs, "perplexity")[len(best) :])
     groups = [(one.teacher, one.latest.text) for one in best if one.latest is not None]
-    assert len(scales(runs)) == len({*groups}) == sum(a != b for a, b in zip(groups, groups[1:], strict=False)) + 1
+    assert len(scales(runs)) == len({*groups}) == sum(a != b for a, b in itertools.pairwise(groups)) + 1
     assert [groups.count(group) for group in dict.fromkeys(groups)] == sorted(map(groups.count, {*groups}))[::-1]
     for group in {*groups}:
         values = [one.latest.perplexity for one in best if one.latest and (one.teacher, one.latest.text) == group]

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from lbllm.config import RunConfig
 from lbllm.errors import RunError
 from lbllm.runs.deleted import remove, restore
-from lbllm.runs.notes import LONGEST_NOTE, LONGEST_TAG, MOST_TAGS, Note, all_tags, note_of, notes, write_note, write_tags
+from lbllm.runs.notes import (
+    LONGEST_NOTE,
+    LONGEST_TAG,
+    MOST_TAGS,
+    Note,
+    all_tags,
+    note_of,
+    notes,
+    write_note,
+    write_tags,
+)
 from lbllm.runs.store import RunStore
 from tests.chat.test_votes import FIRST_VERSION
 from tests.helpers.cases import cases

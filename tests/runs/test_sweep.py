@@ -101,7 +101,7 @@ def test_a_setting_that_no_run_reads_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["", "=1", "quant.group_size", "stages=[1,"])
 def test_what_is_no_axis_is_named(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected setting=value|not valid JSON"):
+    with pytest.raises(ConfigError, match=r"expected setting=value|not valid JSON"):
         parse_axis(text)
 
 
