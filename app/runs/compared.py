@@ -76,12 +76,18 @@ def show_compared_runs(runs: RunStore, address: str) -> None:
 def _picker(known: dict[str, Run], chosen: list[str]) -> list[str]:
     """Which runs are compared; the address keeps it."""
     key = "compared runs"
+    names = [run.name for run in known.values()]
+
+    def name(run_id: str) -> str:
+        run = known[run_id]
+        return run.name if names.count(run.name) == 1 else f"{run.name} ({run_id})"
+
     if st.session_state.get("compared address") != chosen:
         st.session_state[key] = chosen
     picked: list[str] = st.multiselect(
         "Runs",
         list(reversed(known)),
-        format_func=lambda run_id: f"{known[run_id].name} ({run_id})" if run_id in known else run_id,
+        format_func=name,
         key=key,
         placeholder="Choose runs",
         max_selections=MOST,
@@ -96,17 +102,18 @@ def _controls(known: dict[str, Run], chosen: list[str]) -> None:
     """How curves and plot are drawn; the address keeps it."""
     left, right = st.columns(2, gap="medium")
     with left.container(horizontal=True, vertical_alignment="bottom"):
-        st.segmented_control(
+        kind = st.segmented_control(
             "Curves", CURVES, default=CURVES[0], key="curves", required=True, bind="query-params", width="content"
         )
-        st.selectbox(
-            "Stage", [STAGE_LABELS[stage] for stage in STAGES], index=1, key="stage", bind="query-params", width=190
-        )
-        st.number_input("Block", 1, 10_000, 1, key="block", bind="query-params", width=110)
+        if kind != CURVES[2]:
+            stages = [STAGE_LABELS[stage] for stage in STAGES]
+            st.selectbox("Stage", stages, index=1, key="stage", bind="query-params", width=190)
+        if kind == CURVES[1]:
+            st.number_input("Block", 1, 10_000, 1, key="block", bind="query-params", width=110)
         st.toggle("Log axis", key="log", bind="query-params")
     with right.container(horizontal=True, vertical_alignment="bottom"):
-        st.selectbox("Cost", list(COSTS.values()), key="cost", bind="query-params", width=230)
-        st.selectbox("Quality", list(QUALITIES.values()), key="quality", bind="query-params", width=260)
+        st.selectbox("Cost", list(COSTS.values()), key="cost", bind="query-params", width=170)
+        st.selectbox("Quality", list(QUALITIES.values()), key="quality", bind="query-params", width=170)
 
 
 def _chosen_stage() -> Stage:
@@ -218,7 +225,7 @@ def _table(listed: Sequence[Listed], group: Group | None, best: set[str]) -> Non
         "Checkpoint": ["–" if one.size is None else size_text(one.size) for one in listed],
         "Perplexity": [text(event.perplexity if event is not None else None) for event in events],
         "KL to the teacher": [text(event.kl if event is not None else None) for event in events],
-        "Tokens per second": [text(one.speed) for one in listed],
+        "Tokens per second": ["–" if one.speed is None else f"{one.speed:.1f}" for one in listed],
         "Time used": [time_text(one.seconds) for one in listed],
     }
     if any(one.note.tags for one in listed):
@@ -228,13 +235,13 @@ def _table(listed: Sequence[Listed], group: Group | None, best: set[str]) -> Non
     if readable < 2:
         title = "Settings: two runs with readable settings are needed"
     elif rows:
-        title = f"{len(rows)} settings differ, {same} are the same"
+        title = f"{len(rows)} {'setting differs' if len(rows) == 1 else 'settings differ'}, {same} are the same"
     else:
         title = f"All {same} settings are the same"
     on_frontier = {(label, n) for n, one in enumerate(listed) if one.run.id in best for label in ("Perplexity",)}
     show_compared(
         [(overlay.colour(number), number + 1, one.run.name) for number, one in enumerate(listed)],
-        [("", figures), (title, {setting_label(path): values for path, values in rows.items()})],
+        [("", figures), (title, {setting_label(path): values for path, values in rows.items() if path != "model"})],
         on_frontier,
     )
 

@@ -61,13 +61,14 @@ def filters(runs: RunStore) -> None:
     if len(found) < 2:
         return
     tags = all_tags(notes(runs).values())
-    widths = [4, 3, 3, 3] if tags else [4, 3, 3]
-    find, state, *more, order = st.columns(widths, vertical_alignment="bottom")
-    find.text_input("Find", placeholder="Name, note, tag, model", key="find", bind="query-params")
-    state.multiselect("State", list(get_args(State)), key="state", placeholder="All", bind="query-params")
-    if more:
-        more[0].multiselect("Tags", tags, key="tag", placeholder="All", bind="query-params")
-    order.selectbox("Order", list(ORDER_NAMES.values()), key="sort", bind="query-params")
+    # On a phone the widths make two fields a row.
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.text_input("Find", placeholder="Name, note, tag, model", key="find", bind="query-params", width=340)
+        states = list(get_args(State))
+        st.multiselect("State", states, key="state", placeholder="All", bind="query-params", width=165)
+        if tags:
+            st.multiselect("Tags", tags, key="tag", placeholder="All", bind="query-params", width=165)
+        st.selectbox("Order", list(ORDER_NAMES.values()), key="sort", bind="query-params", width=185)
 
 
 def _wanted() -> tuple[Wanted, Order]:
@@ -120,7 +121,7 @@ def _compare_bar(known: set[str], shown: int, total: int) -> None:
 def _row(one: Listed, *, pick: bool) -> None:
     run = one.run
     left, right = st.columns([4, 9], vertical_alignment="center")
-    with left.container(horizontal=True, vertical_alignment="center", gap="small"):
+    with left.container(horizontal=True, vertical_alignment="center", gap="small", key=f"head {run.id}"):
         if pick:
             _tick(run)
         if st.button(plain(run.name), key=f"open {run.id}", type="tertiary", help=run.id):

@@ -33,7 +33,7 @@ def literal(text: str) -> str:
 
 
 def run_name(number: int, one: Listed) -> str:
-    """A run's number and name, shortened for a legend."""
+    """A run's number and name, shortened for what a chart says under the pointer."""
     name = one.run.name
     return f"{number + 1} {literal(name if len(name) <= 40 else name[:39] + '…')}"
 
@@ -119,12 +119,12 @@ def pareto(
             {
                 "type": "scatter",
                 "uid": f"point {one.run.id}",
-                "name": run_name(number, one),
+                "name": str(number + 1),
                 "mode": "markers+text",
                 "x": [point.x],
                 "y": [point.y],
                 "text": [str(number + 1)],
-                "textposition": "top center",
+                "textposition": "top right",
                 "cliponaxis": False,
                 "marker": {"size": 13, "color": colour(number), "line": ring},
                 "showlegend": False,
@@ -164,7 +164,7 @@ def _line(number: int, one: Listed, x: Sequence[Any], y: Sequence[Any], *, mode:
         "type": "scatter",
         "mode": mode,
         "uid": f"run {one.run.id}",
-        "name": name,
+        "name": str(number + 1),
         "x": list(x),
         "y": values,
         "line": {"color": colour(number), "width": 2, "dash": dash},

@@ -158,7 +158,7 @@ def _show(chosen: list[Listed], cost: Cost, quality: Quality) -> None:
         grid.add_row(escape(setting_label(path)), *map(escape, values))
     if rows:
         console.print(grid)
-    plain(console, f"{len(rows)} settings differ, {same} are the same", style="dim")
+    plain(console, f"{len(rows)} {'setting differs' if len(rows) == 1 else 'settings differ'}, {same} are the same")
     for caution in cautions(chosen):
         plain(notices(), caution, style="yellow")
 

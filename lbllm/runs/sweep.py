@@ -121,7 +121,7 @@ def queue(store: RunStore, runs: Sequence[Planned], name: str, processes: int = 
     made: list[Run] = []
     try:
         for one in runs:
-            made.append(store.create(one.config, shortened(f"{name}: {one.name}", 200)))
+            made.append(store.create(one.config, shortened(one.name, 200)))
             write_tags(store, made[-1].id, [name])
     except LbllmError:
         for run in made:

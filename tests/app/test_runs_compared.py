@@ -90,7 +90,7 @@ def test_ticked_runs_are_compared_at_an_address(store: RunStore) -> None:
     assert not app.exception
     assert not app.error
     shown = said(app, "html")
-    assert "1 settings differ" in shown
+    assert "1 setting differs, " in shown
     assert "Group size 16 64" in shown
     assert "Perplexity 30.00 20.00" in shown
     assert "Seed" not in shown
@@ -127,8 +127,8 @@ def test_the_frontier_is_drawn_between_the_best_points(store: RunStore) -> None:
     assert [dot["marker"]["line"]["width"] for dot in dots] == [2, 0, 2]
     assert figure["layout"]["shapes"][0]["y0"] == 0.5
     # A name is shown as it was written.
-    assert "<b>" not in dots[0]["name"]
-    assert "%{x}" not in dots[0]["name"]
+    assert "<b>" not in dots[0]["hovertemplate"].partition("<br>")[0]
+    assert "%{x}" not in dots[0]["hovertemplate"]
     # Where more is better, the last point beats both others, and one point needs no line.
     speed = overlay.pareto(listed, places, "speed", "kl", None)["data"]
     assert [trace["uid"] for trace in speed] == [f"point {run.id}" for run in runs]

@@ -112,7 +112,7 @@ def test_a_sweep_is_queued_in_order_with_its_tag(store: RunStore, monkeypatch: p
     assert [run.id for run in runs] == [run_id for run_id, _ in begun]
     assert {processes for _, processes in begun} == {2}
     assert [run.config.quant.group_size for run in runs] == [16, 16, 32, 32, -1, -1]
-    assert runs[0].name == "sweep 1: Group size 16, Bits of group parameters 4"
+    assert runs[0].name == "Group size 16, Bits of group parameters 4"
     assert notes(store) == {run.id: Note("", ("sweep 1",)) for run in runs}
     assert free_name(notes(store)) == "sweep 2"
     assert free_name({}) == "sweep 1"
