@@ -14,8 +14,9 @@ from app.quantize.settings import WIDGETS, Setting
 from app.view import guard, sentence, size_text, store, time_text
 from lbllm.config import RunConfig, label
 from lbllm.errors import LbllmError
-from lbllm.labels import BINARIZED_BITS
+from lbllm.measure.estimate import Estimate
 from lbllm.measure.sweep import SweepEstimate, estimate_sweep
+from lbllm.runs.compared import setting_text
 from lbllm.runs.notes import LONGEST_TAG, notes
 from lbllm.runs.store import ACTIVE
 from lbllm.runs.sweep import MOST_RUNS, Planned, free_name, parse_axis, planned, queue
@@ -95,18 +96,19 @@ def _outlook(runs: list[Planned], found: SweepEstimate) -> None:
         f"**{len(runs)} {'run' if len(runs) == 1 else 'runs'}, about {time_text(found.seconds)}** one after the other, "
         f"**{size_text(found.disk_bytes)}** of disk space for all their files"
     )
-    rows = [
-        {
-            "Run": one.name,
-            BINARIZED_BITS.capitalize(): None if result is None else round(result.bpw, 3),
-            "Checkpoint": "–" if result is None else size_text(result.disk_bytes),
-            "Time": "–" if result is None else time_text(result.seconds),
-        }
-        for one, result in zip(runs, found.runs, strict=True)
-    ]
+    rows = [_row(one, result) for one, result in zip(runs, found.runs, strict=True)]
     st.dataframe(rows, hide_index=True, height=min(38 + 35 * len(rows), 260))
     for problem in found.problems:
         st.warning(sentence(problem))
+
+
+def _row(one: Planned, result: Estimate | None) -> dict[str, Any]:
+    """A run's own values and its figures, by the headings of the table."""
+    row: dict[str, Any] = {str(label(path)): setting_text(path, value) for path, value in one.choice.items()}
+    row["Bits"] = None if result is None else round(result.bpw, 3)
+    row["Size"] = "–" if result is None else size_text(result.disk_bytes)
+    row["Time"] = "–" if result is None else time_text(result.seconds)
+    return row
 
 
 def _start(runs: list[Planned], found: SweepEstimate) -> None:

@@ -41,8 +41,10 @@ def test_a_sweep_is_seen_before_it_starts_and_then_queued(
     assert "6 runs, about" in said(app.markdown)
     assert size(expected.disk_bytes) in said(app.markdown)
     table = app.dataframe[-1].value
-    assert list(table["Run"]) == [one.name for one in runs]
-    assert [*table["Bits per binarized weight"]] == [round(r.bpw, 3) for r in expected.runs if r is not None]
+    assert [*zip(table["Group size"], table["Stage 2, epochs"], strict=True)] == [
+        (str(size), str(epochs)) for size in (16, 32) for epochs in (1, 2, 3)
+    ]
+    assert [*table["Bits"]] == [round(r.bpw, 3) for r in expected.runs if r is not None]
     app.button(key="quantize start sweep").click().run()
     store = RunStore(tmp_path / "home" / "runs")
     assert [run.id for run in store.all()] == begun
