@@ -53,11 +53,10 @@ def show_compared_runs(runs: RunStore, address: str) -> None:
     """The page of a comparison."""
     known = {run.id: run for run in runs.all()}
     wanted = named(address)
-    back, title = st.columns([0.35, 10], vertical_alignment="center")
-    if back.button("", icon=":material/arrow_back:", type="tertiary", help="All runs", key="all runs"):
+    if st.button("All runs", icon=":material/arrow_back:", type="tertiary", key="all runs"):
         del st.query_params[ADDRESS]
         st.rerun()
-    title.markdown("#### Runs side by side")
+    st.header("Runs side by side")
     unknown = [run_id for run_id in wanted if run_id not in known]
     if unknown:
         st.error(f"There is no run {plain(', '.join(unknown)[:200])}. Choose others below.")

@@ -98,11 +98,12 @@ def test_runs_are_found_and_compared_on_every_screen(
     expect(page.locator("[aria-label='Perplexity after each stage']")).to_have_attribute("data-stamp", re.compile("."))
     page.reload()
     expect(page.locator("[aria-label='Perplexity after each stage']")).to_have_attribute("data-stamp", re.compile("."))
-    page.locator(".st-key-all-runs button").click()
+    page.get_by_role("button", name="All runs").click()
     expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
     context.close()
 
 
+@pytest.mark.soak
 def test_zoom_stays_while_a_compared_run_works(server: Server, page: Page, compared: list[Run]) -> None:
     store, working = server.store, compared[2]
     page.goto(server.url(f"runs?compare={compared[0].id},{working.id}"))
