@@ -120,7 +120,7 @@ def _compare_bar(known: set[str], shown: int, total: int) -> None:
 
 def _row(one: Listed, *, pick: bool) -> None:
     run = one.run
-    left, right = st.columns([5, 9], vertical_alignment="center")
+    left, right = st.columns([4, 9], vertical_alignment="center")
     with left.container(horizontal=True, vertical_alignment="center", gap="small", key=f"head {run.id}"):
         if pick:
             _tick(run)
