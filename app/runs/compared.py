@@ -42,6 +42,8 @@ POLL_SECONDS = 3.0
 ADDRESS = "compare"
 CURVES = ("Every block", "One block", "Each stage")
 MOST = 40
+_COST_NAMES: dict[Cost, str] = {"bits": "Bits", "size": "Size", "speed": "Speed"}
+_QUALITY_NAMES: dict[Quality, str] = {"perplexity": "Perplexity", "kl": "KL"}
 
 
 def named(address: str) -> list[str]:
@@ -111,8 +113,8 @@ def _controls(known: dict[str, Run], chosen: list[str]) -> None:
             st.number_input("Block", 1, 10_000, 1, key="block", bind="query-params", width=110)
         st.toggle("Log axis", key="log", bind="query-params")
     with right.container(horizontal=True, vertical_alignment="bottom"):
-        st.selectbox("Cost", list(COSTS.values()), key="cost", bind="query-params", width=170)
-        st.selectbox("Quality", list(QUALITIES.values()), key="quality", bind="query-params", width=170)
+        st.selectbox("Cost", list(_COST_NAMES.values()), key="cost", bind="query-params", width=170)
+        st.selectbox("Quality", list(_QUALITY_NAMES.values()), key="quality", bind="query-params", width=170)
 
 
 def _chosen_stage() -> Stage:
@@ -186,9 +188,9 @@ def _curves(listed: Sequence[Listed], views: Sequence[RunView], measured: list[G
 
 def _pareto(listed: Sequence[Listed], group: Group | None) -> set[str]:
     """The plot; returns the runs on the frontier."""
-    cost: Cost = next((name for name, label in COSTS.items() if label == st.session_state.get("cost")), "bits")
+    cost: Cost = next((name for name, label in _COST_NAMES.items() if label == st.session_state.get("cost")), "bits")
     quality: Quality = next(
-        (name for name, label in QUALITIES.items() if label == st.session_state.get("quality")), "perplexity"
+        (name for name, label in _QUALITY_NAMES.items() if label == st.session_state.get("quality")), "perplexity"
     )
     made = points(listed, group, cost, quality) if group is not None else []
     teacher = None
