@@ -124,6 +124,7 @@ def test_a_sweep_is_shown_then_queued(
 ) -> None:
     begun: list[str] = []
     monkeypatch.setattr(RunStore, "start", lambda self, run_id, processes=1: begun.append(run_id))
+    monkeypatch.setattr("lbllm.measure.estimate.fastest_matmul_rate", lambda device: 1e10)
     model = str(save_tiny(tmp_path / "teacher", "llama"))
     base = ["runs", "sweep", "--model", model, "--set", "seq_len=64", "--device", "cpu"]
     base += ["--vary", "quant.group_size=8,16", "--vary", "quant.param_bits=4,16"]
