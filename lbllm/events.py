@@ -127,6 +127,15 @@ class Evaluated(_Event):
     top1_agreement: float | None = None
 
 
+class SpeedMeasured(_Event):
+    """The packed model wrote ``tokens`` tokens one by one, alone. Rates compare only on one ``machine``."""
+
+    kind: Literal["speed_measured"] = "speed_measured"
+    tokens_per_second: float
+    tokens: int
+    machine: str
+
+
 class StageDone(_Event):
     """A stage has finished all blocks."""
 
@@ -176,6 +185,7 @@ Event = (
     | StepMetric
     | BlockDone
     | Evaluated
+    | SpeedMeasured
     | StageDone
     | Acknowledged
     | RunDone

@@ -26,6 +26,7 @@ from app.quantize.facts import (
     show_unknown,
 )
 from app.quantize.preview import show_preview
+from app.quantize.sweep import show_sweep
 from app.view import guard, plain, sentence, store
 from lbllm.checkpoints.record import checkpoint_name
 from lbllm.config import SETTINGS, RunConfig, arguments
@@ -66,6 +67,8 @@ def page() -> None:
         with preset:
             _changes(config)
     with left:
+        if config is not None and model is not None and not problems:
+            show_sweep(config, model)
         _exchange(config if not problems else None)
 
 

@@ -1,12 +1,16 @@
-"""All runs, or one in full: ``?run=ID``. The page reads the run store and sends requests to workers."""
+"""All runs, one in full (``?run=ID``), or several side by side (``?compare=ID,ID``).
+
+The page reads the run store and sends requests to workers.
+"""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from app.runs.compared import ADDRESS, show_compared_runs
 from app.runs.detail import show_run
 from app.runs.facts import style
-from app.runs.listing import list_runs, offer_undo, show_deleted
+from app.runs.listing import filters, list_runs, offer_undo, show_deleted
 from app.view import guard, plain, store
 from lbllm.runs.deleted import restore
 from lbllm.runs.store import ACTIVE, RunStore
@@ -21,11 +25,16 @@ def main() -> None:
     if run_id is not None and any(run.id == run_id for run in runs.all()):
         show_run(runs, run_id)
         return
+    compared = st.query_params.get(ADDRESS)
+    if compared is not None and run_id is None:
+        show_compared_runs(runs, compared)
+        return
     st.header("Runs")
     if run_id is not None:
         not_found(runs, run_id)
     offer_undo(runs)
     live = any(run.state in ACTIVE for run in runs.all())
+    filters(runs)
     st.fragment(list_runs, run_every=LIST_SECONDS if live else None)(runs)
     show_deleted(runs)
 

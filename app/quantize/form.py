@@ -42,6 +42,7 @@ DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize
 EDITED, NAME_KEY, METHODS_KEY = "quantize edited table", "quantize name", "quantize preview methods"
 PROCESSES_KEY = "quantize processes"
 BLOCK_KEY = "quantize block of "  # and the number of blocks
+SWEEP_KEY = "quantize sweep "  # and what of the sweep a widget sets
 KEPT, OWN_ADDRESS, ADDRESS = "quantize kept", "quantize address", "form"
 KEPT_FORMS = 500
 PRESET = "quantize preset"
@@ -98,7 +99,7 @@ def keep() -> None:
         return
     own = (DOCUMENT, PRESET, MODEL_KEY, CORPUS_KEY, SKIP_KEY, NAME_KEY, METHODS_KEY, PROCESSES_KEY)
     keys = (*own, *(setting.key for setting in WIDGETS))
-    blocks = [key for key in st.session_state if str(key).startswith(BLOCK_KEY)]
+    blocks = [key for key in st.session_state if str(key).startswith((BLOCK_KEY, SWEEP_KEY))]
     values = {key: st.session_state[key] for key in (*keys, *blocks) if key in st.session_state}
     st.session_state[KEPT] = values | {TABLE: st.session_state.get(EDITED, st.session_state[TABLE])}
     name = st.session_state.setdefault(OWN_ADDRESS, secrets.token_urlsafe(12))
@@ -127,13 +128,18 @@ def load(config: RunConfig) -> None:
     st.session_state[CORPUS_KEY] = config.corpus
     st.session_state[SKIP_KEY] = list(config.quant.skip)
     for setting in WIDGETS:
-        value = _get(document, setting.path)
-        st.session_state[setting.key] = tuple(value) if isinstance(value, list) else value
+        st.session_state[setting.key] = value_of(document, setting)
     rows = [{"pattern": name} | override for name, override in document["quant"]["overrides"].items()]
     st.session_state[TABLE] = pandas.DataFrame(rows, columns=list(COLUMNS), dtype=object)
     # The editor keeps the user's changes under its key; a new table must begin without changes.
     st.session_state.pop(EDITOR_KEY, None)
     st.session_state.pop(EDITED, None)
+
+
+def value_of(document: dict[str, Any], setting: Setting) -> Any:
+    """A setting's value in a document as its widget has it."""
+    value = _get(document, setting.path)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def continues() -> bool:

@@ -7,6 +7,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app.runs.listing import JUST_DELETED
 from app.view import guard, plain
+from lbllm.runs.notes import LONGEST_NOTE, MOST_TAGS, all_tags, note_of, notes, write_note, write_tags
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import RunView
 
@@ -47,6 +48,29 @@ def _more(runs: RunStore, run: Run) -> None:
         name = st.text_input("Name", run.name, max_chars=100, key=f"name {run.id}")
         if st.button("Rename", key=f"rename {run.id}", width="stretch"):
             runs.rename(run.id, name)
+            st.rerun()
+        note = note_of(runs, run.id)
+        text = st.text_area(
+            "Note",
+            note.text,
+            max_chars=LONGEST_NOTE,
+            height=90,
+            key=f"note {run.id}",
+            placeholder="What you think of it",
+        )
+        tags = st.multiselect(
+            "Tags",
+            all_tags([note, *notes(runs).values()]),
+            list(note.tags),
+            accept_new_options=True,
+            max_selections=MOST_TAGS,
+            key=f"tags {run.id}",
+            placeholder="None",
+            help="Type a new one and press Enter. The list of runs can be filtered by them.",
+        )
+        if st.button("Save note and tags", key=f"write {run.id}", width="stretch"):
+            write_tags(runs, run.id, tags)
+            write_note(runs, run.id, text)
             st.rerun()
         st.page_link(
             "pages/quantize.py",

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.view import COLOURS, number_text, time_text
-from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width, points, smoothed
+from lbllm.runs.curves import points, smoothed
+from lbllm.runs.view import HEAT_COLUMNS, BlockView, RunView, column_width
 from lbllm.sections import STAGES, Stage, stage_number
 
 STAGE_LABELS: dict[Stage, str] = {
@@ -106,13 +107,13 @@ def curve(view: RunView, chosen: Chosen, *, smooth: str, log: bool) -> Figure:
         "showlegend": smooth == "Both" or bool(probes),
         # The range of steps is kept from block to block; that of the loss belongs to one block and one kind of axis.
         "xaxis": {"title": {"text": "step"}, "uirevision": stage},
-        "yaxis": _loss_axis(log) | {"uirevision": f"{stage} {number} {log}"},
+        "yaxis": loss_axis(log) | {"uirevision": f"{stage} {number} {log}"},
         "hovermode": "x",
     }
     if steps:
         layout["xaxis"] |= {"autorange": False, "range": [0, steps + 1]}
     if not losses:
-        layout |= _empty(f"{place_name(chosen)}: not started yet")
+        layout |= empty(f"{place_name(chosen)}: not started yet")
     return {"data": data, "layout": layout}
 
 
@@ -135,9 +136,9 @@ def before_after(view: RunView, *, log: bool) -> Figure:
     axis: Figure = {"title": {"text": "block"}, "uirevision": "x"}
     if view.started is not None:
         axis |= {"autorange": False, "range": [0, view.started.blocks + 1]}
-    layout: Figure = {"height": 300, "xaxis": axis, "yaxis": _loss_axis(log) | {"uirevision": f"{log}"}}
+    layout: Figure = {"height": 300, "xaxis": axis, "yaxis": loss_axis(log) | {"uirevision": f"{log}"}}
     if not view.finished:
-        layout |= _empty("No block is finished yet")
+        layout |= empty("No block is finished yet")
     return {"data": data, "layout": layout}
 
 
@@ -148,9 +149,9 @@ def heat_map(view: RunView) -> Figure:
     layout: Figure = {"height": 300, "coloraxis": {}}
     data: list[Figure] = []
     if started is None or not stages:
-        return {"data": [], "layout": layout | _empty("Stage 1 has no steps" if started is not None else "No step yet")}
+        return {"data": [], "layout": layout | empty("Stage 1 has no steps" if started is not None else "No step yet")}
     if not any(block.losses for block in view.blocks.values()):
-        return {"data": [], "layout": layout | _empty("No step yet: training begins after stage 1")}
+        return {"data": [], "layout": layout | empty("No step yet: training begins after stage 1")}
     widths = [float(min(view.steps.get(stage, 0), HEAT_COLUMNS) or 40) for stage in stages]
     left, gap = 0.0, 0.03
     changes: list[float] = []
@@ -233,7 +234,7 @@ def _layer_errors(block: BlockView | None) -> Figure:
     }
     layout["xaxis"]["uirevision"] = "layers"
     if not errors:
-        layout |= _empty("No layer of this block is binarized yet")
+        layout |= empty("No layer of this block is binarized yet")
     return {"data": [trace], "layout": layout}
 
 
@@ -251,7 +252,7 @@ def _line(uid: str, name: str, xy: tuple[list[int], list[Any]], colour: str, *, 
     }
 
 
-def _loss_axis(log: bool) -> Figure:
+def loss_axis(log: bool) -> Figure:
     axis: Figure = {"title": {"text": "loss"}, "tickformat": ".3~g", "exponentformat": "power"}
     return axis | ({"type": "log", "dtick": "D2"} if log else {"type": "linear", "rangemode": "normal"})
 
@@ -288,7 +289,7 @@ def _note(text: str) -> Figure:
     return place | {"text": text, "font": {"color": "--st-gray-text-color"}}
 
 
-def _empty(note: str) -> Figure:
+def empty(note: str) -> Figure:
     """The part of a layout that shows a note in place of axes without data."""
     axis = {"visible": False, "fixedrange": True}
     return {"annotations": [_note(note)], "xaxis": axis, "yaxis": axis, "dragmode": False, "showlegend": False}

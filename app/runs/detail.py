@@ -19,12 +19,13 @@ from app.runs import charts
 from app.runs.actions import header
 from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.runs.export import show_export
-from app.runs.facts import show_legend, show_settings, teacher_of
+from app.runs.facts import show_legend, show_note, show_settings, teacher_of
 from app.runs.state import badge, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
 from lbllm.events import stage_parts
 from lbllm.labels import BINARIZED_BITS
+from lbllm.runs.notes import note_of
 from lbllm.runs.store import ACTIVE, Run, RunStore
 from lbllm.runs.view import RunView
 from lbllm.sections import PAPER_STAGES, STAGES, stage_number
@@ -238,6 +239,7 @@ def show_run(runs: RunStore, run_id: str) -> None:
         with st.container(), guard():
             if not run.is_missing:
                 show_settings(run)
+            show_note(note_of(runs, run.id))
             outcome(run, view)
         with guard():
             show_export(runs, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Literal
 
 import streamlit as st
@@ -12,6 +12,7 @@ from app.runs.charts import HATCH, WORKING
 from app.view import COLOURS, sentence
 from lbllm.errors import RunError
 from lbllm.labels import run_facts
+from lbllm.runs.notes import Note
 from lbllm.runs.store import Run
 from lbllm.sections import Stage
 from lbllm.templates import environment
@@ -27,6 +28,25 @@ def style() -> None:
 def show_facts(facts: Mapping[str, str], kind: Literal["figures", "settings"]) -> None:
     """Values with their labels: ``figures`` in columns, ``settings`` in lines."""
     st.html(_TEMPLATES.get_template("facts.html.jinja").render(facts=facts, kind=kind))
+
+
+def show_note(note: Note) -> None:
+    """A run's tags and its note, as it was written."""
+    if note != Note():
+        st.html(_TEMPLATES.get_template("note.html.jinja").render(note=note))
+
+
+def show_compared(
+    runs: Sequence[tuple[str, int, str]],
+    parts: Sequence[tuple[str, Mapping[str, Sequence[str]]]],
+    best: Set[tuple[str, int]],
+) -> None:
+    """A table with a column for each run (colour, number, name). ``parts``: a heading, and rows of one value for each
+    run by their labels; ``best``: the cells (label, column) that stand out."""
+    template = _TEMPLATES.get_template("compared.html.jinja")
+    heads = [{"colour": colour, "number": number, "name": name} for colour, number, name in runs]
+    shown = [{"title": title, "rows": rows} for title, rows in parts if title or rows]
+    st.html(template.render(runs=heads, parts=shown, best=best))
 
 
 def show_settings(run: Run) -> None:

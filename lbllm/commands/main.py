@@ -14,7 +14,17 @@ from collections.abc import Sequence
 
 import typer
 
-from lbllm.commands import catalogues, chatting, checking, exporting, measuring, stored_runs, teaching, training
+from lbllm.commands import (
+    catalogues,
+    chatting,
+    checking,
+    comparing,
+    exporting,
+    measuring,
+    stored_runs,
+    teaching,
+    training,
+)
 from lbllm.commands import serving as showcasing
 from lbllm.commands import serving as workbench
 from lbllm.commands.attend import StoppedByUser
@@ -53,13 +63,19 @@ def build() -> typer.Typer:
     corpora.command("sample")(catalogues.corpora_sample)
     app.add_typer(corpora, name="corpora")
 
-    runs = typer.Typer(help="Runs: list, show, resume, stop, cancel, rename, delete, restore.", no_args_is_help=True)
+    runs = typer.Typer(
+        help="Runs: list, compare, sweep, show, resume, stop, note, tag and so on.", no_args_is_help=True
+    )
     runs.command("list")(stored_runs.runs_list)
     runs.command("show")(stored_runs.runs_show)
+    runs.command("compare")(comparing.runs_compare)
+    runs.command("sweep")(comparing.runs_sweep)
     runs.command("resume")(stored_runs.runs_resume)
     runs.command("stop")(stored_runs.runs_stop)
     runs.command("cancel")(stored_runs.runs_cancel)
     runs.command("rename")(stored_runs.runs_rename)
+    runs.command("note")(stored_runs.runs_note)
+    runs.command("tag")(stored_runs.runs_tag)
     runs.command("delete")(stored_runs.runs_delete)
     runs.command("restore")(stored_runs.runs_restore)
     app.add_typer(runs, name="runs")

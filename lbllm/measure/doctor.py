@@ -145,7 +145,7 @@ def _requirements() -> Iterator[tuple[Requirement, Extra | None]]:
 
 
 def _machine() -> Lines:
-    yield "processor", "ok", _processor(), ""
+    yield "processor", "ok", processor(), ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cores, threads of torch", "ok", f"{cores}, {torch.get_num_threads()}", ""
     yield "memory, free", "ok", f"{size(psutil.virtual_memory().total)}, {size(free_memory('cpu'))}", ""
@@ -157,7 +157,7 @@ def _machine() -> Lines:
         yield f"GPU {index}", "ok", f"{found.name}, {size(found.total_memory)}, CUDA {torch.version.cuda}", ""
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name; /proc/cpuinfo has it on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

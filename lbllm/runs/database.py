@@ -1,4 +1,4 @@
-"""The SQLite file of a run store: names, dates and events of runs, and votes on pairs of answers.
+"""The SQLite file of a run store: names, dates, notes and events of runs, and votes on pairs of answers.
 
 Many processes use it at once. A newer version of the file is refused; an older one is brought to this version.
 """
@@ -31,6 +31,10 @@ _MIGRATIONS = (
     ("CREATE TABLE votes (exchange TEXT PRIMARY KEY, time REAL NOT NULL, body TEXT NOT NULL)",),
     # Events may have ``probe`` and ``rows_left_out``, which earlier versions refuse.
     (),
+    (
+        "CREATE TABLE notes (run_id TEXT PRIMARY KEY REFERENCES runs (id) ON DELETE CASCADE, note TEXT NOT NULL, "
+        "tags TEXT NOT NULL)",
+    ),
 )
 # The kind of an event whose JSON may be damaged.
 KIND = "CASE WHEN json_valid(body) THEN json_extract(body, '$.kind') END"

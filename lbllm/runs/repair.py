@@ -88,6 +88,7 @@ def make_anew(path: Path, make_tables: Callable[[sqlite3.Connection], None]) -> 
 def _salvage(damaged: sqlite3.Connection, db: sqlite3.Connection, folders: list[str]) -> None:
     """Copy every row that can be read, from both ends of each table, and of each run's events."""
     _copy(damaged, db, "runs", "", "rowid")
+    _copy(damaged, db, "notes", "", "rowid")
     _copy(damaged, db, "votes", "", "rowid")
     known = {run_id for (run_id,) in db.execute("SELECT id FROM runs").fetchall()}
     for run_id in sorted({*known, *folders}, key=str):

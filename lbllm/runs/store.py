@@ -1,6 +1,6 @@
 """The run store: runs and their events in one SQLite file, and one folder a run. Many processes use it at once.
 
-    root/runs.db              names, dates and events; votes on pairs of answers
+    root/runs.db              names, dates, notes and events; votes on pairs of answers
     root/worker*.lock         one a device, locked by the worker whose turn it is (``runs/turn.py``)
     root/<run id>/            config.json, blocks/, checkpoint/, worker.log
     root/<run id>/alive.lock  locked as long as the run's worker lives

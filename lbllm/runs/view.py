@@ -2,7 +2,7 @@
 
     view = RunView(run_id)
     with view.caught_up(store):
-        points(view.blocks["wat", 3].losses)
+        view.blocks["wat", 3].losses
 
 A view holds nothing that the store doesn't: each reader builds its own from event 1, then reads what came after
 ``seq``. So a reload, a second reader and a new process all show the same.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +29,7 @@ from lbllm.events import (
     RunQueued,
     RunStarted,
     RunStopped,
+    SpeedMeasured,
     StageDone,
     StageStarted,
     StepMetric,
@@ -39,52 +40,18 @@ from lbllm.runs.database import LIFECYCLE
 from lbllm.runs.store import Request, RunStore
 from lbllm.sections import STAGES, Stage
 
-MAX_POINTS = 800
 HEAT_COLUMNS = 40
 HEAT_SECONDS = 15.0  # between two redraws of a long block's row in the heat map
 RECENT_BLOCKS = 5  # whose mean time predicts that of the next block
 # Enough for a list of runs; the other kinds, the steps above all, are most of a run's events.
-SUMMARY_KINDS: tuple[str, ...] = (*LIFECYCLE, "stage_started", "block_started", "block_done", "evaluated")
+SUMMARY_KINDS: tuple[str, ...] = (
+    *(*LIFECYCLE, "stage_started", "block_started", "block_done"),
+    *("evaluated", "speed_measured"),
+)
 Cell = Literal["waiting", "working", "done", "diverged"]
 # Before its first event a run is "new".
 Phase = Literal["new", "queued", "loading", "running", "done", "stopped", "cancelled", "failed"]
 WITH_WORKER: tuple[Phase, ...] = ("loading", "running")
-
-
-def points(values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[int], list[float | None]]:
-    """At most ``limit`` points (step, value), with every peak: the least and the greatest value of each bin of steps.
-
-    Steps count from 1. A bin is a fixed range of steps. Its length is a power of two, so new values change only the
-    last bin until the number of steps has doubled. A value that is not finite becomes None, a gap.
-    """
-    width = 1
-    while math.ceil(len(values) / width) * min(width, 2) > limit:
-        width *= 2
-    steps: list[int] = []
-    kept: list[float | None] = []
-    for start in range(0, len(values), width):
-        part = range(start, min(start + width, len(values)))
-        finite = [step for step in part if math.isfinite(values[step])]
-        if finite:
-            chosen = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-        for step in sorted(chosen) if finite else part[:1]:
-            steps.append(step + 1)
-            kept.append(values[step] if finite else None)
-    return steps, kept
-
-
-def smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """A running mean over about ``share`` of the steps, at least 4; it skips values that are not finite."""
-    weight = 1 / max(4.0, share * len(values))
-    mean = total = 0.0
-    result = []
-    for value in values:
-        if math.isfinite(value):
-            # The first values are averaged over their number, or they would be pulled towards zero.
-            total += weight * (1 - total)
-            mean += (value - mean) * weight / total
-        result.append(mean if total else math.nan)
-    return result
 
 
 def column_width(steps: int) -> int:
@@ -148,6 +115,7 @@ class RunView:
         self.latest: tuple[Stage, int] | None = None
         self.last_done: BlockDone | None = None
         self.evaluations: list[Evaluated] = []
+        self.speed: SpeedMeasured | None = None
         self.result: RunDone | None = None
         self.failure: str | None = None
         self.heated = 0
@@ -225,6 +193,8 @@ class RunView:
                 self.evaluations.append(event)
                 if (seconds := self._part_ends()) is not None:
                     self._evaluations_took.append(seconds)
+            case SpeedMeasured() as event:
+                self.speed = event
             case StageDone():
                 self.working = None
             case Acknowledged() as event:
@@ -273,6 +243,15 @@ class RunView:
         """How many blocks of a stage are finished. Blocks go in order: those before the latest one are."""
         known = (view for view in self.blocks.values() if view.stage == stage)
         return max((view.block + (view.done is not None) for view in known), default=0)
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """How many parts of all stages are finished, and how many there are; (0, 0) before the model is loaded."""
+        if self.started is None:
+            return 0, 0
+        stages = self.started.stages
+        counts = {stage: stage_parts(stage, self.started.blocks) for stage in stages}
+        return sum(min(self.blocks_done(stage), counts[stage]) for stage in stages), sum(counts.values())
 
     @property
     def part_done(self) -> float:

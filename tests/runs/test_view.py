@@ -25,8 +25,9 @@ from lbllm.events import (
     StageDone,
     StageStarted,
 )
+from lbllm.runs.curves import MAX_POINTS, points, smoothed
 from lbllm.runs.store import RunStore
-from lbllm.runs.view import HEAT_SECONDS, MAX_POINTS, SUMMARY_KINDS, RunView, points, smoothed
+from lbllm.runs.view import HEAT_SECONDS, SUMMARY_KINDS, RunView
 from lbllm.sections import PAPER_STAGES, Stage
 from tests.helpers.run_events import STEPS, block, done, feed, folded, started, step, whole_run
 
