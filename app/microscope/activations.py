@@ -89,8 +89,8 @@ def _inputs(view: ActivationView) -> None:
     grid = _widest(trials[0].ranges) if trials else None
     payload = encode(spread_figure(view.spread, grid), label="Inputs of the layer, with the steps of the quantizer")
     live_chart(payload, key="inspect_spread")
-    for one in trials:
-        st.caption(_quantizer_words(one, view.pieces))
+    for number, one in enumerate(trials):
+        st.caption(_quantizer_words(one, view.pieces, drawn=number == 0))
     payload = encode(maxima_figure(list(view.maxima), view), label="Largest input of each channel")
     live_chart(payload, key="inspect_maxima")
     if view.peaks:
@@ -105,8 +105,8 @@ def _widest(ranges: tuple[Range, ...]) -> Range | None:
     return max(ranges, key=lambda one: one.high - one.low, default=None)
 
 
-def _quantizer_words(one: Quantizer, pieces: tuple[str, ...]) -> str:
-    grid = _widest(one.ranges)
+def _quantizer_words(one: Quantizer, pieces: tuple[str, ...], *, drawn: bool) -> str:
+    grid = _widest(one.ranges) if drawn else None
     where = ""
     if grid is not None and one.token < len(pieces):
         where = (

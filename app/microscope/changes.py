@@ -109,8 +109,13 @@ def name_of(change: Change, at: Address) -> str:
     if change.kind == "first":
         return f"First {change.detail} blocks binarized"
     if change.kind == "levels":
-        return f"Levels of {place_words(at)} by hand"
+        return f"Levels of {_inner(place_words(at))} by hand"
     if change.kind == "bits":
         kind = FORMAT_NAMES[FORMATS[change.detail]] if change.detail in FORMATS else f"{change.detail} bits"
         return f"{place} in {kind}"
-    return f"{place} dense again" if change.kind == "dense" else f"Only {place[0].lower()}{place[1:]} binarized"
+    return f"{place} dense again" if change.kind == "dense" else f"Only {_inner(place)} binarized"
+
+
+def _inner(place: str) -> str:
+    """A place inside a sentence."""
+    return place[0].lower() + place[1:]

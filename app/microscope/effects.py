@@ -54,9 +54,10 @@ def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
     found = _effect(pair, scope, choice, text)
     name = name_of(change, at)
     _show(found, name, change)
+    # Next to the tokens: a chart between them would put the answers out of sight.
+    _answers(pair, scope, choice, name, text)
     if change.kind == "first":
         _curve(found, scope, text)
-    _answers(pair, scope, choice, name, text)
 
 
 def _kind(scope: Microscope) -> None:
@@ -101,7 +102,9 @@ def _controls(change: Change, scope: Microscope, at: Address) -> tuple[float, ..
             options,
             required=True,
             key=state.bound("detail", change.detail),
-            format_func=lambda name: FORMAT_NAMES[FORMATS[name]] if name in FORMATS else f"{name} bit",
+            format_func=lambda name: (
+                FORMAT_NAMES[FORMATS[name]] if name in FORMATS else f"{name} bit{'' if name == '1' else 's'}"
+            ),
             on_change=_detail,
             args=("bits",),
             help="A number of bits rounds the teacher's weights to the nearest of as many values in the same groups; "

@@ -170,7 +170,7 @@ def activations(
         _peaks(inputs, pieces),
         quantizer,
         tuple(trials),
-        _words(f"{block}/{layer}", student, quantizer),
+        _words(layer, student, quantizer),
     )
 
 

@@ -217,9 +217,10 @@ class LayerView:
                 f"row {row}, column {column}"
             )
         part = slice(row, min(row + rows, out)), slice(column, min(column + columns, within))
-        original, rebuilt = self.original[part], self.rebuilt[part]
-        bitmap = None if self.bitmap is None else self.bitmap[part]
-        return Window(*part, original, self.sign[part], bitmap, rebuilt, rebuilt - original, self.index[part])
+        original, rebuilt, index = self.original[part], self.rebuilt[part], self.index[part]
+        # Of this part only: the planes of the whole matrix are not needed for it.
+        sign, bitmap = index_to_planes(index, self.count)
+        return Window(*part, original, sign, bitmap, rebuilt, rebuilt - original, index)
 
     def thumbnail(self, tile: Tile, height: int, width: int) -> Tensor:
         """A small picture of the whole matrix, float32, at most (height, width): for each cell the mean magnitude of

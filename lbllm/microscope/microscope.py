@@ -113,7 +113,9 @@ class Microscope:
         if found.block is None:
             return found
         if not 0 <= found.block < self.blocks:
-            raise ConfigError(f"{self.title} has the blocks 0 to {self.blocks - 1}; there is no block {found.block}")
+            raise ConfigError(
+                f"{self.title} has no block {found.block} in an address: they are counted from 0 to {self.blocks - 1}"
+            )
         if found.layer is None:
             return found
         shapes = self.shapes[found.block]

@@ -77,15 +77,15 @@ def test_the_quantizer_is_the_layers_own(pair: Pair) -> None:
         values = torch.tensor(part.values)
         assert 0.0 in part.values
         assert float((rounded[2, columns, None] - values).abs().amin(-1).max()) < 1e-6
-    assert view.words == "The inputs of 1/mlp.down_proj are quantized: A4, ranges of 16 inputs."
+    assert view.words == "The inputs of mlp.down_proj are quantized: A4, ranges of 16 inputs."
 
 
 def test_where_there_is_no_quantizer_it_says_what_4_bits_would_do(pair: Pair) -> None:
     plain, dense = (activations(pair, block, "mlp.up_proj", TEXT) for block in (1, 0))
     assert plain.quantizer is None
     assert dense.quantizer is None
-    assert plain.words.startswith("The inputs of 1/mlp.up_proj are not quantized (A16). Shown is what 4 bits")
-    assert dense.words.startswith("The inputs of 0/mlp.up_proj are not quantized: the layer is dense. Shown")
+    assert plain.words.startswith("The inputs of mlp.up_proj are not quantized (A16). Shown is what 4 bits")
+    assert dense.words.startswith("The inputs of mlp.up_proj are not quantized: the layer is dense. Shown")
     # 48 inputs are less than the 64 of a range.
     assert [trial.name for trial in plain.trials] == ["A4, one range a token"] * 2
     wide = activations(pair, 1, "mlp.down_proj", TEXT)

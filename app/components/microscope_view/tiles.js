@@ -72,7 +72,7 @@ function create(root) {
     const [y, x] = [first[0] + state.at[0], first[1] + state.at[1]];
     const parts = [
       `row ${y}, column ${x}, group ${Math.floor(x / group)}`,
-      `${state.data.names.original} ${digits(planes.original[place])}`,
+      `teacher ${digits(planes.original[place])}`,
       `sign bit ${planes.sign[place]}`,
       ...(planes.bitmap ? [`bitmap bit ${planes.bitmap[place]}`] : []),
       `level ${Number(state.data.index[place]) + 1} = ${digits(planes.rebuilt[place])}`,

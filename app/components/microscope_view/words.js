@@ -11,7 +11,8 @@ export default function ({ parentElement, data }) {
       column.setAttribute("aria-label", name);
       const head = element("div", "who", name);
       head.append(element("span", "", note));
-      column.append(head);
+      const list = element("div", "list");
+      column.append(head, list);
       for (const [text, probability] of tokens) {
         const row = element("div", text === data.expected ? "row taken" : "row");
         const bar = element("div", "bar");
@@ -19,7 +20,7 @@ export default function ({ parentElement, data }) {
         const track = element("div", "track");
         track.append(bar);
         row.append(element("div", "name", shown(text)), track, element("div", "number", percent(probability)));
-        column.append(row);
+        list.append(row);
       }
       return column;
     }),
