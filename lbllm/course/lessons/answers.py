@@ -79,8 +79,8 @@ class Answers(LessonMaker):
         count = self._counts[len(self._counts) // 2]
         share = half.hybrid.kl / max(whole.student.kl, 1e-12)
         check = number_question(
-            f"“{SENTENCES[0]}”: with all {blocks} blocks binarized, KL is {whole.student.kl:.2f}. What share of that "
-            f"is there when only the first {count} blocks are binarized?",
+            f"“{SENTENCES[0]}”: with all {blocks} blocks binarized, KL is {whole.student.kl:.2f}. How large is it, as "
+            f"a share of that, when only the first {count} blocks are binarized?",
             share,
             [count / blocks / 4, 2 * count / blocks],
             "{:.0%}",
@@ -90,7 +90,8 @@ class Answers(LessonMaker):
             self.key,
             self.title,
             "Each binarized block changes what the next one receives, and at the end the probabilities of the next "
-            "word have moved. KL says how far they moved; a word changes only where two words were close.",
+            "word have moved. KL says how far they moved; a word changes first where two were about equally "
+            "likely.",
             guess,
             (
                 Dial("blocks", "Blocks that are binarized, from the first on", tuple(map(str, self._counts))),
@@ -106,7 +107,7 @@ class Answers(LessonMaker):
         first = found.hybrid.next[0]
         figures = (
             Figure(
-                "KL: how far the probabilities have moved, in nats a token",
+                "KL: how far the probabilities of the next token have moved",
                 found.hybrid.kl,
                 f"{found.hybrid.kl:.3f}",
                 KL,
