@@ -167,6 +167,7 @@ function waiting(course, key) {
     { class: "waiting" },
     element("p", { role: "status" }, say),
     element("progress", { max: 1, value: share, "aria-label": say }),
+    element("p", { class: "faint" }, "The first time, this is computed from the model; that can take a minute or longer."),
     pictureFrames(pictures, "progress"),
   );
 }
@@ -343,12 +344,12 @@ function colophon(course) {
     element(
       "p",
       {},
-      `Computed from ${checkpoint.name}, beside ${checkpoint.teacher}.`,
-      hash ? [" Hash of its weights: ", element("code", { title: hash }, hash.slice(0, 16))] : null,
+      `Computed from ${checkpoint.name}, and its full model ${checkpoint.teacher}.`,
+      hash ? [" Hash of the binarized weights: ", element("code", { title: hash }, hash.slice(0, 16))] : null,
       date ? `. Made on ${date}.` : ".",
     ),
     course.state.key === null
       ? null
-      : element("p", { class: "keys" }, "Keys: ", element("kbd", {}, "1"), "–", element("kbd", {}, "9"), " answer, ", element("kbd", {}, "n"), " and ", element("kbd", {}, "p"), " next and previous lesson, ", element("kbd", {}, "f"), " projector."),
+      : element("p", { class: "keys" }, "Keys: ", element("kbd", {}, "1"), ", ", element("kbd", {}, "2"), ", ", element("kbd", {}, "3"), " answer, ", element("kbd", {}, "n"), " and ", element("kbd", {}, "p"), " next and previous lesson, ", element("kbd", {}, "f"), " projector."),
   );
 }
