@@ -81,8 +81,9 @@ function listView(course) {
     element(
       "p",
       { class: "lead" },
-      `From one weight to a whole answer, in ${outline.length} short lessons. In each you guess first, then look at the real ` +
-        `numbers of a model (${course.checkpoint.name}), move something, and check what you understood.`,
+      `How a language model can be stored in very few bits for each of its numbers: from one weight to a whole answer, in ` +
+        `${outline.length} short lessons. In each you guess first, then look at the real numbers of a model ` +
+        `(${course.checkpoint.teacher}), move something, and check what you understood.`,
     ),
     state.notice ? element("p", { class: "notice", role: "alert" }, state.notice) : null,
     begun ? score(course) : null,
