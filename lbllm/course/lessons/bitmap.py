@@ -88,8 +88,8 @@ class Bitmap(LessonMaker):
         rivals = self.format("w1", size), self.format("w1+1", size), self.as_large(size)
         r_sign, r_both, r_small = (self.error(fmt).value for fmt in rivals)
         check = number_question(
-            f"In groups of {size}, the sign alone leaves an error of {r_sign:.1%}, sign and bitmap leave {r_both:.1%}, "
-            f"but they take more bits. Spend as many bits on smaller groups instead: only the sign, in groups of "
+            f"In groups of {size}, the sign alone leaves an error of {r_sign:.1%}; sign and bitmap take more bits and "
+            f"leave {r_both:.1%}. Spend as many bits on smaller groups instead: only the sign, in groups of "
             f"{rivals[-1].group_size}. How large is the error?",
             r_small,
             [r_both / 2, r_both],
