@@ -49,6 +49,9 @@ const grid = {
     const named = Math.max(0, ...column_labels.map((text) => textWidth(text, em))) + 0.6 * em;
     const broad = rows.length > 12 && columns <= rows.length * 2 ? Math.min(side, high) : Math.min(side, Math.max(3.6 * em, named));
     const every = Math.ceil(named / broad);
+    // The label of the dial's place is always there; those that would touch it are not.
+    const marked = column_labels.findIndex((name) => name.startsWith("▸"));
+    const hidden = (c) => c !== marked && (c % every > 0 || (marked >= 0 && Math.abs(c - marked) < every));
     const everyRow = Math.ceil((1.2 * em) / high);
     const top = column_labels.length ? 1.6 * em : 1;
     // One path for each colour: a grid may have thousands of cells.
@@ -89,9 +92,9 @@ const grid = {
           r % everyRow ? null : svg("text", { class: "faint", x: left - 0.5 * em, y: top + (r + 0.5) * high + 0.35 * em, "text-anchor": "end" }, name),
         ),
         column_labels.map((name, c) =>
-          c % every || left + (c + 0.5) * broad + textWidth(name, em) / 2 > Math.max(width, across)
+          hidden(c) || (c !== marked && left + (c + 0.5) * broad + textWidth(name, em) / 2 > Math.max(width, across))
             ? null
-            : svg("text", { class: "faint", x: left + (c + 0.5) * broad, y: 1.1 * em, "text-anchor": "middle" }, name),
+            : svg("text", { class: "faint", x: Math.min(left + (c + 0.5) * broad, Math.max(width, across) - textWidth(name, em) / 2), y: 1.1 * em, "text-anchor": "middle" }, name),
         ),
         svg("rect", { class: "target", x: left, y: top, width: columns * broad, height: rows.length * high, ...tips }),
       ),
