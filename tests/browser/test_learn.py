@@ -84,6 +84,7 @@ def test_a_lesson_by_keys_and_its_progress(page: Page, site: str) -> None:
     expect(page.get_by_text(CHECK.because)).to_be_visible()
     page.keyboard.press("n")
     expect(page).to_have_url(f"{site}#histogram")
+    expect(page.locator(".part.guess .option").first).to_be_visible()
     page.keyboard.press("2")
     slider = page.get_by_role("slider", name="Width")
     slider.focus()

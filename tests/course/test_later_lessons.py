@@ -104,7 +104,7 @@ def test_knee(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
         whole.append(expected)
     curve = picture(lesson.scene((2, 0)), "curve")
     assert curve["mark"] == 2
-    np.testing.assert_allclose(curve["series"][0]["y"], whole, rtol=1e-3)
+    np.testing.assert_allclose(curve["series"][0]["y"], 100 * np.array(whole), rtol=1e-3)
     assert [one["name"] for one in curve["series"]] == list(sizes)
     guess = lesson.lesson().guess
     assert guess.options[guess.right] == f"{KNEES[int(np.argmin(whole))]:.0%}"
@@ -119,7 +119,7 @@ def test_knee(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
     ranges = [x[token, first : first + 16].double() for token in range(len(x))]
     spans = [max(float(r.max()), 0.0) - min(float(r.min()), 0.0) for r in ranges]
     shown = next(n for n, r in enumerate(ranges) if np.allclose([p["x"] for p in line], r, rtol=1e-4))
-    assert figure(shortest, "Fine step").value == pytest.approx(KNEES[3] * spans[shown] / 9, rel=1e-5)
+    assert figure(shortest, "Step inside").value == pytest.approx(KNEES[3] * spans[shown] / 9, rel=1e-5)
 
 
 def test_counted_bits_are_those_in_the_file(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
@@ -179,7 +179,7 @@ def test_a_block_trains(data: CourseData, lessons: dict[str, LessonMaker]) -> No
     assert figure(lesson.scene((0,)), "Weights with another level").value == 0
     snapshots = list(training.run())
     curve = picture(lesson.scene((training.steps,)), "curve")
-    np.testing.assert_allclose(curve["series"][0]["y"], [one.error for one in snapshots], rtol=1e-3)
+    np.testing.assert_allclose(curve["series"][0]["y"], [100 * one.error for one in snapshots], rtol=1e-3)
     assert curve["series"][1]["y"][0] is None
     last = figure(lesson.scene((training.steps,)), "Error")
     assert last.value < first.value

@@ -69,8 +69,8 @@ class Answers(LessonMaker):
         words = list(dict.fromkeys(word(one) for one in (student[0], *teacher, *student)))[:OPTIONS]
         options = sorted(words)
         guess = Question(
-            f"After “{SENTENCES[0]}” the full model's likeliest next token is “{word(teacher[0])}”, with "
-            f"{teacher[0].probability:.0%}. What is the likeliest one when all blocks are binarized?",
+            f"After “{SENTENCES[0]}” the full model's likeliest next token is “{word(teacher[0])}”, with a "
+            f"probability of {teacher[0].probability:.0%}. What is the likeliest one when all blocks are binarized?",
             tuple(f"“{option}”" for option in options),
             options.index(word(student[0])),
             f"The binarized model says “{word(student[0])}” with {student[0].probability:.0%}. KL, the distance of "
@@ -79,10 +79,10 @@ class Answers(LessonMaker):
         count = self._counts[len(self._counts) // 2]
         share = half.hybrid.kl / max(whole.student.kl, 1e-12)
         check = number_question(
-            f"“{SENTENCES[0]}”: with all {blocks} blocks binarized, KL is {whole.student.kl:.2f}. What share of that "
-            f"is there when only the first {count} blocks are binarized?",
+            f"“{SENTENCES[0]}”: with all {blocks} blocks binarized, KL is {whole.student.kl:.2f}. How large is it, in "
+            f"percent of that, when only the first {count} blocks are binarized?",
             share,
-            [count / blocks / 4, 2 * count / blocks],
+            [count / blocks, count / blocks / 4],
             "{:.0%}",
             f"KL is {half.hybrid.kl:.2f} then. {TOGETHER if share > 1 else ALONE}",
         )
@@ -90,7 +90,8 @@ class Answers(LessonMaker):
             self.key,
             self.title,
             "Each binarized block changes what the next one receives, and at the end the probabilities of the next "
-            "word have moved. KL says how far they moved; a word changes only where two words were close.",
+            "word have moved. KL says how far they moved; a word changes first where two were about equally "
+            "likely.",
             guess,
             (
                 Dial("blocks", "Blocks that are binarized, from the first on", tuple(map(str, self._counts))),
@@ -106,7 +107,7 @@ class Answers(LessonMaker):
         first = found.hybrid.next[0]
         figures = (
             Figure(
-                "KL: how far the probabilities have moved, in nats a token",
+                "KL: how far the probabilities of the next token have moved",
                 found.hybrid.kl,
                 f"{found.hybrid.kl:.3f}",
                 KL,

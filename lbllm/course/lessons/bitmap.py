@@ -73,32 +73,37 @@ class Bitmap(LessonMaker):
     def lesson(self) -> Lesson:
         data, own = self.data, self.data.example.length
         sign, both = self.format("w1", own), self.format("w1+1", own)
-        smaller = self.as_large(own)
-        e_sign, e_both, e_small = (self.error(fmt).value for fmt in (sign, both, smaller))
+        e_sign, e_both = (self.error(fmt).value for fmt in (sign, both))
         guess = number_question(
             f"In groups of {own}, two levels leave an error of {e_sign:.1%} in this layer. A second bit a weight gives "
             "four levels. How large is the error then?",
             e_both,
-            [e_sign / 2, e_sign],
+            [e_sign / 2, e_both / 4],
             "{:.1%}",
-            f"It is {e_both:.1%}, {e_sign / e_both:.1f} times smaller than {e_sign:.1%}. With twice as many levels the "
-            "nearest one is closer, and the error counts the squares of the distances.",
+            f"The error is {e_sign / e_both:.1f} times smaller than with two levels. With twice as many levels the "
+            "nearest one is about half as far, and the error adds up the squares of the distances.",
         )
+        # Another size than the one that is shown first, so that the dial must be moved or the answer understood.
+        size = next((size for size in self.sizes if size > own), own)
+        rivals = self.format("w1", size), self.format("w1+1", size), self.as_large(size)
+        r_sign, r_both, r_small = (self.error(fmt).value for fmt in rivals)
         check = number_question(
-            f"The bitmap is one more bit for each weight, and its groups store two more levels. Spend as many bits on "
-            f"smaller groups instead: only the sign, and {smaller.group_size} weights in a group instead of {own}. How "
-            "large is the error?",
-            e_small,
-            [e_both, e_sign],
+            f"In groups of {size}, the sign alone leaves an error of {r_sign:.1%}; sign and bitmap take more bits and "
+            f"leave {r_both:.1%}. Spend as many bits on smaller groups instead: only the sign, in groups of "
+            f"{rivals[-1].group_size}. How large is the error?",
+            r_small,
+            [r_both / 2, r_both],
             "{:.1%}",
-            f"It is {e_small:.1%}, against {e_both:.1%} with the bitmap. In these small groups the sign alone takes "
-            f"{self.bits(smaller):.2f} bits a weight, levels included; sign and bitmap take {self.bits(both):.2f}.",
+            f"Both take about as many bits a weight, levels included: {self.bits(rivals[-1]):.2f} the sign alone in "
+            f"small groups, {self.bits(rivals[1]):.2f} sign and bitmap. So compare {r_small:.1%} with {r_both:.1%}: "
+            "this is what the bitmap buys.",
         )
         return Lesson(
             self.key,
             self.title,
             "A second bit for each weight, the bitmap, chooses between two pairs of levels: an outer pair for large "
-            "weights and an inner pair for small ones; the sign chooses within the pair. So a group has four levels.",
+            "weights and an inner pair for small ones. The first bit, the sign, chooses the lower or the upper level "
+            "of the pair, so a group has four levels.",
             guess,
             (
                 Dial("bits", "Bits of a weight", tuple(KINDS.values())),
@@ -127,10 +132,10 @@ class Bitmap(LessonMaker):
             level_labels=names,
         )
         parts: list[tuple[str, str, pictures.Plane]] = [
-            ("Sign: set for the upper level of its pair", pictures.plane_text(sign), "sign")
+            ("Sign: filled for the upper level of its pair", pictures.plane_text(sign), "sign")
         ]
         if bitmap is not None:
-            parts.append(("Bitmap: set for the outer pair", pictures.plane_text(bitmap), "bitmap"))
+            parts.append(("Bitmap: filled for the outer pair", pictures.plane_text(bitmap), "bitmap"))
         fmt = self.format(kind, size)
         bits = pictures.bits(
             "The bits of these weights",
@@ -172,6 +177,7 @@ class Bitmap(LessonMaker):
     def _say(self, size: int) -> str:
         _, smaller, both = self._rivals(size).values()
         return (
-            f"At about {self.bits(both):.2f} bits a weight, sign and bitmap lose {self.error(both).text}, and the sign "
-            f"alone in groups of {smaller.group_size} loses {self.error(smaller).text} ({self.bits(smaller):.2f} bits)."
+            f"With {self.bits(both):.2f} bits a weight, sign and bitmap leave an error of {self.error(both).text}; the "
+            f"sign alone, in smaller groups ({smaller.group_size}) so that it takes {self.bits(smaller):.2f} bits, "
+            f"leaves {self.error(smaller).text}."
         )

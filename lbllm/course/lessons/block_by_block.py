@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lbllm.course import pictures
 from lbllm.course.block_training import Snapshot, Training, binarized_weights
+from lbllm.course.data import layer_words
 from lbllm.course.formulas import BLOCK_ERROR, CHANGED
 from lbllm.course.lesson import (
     Dial,
@@ -48,9 +49,10 @@ class BlockByBlock(LessonMaker):
         weights = computed("", "{:,.0f}", "", binarized_weights, [training.block])
         everything = computed("", "{:,.0f}", "", binarized_weights, training.all_blocks)
         guess = number_question(
-            f"Block {training.number + 1} is binarized, and its output has an error of {start.error:.2%}. Then it "
-            f"trains for {steps} small steps on {training.tokens:,} tokens (pieces of words) of text, to give what the "
-            "teacher's block gives. How much of the error is left, on text that it has not seen?",
+            f"Block {training.number + 1} is binarized (its weights get levels and bits), and its output has an error "
+            f"of {start.error:.2%}. Then it trains for {steps} small steps on {training.tokens:,} tokens (pieces of "
+            "words) of text, to give what the teacher's block gives. What part of the error is left, on text that it "
+            "has not seen?",
             left,
             [left / 3, (1 + left) / 2 if left < FAR_FROM_ONE else left * 2 / 3],
             "{:.0%}",
@@ -59,19 +61,19 @@ class BlockByBlock(LessonMaker):
             f"the preset {training.config.preset} does {training.usual_steps} steps in each block.",
         )
         check = number_question(
-            f"Which share of the weights of block {training.number + 1} has another level after the {steps} steps?",
+            f"After the {steps} steps, what share of the weights of block {training.number + 1} takes another of the "
+            "levels of its group than before?",
             end.changed,
             [end.changed * 5, 0.5],
             "{:.1%}",
             "All other weights keep their bits. But the levels of all groups move a little, so that the errors of many "
-            "weights cancel each other in the output.",
+            "weights cancel each other in the output: that is how the error of the output falls.",
         )
         return Lesson(
             self.key,
             self.title,
-            "A model is a chain of blocks, and training all of them at once needs the memory of the whole model. But "
-            "the full model, the teacher, also shows what each block should give, so one block after the other can "
-            "learn its own part.",
+            "A model is a chain of blocks, and training all of them at once takes much memory. But the full model, the "
+            "teacher, shows what each block should give, so the blocks can learn one after the other.",
             guess,
             (Dial("step", "Steps of training", tuple(str(one.step) for one in training.snapshots)),),
             check,
@@ -87,7 +89,7 @@ class BlockByBlock(LessonMaker):
             Figure(
                 "Weights with another level", snapshot.changed, f"{snapshot.changed:.2%}", CHANGED, Training.CHANGED
             ),
-            computed("Weights that train together", "{:,.0f}", "", binarized_weights, [training.block]),
+            computed("Weights that train at the same time", "{:,.0f}", "", binarized_weights, [training.block]),
         )
         if snapshot.step == 0:
             said = (
@@ -104,8 +106,8 @@ class BlockByBlock(LessonMaker):
     def _curve(self, mark: int | None) -> Picture:
         training, seen = self._training, self._training.snapshots
         steps = range(training.steps + 1)
-        errors = {one.step: one.error for one in seen}
-        losses = {one.step: one.loss for one in seen}
+        errors = {one.step: 100 * one.error for one in seen}
+        losses = {one.step: None if one.loss is None else 100 * one.loss for one in seen}
         return pictures.curve(
             f"Block {training.number + 1}: error of its output while it trains",
             [float(step) for step in steps],
@@ -114,7 +116,7 @@ class BlockByBlock(LessonMaker):
                 "on the text of the step": [losses.get(step) for step in steps],
             },
             x_label="step",
-            y_label="error",
+            y_label="error, %",
             mark=mark,
         )
 
@@ -123,5 +125,9 @@ class BlockByBlock(LessonMaker):
         latent, levels, index = training.group(snapshot)
         ends = training.group_ends()
         notes = [f"{float(value):.4f}" for value in latent]
-        words = f"The weights of group {training.address} as the training sees them, and their levels"
+        at = training.address
+        words = (
+            f"Group {at.group} of row {at.row} in {layer_words(at)}: its weights as the training moves them, and its "
+            "levels"
+        )
         return pictures.line(words, latent, levels, index, notes=notes, ends=ends)

@@ -72,7 +72,7 @@ class Compensation(LessonMaker):
         address, sequences = self.data.example.address, self.data.sequences(TOKENS)
         assert address.block is not None
         assert address.layer is not None
-        words = f"The teacher reads {sequences.numel():,} tokens, up to block {address.block + 1}."
+        words = f"The full model reads {sequences.numel():,} tokens, up to block {address.block + 1}."
         yield Progress(0.0, words)
         steps = stream_inputs(self.data.teacher.model, address.block, address.layer, sequences)
         while True:
@@ -137,8 +137,8 @@ class Compensation(LessonMaker):
             passed.value,
             [alone.value, moved.value],
             "{:.2%}",
-            f"It is {passed.text} instead of {alone.text}, measured on text that was not used for the moves. The bits "
-            "are as many as before.",
+            f"The outputs are {alone.value / passed.value:.1f} times less wrong than with {alone.text}, with the same "
+            "number of bits. This is measured on other text than the one that the moves were computed from.",
         )
         check = number_question(
             f"And the weights themselves? If each is rounded on its own, the error of the weights is {weights.text}. "
@@ -146,9 +146,9 @@ class Compensation(LessonMaker):
             moved.value,
             [weights.value, passed.value],
             "{:.2%}",
-            f"It is {moved.text} instead of {weights.text}: the weights move away from the teacher's so that the "
-            "outputs come nearer. Methods like GPTQ, and the first stage of LBLLM, round in this way. Training goes "
-            f"further: in the checkpoint, the error of this layer's weights is {self.data.example.error:.2%}.",
+            "The weights move away from those of the full model so that the outputs come nearer to its outputs. "
+            "Methods like GPTQ, and the first stage of LBLLM, round in this way. Training goes further: in the "
+            f"checkpoint, the error of this layer's weights is {self.data.example.error:.2%}.",
         )
         dials = (
             Dial("columns", "Columns that are rounded", tuple(map(str, self.stops))),
@@ -158,8 +158,9 @@ class Compensation(LessonMaker):
             self.key,
             self.title,
             "What counts is the output of a layer, not its weights: if rounding makes the weights of one input too "
-            "large, those of similar inputs can become a little smaller. So columns, the weights of one input each, "
-            "are rounded one after the other, and each passes its error on to those that are still free.",
+            "large, those of similar inputs can become a little smaller to make up for it. All weights of one input "
+            "form a column; the columns are rounded one after the other, and each passes its error on to the columns "
+            "that are not rounded yet.",
             guess,
             dials,
             check,
@@ -179,20 +180,20 @@ class Compensation(LessonMaker):
         rows = pictures.grid(
             f"Weights, {where}",
             torch.stack((exact[window], now[window])),
-            row_labels=("teacher", "now"),
+            row_labels=("full model", "now"),
             column_labels=names,
         )
         change = pictures.grid(
-            f"What has changed: {done} of {columns} columns are rounded",
+            f"What has changed, now − full model: {done} of {columns} columns are rounded",
             (now - exact)[None, window],
-            row_labels=("now − teacher",),
+            row_labels=("difference",),
             column_labels=names,
         )
         curve = pictures.curve(
             f"Error of the outputs of {len(self.data.example_rows)} rows",
             self.stops,
             {
-                f"error passed on: {one}": [
+                {"yes": "errors passed on", "no": "errors not passed on"}[one]: [
                     100 * self.output_errors[one][n].value if n <= stop or one != mode else None
                     for n in range(len(self.stops))
                 ]

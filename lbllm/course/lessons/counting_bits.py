@@ -44,9 +44,9 @@ NAMES = {
     "bits": "sign bits",
     "bitmap": "bitmap bits",
     "parameters": "levels of the groups, with scales",
-    "embeddings": "embeddings",
-    "output head": "output head",
-    "other": "norms, table of contents and others",
+    "embeddings": "embeddings, the table of tokens",
+    "output head": "output head, which scores next tokens",
+    "other": "norms, the file's table of contents and others",
 }
 
 
@@ -90,7 +90,7 @@ class CountingBits(LessonMaker):
             (
                 Dial(
                     "group",
-                    "Weights of a group",
+                    "Weights in a group",
                     tuple(map(group_words, self._sizes)),
                     self._sizes.index(self.data.quant.group_size),
                 ),
@@ -137,6 +137,8 @@ class CountingBits(LessonMaker):
                 f"This is the checkpoint as it is: we count {count.disk_bytes:,} bytes, and its file has "
                 f"{self._counter.file_bytes:,}; it is {compared}."
             )
+            if self.data.quant.overrides:
+                said += " Some of its layers have other groups than these; the bits are means over all layers."
         return Scene((self._group(*chosen), self._weight(count), self._file(count)), figures, said)
 
     def _group(self, group_size: int, param_bits: int) -> Picture:
@@ -156,9 +158,10 @@ class CountingBits(LessonMaker):
             parts.append((f"bitmap bits{of}", pictures.plane_text(group.bitmap[:shown]), "bitmap"))
         parts += [(name, code, "params") for name, code in group.params]
         return pictures.bits(
-            f"{count} weights of {layer_words(at)}, with levels fitted to them",
+            f"{count} weights of {layer_words(at)}, with levels fitted to them: each pair of levels is μ ± α",
             parts,
-            f"{group.bits} bits for {count} weights: {group.bits / count:.2f} bits a weight, without the scales",
+            f"{group.bits} bits for {count} weights: {group.bits / count:.2f} bits a weight, without the "
+            "scales that groups share",
         )
 
     def _weight(self, count: Estimate) -> Picture:

@@ -29,6 +29,7 @@ from lbllm.quant.levels import LEVELS, assign, fit_levels, refit, take_levels, t
 
 COUNT = LEVELS["w1+1"]
 ROUNDS = 8  # E- and M-steps at most
+FINER = 3  # bits of the evenly spaced levels of a wrong option
 LEAST = 1e-6  # a step that lowers the error by a smaller share of it has changed nothing
 DIFFERS = 1.2  # two ends are different if one error is so many times the other
 _NARROW = 0.1  # of the standard deviation: how far levels of the second start are apart
@@ -127,7 +128,7 @@ class Em(LessonMaker):
         count, steps = self.group.shape[-1], len(next(iter(self.runs.values())))
         first, *_ = self.runs
         begun, ended = self.error(first, 0), self.error(first, steps - 1)
-        finer = even_levels(self.group[0], 3)[None]
+        finer = even_levels(self.group[0], FINER)[None]
         eight = relative_error(self.group, take_levels(finer, assign(self.group, finer)))
         guess = number_question(
             f"{COUNT} levels are spread evenly over {count} real weights, and each weight takes the nearest: the error "
@@ -136,7 +137,8 @@ class Em(LessonMaker):
             ended.value,
             [begun.value, eight],
             "{:.1%}",
-            f"It ends at {ended.text}. For {eight:.1%} it takes {2**3} levels, even if they only are evenly spaced.",
+            f"The levels end where more of the weights are. {2**FINER} levels would leave {eight:.1%}, even without "
+            "moving.",
         )
         rise = max(
             self.error(name, n + 1).value - self.error(name, n).value for name in self.runs for n in range(steps - 1)
@@ -147,7 +149,7 @@ class Em(LessonMaker):
             2,
             "In an E-step each weight takes the nearest level; in an M-step each level moves to the mean of its "
             "weights. Both are the best choice while the other part stays. Over all the steps here, from "
-            f"{len(self.runs)} starts, the largest rise was {max(rise, 0):.1%}.",
+            f"{len(self.runs)} starts, the largest rise of the error was {max(rise, 0):.1%}.",
         )
         names = [f"{'E' if n % 2 == 0 else 'M'}-step {n // 2 + 1}" for n in range(steps)]
         address = self.data.example.address
@@ -155,9 +157,9 @@ class Em(LessonMaker):
         return Lesson(
             self.key,
             self.title,
-            "The levels of a group are found in turns: in an E-step each weight takes the nearest level, in an M-step "
-            "each level moves to the mean of its weights. The error falls until nothing moves, and where it ends "
-            "depends on where it starts.",
+            "The levels of a group are found by two steps in turn: in an E-step each weight takes the nearest level, "
+            "in an M-step each level moves to the mean of the weights that took it. The error falls until nothing "
+            "moves, and where it ends depends on where it starts.",
             guess,
             (Dial("step", "Step", tuple(names)), Dial("start", "Levels start", tuple(self.runs))),
             check,
@@ -169,7 +171,9 @@ class Em(LessonMaker):
         states, state = self.runs[start], self.runs[start][positions[0]]
         weights, levels = self.group[0, 0], state.levels[0, 0]
         kind = (
-            "E-step: each weight takes the nearest level" if step % 2 == 0 else "M-step: each level moves to its mean"
+            "E-step: each weight takes the nearest level"
+            if step % 2 == 0
+            else "M-step: each level moves to the mean of its weights"
         )
         line = pictures.line(
             f"{kind}. {len(weights)} weights of row {self.place[0]} in {layer_words(self.data.example.address)}",
@@ -180,16 +184,14 @@ class Em(LessonMaker):
             level_labels=[f"{level:.3f}" for level in levels.tolist()],
         )
         course = {
-            f"start: {name}": [
-                100 * self.error(name, n).value if n <= step or name != start else None for n in range(len(states))
-            ]
+            name: [100 * self.error(name, n).value if n <= step or name != start else None for n in range(len(states))]
             for name in ([start] if step + 1 < len(states) else self.runs)
         }
         curve = pictures.curve(
-            "Error after each step",
+            "Error after each step, by start",
             list(range(1, len(states) + 1)),
             course,
-            x_label="step",
+            x_label="E- and M-steps",
             y_label="error, %",
             mark=step,
         )

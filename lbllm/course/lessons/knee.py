@@ -99,7 +99,7 @@ class Knee(LessonMaker):
         words = layer_words(self._layer.address)
         guess = number_question(
             f"{BITS} bits give {values} values. {body} of them are put close together around zero, the other "
-            f"{2 * self._tail} far apart in the two tails. What share of the range from the smallest to the largest "
+            f"{2 * self._tail} far apart towards both ends. What share of the range from the smallest to the largest "
             f"input of a token should the {body} fine values cover, so that the output of {words} is best?",
             best,
             [max(KNEES), 0.5],
@@ -148,16 +148,19 @@ class Knee(LessonMaker):
         knee, size = KNEES[positions[0]], self._sizes[positions[1]]
         quantizer, error = self._quantizer(knee, size), self._error(knee, size)
         own = self._range(size)
-        fine = computed("Fine step", "{:.2g}", BODY_STEP, step, own, quantizer)
-        coarse = computed("Coarse step", "{:.2g}", TAIL_STEP, tail_step, own, quantizer)
+        fine = computed("Step inside the knee", "{:.2g}", BODY_STEP, step, own, quantizer)
+        coarse = computed("Step outside the knee", "{:.2g}", TAIL_STEP, tail_step, own, quantizer)
         best = min(self._errors[positions[1]])
         against = "which is the least for these ranges" if error.value == best else f"the best knee gives {best:.1%}"
         curve = pictures.curve(
-            f"Error of the output of {layer_words(self._layer.address)}, for each knee",
+            f"Error of the output of {layer_words(self._layer.address)}: each knee, and ranges of so many inputs",
             KNEES,
-            {size_words(one): errors for one, errors in zip(self._sizes, self._errors, strict=True)},
+            {
+                size_words(one): [100 * error for error in errors]
+                for one, errors in zip(self._sizes, self._errors, strict=True)
+            },
             x_label="knee",
-            y_label="error",
+            y_label="error, %",
             log=True,
             mark=positions[0],
         )
@@ -202,7 +205,8 @@ class Knee(LessonMaker):
             for n, (value, rounded) in enumerate(zip(x, nearest, strict=True))
         ]
         words = (
-            f"{len(x)} neighbouring inputs of the token “{self._pieces[self._token].strip()}”, and the values near them"
+            f"{len(x)} neighbouring inputs of the token “{self._pieces[self._token].strip()}”, and the "
+            "values near them that they can take"
         )
         return pictures.line(words, x, inside, found, notes=notes, ends=self._ends())
 
@@ -210,7 +214,9 @@ class Knee(LessonMaker):
         values, order = range_values(own, quantizer), own.sort().values
         some = order[torch.linspace(0, len(order) - 1, min(POINTS, len(order))).round().long()]
         return pictures.line(
-            f"All {len(values)} values of their range of {len(own)} inputs, and some of these", some, values
+            f"The whole range of these inputs: its {len(values)} different values, and some of its {len(own)} inputs",
+            some,
+            values,
         )
 
 

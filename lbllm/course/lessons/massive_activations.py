@@ -73,19 +73,20 @@ class MassiveActivations(LessonMaker):
         median = layer.inputs.abs().median()
         guess = number_question(
             f"For each of the {tokens} tokens (pieces of words) of a text, {layer_words(layer.address)} gets {width} "
-            f"numbers, its inputs. They are rounded to {values} evenly spaced values between the token's smallest and "
-            f"largest input, which takes {BITS} bits an input. What share of the inputs becomes exactly zero?",
+            f"inputs, one in each of its channels. They are rounded to {values} evenly spaced values between the "
+            f"token's smallest and largest input, which takes {BITS} bits an input. What share of the inputs becomes "
+            "exactly zero?",
             zeros.value,
             [1 / values, 0.5],
             "{:.0%}",
-            f"In the token with the largest input the values are {distance.text} apart, and half of all inputs of the "
-            f"text are smaller than {median:.2g}. What is nearer to zero than half that distance becomes zero, and the "
-            f"layer's output then has an error of {lost.text}. {in_use(self.data)}",
+            f"In the token with the largest input the values are {distance.text} apart, and what is nearer to zero "
+            f"than half of that becomes zero; but half of all inputs of the text are nearer to zero than {median:.2g}. "
+            f"The layer's output gets an error of {lost.text}. {in_use(self.data)}",
         )
         count = computed("", "{:.0f}", "", channels_of_largest, layer.inputs)
         check = number_question(
-            f"The place of an input among the {width} is called its channel. Each of the {tokens} tokens has one "
-            "largest input: in how many different channels do these lie?",
+            f"Each of the {tokens} tokens has one largest input. In how many different ones of the {width} channels "
+            "do these lie?",
             count.value,
             [tokens, width],
             "{:.0f}",
@@ -143,7 +144,7 @@ class MassiveActivations(LessonMaker):
         number, apart, bits = positions[0], APART[positions[1]], (BITS, MORE_BITS)[positions[2]]
         layer, at = self._layers[number], self._tokens[number]
         rest = layer.inputs[at, self._others(number, apart)]
-        label = "Largest input that is rounded in this token, as a multiple of the median"
+        label = "Largest input that is rounded in this token: so many times the median, the one in the middle"
         spread = computed(label, "{:,.0f}", MAX_TO_MEDIAN, largest_to_median, rest)
         zeros, error = self._zeros(number, apart, bits), self._error(number, apart, bits)
         channels = "the largest channel" if apart == 1 else f"the {apart} largest channels"

@@ -64,13 +64,12 @@ class OneBit(LessonMaker):
         two, four = (self.error("", self.best(levels)) for levels in (2, LEVELS["w1+1"]))
         guess = number_question(
             f"One bit tells apart two values. So a group of {count} neighbouring weights shares two values, called "
-            "levels, and each weight becomes the nearer one. If the two levels are placed as well as possible, how "
-            "large is the error?",
+            "levels, and each weight is rounded to the nearer one. If the two levels are placed as well as possible, "
+            "how large is the error?",
             two.value,
             [four.value, one],
             "{:.1%}",
-            f"It is {two.text}, even with the best two levels. A single level would leave {one:.1%}, four levels "
-            f"{four.text}.",
+            f"Even the best two levels leave so much. A single level would leave {one:.1%}, four levels {four.text}.",
         )
         small, large, larger = (self.rows_error(n) for n in (SMALL, LARGE, LARGER))
         check = number_question(
@@ -79,15 +78,15 @@ class OneBit(LessonMaker):
             larger,
             [large, small],
             "{:.1%}",
-            f"It is {larger:.1%}: now two levels must serve {LARGER} weights. In groups of {SMALL} it is {small:.1%}, "
-            "but every group has to store its levels, so small groups take more bits.",
+            f"Two levels must serve more weights now, so more of them are far from both. In groups of {SMALL} the "
+            f"error is only {small:.1%}, but every group has to store its levels, so small groups take more bits.",
         )
         lower, upper = self.places
         return Lesson(
             self.key,
             self.title,
-            f"With one bit a weight can only have one of two values, the levels that {count} neighbouring weights "
-            "share. Wherever the two levels are, some weights are far from both, and their error goes into every "
+            f"With one bit a weight can have only two values, the levels that a group of {count} neighbouring weights "
+            "shares. Wherever the two levels are, some weights are far from both, and their error goes into every "
             "output.",
             guess,
             (
@@ -104,7 +103,7 @@ class OneBit(LessonMaker):
         levels = torch.tensor([lower[positions[0]], upper[positions[1]]])
         index = assign(weights[None], levels[None])[0]
         line = pictures.line(
-            f"{len(weights)} weights of {layer_words(data.example.address)}, each at its nearer level",
+            f"{len(weights)} weights of {layer_words(data.example.address)}, each with a line to its nearer level",
             weights,
             levels,
             index,
@@ -112,7 +111,7 @@ class OneBit(LessonMaker):
             level_labels=("lower level", "upper level"),
         )
         everywhere = pictures.grid(
-            "Error in % for all places of the two levels (lower level: rows, upper level: columns)",
+            "Error in % for all places of the two levels: a row for each lower level, a column for each upper one",
             self.everywhere,
             row_labels=_marked(lower, positions[0]),
             column_labels=_marked(upper, positions[1]),
@@ -125,15 +124,15 @@ class OneBit(LessonMaker):
         )
         alpha, mu = levels_to_params(levels).tolist()
         params = Figure(
-            "Your levels",
+            "Your levels: their middle ± half their distance",
             alpha,
             f"{mu:.3f} ± {alpha:.3f}",
             TWO_LEVELS,
             dotted(levels_to_params),
         )
         say = (
-            f"Levels at {levels[0]:.3f} and {levels[1]:.3f} lose {here.text}; the best two, at "
-            f"{self.best(2)[0]:.3f} and {self.best(2)[1]:.3f}, lose {best.text}."
+            f"Levels at {levels[0]:.3f} and {levels[1]:.3f} leave an error of {here.text}; the best two, at "
+            f"{self.best(2)[0]:.3f} and {self.best(2)[1]:.3f}, leave {best.text}."
         )
         return Scene((line, everywhere), (here, best, params), say)
 

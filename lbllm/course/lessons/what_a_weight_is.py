@@ -33,7 +33,7 @@ from lbllm.units import size
 
 BITS = (8, 6, 4, 3, 2, 1)
 WORDS = 6
-ASKED, COARSER, FINER = 2, 1, 3  # bits: of the guess, and of its wrong options
+ASKED, FINER = 2, 3  # bits: of the guess, and of a wrong option
 _PRODUCTS = 5  # in the table
 _MOST_LEVELS = 16  # that can be told apart on the line
 
@@ -93,13 +93,14 @@ class WhatAWeightIs(LessonMaker):
         first, last = (f"{outputs[word]:+.3f} for “{word}”" for word in (self.words[0], self.words[-1]))
         asked = self.error(ASKED)
         guess = number_question(
-            f"Each weight in a row is rounded to the nearest of {2**ASKED} evenly spaced values ({ASKED} bits). If "
-            f"{0:.0%} means exact, and {1:.0%} as wrong as all weights set to zero, how large is the error?",
+            f"Each weight in a row is rounded to the nearest of {2**ASKED} evenly spaced values, which takes {ASKED} "
+            f"bits. The error is {0:.0%} if no weight changes, and {1:.0%} if all weights become zero. How large "
+            "is it?",
             asked.value,
-            [self.error(COARSER).value, self.error(FINER).value],
+            [self.error(FINER).value, (1 + asked.value) / 2],
             "{:.1%}",
-            f"The error is {asked.text} with {ASKED} bits, and {self.error(FINER).text} with {FINER}. The values are "
-            f"spread over the whole range of the row, but {self.central():.0%} of its weights lie in the middle half.",
+            f"With {FINER} bits the error is only {self.error(FINER).text}. The {2**ASKED} values are spread over the "
+            f"whole range of the row, but {self.central():.0%} of its weights lie in the middle half.",
         )
         check = Question(
             "You ask the model another question. Which numbers of this layer change?",
@@ -111,10 +112,10 @@ class WhatAWeightIs(LessonMaker):
         return Lesson(
             self.key,
             self.title,
-            f"A language model like {data.teacher_title} is made of numbers, its weights: a row of weights takes a "
-            "list of inputs, multiplies each input by its weight, and adds up the products. Weights are stored in "
-            "bits, and each bit less halves the number of values that a weight can have: the weights are rounded, and "
-            "the output changes.",
+            f"A language model like {data.teacher_title} is made of numbers, its weights: each weight in a row "
+            "multiplies one input, and the sum of the products is one output. Weights are stored in bits, each of "
+            "which says yes or no; each bit less halves the number of values that a weight can have, so weights are "
+            "rounded and the output changes.",
             guess,
             (
                 Dial("bits", "Bits for each weight", tuple(map(str, BITS))),
@@ -167,7 +168,7 @@ class WhatAWeightIs(LessonMaker):
         block = layer.address.block or 0
         return pictures.table(
             "From the model to one weight",
-            ("", "has"),
+            ("part", "what it has"),
             (
                 (f"the model {scope.teacher_title}", f"{scope.blocks} blocks, one after the other"),
                 (f"block {block + 1}", f"{len(scope.shapes[block])} layers of weights"),
@@ -175,7 +176,7 @@ class WhatAWeightIs(LessonMaker):
                 ("a row", f"{columns:,} weights, one for each input"),
                 (
                     f"the {len(self.data.example_weights)} weights above",
-                    f"{len(self.data.example_weights.unique())} different values (the model's file: {scope.precision})",
+                    f"{len(self.data.example_weights.unique())} different values",
                 ),
             ),
         )
@@ -186,7 +187,7 @@ class WhatAWeightIs(LessonMaker):
         rest = len(row) - len(largest)
         lines = [
             [
-                str(n),
+                f"input {n}",
                 f"{inputs[n]:.3f}",
                 f"{row[n]:.3f}",
                 f"{products[n]:.4f}",
@@ -199,10 +200,10 @@ class WhatAWeightIs(LessonMaker):
         sums = [float(one.sum()) for one in (products, others)]
         return pictures.table(
             f"From inputs to the output: the {len(largest)} largest of {len(row)} products",
-            ("Column", "Input", "Weight", "Product", "Rounded weight", "Product, rounded"),
+            ("Input", "Its value", "Weight", "Product", "Rounded weight", "Product then"),
             [
                 *lines,
-                [f"{rest} others", "", "", f"{left[0]:.4f}", "", f"{left[1]:.4f}"],
+                [f"{rest} other inputs", "", "", f"{left[0]:.4f}", "", f"{left[1]:.4f}"],
                 ["Output: the sum", "", "", f"{sums[0]:.4f}", "", f"{sums[1]:.4f}"],
             ],
         )

@@ -3,7 +3,7 @@
 
 const STEPS = 12;
 const BIT_KINDS = { sign: "blue", bitmap: "sky", params: "orange", other: "grey" };
-const BIT_NAMES = { sign: "sign bits", bitmap: "bitmap bits", params: "parameters", other: "other bits" };
+const BIT_NAMES = { sign: "sign bits", bitmap: "bitmap bits", params: "numbers that give the levels", other: "other bits" };
 
 // How strongly a cell is coloured, -STEPS..STEPS. Sequential scales begin at the smallest value, or at 0.
 function stepOf(value, { scale: kind, most, least }) {
@@ -46,8 +46,12 @@ const grid = {
     const left = row_labels.length ? Math.max(...row_labels.map((text) => textWidth(text, em))) + 0.7 * em : 1;
     const side = (width - left - 1) / columns;
     const high = Math.max(2, Math.min(2.4 * em, Math.max(side, rows.length <= 8 ? 1.7 * em : 0), (24 * em) / rows.length));
-    const broad = rows.length > 8 && columns <= rows.length * 2 ? Math.min(side, high) : Math.min(side, 3.6 * em);
-    const every = Math.ceil((Math.max(0, ...column_labels.map((text) => textWidth(text, em))) + 0.6 * em) / broad);
+    const named = Math.max(0, ...column_labels.map((text) => textWidth(text, em))) + 0.6 * em;
+    const broad = rows.length > 12 && columns <= rows.length * 2 ? Math.min(side, high) : Math.min(side, Math.max(3.6 * em, named));
+    const every = Math.ceil(named / broad);
+    // The label of the dial's place is always there; those that would touch it are not.
+    const marked = column_labels.findIndex((name) => name.startsWith("▸"));
+    const hidden = (c) => c !== marked && (c % every > 0 || (marked >= 0 && Math.abs(c - marked) < every));
     const everyRow = Math.ceil((1.2 * em) / high);
     const top = column_labels.length ? 1.6 * em : 1;
     // One path for each colour: a grid may have thousands of cells.
@@ -88,9 +92,9 @@ const grid = {
           r % everyRow ? null : svg("text", { class: "faint", x: left - 0.5 * em, y: top + (r + 0.5) * high + 0.35 * em, "text-anchor": "end" }, name),
         ),
         column_labels.map((name, c) =>
-          c % every || left + (c + 0.5) * broad + textWidth(name, em) / 2 > Math.max(width, across)
+          hidden(c) || (c !== marked && left + (c + 0.5) * broad + textWidth(name, em) / 2 > Math.max(width, across))
             ? null
-            : svg("text", { class: "faint", x: left + (c + 0.5) * broad, y: 1.1 * em, "text-anchor": "middle" }, name),
+            : svg("text", { class: "faint", x: Math.min(left + (c + 0.5) * broad, Math.max(width, across) - textWidth(name, em) / 2), y: 1.1 * em, "text-anchor": "middle" }, name),
         ),
         svg("rect", { class: "target", x: left, y: top, width: columns * broad, height: rows.length * high, ...tips }),
       ),

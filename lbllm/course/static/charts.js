@@ -320,7 +320,7 @@ const curve = {
         }),
       );
     });
-    const named = ({ name, y: values }) => (marked && usable(values[mark]) ? `${name} ${short(values[mark])}` : name);
+    const named = ({ name, y: values }) => (marked && usable(values[mark]) ? `${name}: ${short(values[mark])}` : name);
     return [
       ...(series.length > 1 || marked
         ? legend(series.map((one, number) => ({ name: named(one), colour: SERIES[number % SERIES.length], dash: DASHES[number % DASHES.length] })))

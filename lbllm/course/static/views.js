@@ -81,8 +81,9 @@ function listView(course) {
     element(
       "p",
       { class: "lead" },
-      `From one weight to a whole answer, in ${outline.length} short lessons. In each you guess first, then look at the real ` +
-        `numbers of a model (${course.checkpoint.name}), move something, and check what you understood.`,
+      `How a language model can be stored in very few bits for each of its numbers: from one weight to a whole answer, in ` +
+        `${outline.length} short lessons. In each you guess first, then look at the real numbers of a model ` +
+        `(${course.checkpoint.teacher}), move something, and check what you understood.`,
     ),
     state.notice ? element("p", { class: "notice", role: "alert" }, state.notice) : null,
     begun ? score(course) : null,
@@ -167,6 +168,7 @@ function waiting(course, key) {
     { class: "waiting" },
     element("p", { role: "status" }, say),
     element("progress", { max: 1, value: share, "aria-label": say }),
+    element("p", { class: "faint" }, "The first time, this is computed from the model; that can take a minute or longer."),
     pictureFrames(pictures, "progress"),
   );
 }
@@ -343,12 +345,12 @@ function colophon(course) {
     element(
       "p",
       {},
-      `Computed from ${checkpoint.name}, beside ${checkpoint.teacher}.`,
-      hash ? [" Hash of its weights: ", element("code", { title: hash }, hash.slice(0, 16))] : null,
+      `Computed from ${checkpoint.name}, and its full model ${checkpoint.teacher}.`,
+      hash ? [" Hash of the binarized weights: ", element("code", { title: hash }, hash.slice(0, 16))] : null,
       date ? `. Made on ${date}.` : ".",
     ),
     course.state.key === null
       ? null
-      : element("p", { class: "keys" }, "Keys: ", element("kbd", {}, "1"), "–", element("kbd", {}, "9"), " answer, ", element("kbd", {}, "n"), " and ", element("kbd", {}, "p"), " next and previous lesson, ", element("kbd", {}, "f"), " projector."),
+      : element("p", { class: "keys" }, "Keys: ", element("kbd", {}, "1"), ", ", element("kbd", {}, "2"), ", ", element("kbd", {}, "3"), " answer, ", element("kbd", {}, "n"), " and ", element("kbd", {}, "p"), " next and previous lesson, ", element("kbd", {}, "f"), " projector."),
   );
 }
