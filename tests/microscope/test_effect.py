@@ -99,14 +99,15 @@ def test_a_change_in_the_middle_is_computed_from_there_on(pair: Pair) -> None:
 def test_one_more_of_the_first_blocks_costs_the_blocks_after_it(apart: float) -> None:
     """The student's states are those of its blocks in the hybrid, unless its embeddings are not the teacher's."""
     pair = tiny_pair("llama")
-    embeddings = [loaded.model.get_input_embeddings().weight.data for loaded in (pair.teacher, pair.student)]
+    models: list[Any] = [pair.teacher.model, pair.student.model]
+    embeddings = [model.get_input_embeddings().weight.data for model in models]
     embeddings[1].copy_(embeddings[0] * (1 + apart))
     ids = pair.ids(TEXT)[0]
     found = effect(pair, FirstBlocks(1), TEXT)
     check(pair, found, ids)
     runs: list[int] = []
-    for loaded in (pair.teacher, pair.student):
-        for number, block in enumerate(loaded.model.get_submodule(pair.path)):
+    for model in models:
+        for number, block in enumerate(model.get_submodule(pair.path)):
             block.input_layernorm.register_forward_hook(lambda *_, number=number: runs.append(number))
     assert effect(pair, FirstBlocks(1), TEXT).hybrid == found.hybrid
     assert runs == ([0, 1] if apart else [1])
