@@ -66,7 +66,7 @@ def effect(pair: Pair, choice: Choice, text: Text, *, limit: int = TOKENS) -> Ef
     if isinstance(choice, FirstBlocks) and choice.count in (0, pair.blocks):
         changed = _loaded_reading(pair, "student" if choice.count else "teacher", ids)
     else:
-        known, start = _known(pair, choice, ids)
+        start, known = first_change(pair, choice), pair.states(started_from(choice), ids)
         passes = Passes(hybrid(pair, choice), pair.path)
         changed = _reading(pair, ids, passes, known, passes.last(ids, known, start, known.inputs[start]))
     return Effect(
@@ -103,16 +103,6 @@ def answer(
         template=chosen.template,
         stop=stop,
     )
-
-
-def _known(pair: Pair, choice: Choice, ids: Tensor) -> tuple[States, int]:
-    """The hidden states of a loaded model, and the number of the block from which on the hybrid's may differ."""
-    if isinstance(choice, FirstBlocks):
-        student = pair.states("student", ids)
-        # The hybrid has the teacher's embeddings. Where the student's are the same, its first blocks are known.
-        if torch.equal(student.inputs[0], pair.states("teacher", ids).inputs[0].to(student.inputs[0])):
-            return student, choice.count
-    return pair.states(started_from(choice), ids), first_change(pair, choice)
 
 
 def _loaded_reading(pair: Pair, side: Side, ids: Tensor) -> Reading:

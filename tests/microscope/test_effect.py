@@ -95,24 +95,6 @@ def test_a_change_in_the_middle_is_computed_from_there_on(pair: Pair) -> None:
         assert effect(again, choice, TEXT).hybrid == first.hybrid
 
 
-@pytest.mark.parametrize("apart", [0.0, 2**-9])
-def test_one_more_of_the_first_blocks_costs_the_blocks_after_it(apart: float) -> None:
-    """The student's states are those of its blocks in the hybrid, unless its embeddings are not the teacher's."""
-    pair = tiny_pair("llama")
-    models: list[Any] = [pair.teacher.model, pair.student.model]
-    embeddings = [model.get_input_embeddings().weight.data for model in models]
-    embeddings[1].copy_(embeddings[0] * (1 + apart))
-    ids = pair.ids(TEXT)[0]
-    found = effect(pair, FirstBlocks(1), TEXT)
-    check(pair, found, ids)
-    runs: list[int] = []
-    for model in models:
-        for number, block in enumerate(model.get_submodule(pair.path)):
-            block.input_layernorm.register_forward_hook(lambda *_, number=number: runs.append(number))
-    assert effect(pair, FirstBlocks(1), TEXT).hybrid == found.hybrid
-    assert runs == ([0, 1] if apart else [1])
-
-
 def test_a_group_that_is_changed_back_changes_nothing(pair: Pair) -> None:
     before = effect(pair, FirstBlocks(pair.blocks), TEXT).hybrid
     assert effect(pair, Edited("1/mlp.down_proj/0/0", (-9.0, -3.0, 3.0, 9.0)), TEXT).hybrid != before
