@@ -170,19 +170,6 @@ def texts(clicks: Clicks, server: Server, text: str) -> None:
     page.get_by_role("radio", name="Only it binarized").click()
     page.wait_for_timeout(3_000)
     clicks.layers("only another layer binarized", ".words")
-    page.get_by_role("radio", name="First blocks").click()
-    slider = page.get_by_role("slider")
-    slider.focus()
-    page.keyboard.press("Home")
-    page.wait_for_timeout(5_000)
-    presses = range(min(clicks.clicks, 29))
-    clicks.keep(
-        "one more of the first blocks binarized",
-        [clicks.one(".words", lambda: page.keyboard.press("ArrowRight")) for _ in presses],
-    )
-    page.get_by_role("radio", name="Activations").click()
-    expect(page.locator("[aria-label^='Inputs of the layer'][data-updates]")).to_be_visible(timeout=PATIENCE)
-    clicks.layers("the inputs of another layer", "[aria-label^='Inputs of the layer']")
 
 
 @one_message()
