@@ -14,13 +14,14 @@ from pathlib import Path
 
 import streamlit as st
 
+from app.components import TOKENS
 from lbllm.chat.lens import Lens, step_labels
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "style.css").read_text()
 _answer = st.components.v2.component("lbllm.answer", css=_CSS, js=(_HERE / "answer.js").read_text())
 _tabs = st.components.v2.component("lbllm.tabs", css=_CSS, js=(_HERE / "tabs.js").read_text())
-_lens = st.components.v2.component("lbllm.lens", css=_CSS, js=(_HERE / "lens.js").read_text())
+_lens = st.components.v2.component("lbllm.lens", css=_CSS, js=TOKENS + (_HERE / "lens.js").read_text())
 
 
 def answer_view(text: str | None, *, at: int | None, key: str) -> None:

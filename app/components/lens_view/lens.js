@@ -3,30 +3,13 @@
 
 const STATE = Symbol("lens");
 
-function element(tag, className, text) {
-  const node = document.createElement(tag);
-  node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-// Make spaces and line ends visible.
-const shown = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
-const percent = (p) => (p >= 0.1 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "<0.1 %");
-
 function bars(kind, name, candidates, own, token) {
   const box = element("div", kind);
   const who = element("div", "who", name);
   who.append(element("span", "", `, this token ${percent(own)}`));
   box.append(who);
   for (const [text, probability] of candidates) {
-    const row = element("div", text === token ? "row taken" : "row");
-    const bar = element("div", "bar");
-    bar.style.width = `${Math.max(1, 100 * probability)}%`;
-    const track = element("div", "track");
-    track.append(bar);
-    row.append(element("div", "name", shown(text)), track, element("div", "number", percent(probability)));
-    box.append(row);
+    box.append(tokenRow(text, probability, text === token));
   }
   return box;
 }

@@ -15,8 +15,10 @@ from typing import Any
 
 import streamlit as st
 
+from app.components import TOKENS
+
 _HERE = Path(__file__).parent
-_COMMON = (_HERE / "common.js").read_text()
+_COMMON = TOKENS + (_HERE / "common.js").read_text()
 _CSS = (_HERE / "style.css").read_text()
 
 
