@@ -24,6 +24,7 @@ Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
 BlockLoss = Literal["relative", "mse"]
+InputStreams = Literal["student", "both"]
 StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
 Origin = (
@@ -273,6 +274,12 @@ class WatConfig(Section):
         description="relative: each token's squared error, divided by the larger squared norm of output and target. "
         "mse: the mean squared error, as in the paper.",
     )
+    streams: InputStreams = Field(
+        "student",
+        title="Input streams",
+        description="student: a block trains on what comes through the binarized blocks before it. both: also on what "
+        "comes through the teacher's blocks, in the same step (Lillama); this takes twice the time.",
+    )
     grad_clip: float = Field(0.3, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")
 
 
@@ -364,6 +371,13 @@ class E2eConfig(Section):
         ge=0,
         title="Feature loss weight",
         description="Weight of the difference between the blocks' outputs of student and teacher in the loss.",
+    )
+    gram_weight: float = Field(
+        0.0,
+        ge=0,
+        title="Token similarity loss weight",
+        description="Weight of the difference between student and teacher in how similar the tokens of a text are to "
+        "each other, after each block (MedAlign).",
     )
     start_share: float = Field(
         0.0,

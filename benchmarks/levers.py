@@ -1,0 +1,231 @@
+"""Measure what single ideas of other papers change in stages 1, 2 and 4, and what a restart costs, at equal bits and
+tokens.
+
+    python -m benchmarks.levers --work out/levers
+    python -m benchmarks.levers --work out/levers --parts end,restart --seeds 0,1,2 --tokens 65536 --out FILE.json
+    python -m benchmarks.levers --work out/levers --only "latent weights;token similarity, weight 1"
+
+Parts: ``end``, levers of stage 4, all from one start (stages 1 and 2 of the whole model); ``restart``, stage 4 twice,
+the second time from the latent weights that the first one left, or from levels and codes alone; ``blocks``, levers of
+stage 2 on the first blocks, from one stage 1, judged as a hybrid with the teacher's other blocks.
+
+Each cell, which is one variant with one seed, is stored in WORK when it is finished and not computed again, so that the
+command can be stopped and given again with more seeds or variants. A seed decides the text and its order. Models are
+judged on wiki.valid and on the tune part of the corpus, which nothing is trained on. WORK belongs to one set of the
+other options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.levers_blocks import BLOCK_LEVERS, FirstBlocks
+from benchmarks.levers_end import END_LEVERS, RULES, WITH_LATENTS, EndLever, agreement, restarted, train
+from benchmarks.levers_model import Bench, Clock, State, Text, load_states, save_states
+from benchmarks.report import settings_of, write_report
+from lbllm.checkpoints.find import open_teacher
+from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
+from lbllm.errors import ConfigError
+from lbllm.files import write_file
+from lbllm.pipeline.run import run
+from lbllm.sections import E2eConfig, WatConfig
+from lbllm.stages.block_store import BlockStore
+from lbllm.texts.corpus import load_corpus
+from lbllm.texts.windows import evaluation_tokens
+
+FIRST = {"end": "latent weights", "restart": WITH_LATENTS, "blocks": "stage 2"}  # what the others are compared with
+VARIANTS = {"end": list(END_LEVERS), "restart": [WITH_LATENTS, *RULES], "blocks": ["stage 1", *BLOCK_LEVERS]}
+JUDGED = ("wiki", "tune")
+
+
+class Levers:
+    """The cells of one model in a folder."""
+
+    def __init__(self, bench: Bench, config: RunConfig, work: Path, tokens: int, blocks: int) -> None:
+        self.bench, self.config, self.work = bench, config, work
+        self.tokens, self.count = tokens, blocks
+        self.text = Text(config.corpus, config.e2e_seq_len)
+        self.e2e: E2eConfig = config.e2e
+
+    def start(self) -> list[State]:
+        """The whole model after stages 1 and 2, with stage 1's latent weights."""
+        folder = self.work / "start"
+        if not (folder / "checkpoint").is_dir():
+            for _ in run(self.config, folder, request=lambda: None, teacher=self.bench.teacher):
+                pass
+        store, states = BlockStore(folder, None), []
+        for number in range(len(self.bench.blocks)):
+            first = store.finished("ptq", number).tensors
+            latents = {name: tensor for name, tensor in first.items() if name.endswith(".latent")}
+            states.append(store.finished("wat", number).tensors | latents)
+        return states
+
+    def cells(self, part: str, variants: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The rows of a part, seed by seed, each stored before it is yielded."""
+        make: Callable[[str, int], dict[str, Any]] = getattr(self, part)
+        for seed in seeds:
+            for variant in variants:
+                name = hashlib.sha256(json.dumps([variant, self.tokens, self.count]).encode()).hexdigest()[:10]
+                path = self.work / "cells" / f"{part}-{seed}-{name}.json"
+                if not path.is_file():
+                    clock = Clock()
+                    row = {"part": part, "variant": variant, "seed": seed} | make(variant, seed)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_file(path, json.dumps(row | {"seconds": clock.seconds()}).encode())
+                yield json.loads(path.read_bytes())
+
+    def end(self, variant: str, seed: int) -> dict[str, Any]:
+        """A lever of stage 4."""
+        states = self.start()
+        sequences = self.text.sequences(self.bench.teacher, self.tokens, seed)
+        latents = restarted(self.bench, states, None)
+        ended, loss = train(self.bench, states, latents, sequences, self.e2e, END_LEVERS[variant], seed)
+        return self.bench.judge(ended) | {"loss": loss}
+
+    def restart(self, variant: str, seed: int) -> dict[str, Any]:
+        """Stage 4 once more, on other text than the first time."""
+        path = self.work / f"restart-{self.tokens}.safetensors"
+        if not path.is_file():
+            begun = self.start()
+            sequences = self.text.sequences(self.bench.teacher, self.tokens, 500)
+            ended, _ = train(
+                self.bench, begun, restarted(self.bench, begun, None), sequences, self.e2e, EndLever(), 500
+            )
+            save_states(path, ended)
+        states = load_states(path)
+        latents = restarted(self.bench, states, RULES.get(variant))
+        sequences = self.text.sequences(self.bench.teacher, self.tokens, seed)
+        ended, loss = train(self.bench, states, latents, sequences, self.e2e, EndLever(), seed)
+        same = {} if variant != WITH_LATENTS else {"teachers_code": agreement(self.bench, states)}
+        return self.bench.judge(ended) | {"loss": loss} | same
+
+    def blocks(self, variant: str, seed: int) -> dict[str, Any]:
+        """A lever of stage 2 on the first blocks."""
+        path, length = self.work / f"blocks-{self.count}-{self.tokens}.safetensors", self.config.seq_len
+        if not path.is_file():
+            sequences = Text(self.config.corpus, length).sequences(self.bench.teacher, self.tokens, 500)
+            save_states(path, list(FirstBlocks(self.bench, self.count, sequences).stage_1(self.config.ptq)))
+        states = load_states(path)
+        if variant != "stage 1":
+            sequences = Text(self.config.corpus, length).sequences(self.bench.teacher, self.tokens, seed)
+            wat: WatConfig = self.config.wat
+            chain = FirstBlocks(self.bench, self.count, sequences)
+            states = list(chain.stage_2(states, wat, BLOCK_LEVERS[variant], seed))
+        return self.bench.judge(states)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each variant: its means over the seeds, and how its perplexities differ from those of the part's
+    first variant with the same seeds: the mean, the least and the most of the relative differences."""
+    by_cell = {(row["part"], row["variant"], row["seed"]): row for row in rows}
+    found: list[dict[str, Any]] = []
+    for part, variant in dict.fromkeys((row["part"], row["variant"]) for row in rows):
+        mine = [row for row in rows if (row["part"], row["variant"]) == (part, variant)]
+        one: dict[str, Any] = {"part": part, "variant": variant, "seeds": len(mine)}
+        one |= {key: statistics.fmean(row[key] for row in mine) for key in _measured()}
+        changes = [
+            row[f"perplexity_{text}"] / first[f"perplexity_{text}"] - 1
+            for text in JUDGED
+            for row in mine
+            if (first := by_cell.get((part, FIRST[part], row["seed"]))) is not None
+        ]
+        if changes:
+            one |= {"change": statistics.fmean(changes), "least": min(changes), "most": max(changes)}
+        found.append(one | {"seconds": sum(row["seconds"] for row in mine)})
+    return found
+
+
+def _measured() -> list[str]:
+    return [f"{kind}_{text}" for text in JUDGED for kind in ("perplexity", "kl")]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary as a Markdown table."""
+    lines = []
+    for row in rows:
+        figures = [f"{row[key]:.3f}" if key.startswith("perp") else f"{row[key]:.4f}" for key in _measured()]
+        change = f"{row['change']:+.2%} ({row['least']:+.2%} to {row['most']:+.2%})" if "change" in row else ""
+        lines.append([row["part"], row["variant"], str(row["seeds"]), *figures, change, f"{row['seconds']:.0f}"])
+    heads = [key.replace("_", ", ") for key in _measured()]
+    return markdown.table(["", "variant", "seeds", *heads, "perplexity over the first", "seconds"], lines)
+
+
+def chosen(parts: str, only: str | None) -> dict[str, list[str]]:
+    """The variants of each part that the options name, the first of a part always among them. Raises ConfigError."""
+    for part in parts.split(","):
+        if part not in VARIANTS:
+            raise ConfigError(f"--parts {part}: choose from {', '.join(VARIANTS)}")
+    wanted = None if only is None else only.split(";")
+    known = [name for part in parts.split(",") for name in VARIANTS[part]]
+    for name in wanted or []:
+        if name not in known:
+            raise ConfigError(f"--only {name}: choose from {'; '.join(known)}")
+    return {
+        part: [name for name in VARIANTS[part] if wanted is None or name in (FIRST[part], *wanted)]
+        for part in parts.split(",")
+    }
+
+
+@one_message()
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--corpus", default="embedded")
+    parser.add_argument("--work", type=Path, default=Path("out/levers"), help="folder of the start and the cells")
+    parser.add_argument("--parts", default=",".join(VARIANTS), help="joined by commas")
+    parser.add_argument("--only", help="variants, joined by semicolons; the first of a part always runs")
+    parser.add_argument("--seeds", default="0,1,2", help="joined by commas")
+    parser.add_argument("--start-tokens", type=count, default=8_192, help="of stages 1 and 2 of the start")
+    parser.add_argument("--tokens", type=count, default=8_192, help="that a lever is trained on")
+    parser.add_argument("--blocks", type=count, default=10, help="first blocks of part blocks")
+    parser.add_argument("--judge-tokens", type=count, default=4_096, help="of each of the two texts")
+    parser.add_argument("--valid", default="wikitext-2-raw/wiki.valid.raw", help="a text file to judge on")
+    options = parser.parse_args()
+    wanted = chosen(options.parts, options.only)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    config = make_config(
+        "quick",
+        {
+            "model": options.model,
+            "corpus": options.corpus,
+            "stages": ("ptq", "wat"),
+            "ptq": {"tokens": options.start_tokens},
+            "wat": {"tokens": options.start_tokens},
+            "e2e": {"lr_weight": 2.5e-3, "batch_tokens": 512},
+        },
+    )
+    teacher = open_teacher(options.model)
+    windows = -(-options.judge_tokens // config.seq_len)
+    judged: dict[str, Tensor] = {
+        "wiki": evaluation_tokens(options.valid, teacher.tokenizer, seq_len=config.seq_len, limit=windows),
+        "tune": load_corpus(
+            options.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=options.judge_tokens, part="tune"
+        ).sequences,
+    }
+    bench = Bench(teacher, config.quant, judged)
+    levers = Levers(bench, config, options.work, options.tokens, options.blocks)
+    rows: list[dict[str, Any]] = []
+    for part, variants in wanted.items():
+        for row in levers.cells(part, variants, seeds):
+            rows.append(row)
+            figures = ", ".join(f"{key} {row[key]:.4f}" for key in _measured())
+            progress(f"{part}, {row['variant']}, seed {row['seed']}: {figures} ({row['seconds']:.0f} s)")
+            if options.out:
+                write_report(options.out, "levers", settings_of(options, "work"), summary(rows))
+    print(f"{options.corpus}, {options.tokens:,} tokens, {torch.get_num_threads()} threads, {date.today()}\n")
+    print(table(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The trials of levers on a tiny model: what each changes, and that its cells are stored and summed up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import levers
+from benchmarks.levers import Levers, chosen, summary, table
+from benchmarks.levers_blocks import BLOCK_LEVERS, BlockLever, FirstBlocks, SoftLinear
+from benchmarks.levers_end import END_LEVERS, RULES, EndLever, relation_error, restarted, train
+from benchmarks.levers_model import Bench, State, load_states, save_states
+from lbllm.errors import ConfigError
+from lbllm.models.blocks import linear_layers, linear_weight
+from lbllm.quant.levels import take_levels, to_groups
+from lbllm.sections import E2eConfig, PtqConfig, QuantConfig, WatConfig
+from lbllm.stages.distill import binary_layers
+from tests.helpers.tiny_runs import bfloat_teacher, token_ids
+
+E2E = E2eConfig(tokens=96, batch_tokens=32, lr_weight=2e-2, lr_levels=1e-2)
+WAT = WatConfig(batch_tokens=32, lr_levels=1e-2)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(bfloat_teacher(), QuantConfig(group_size=16, param_bits=4), {"wiki": token_ids(2, seed=5)})
+
+
+@pytest.fixture(scope="module")
+def chain(bench: Bench) -> FirstBlocks:
+    return FirstBlocks(bench, 2, token_ids(8))
+
+
+@pytest.fixture(scope="module")
+def states(chain: FirstBlocks) -> list[State]:
+    return list(chain.stage_1(PtqConfig(em_steps=2, sweeps=1)))
+
+
+def trained(bench: Bench, states: list[State], lever: EndLever) -> list[State]:
+    latents = restarted(bench, states, None)
+    return train(bench, states, latents, token_ids(8, seed=2), E2E, lever, 0)[0]
+
+
+def test_states_are_read_as_they_were_written(states: list[State], tmp_path: Path) -> None:
+    save_states(tmp_path / "new" / "states.safetensors", states)
+    read = load_states(tmp_path / "new" / "states.safetensors")
+    assert [state.keys() for state in read] == [state.keys() for state in states]
+    assert all(
+        torch.equal(state[name], other[name]) for state, other in zip(read, states, strict=True) for name in state
+    )
+
+
+def test_every_lever_of_stage_4_trains_another_model(bench: Bench, states: list[State]) -> None:
+    found = {name: bench.judge(trained(bench, states, lever))["kl_wiki"] for name, lever in END_LEVERS.items()}
+    assert len(set(found.values())) >= len(found) - 1  # with eight steps a pull may come only after the last one
+    assert max(found.values()) < 1.5 * bench.judge(states)["kl_wiki"]
+
+
+def test_codes_are_frozen_and_levels_go_on(bench: Bench, states: list[State]) -> None:
+    whole, frozen = (trained(bench, states, EndLever(frozen=share)) for share in (0.0, 7 / 8))
+    index = [name for name in states[0] if name.endswith(".index")]
+    params = [name for name in states[0] if name.endswith(".params")]
+    moved = [sum(int((end[0][name] != states[0][name]).sum()) for name in index) for end in (whole, frozen)]
+    assert 0 < moved[1] < moved[0]
+    assert any(not torch.equal(frozen[0][name], states[0][name]) for name in params)
+
+
+def relation_loops(student: Tensor, teacher: Tensor, width: int) -> float:
+    total, count = 0.0, 0
+    for head in range(student.shape[1] // width):
+        ours, theirs = (one[:, head * width : (head + 1) * width].double() for one in (student, teacher))
+        for token in range(len(student)):
+            q, p = ((one[token] @ one.T / width**0.5).softmax(0) for one in (ours, theirs))
+            total += float((p * (p / q).log()).sum())
+            count += 1
+    return total / count
+
+
+def test_relations_equal_loops() -> None:
+    student, teacher = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
+    assert float(relation_error(student, teacher, 4)) == pytest.approx(relation_loops(student, teacher, 4), rel=1e-5)
+    assert float(relation_error(teacher, teacher, 4)) == pytest.approx(0, abs=1e-6)
+
+
+def test_every_rule_restarts_with_the_same_codes(bench: Bench, states: list[State]) -> None:
+    expected = [layer.weight().detach() for block in bench.restored(states) for layer in binary_layers(block).values()]
+    for rule in RULES.values():
+        layers = [layer for block in bench.restored(states) for layer in binary_layers(block).values()]
+        for layer, latent, weight in zip(layers, restarted(bench, states, rule), expected, strict=True):
+            assert torch.equal(layer.nearest_to(latent), latent)  # every latent weight is kept: it has its code
+            layer.thaw(latent, "coupled")
+            torch.testing.assert_close(layer.weight().detach(), weight)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCK_LEVERS if name != "stage 2"])
+def test_every_lever_of_stage_2_trains_other_blocks(
+    name: str, bench: Bench, chain: FirstBlocks, states: list[State]
+) -> None:
+    plain, other = (list(chain.stage_2(states, WAT, BLOCK_LEVERS[one], 0)) for one in ("stage 2", name))
+    assert any(not torch.equal(plain[1][key], other[1][key]) for key in plain[1])
+    assert bench.judge(other)["kl_wiki"] < 2 * bench.judge(states)["kl_wiki"]
+
+
+def test_probabilities_have_the_gradient_of_their_mean(bench: Bench, states: list[State]) -> None:
+    (name, layer), *_ = binary_layers(next(bench.restored(states))).items()
+    layer.__class__ = SoftLinear
+    assert isinstance(layer, SoftLinear)
+    layer.lever, layer.steps = BlockLever(), 4
+    layer.thaw(linear_weight(linear_layers(bench.blocks[0])[name]), "coupled")
+    assert layer.logits is not None
+    layer.gradient = torch.randn(layer.out_features, layer.in_features, generator=torch.Generator().manual_seed(1))
+    layer.pass_on()
+    logits = layer.logits.detach().double().requires_grad_()
+    params = layer.params.detach().clone().requires_grad_()
+    mu, alpha = params[..., [1, 3]].double(), params[..., [0, 2]].double()
+    levels = torch.stack(((mu - alpha)[..., 0], (mu - alpha)[..., 1], (mu + alpha)[..., 1], (mu + alpha)[..., 0]), -1)
+    grid_levels = layer.levels().detach().double()
+    mean = ((logits / layer.temperature).softmax(-1) * grid_levels[..., None, :]).sum(-1)
+    (mean * to_groups(layer.gradient, layer.length)).sum().backward()
+    torch.testing.assert_close(layer.logits.grad, logits.grad.float(), rtol=1e-4, atol=1e-6)
+    shares = (logits.detach() / layer.temperature).softmax(-1)
+    (levels * (to_groups(layer.gradient, layer.length)[..., None] * shares).sum(-2)).sum().backward()
+    torch.testing.assert_close(layer.params.grad, params.grad, rtol=1e-4, atol=1e-5)
+    layer.step, layer.lever = 4, BlockLever(coldest=1e-6)
+    cold = layer.expand(torch.float32)
+    layer.freeze()
+    hard = take_levels(layer.levels().detach(), to_groups(layer.index, layer.length))
+    torch.testing.assert_close(to_groups(cold, layer.length), hard)
+
+
+def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Levers.__new__(Levers)
+    made.work, made.tokens, made.count = tmp_path, 64, 2
+    asked: list[tuple[str, int]] = []
+
+    def end(variant: str, seed: int) -> dict[str, Any]:
+        asked.append((variant, seed))
+        value = 20.0 + seed - (variant != "latent weights")
+        return {f"{kind}_{text}": value for kind in ("kl", "perplexity") for text in ("wiki", "tune")}
+
+    made.end = end  # type: ignore[method-assign]
+    variants = ["latent weights", "levels alone"]
+    rows = list(made.cells("end", variants, [0, 1]))
+    assert list(made.cells("end", variants, [0, 1])) == rows
+    assert asked == [(name, seed) for seed in (0, 1) for name in variants]
+    first, second = summary(rows)
+    assert (first["seeds"], first["perplexity_wiki"], first["change"]) == (2, 20.5, 0.0)
+    assert second["change"] == pytest.approx((-1 / 20 - 1 / 21) / 2)
+    assert (second["least"], second["most"]) == (pytest.approx(-1 / 20), pytest.approx(-1 / 21))
+    assert "| end | levels alone | 2 | 19.500 |" in table([first, second])
+    json.dumps(second)
+
+
+def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("end", "levels alone") == {"end": ["latent weights", "levels alone"]}
+    with pytest.raises(ConfigError, match="--parts ends: choose from end, restart, blocks"):
+        chosen("ends", None)
+    with pytest.raises(ConfigError, match="--only stage 3: choose from latent weights; "):
+        chosen("end,blocks", "stage 3")
+    monkeypatch.setattr(sys, "argv", ["levers", "--model", "shiped"])
+    with pytest.raises(SystemExit, match="model 'shiped' is not known"):
+        levers.main()
