@@ -7,7 +7,8 @@ tokens.
 
 Parts: ``end``, levers of stage 4, all from one start (stages 1 and 2 of the whole model); ``restart``, stage 4 twice,
 the second time from the latent weights that the first one left, or from levels and codes alone; ``blocks``, levers of
-stage 2 on the first blocks, from one stage 1, judged as a hybrid with the teacher's other blocks.
+stage 2 on the first blocks, from one stage 1, judged as a hybrid with the teacher's other blocks; ``guided``, stage 1
+of these blocks with Hessians that are weighted by the squared gradient of the end loss.
 
 Each cell, which is one variant with one seed, is stored in WORK when it is finished and not computed again, so that the
 command can be stopped and given again with more seeds or variants. A seed decides the text and its order. Models are
@@ -32,6 +33,7 @@ from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.levers_blocks import BLOCK_LEVERS, FirstBlocks
 from benchmarks.levers_end import END_LEVERS, RULES, WITH_LATENTS, EndLever, agreement, restarted, train
+from benchmarks.levers_guided import GUIDES, guided_blocks
 from benchmarks.levers_model import Bench, Clock, State, Text, load_states, save_states
 from benchmarks.report import settings_of, write_report
 from lbllm.checkpoints.find import open_teacher
@@ -44,8 +46,19 @@ from lbllm.stages.block_store import BlockStore
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.windows import evaluation_tokens
 
-FIRST = {"end": "latent weights", "restart": WITH_LATENTS, "blocks": "stage 2"}  # what the others are compared with
-VARIANTS = {"end": list(END_LEVERS), "restart": [WITH_LATENTS, *RULES], "blocks": ["stage 1", *BLOCK_LEVERS]}
+# What the others of a part are compared with.
+FIRST = {
+    "end": "latent weights",
+    "restart": WITH_LATENTS,
+    "blocks": "stage 2",
+    "guided": "one Hessian for a layer",
+}
+VARIANTS = {
+    "end": list(END_LEVERS),
+    "restart": [WITH_LATENTS, *RULES],
+    "blocks": ["stage 1", *BLOCK_LEVERS],
+    "guided": list(GUIDES),
+}
 JUDGED = ("wiki", "tune")
 
 
@@ -123,6 +136,12 @@ class Levers:
             chain = FirstBlocks(self.bench, self.count, sequences)
             states = list(chain.stage_2(states, wat, BLOCK_LEVERS[variant], seed))
         return self.bench.judge(states)
+
+    def guided(self, variant: str, seed: int) -> dict[str, Any]:
+        """Stage 1 of the first blocks with other Hessians."""
+        sequences = Text(self.config.corpus, self.config.seq_len).sequences(self.bench.teacher, self.tokens, seed)
+        chain = FirstBlocks(self.bench, self.count, sequences)
+        return self.bench.judge_blocks(guided_blocks(chain, self.config.ptq, GUIDES[variant]))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -168,13 +168,15 @@ class FirstBlocks:
         self.bench, self.count, self.sequences = bench, count, sequences
         self.calls = capture_calls(bench.teacher.model, sequences[:1], count)
 
-    def _streams(self) -> tuple[Tensor, Tensor]:
+    def streams(self) -> tuple[Tensor, Tensor]:
+        """The teacher's and the student's stream (n, T, hidden) before the first block."""
         model = self.bench.teacher.model
         first = torch.cat(list(embedded_batches(model, self.sequences, BATCH, model.device))).bfloat16()
         return first, first.clone()
 
     @torch.no_grad()
-    def _advance(self, block: nn.Module, stream: Tensor, number: int) -> Tensor:
+    def advance(self, block: nn.Module, stream: Tensor, number: int) -> Tensor:
+        """A stream (n, T, hidden) after a block."""
         with self.bench.autocast():
             parts = [run_block(block, entering(part, part.device), self.calls[number]) for part in stream.split(BATCH)]
         return torch.cat(parts).to(stream.dtype)
@@ -187,7 +189,7 @@ class FirstBlocks:
 
     def stage_1(self, config: PtqConfig, binarize: Callable[..., Iterator[Any]] = ptq_block) -> Iterator[State]:
         """Stage 1, block by block: each state with latent weights."""
-        targets, inputs = self._streams()
+        targets, inputs = self.streams()
         for number in range(self.count):
             block, call = self.bench.blocks[number], self.calls[number]
             with self.bench.autocast():
@@ -198,18 +200,18 @@ class FirstBlocks:
             ):
                 state |= collect({name: layer}) | {f"{name}.latent": result.latent}
             del meant
-            targets = self._advance(block, targets, number)
-            inputs = self._advance(self._finished(number, state), inputs, number)
+            targets = self.advance(block, targets, number)
+            inputs = self.advance(self._finished(number, state), inputs, number)
             yield state
 
     def stage_2(self, states: list[State], config: WatConfig, lever: BlockLever, seed: int) -> Iterator[State]:
         """Stage 2 from the states of stage 1, block by block. A block whose loss is not finite keeps its state."""
-        targets, inputs = self._streams()
+        targets, inputs = self.streams()
         config = config.model_copy(update=lever.settings)
         for number, state in enumerate(states):
-            entered, targets = targets, self._advance(self.bench.blocks[number], targets, number)
+            entered, targets = targets, self.advance(self.bench.blocks[number], targets, number)
             trained = self._train(number, state, inputs, targets, entered, config, lever, seed * 1_000_003 + number)
-            inputs = self._advance(self._finished(number, trained), inputs, number)
+            inputs = self.advance(self._finished(number, trained), inputs, number)
             yield trained
 
     def _train(

@@ -4,7 +4,7 @@ judged."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,14 +76,14 @@ class Bench:
 
     def judge(self, states: list[State]) -> dict[str, float]:
         """KL to the teacher and perplexity on each text of the model whose first blocks are packed from ``states``."""
+        return self.judge_blocks([packed_block(block, TAIL, torch.float32) for block in self.restored(states)])
+
+    def judge_blocks(self, first: Sequence[nn.Module]) -> dict[str, float]:
+        """KL to the teacher and perplexity on each text of the teacher with other first blocks."""
         model: PreTrainedModel = share_copy(self.teacher.model)
         blocks = decoder_blocks(model)[1]
-        for number, block in enumerate(self.restored(states)):
-            blocks[number] = packed_block(block, TAIL, torch.float32)
-        return self.judge_model(model)
-
-    def judge_model(self, model: PreTrainedModel) -> dict[str, float]:
-        """KL to the teacher and perplexity of a model on each text."""
+        for number, block in enumerate(first):
+            blocks[number] = block
         found: dict[str, float] = {}
         for name, windows in self.judged.items():
             one = divergence(self.teacher.model, model.eval(), windows)

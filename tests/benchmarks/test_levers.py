@@ -15,6 +15,7 @@ from benchmarks import levers
 from benchmarks.levers import Levers, chosen, summary, table
 from benchmarks.levers_blocks import BLOCK_LEVERS, BlockLever, FirstBlocks, SoftLinear
 from benchmarks.levers_end import END_LEVERS, RULES, EndLever, relation_error, restarted, train
+from benchmarks.levers_guided import Guide, guided_blocks, token_weights
 from benchmarks.levers_model import Bench, State, load_states, save_states
 from lbllm.errors import ConfigError
 from lbllm.models.blocks import linear_layers, linear_weight
@@ -132,6 +133,25 @@ def test_probabilities_have_the_gradient_of_their_mean(bench: Bench, states: lis
     layer.freeze()
     hard = take_levels(layer.levels().detach(), to_groups(layer.index, layer.length))
     torch.testing.assert_close(to_groups(cold, layer.length), hard)
+
+
+def test_the_gradient_weighs_tokens_in_stage_1(bench: Bench, chain: FirstBlocks, states: list[State]) -> None:
+    guide, config = Guide(2), PtqConfig(em_steps=2, sweeps=1)
+    weights = token_weights(chain, guide)
+    assert {tuple(one.shape) for one in weights.values()} == {(8 * 32, 2)}
+    assert all(torch.allclose(one.mean(0), torch.ones(2)) for one in weights.values())
+    assert all(float(one.view(8, 32, 2)[:, -1].abs().max()) == 0 for one in weights.values())  # it predicts nothing
+    made = guided_blocks(chain, config, guide)
+    assert bench.judge_blocks(made)["kl_wiki"] < 2 * bench.judge(states)["kl_wiki"]
+
+
+def test_without_weights_one_group_of_outputs_is_stage_1() -> None:
+    bench = Bench(bfloat_teacher(), QuantConfig(group_size=16), {"wiki": token_ids(2, seed=5)})
+    chain, config = FirstBlocks(bench, 2, token_ids(8)), PtqConfig(em_steps=2, sweeps=1)
+    made = guided_blocks(chain, config, Guide(1, weighted=False))
+    for block, expected in zip(made, bench.restored(list(chain.stage_1(config))), strict=True):
+        for name, layer in binary_layers(expected).items():
+            torch.testing.assert_close(linear_weight(block.get_submodule(name)), layer.weight().detach())
 
 
 def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
