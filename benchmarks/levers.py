@@ -7,8 +7,10 @@ tokens.
 
 Parts: ``end``, levers of stage 4, all from one start (stages 1 and 2 of the whole model); ``restart``, stage 4 twice,
 the second time from the latent weights that the first one left, or from levels and codes alone; ``blocks``, levers of
-stage 2 on the first blocks, from one stage 1, judged as a hybrid with the teacher's other blocks; ``guided``, stage 1
-of these blocks with Hessians that are weighted by the squared gradient of the end loss.
+stage 2 on the first blocks, from one stage 1, judged as a hybrid with the teacher's other blocks, and by the relative
+error of what the last of them gives; ``again``, the question of ``restart`` for stage 2 of these blocks, which takes a
+tenth of the time; ``guided``, their stage 1 with Hessians that are weighted by the squared gradient of the end loss;
+``bits``, their stage 1 with the formats of layers chosen by sensitivity, at the bits of groups of 32.
 
 Each cell, which is one variant with one seed, is stored in WORK when it is finished and not computed again, so that the
 command can be stopped and given again with more seeds or variants. A seed decides the text and its order. Models are
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.levers_bits import ESTIMATED, MEASURED, UNIFORM, quant_of
 from benchmarks.levers_blocks import BLOCK_LEVERS, FirstBlocks
 from benchmarks.levers_end import END_LEVERS, RULES, WITH_LATENTS, EndLever, agreement, restarted, train
 from benchmarks.levers_guided import GUIDES, guided_blocks
@@ -41,7 +44,8 @@ from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.files import write_file
 from lbllm.pipeline.run import run
-from lbllm.sections import E2eConfig, WatConfig
+from lbllm.quant.plan import bits_per_weight
+from lbllm.sections import E2eConfig
 from lbllm.stages.block_store import BlockStore
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.windows import evaluation_tokens
@@ -51,23 +55,31 @@ FIRST = {
     "end": "latent weights",
     "restart": WITH_LATENTS,
     "blocks": "stage 2",
+    "again": WITH_LATENTS,
     "guided": "one Hessian for a layer",
+    "bits": UNIFORM,
 }
 VARIANTS = {
     "end": list(END_LEVERS),
     "restart": [WITH_LATENTS, *RULES],
     "blocks": ["stage 1", *BLOCK_LEVERS],
+    "again": [WITH_LATENTS, *RULES],
     "guided": list(GUIDES),
+    "bits": [UNIFORM, ESTIMATED, MEASURED],
 }
 JUDGED = ("wiki", "tune")
+MEASURED_KEYS = [f"{kind}_{text}" for text in JUDGED for kind in ("perplexity", "kl", "error")]
+_PLAIN = BLOCK_LEVERS["stage 2"]
 
 
 class Levers:
     """The cells of one model in a folder."""
 
-    def __init__(self, bench: Bench, config: RunConfig, work: Path, tokens: int, blocks: int) -> None:
+    def __init__(
+        self, bench: Bench, config: RunConfig, work: Path, tokens: int, blocks: int, *, errors_alone: bool
+    ) -> None:
         self.bench, self.config, self.work = bench, config, work
-        self.tokens, self.count = tokens, blocks
+        self.tokens, self.count, self.errors_alone = tokens, blocks, errors_alone
         self.text = Text(config.corpus, config.e2e_seq_len)
         self.e2e: E2eConfig = config.e2e
 
@@ -125,17 +137,39 @@ class Levers:
 
     def blocks(self, variant: str, seed: int) -> dict[str, Any]:
         """A lever of stage 2 on the first blocks."""
-        path, length = self.work / f"blocks-{self.count}-{self.tokens}.safetensors", self.config.seq_len
+        return self._stage_2(self._kept("blocks", self._first_stage), variant, seed)
+
+    def again(self, variant: str, seed: int) -> dict[str, Any]:
+        """Stage 2 of the first blocks once more, on other text than the first time."""
+
+        def first_time() -> list[State]:
+            return list(self._chain(501).stage_2(self._kept("blocks", self._first_stage), self.config.wat, _PLAIN, 501))
+
+        states = self._kept("again", first_time)
+        for state, latents in zip(states, restarted(self.bench, states, RULES.get(variant)), strict=True):
+            state |= {f"{name}.latent": latent for name, latent in latents.items()}
+        return self._stage_2(states, "stage 2", seed)
+
+    def _chain(self, seed: int) -> FirstBlocks:
+        text = Text(self.config.corpus, self.config.seq_len)
+        return FirstBlocks(self.bench, self.count, text.sequences(self.bench.teacher, self.tokens, seed))
+
+    def _first_stage(self) -> list[State]:
+        return list(self._chain(500).stage_1(self.config.ptq))
+
+    def _kept(self, name: str, make: Callable[[], list[State]]) -> list[State]:
+        """States of the first blocks that several cells begin with, made once."""
+        path = self.work / f"{name}-{self.count}-{self.tokens}.safetensors"
         if not path.is_file():
-            sequences = Text(self.config.corpus, length).sequences(self.bench.teacher, self.tokens, 500)
-            save_states(path, list(FirstBlocks(self.bench, self.count, sequences).stage_1(self.config.ptq)))
-        states = load_states(path)
+            save_states(path, make())
+        return load_states(path)
+
+    def _stage_2(self, states: list[State], variant: str, seed: int) -> dict[str, Any]:
+        chain = self._chain(seed)
         if variant != "stage 1":
-            sequences = Text(self.config.corpus, length).sequences(self.bench.teacher, self.tokens, seed)
-            wat: WatConfig = self.config.wat
-            chain = FirstBlocks(self.bench, self.count, sequences)
-            states = list(chain.stage_2(states, wat, BLOCK_LEVERS[variant], seed))
-        return self.bench.judge(states)
+            states = list(chain.stage_2(states, self.config.wat, BLOCK_LEVERS[variant], seed))
+        errors = {f"error_{name}": chain.error(states, windows) for name, windows in self.bench.judged.items()}
+        return errors if self.errors_alone else errors | self.bench.judge(states)
 
     def guided(self, variant: str, seed: int) -> dict[str, Any]:
         """Stage 1 of the first blocks with other Hessians."""
@@ -143,18 +177,29 @@ class Levers:
         chain = FirstBlocks(self.bench, self.count, sequences)
         return self.bench.judge_blocks(guided_blocks(chain, self.config.ptq, GUIDES[variant]))
 
+    def bits(self, variant: str, seed: int) -> dict[str, Any]:
+        """Stage 1 of the first blocks in formats chosen layer by layer."""
+        sequences = Text(self.config.corpus, self.config.seq_len).sequences(self.bench.teacher, self.tokens, seed)
+        quant = quant_of(variant, self.bench, self.count, sequences)
+        bench = Bench(self.bench.teacher, quant, self.bench.judged)
+        found = bench.judge(list(FirstBlocks(bench, self.count, sequences).stage_1(self.config.ptq)))
+        bits = bits_per_weight(bench.blocks[: self.count], bench.formats[: self.count])
+        return found | {"bits": bits}
+
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each variant: its means over the seeds, and how its perplexities differ from those of the part's
-    first variant with the same seeds: the mean, the least and the most of the relative differences."""
+    """One row for each variant: its means over the seeds, and how its perplexities, or without them its errors, differ
+    from those of the part's first variant with the same seeds: the mean, the least and the most of the relative
+    differences on both texts."""
     by_cell = {(row["part"], row["variant"], row["seed"]): row for row in rows}
     found: list[dict[str, Any]] = []
     for part, variant in dict.fromkeys((row["part"], row["variant"]) for row in rows):
         mine = [row for row in rows if (row["part"], row["variant"]) == (part, variant)]
         one: dict[str, Any] = {"part": part, "variant": variant, "seeds": len(mine)}
-        one |= {key: statistics.fmean(row[key] for row in mine) for key in _measured()}
+        one |= {key: statistics.fmean(row[key] for row in mine) for key in MEASURED_KEYS if key in mine[0]}
+        compared = "perplexity" if "perplexity_wiki" in one else "error"
         changes = [
-            row[f"perplexity_{text}"] / first[f"perplexity_{text}"] - 1
+            row[f"{compared}_{text}"] / first[f"{compared}_{text}"] - 1
             for text in JUDGED
             for row in mine
             if (first := by_cell.get((part, FIRST[part], row["seed"]))) is not None
@@ -165,19 +210,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _measured() -> list[str]:
-    return [f"{kind}_{text}" for text in JUDGED for kind in ("perplexity", "kl")]
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The summary as a Markdown table."""
     lines = []
     for row in rows:
-        figures = [f"{row[key]:.3f}" if key.startswith("perp") else f"{row[key]:.4f}" for key in _measured()]
+        figures = ["" if key not in row else _shown(key, row[key]) for key in MEASURED_KEYS]
         change = f"{row['change']:+.2%} ({row['least']:+.2%} to {row['most']:+.2%})" if "change" in row else ""
         lines.append([row["part"], row["variant"], str(row["seeds"]), *figures, change, f"{row['seconds']:.0f}"])
-    heads = [key.replace("_", ", ") for key in _measured()]
-    return markdown.table(["", "variant", "seeds", *heads, "perplexity over the first", "seconds"], lines)
+    heads = [key.replace("_", ", ") for key in MEASURED_KEYS]
+    return markdown.table(["", "variant", "seeds", *heads, "change to the first", "seconds"], lines)
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{value:.3f}" if key.startswith("perplexity") else f"{value:.5f}"
 
 
 def chosen(parts: str, only: str | None) -> dict[str, list[str]]:
@@ -208,6 +253,7 @@ def main() -> None:
     parser.add_argument("--start-tokens", type=count, default=8_192, help="of stages 1 and 2 of the start")
     parser.add_argument("--tokens", type=count, default=8_192, help="that a lever is trained on")
     parser.add_argument("--blocks", type=count, default=10, help="first blocks of part blocks")
+    parser.add_argument("--errors-alone", action="store_true", help="parts blocks and again: no perplexity, no KL")
     parser.add_argument("--judge-tokens", type=count, default=4_096, help="of each of the two texts")
     parser.add_argument("--valid", default="wikitext-2-raw/wiki.valid.raw", help="a text file to judge on")
     options = parser.parse_args()
@@ -233,12 +279,12 @@ def main() -> None:
         ).sequences,
     }
     bench = Bench(teacher, config.quant, judged)
-    levers = Levers(bench, config, options.work, options.tokens, options.blocks)
+    levers = Levers(bench, config, options.work, options.tokens, options.blocks, errors_alone=options.errors_alone)
     rows: list[dict[str, Any]] = []
     for part, variants in wanted.items():
         for row in levers.cells(part, variants, seeds):
             rows.append(row)
-            figures = ", ".join(f"{key} {row[key]:.4f}" for key in _measured())
+            figures = ", ".join(f"{key} {row[key]:.4f}" for key in MEASURED_KEYS if key in row)
             progress(f"{part}, {row['variant']}, seed {row['seed']}: {figures} ({row['seconds']:.0f} s)")
             if options.out:
                 write_report(options.out, "levers", settings_of(options, "work"), summary(rows))

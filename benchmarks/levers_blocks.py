@@ -27,7 +27,7 @@ from lbllm.quant.levels import from_groups, to_groups
 from lbllm.quant.training_layer import BinaryLinear, Mode
 from lbllm.sections import PtqConfig, WatConfig
 from lbllm.stages.block_state import collect, restore
-from lbllm.stages.distill import binary_layers, distill
+from lbllm.stages.distill import binary_layers, distill, token_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import thaw_layers
 
@@ -205,7 +205,7 @@ class FirstBlocks:
             yield state
 
     def stage_2(self, states: list[State], config: WatConfig, lever: BlockLever, seed: int) -> Iterator[State]:
-        """Stage 2 from the states of stage 1, block by block. A block whose loss is not finite keeps its state."""
+        """Stage 2 from states with latent weights, block by block."""
         targets, inputs = self.streams()
         config = config.model_copy(update=lever.settings)
         for number, state in enumerate(states):
@@ -213,6 +213,16 @@ class FirstBlocks:
             trained = self._train(number, state, inputs, targets, entered, config, lever, seed * 1_000_003 + number)
             inputs = self.advance(self._finished(number, trained), inputs, number)
             yield trained
+
+    def error(self, states: list[State], judged: Tensor) -> float:
+        """The relative error of what comes out of the last of the first blocks for token ids (n, T), which is cheaper
+        than a whole model: the mean of ``token_error``."""
+        other = FirstBlocks(self.bench, self.count, judged)
+        targets, inputs = (stream.float() for stream in other.streams())
+        for number, state in enumerate(states):
+            targets = other.advance(self.bench.blocks[number], targets, number)
+            inputs = other.advance(self._finished(number, state), inputs, number)
+        return float(token_error(inputs, targets))
 
     def _train(
         self,
@@ -246,10 +256,11 @@ class FirstBlocks:
             teacher_inputs=entered if config.streams == "both" else None,
         ):
             pass
+        kept = {f"{name}.latent": layer.latent.half() for name, layer in layers.items() if layer.latent is not None}
         for layer in layers.values():
             layer.freeze()
             layer.round_params()
-        return collect(layers)
+        return collect(layers) | kept
 
 
 def _groups(

@@ -132,13 +132,13 @@ class Trial(EndToEnd):
 def train(
     bench: Bench,
     states: list[State],
-    latents: Sequence[Tensor],
+    latents: Sequence[dict[str, Tensor]],
     sequences: Tensor,
     config: E2eConfig,
     lever: EndLever,
     seed: int,
 ) -> tuple[list[State], float]:
-    """Stage 4 of the model of ``states`` on token ids (n, T), from one latent weight (out, in) for each layer.
+    """Stage 4 of the model of ``states`` on token ids (n, T), from the latent weights of ``restarted``.
 
     Returns the new states, with latent weights, and the loss of the last step.
     """
@@ -151,7 +151,7 @@ def train(
         layers,
         sequences,
         config,
-        latents=latents if config.lr_weight > 0 else (),
+        latents=[latent for block in latents for latent in block.values()] if config.lr_weight > 0 else (),
         seed=seed,
         autocast=bench.autocast,
     )
@@ -225,13 +225,18 @@ WITH_LATENTS = "its latent weights"
 
 
 @torch.no_grad()
-def restarted(bench: Bench, states: list[State], rule: Rule | None) -> list[Tensor]:
-    """The latent weights of all layers to restart with: those of ``states``, or None made anew by a rule."""
-    latents: list[Tensor] = []
+def restarted(bench: Bench, states: list[State], rule: Rule | None) -> list[dict[str, Tensor]]:
+    """The latent weights (out, in) to restart with, by layer for each block: those of ``states``, or for a rule new
+    ones."""
+    latents: list[dict[str, Tensor]] = []
     for block, student, state in zip(bench.blocks, bench.restored(states), states, strict=False):
         dense = linear_layers(block)
-        for name, layer in binary_layers(student).items():
-            latents.append(state[f"{name}.latent"].float() if rule is None else rule(layer, linear_weight(dense[name])))
+        latents.append(
+            {
+                name: state[f"{name}.latent"].float() if rule is None else rule(layer, linear_weight(dense[name]))
+                for name, layer in binary_layers(student).items()
+            }
+        )
     return latents
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import levers
-from benchmarks.levers import Levers, chosen, summary, table
+from benchmarks.levers import VARIANTS, Levers, chosen, summary, table
+from benchmarks.levers_bits import quant_of
 from benchmarks.levers_blocks import BLOCK_LEVERS, BlockLever, FirstBlocks, SoftLinear
 from benchmarks.levers_end import END_LEVERS, RULES, EndLever, relation_error, restarted, train
 from benchmarks.levers_guided import Guide, guided_blocks, token_weights
@@ -20,6 +21,7 @@ from benchmarks.levers_model import Bench, State, load_states, save_states
 from lbllm.errors import ConfigError
 from lbllm.models.blocks import linear_layers, linear_weight
 from lbllm.quant.levels import take_levels, to_groups
+from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import E2eConfig, PtqConfig, QuantConfig, WatConfig
 from lbllm.stages.distill import binary_layers
 from tests.helpers.tiny_runs import bfloat_teacher, token_ids
@@ -93,7 +95,8 @@ def test_every_rule_restarts_with_the_same_codes(bench: Bench, states: list[Stat
     expected = [layer.weight().detach() for block in bench.restored(states) for layer in binary_layers(block).values()]
     for rule in RULES.values():
         layers = [layer for block in bench.restored(states) for layer in binary_layers(block).values()]
-        for layer, latent, weight in zip(layers, restarted(bench, states, rule), expected, strict=True):
+        latents = [latent for block in restarted(bench, states, rule) for latent in block.values()]
+        for layer, latent, weight in zip(layers, latents, expected, strict=True):
             assert torch.equal(layer.nearest_to(latent), latent)  # every latent weight is kept: it has its code
             layer.thaw(latent, "coupled")
             torch.testing.assert_close(layer.weight().detach(), weight)
@@ -154,6 +157,19 @@ def test_without_weights_one_group_of_outputs_is_stage_1() -> None:
             torch.testing.assert_close(linear_weight(block.get_submodule(name)), layer.weight().detach())
 
 
+def test_formats_by_sensitivity_take_the_bits_of_one_format() -> None:
+    bench = Bench(bfloat_teacher(), QuantConfig(group_size=16, param_bits=4), {"wiki": token_ids(2, seed=5)})
+    bits = []
+    for variant in VARIANTS["bits"]:
+        quant = quant_of(variant, bench, 1, token_ids(4), (8, 16, 32, 48), 16)
+        made = Bench(bench.teacher, quant, bench.judged)
+        bits.append(bits_per_weight(made.blocks[:1], made.formats[:1]))
+        assert {fmt.group_size for fmt in made.formats[1].values()} == {16}
+        sizes = {fmt.group_size for fmt in made.formats[0].values()}
+        assert (len(sizes) > 1) == (variant != "one format")
+    assert 0.95 * bits[0] < min(bits[1:]) <= max(bits[1:]) <= bits[0]
+
+
 def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Levers.__new__(Levers)
     made.work, made.tokens, made.count = tmp_path, 64, 2
@@ -179,7 +195,7 @@ def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("end", "levels alone") == {"end": ["latent weights", "levels alone"]}
-    with pytest.raises(ConfigError, match="--parts ends: choose from end, restart, blocks"):
+    with pytest.raises(ConfigError, match="--parts ends: choose from end, restart, blocks, again"):
         chosen("ends", None)
     with pytest.raises(ConfigError, match="--only stage 3: choose from latent weights; "):
         chosen("end,blocks", "stage 3")
