@@ -214,12 +214,22 @@ def halfway(layer: BinaryLinear, teacher: Tensor) -> Tensor:
     return (layer.weight().detach() + clipped(layer, teacher)) / 2
 
 
+def mirrored(layer: BinaryLinear, teacher: Tensor) -> Tensor:
+    """The teacher's weight; where it is outside the cell, mirrored at the border into it, at most to the level."""
+    value, low, high = _cells(layer)
+    teacher = teacher.to(value)
+    below, above = teacher < low, teacher >= high
+    inside = torch.where(below, (2 * low - teacher).minimum(value), (2 * high - teacher).maximum(value))
+    return layer.nearest_to(torch.where(below | above, inside, teacher))
+
+
 RULES: dict[str, Rule] = {
     "teacher's weight where it has the code, else the level": kept_or_level,
     "the level": at_level,
     "the middle of the cell": mid_cell,
     "teacher's weight, clipped into the cell": clipped,
     "halfway from the level to the clipped weight": halfway,
+    "teacher's weight, mirrored into the cell": mirrored,
 }
 WITH_LATENTS = "its latent weights"
 

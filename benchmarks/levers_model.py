@@ -41,10 +41,9 @@ class Text:
     seq_len: int
 
     def sequences(self, teacher: Teacher, tokens: int, seed: int) -> Tensor:
-        """Token ids (n, seq_len) of the train part that no start was trained on in the same order."""
-        return load_corpus(
-            self.corpus, teacher.tokenizer, seq_len=self.seq_len, tokens=tokens, seed=1_000 + seed
-        ).sequences
+        """Token ids (n, seq_len) of the train part, in another order than a run's own."""
+        asked = {"seq_len": self.seq_len, "tokens": tokens, "seed": 1_000 + seed}
+        return load_corpus(self.corpus, teacher.tokenizer, **asked).sequences
 
 
 class Bench:

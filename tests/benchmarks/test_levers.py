@@ -15,7 +15,7 @@ from benchmarks import levers
 from benchmarks.levers import VARIANTS, Levers, chosen, summary, table
 from benchmarks.levers_bits import quant_of
 from benchmarks.levers_blocks import BLOCK_LEVERS, BlockLever, FirstBlocks, SoftLinear
-from benchmarks.levers_end import END_LEVERS, RULES, EndLever, relation_error, restarted, train
+from benchmarks.levers_end import END_LEVERS, RULES, EndLever, mirrored, relation_error, restarted, train
 from benchmarks.levers_guided import Guide, guided_blocks, token_weights
 from benchmarks.levers_model import Bench, State, load_states, save_states
 from lbllm.errors import ConfigError
@@ -89,6 +89,22 @@ def test_relations_equal_loops() -> None:
     student, teacher = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
     assert float(relation_error(student, teacher, 4)) == pytest.approx(relation_loops(student, teacher, 4), rel=1e-5)
     assert float(relation_error(teacher, teacher, 4)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_mirrored_weight_keeps_its_distance_from_the_border(bench: Bench, states: list[State]) -> None:
+    layer = next(iter(binary_layers(next(bench.restored(states))).values()))
+    levels = layer.levels().detach().sort(-1).values[0, 0]
+    value = layer.weight().detach()[0, : layer.length]
+    place = int((value == levels[1]).nonzero()[0])
+    low, high = float(levels[:2].mean()), float(levels[1:3].mean())
+    for teacher, wanted in (
+        (low - 0.1 * (levels[1] - low), low + 0.1 * (levels[1] - low)),
+        (high + 0.1 * (high - levels[1]), high - 0.1 * (high - levels[1])),
+        (low - 9 * (levels[1] - low), levels[1]),
+        (low + 0.3 * (high - low), low + 0.3 * (high - low)),
+    ):
+        found = mirrored(layer, torch.full((layer.out_features, layer.in_features), float(teacher)))
+        assert float(found[0, place]) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_every_rule_restarts_with_the_same_codes(bench: Bench, states: list[State]) -> None:
