@@ -14,8 +14,7 @@ tenth of the time; ``guided``, their stage 1 with Hessians that are weighted by 
 
 Each cell, which is one variant with one seed, is stored in WORK when it is finished and not computed again, so that the
 command can be stopped and given again with more seeds or variants. A seed decides the text and its order. Models are
-judged on wiki.valid and on the tune part of the corpus, which nothing is trained on. WORK belongs to one set of the
-other options.
+judged on wiki.valid and on the tune part of the corpus, which nothing is trained on.
 """
 
 from __future__ import annotations
@@ -35,7 +34,18 @@ from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.levers_bits import ESTIMATED, MEASURED, UNIFORM, quant_of
 from benchmarks.levers_blocks import BLOCK_LEVERS, FirstBlocks
-from benchmarks.levers_end import END_LEVERS, RULES, WITH_LATENTS, EndLever, agreement, restarted, train
+from benchmarks.levers_end import (
+    END_LEVERS,
+    RULES,
+    WITH_LATENTS,
+    EndLever,
+    Rule,
+    agreement,
+    clipped,
+    kept_or_level,
+    restarted,
+    train,
+)
 from benchmarks.levers_guided import GUIDES, guided_blocks
 from benchmarks.levers_model import Bench, Clock, State, Text, load_states, save_states
 from benchmarks.report import settings_of, write_report
@@ -50,6 +60,12 @@ from lbllm.stages.block_store import BlockStore
 from lbllm.texts.corpus import load_corpus
 from lbllm.texts.windows import evaluation_tokens
 
+BEFORE = "before it is trained again"
+# Rules that begin with what is best for each weight alone, computed from a text, instead of the teacher's weight.
+OPTIMA: dict[str, Rule] = {
+    "best alone where it has the code, else the level": kept_or_level,
+    "best alone, clipped into the cell": clipped,
+}
 # What the others of a part are compared with.
 FIRST = {
     "end": "latent weights",
@@ -61,9 +77,9 @@ FIRST = {
 }
 VARIANTS = {
     "end": list(END_LEVERS),
-    "restart": [WITH_LATENTS, *RULES],
+    "restart": [BEFORE, WITH_LATENTS, *RULES],
     "blocks": ["stage 1", *BLOCK_LEVERS],
-    "again": [WITH_LATENTS, *RULES],
+    "again": [BEFORE, WITH_LATENTS, *RULES, *OPTIMA],
     "guided": list(GUIDES),
     "bits": [UNIFORM, ESTIMATED, MEASURED],
 }
@@ -78,10 +94,13 @@ class Levers:
     def __init__(
         self, bench: Bench, config: RunConfig, work: Path, tokens: int, blocks: int, *, errors_alone: bool
     ) -> None:
-        self.bench, self.config, self.work = bench, config, work
+        self.bench, self.config = bench, config
         self.tokens, self.count, self.errors_alone = tokens, blocks, errors_alone
+        self.work = work / _hash([config.model_dump(mode="json"), bench.teacher.name])
         self.text = Text(config.corpus, config.e2e_seq_len)
         self.e2e: E2eConfig = config.e2e
+        judged = {name: windows.tolist() for name, windows in bench.judged.items()}
+        self.identity = [judged, tokens, blocks, errors_alone]  # of a cell, beside its name
 
     def start(self) -> list[State]:
         """The whole model after stages 1 and 2, with stage 1's latent weights."""
@@ -101,8 +120,7 @@ class Levers:
         make: Callable[[str, int], dict[str, Any]] = getattr(self, part)
         for seed in seeds:
             for variant in variants:
-                name = hashlib.sha256(json.dumps([variant, self.tokens, self.count]).encode()).hexdigest()[:10]
-                path = self.work / "cells" / f"{part}-{seed}-{name}.json"
+                path = self.work / "cells" / f"{part}-{seed}-{_hash([variant, self.identity])}.json"
                 if not path.is_file():
                     clock = Clock()
                     row = {"part": part, "variant": variant, "seed": seed} | make(variant, seed)
@@ -129,6 +147,8 @@ class Levers:
             )
             save_states(path, ended)
         states = load_states(path)
+        if variant == BEFORE:
+            return self.bench.judge(states)
         latents = restarted(self.bench, states, RULES.get(variant))
         sequences = self.text.sequences(self.bench.teacher, self.tokens, seed)
         ended, loss = train(self.bench, states, latents, sequences, self.e2e, EndLever(), seed)
@@ -146,7 +166,14 @@ class Levers:
             return list(self._chain(501).stage_2(self._kept("blocks", self._first_stage), self.config.wat, _PLAIN, 501))
 
         states = self._kept("again", first_time)
-        for state, latents in zip(states, restarted(self.bench, states, RULES.get(variant)), strict=True):
+        if variant == BEFORE:
+            return self._judged(states)
+        if variant in OPTIMA:
+            best = self._chain(seed).optima(states, self.config.ptq)
+            begun = restarted(self.bench, states, OPTIMA[variant], best)
+        else:
+            begun = restarted(self.bench, states, RULES.get(variant))
+        for state, latents in zip(states, begun, strict=True):
             state |= {f"{name}.latent": latent for name, latent in latents.items()}
         return self._stage_2(states, "stage 2", seed)
 
@@ -168,6 +195,10 @@ class Levers:
         chain = self._chain(seed)
         if variant != "stage 1":
             states = list(chain.stage_2(states, self.config.wat, BLOCK_LEVERS[variant], seed))
+        return self._judged(states)
+
+    def _judged(self, states: list[State]) -> dict[str, Any]:
+        chain = self._chain(500)
         errors = {f"error_{name}": chain.error(states, windows) for name, windows in self.bench.judged.items()}
         return errors if self.errors_alone else errors | self.bench.judge(states)
 
@@ -185,6 +216,10 @@ class Levers:
         found = bench.judge(list(FirstBlocks(bench, self.count, sequences).stage_1(self.config.ptq)))
         bits = bits_per_weight(bench.blocks[: self.count], bench.formats[: self.count])
         return found | {"bits": bits}
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:10]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

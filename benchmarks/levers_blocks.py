@@ -20,14 +20,18 @@ from lbllm.models.blocks import (
     capture_calls,
     embedded_batches,
     entering,
+    layer_inputs,
+    linear_weight,
     run_block,
     share_copy,
+    shared_inputs,
 )
 from lbllm.quant.levels import from_groups, to_groups
 from lbllm.quant.training_layer import BinaryLinear, Mode
 from lbllm.sections import PtqConfig, WatConfig
 from lbllm.stages.block_state import collect, restore
 from lbllm.stages.distill import binary_layers, distill, token_error
+from lbllm.stages.hessians import align, correction_, damp_, input_statistics
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import thaw_layers
 
@@ -213,6 +217,31 @@ class FirstBlocks:
             trained = self._train(number, state, inputs, targets, entered, config, lever, seed * 1_000_003 + number)
             inputs = self.advance(self._finished(number, trained), inputs, number)
             yield trained
+
+    @torch.no_grad()
+    def optima(self, states: list[State], config: PtqConfig) -> list[dict[str, Tensor]]:
+        """Where each weight (out, in) of a layer would be best if all others of its row stay as they are in ``states``,
+        for what stage 1 minimizes: as stage 1's coordinate descent leaves its latent weights."""
+        targets, inputs = self.streams()
+        found: list[dict[str, Tensor]] = []
+        for number, state in enumerate(states):
+            block, call = self.bench.blocks[number], self.calls[number]
+            with self.bench.autocast():
+                meant = all_inputs(block, targets, call, BATCH)
+            student, best = self._finished(number, state), {}
+            for sharing in shared_inputs(block, inputs[:1], call):
+                seen = layer_inputs(student, sharing[0], inputs, call, BATCH)
+                hessian, drift = input_statistics(seen, meant[sharing[0]])
+                correction = correction_(hessian, drift, config)
+                damp_(hessian, config.damping)
+                for name in sharing:
+                    value = student.get_submodule(name).weight().detach()
+                    missing = align(linear_weight(block.get_submodule(name)), correction, config) - value
+                    best[name] = value + (missing @ hessian) / hessian.diagonal()
+            targets = self.advance(block, targets, number)
+            inputs = self.advance(student, inputs, number)
+            found.append(best)
+        return found
 
     def error(self, states: list[State], judged: Tensor) -> float:
         """The relative error of what comes out of the last of the first blocks for token ids (n, T), which is cheaper

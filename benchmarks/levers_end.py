@@ -235,18 +235,21 @@ WITH_LATENTS = "its latent weights"
 
 
 @torch.no_grad()
-def restarted(bench: Bench, states: list[State], rule: Rule | None) -> list[dict[str, Tensor]]:
+def restarted(
+    bench: Bench, states: list[State], rule: Rule | None, best: Sequence[dict[str, Tensor]] | None = None
+) -> list[dict[str, Tensor]]:
     """The latent weights (out, in) to restart with, by layer for each block: those of ``states``, or for a rule new
-    ones."""
+    ones. ``best``: what the rule begins with instead of the teacher's weights."""
     latents: list[dict[str, Tensor]] = []
-    for block, student, state in zip(bench.blocks, bench.restored(states), states, strict=False):
-        dense = linear_layers(block)
-        latents.append(
-            {
-                name: state[f"{name}.latent"].float() if rule is None else rule(layer, linear_weight(dense[name]))
-                for name, layer in binary_layers(student).items()
-            }
-        )
+    for number, (student, state) in enumerate(zip(bench.restored(states), states, strict=True)):
+        dense = linear_layers(bench.blocks[number])
+        layers, found = binary_layers(student), {}
+        for name, layer in layers.items():
+            if rule is None:
+                found[name] = state[f"{name}.latent"].float()
+            else:
+                found[name] = rule(layer, linear_weight(dense[name]) if best is None else best[number][name])
+        latents.append(found)
     return latents
 
 

@@ -19,7 +19,7 @@ from benchmarks.levers_end import END_LEVERS, RULES, EndLever, mirrored, relatio
 from benchmarks.levers_guided import Guide, guided_blocks, token_weights
 from benchmarks.levers_model import Bench, State, load_states, save_states
 from lbllm.errors import ConfigError
-from lbllm.models.blocks import linear_layers, linear_weight
+from lbllm.models.blocks import layer_inputs, linear_layers, linear_weight
 from lbllm.quant.levels import take_levels, to_groups
 from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import E2eConfig, PtqConfig, QuantConfig, WatConfig
@@ -107,6 +107,28 @@ def test_a_mirrored_weight_keeps_its_distance_from_the_border(bench: Bench, stat
         assert float(found[0, place]) == pytest.approx(float(wanted), rel=1e-4)
 
 
+def test_the_best_of_a_weight_alone_has_no_gradient_left(bench: Bench, chain: FirstBlocks, states: list[State]) -> None:
+    """Changed alone to its best value, a weight leaves the least error for the same Hessian."""
+    config, name = PtqConfig(align=0.0, damping=1e-6), "self_attn.q_proj"
+    best = chain.optima(states, config)[0][name]
+    layer = binary_layers(next(bench.restored(states)))[name]
+    dense, value = linear_weight(linear_layers(bench.blocks[0])[name]), layer.weight().detach()
+    inputs = torch.cat(list(layer_inputs(bench.blocks[0], name, chain.streams()[0], chain.calls[0], 4))).double()
+
+    def error(weight: Tensor) -> float:
+        energy = inputs.square().sum(1)
+        bounded = (10 * energy.median() / energy).clamp_max(1).sqrt()[:, None]
+        return float(((bounded * inputs) @ (weight - dense).double().t()).square().sum())
+
+    for row, column in ((0, 0), (7, 30), (47, 47)):
+        errors = []
+        for share in (0.9, 1.0, 1.1):
+            changed = value.clone()
+            changed[row, column] += share * (best[row, column] - value[row, column])
+            errors.append(error(changed))
+        assert errors[1] == min(errors)
+
+
 def test_every_rule_restarts_with_the_same_codes(bench: Bench, states: list[State]) -> None:
     expected = [layer.weight().detach() for block in bench.restored(states) for layer in binary_layers(block).values()]
     for rule in RULES.values():
@@ -188,7 +210,7 @@ def test_formats_by_sensitivity_take_the_bits_of_one_format() -> None:
 
 def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Levers.__new__(Levers)
-    made.work, made.tokens, made.count = tmp_path, 64, 2
+    made.work, made.identity = tmp_path, [64, 2]
     asked: list[tuple[str, int]] = []
 
     def end(variant: str, seed: int) -> dict[str, Any]:
