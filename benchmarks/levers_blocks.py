@@ -228,14 +228,15 @@ class FirstBlocks:
             block, call = self.bench.blocks[number], self.calls[number]
             with self.bench.autocast():
                 meant = all_inputs(block, targets, call, BATCH)
-            student, best = self._finished(number, state), {}
+            student = self._finished(number, state)
+            layers, best = binary_layers(student), {}
             for sharing in shared_inputs(block, inputs[:1], call):
                 seen = layer_inputs(student, sharing[0], inputs, call, BATCH)
                 hessian, drift = input_statistics(seen, meant[sharing[0]])
                 correction = correction_(hessian, drift, config)
                 damp_(hessian, config.damping)
                 for name in sharing:
-                    value = student.get_submodule(name).weight().detach()
+                    value = layers[name].weight().detach()
                     missing = align(linear_weight(block.get_submodule(name)), correction, config) - value
                     best[name] = value + (missing @ hessian) / hessian.diagonal()
             targets = self.advance(block, targets, number)

@@ -181,7 +181,8 @@ def _cells(layer: BinaryLinear) -> tuple[Tensor, Tensor, Tensor]:
     ends = torch.full_like(levels[..., :1], torch.inf)
     low, high = torch.cat((-ends, middles), -1), torch.cat((middles, ends), -1)
     index = assign(to_groups(value, layer.length), levels).long()
-    return value, *(from_groups(one.gather(-1, index), layer.in_features) for one in (low, high))
+    below, above = (from_groups(one.gather(-1, index), layer.in_features) for one in (low, high))
+    return value, below, above
 
 
 def at_level(layer: BinaryLinear, teacher: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class Text:
 
     def sequences(self, teacher: Teacher, tokens: int, seed: int) -> Tensor:
         """Token ids (n, seq_len) of the train part, in another order than a run's own."""
-        asked = {"seq_len": self.seq_len, "tokens": tokens, "seed": 1_000 + seed}
-        return load_corpus(self.corpus, teacher.tokenizer, **asked).sequences
+        made = load_corpus(self.corpus, teacher.tokenizer, seq_len=self.seq_len, tokens=tokens, seed=1_000 + seed)
+        return made.sequences
 
 
 class Bench:
@@ -67,7 +67,8 @@ class Bench:
     def student(self, states: list[State]) -> tuple[PreTrainedModel, list[BinaryLinear]]:
         """A model to train whose first blocks are those of ``states``, and its binarized layers in order."""
         model: PreTrainedModel = share_copy(self.teacher.model)
-        blocks, layers = decoder_blocks(model)[1], []
+        blocks = decoder_blocks(model)[1]
+        layers: list[BinaryLinear] = []
         for number, block in enumerate(self.restored(states)):
             blocks[number] = block
             layers += binary_layers(block).values()

@@ -165,6 +165,7 @@ def test_probabilities_have_the_gradient_of_their_mean(bench: Bench, states: lis
     grid_levels = layer.levels().detach().double()
     mean = ((logits / layer.temperature).softmax(-1) * grid_levels[..., None, :]).sum(-1)
     (mean * to_groups(layer.gradient, layer.length)).sum().backward()
+    assert logits.grad is not None
     torch.testing.assert_close(layer.logits.grad, logits.grad.float(), rtol=1e-4, atol=1e-6)
     shares = (logits.detach() / layer.temperature).softmax(-1)
     (levels * (to_groups(layer.gradient, layer.length)[..., None] * shares).sum(-2)).sum().backward()
