@@ -41,6 +41,7 @@ from benchmarks.levers_end import (
     EndLever,
     Rule,
     agreement,
+    at_level,
     clipped,
     kept_or_level,
     restarted,
@@ -132,8 +133,9 @@ class Levers:
         """A lever of stage 4."""
         states = self.start()
         sequences = self.text.sequences(self.bench.teacher, self.tokens, seed)
-        latents = restarted(self.bench, states, None)
-        ended, loss = train(self.bench, states, latents, sequences, self.e2e, END_LEVERS[variant], seed)
+        lever = END_LEVERS[variant]
+        latents = restarted(self.bench, states, at_level if lever.from_levels else None)
+        ended, loss = train(self.bench, states, latents, sequences, self.e2e, lever, seed)
         return self.bench.judge(ended) | {"loss": loss}
 
     def restart(self, variant: str, seed: int) -> dict[str, Any]:

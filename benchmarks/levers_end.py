@@ -33,6 +33,7 @@ class EndLever:
     ``pull``: the part of the way to its level that each latent weight is moved after every ``pull_every`` steps.
     ``noise``: normal noise in the gradient of the latent weights, relative to its root mean square (both: WinQ).
     ``frozen``: the share of the steps at the end in which codes are fixed and levels go on.
+    ``from_levels``: latent weights begin at their levels instead of where stage 1 left them.
     ``relations``: the weight of the loss on attention relations (BitDistill) of the block at ``late`` of the depth.
     """
 
@@ -41,6 +42,7 @@ class EndLever:
     pull_every: int = 4
     noise: float = 0.0
     frozen: float = 0.0
+    from_levels: bool = False
     relations: float = 0.0
     late: float = 0.8
 
@@ -48,6 +50,7 @@ class EndLever:
 END_LEVERS: dict[str, EndLever] = {
     "latent weights": EndLever(),
     "levels alone": EndLever({"lr_weight": 0.0}),
+    "latents begin at their levels": EndLever(from_levels=True),
     "codes frozen for the last tenth": EndLever(frozen=0.1),
     "codes frozen for the last third": EndLever(frozen=1 / 3),
     "latents pulled by 0.1 every 4 steps": EndLever(pull=0.1),

@@ -15,7 +15,7 @@ from benchmarks import levers
 from benchmarks.levers import VARIANTS, Levers, chosen, summary, table
 from benchmarks.levers_bits import quant_of
 from benchmarks.levers_blocks import BLOCK_LEVERS, BlockLever, FirstBlocks, SoftLinear
-from benchmarks.levers_end import END_LEVERS, RULES, EndLever, mirrored, relation_error, restarted, train
+from benchmarks.levers_end import END_LEVERS, RULES, EndLever, at_level, mirrored, relation_error, restarted, train
 from benchmarks.levers_guided import Guide, guided_blocks, token_weights
 from benchmarks.levers_model import Bench, State, load_states, save_states
 from lbllm.errors import ConfigError
@@ -46,7 +46,7 @@ def states(chain: FirstBlocks) -> list[State]:
 
 
 def trained(bench: Bench, states: list[State], lever: EndLever) -> list[State]:
-    latents = restarted(bench, states, None)
+    latents = restarted(bench, states, at_level if lever.from_levels else None)
     return train(bench, states, latents, token_ids(8, seed=2), E2E, lever, 0)[0]
 
 
