@@ -116,12 +116,16 @@ class Levers:
             states.append(store.finished("wat", number).tensors | latents)
         return states
 
-    def cells(self, part: str, variants: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The rows of a part, seed by seed, each stored before it is yielded."""
+    def cells(
+        self, part: str, variants: Sequence[str], seeds: Sequence[int], *, stored: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of a part, seed by seed, each stored before it is yielded. ``stored``: none are made."""
         make: Callable[[str, int], dict[str, Any]] = getattr(self, part)
         for seed in seeds:
             for variant in variants:
                 path = self.work / "cells" / f"{part}-{seed}-{_hash([variant, self.identity])}.json"
+                if stored and not path.is_file():
+                    continue
                 if not path.is_file():
                     clock = Clock()
                     row = {"part": part, "variant": variant, "seed": seed} | make(variant, seed)
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/levers"), help="folder of the start and the cells")
     parser.add_argument("--parts", default=",".join(VARIANTS), help="joined by commas")
     parser.add_argument("--only", help="variants, joined by semicolons; the first of a part always runs")
+    parser.add_argument("--stored", action="store_true", help="compute nothing, show the cells that WORK has")
     parser.add_argument("--seeds", default="0,1,2", help="joined by commas")
     parser.add_argument("--start-tokens", type=count, default=8_192, help="of stages 1 and 2 of the start")
     parser.add_argument("--tokens", type=count, default=8_192, help="that a lever is trained on")
@@ -319,7 +324,7 @@ def main() -> None:
     levers = Levers(bench, config, options.work, options.tokens, options.blocks, errors_alone=options.errors_alone)
     rows: list[dict[str, Any]] = []
     for part, variants in wanted.items():
-        for row in levers.cells(part, variants, seeds):
+        for row in levers.cells(part, variants, seeds, stored=options.stored):
             rows.append(row)
             figures = ", ".join(f"{key} {row[key]:.4f}" for key in MEASURED_KEYS if key in row)
             progress(f"{part}, {row['variant']}, seed {row['seed']}: {figures} ({row['seconds']:.0f} s)")

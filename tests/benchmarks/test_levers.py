@@ -223,6 +223,7 @@ def test_cells_are_stored_and_summed_up(tmp_path: Path, monkeypatch: pytest.Monk
     variants = ["latent weights", "levels alone"]
     rows = list(made.cells("end", variants, [0, 1]))
     assert list(made.cells("end", variants, [0, 1])) == rows
+    assert list(made.cells("end", variants, [0, 1, 2], stored=True)) == rows
     assert asked == [(name, seed) for seed in (0, 1) for name in variants]
     first, second = summary(rows)
     assert (first["seeds"], first["perplexity_wiki"], first["change"]) == (2, 20.5, 0.0)
