@@ -15,7 +15,7 @@ from lbllm import ranks
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
 from lbllm.memory import peak_memory
-from lbllm.models.blocks import decoder_blocks, share_copy, shared_inputs
+from lbllm.models.blocks import decoder_blocks, linear_weight, share_copy, shared_inputs
 from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.packed_model import restored_blocks
@@ -44,18 +44,19 @@ def run_end_to_end(run: RunContext) -> Iterator[Event]:
     yield StageDone(stage=stage, seconds=time.perf_counter() - began)
 
 
-def _latents(run: RunContext, blocks: list[nn.Module]) -> Iterator[Tensor]:
+def _latents(run: RunContext, teacher: BlockModel, blocks: list[nn.Module]) -> Iterator[Tensor]:
     """Yield the latent weights (out, in) of all layers in order.
 
-    They come from stage 1, or from the starting checkpoint. If these have no latent weights, each begins at the level
-    of its weight. The teacher's weights would be nearer to where training left off only by chance: those near the
-    border of another level change sides at once (docs/results/levers.md).
+    They come from stage 1, or from the starting checkpoint. If these have no latent weights, the teacher's weights are
+    used.
     """
     for number, block in enumerate(blocks):
         tensors = run.store.finished("ptq" if run.config.start is None else "start", number).tensors
-        for name, layer in binary_layers(block).items():
+        for name in binary_layers(block):
             latent = tensors.get(f"{name}.latent")
-            yield layer.weight().detach() if latent is None else latent.to(run.teacher.device)
+            if latent is None:
+                latent = linear_weight(teacher.block(number).get_submodule(name)).detach()
+            yield latent.to(run.teacher.device)
 
 
 def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
@@ -71,7 +72,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
         [layer for block in blocks for layer in binary_layers(block).values()],
         sequences,
         run.config.e2e,
-        latents=list(_latents(run, blocks)) if run.config.e2e.lr_weight > 0 else (),
+        latents=list(_latents(run, teacher, blocks)) if run.config.e2e.lr_weight > 0 else (),
         seed=run.config.seed,
         autocast=run.autocast,
     )

@@ -214,26 +214,12 @@ def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: floa
             best = (groups[..., None] - levels[..., None, :]).abs().amin(-1)
             farther = from_groups((groups - chosen).abs() - best, latent.shape[1])
             assert farther.max() < 1e-3  # float16's steps
-    # A copy of the checkpoint alone has none.
+    # A copy of the checkpoint alone has none, and goes on from the teacher's.
     copy = Path(shutil.copytree(tmp_path / "first" / "checkpoint", tmp_path / "copy"))
     for tensors in checkpoint_blocks(
         settings.model_copy(update={"start": str(copy)}), BlockModel.of(bfloat_teacher().model)
     ):
         assert not any(name.endswith(".latent") for name in tensors)
-
-
-def test_without_latent_weights_each_begins_at_its_level(checkpoint: Path, tmp_path: Path) -> None:
-    """The teacher's weights, where they had the bits of the checkpoint, gave worse models (docs/results/levers.md)."""
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    settings = further(copy, lr_weight=1e-9, lr_levels=0, lr_act=0)
-    run_tiny(settings, tmp_path / "run", bfloat_teacher())
-    store = BlockStore(tmp_path / "run", None)
-    for number in range(2):
-        tensors = store.finished("e2e", number).tensors
-        for name in [key.removesuffix(".index") for key in tensors if key.endswith(".index")]:
-            levels, index = params_to_levels(tensors[f"{name}.params"]), tensors[f"{name}.index"]
-            value = from_groups(take_levels(levels, to_groups(index, 16)), index.shape[1])
-            torch.testing.assert_close(tensors[f"{name}.latent"].float(), value, rtol=1e-3, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
