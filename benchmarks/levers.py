@@ -107,7 +107,10 @@ class Levers:
         """The whole model after stages 1 and 2, with stage 1's latent weights."""
         folder = self.work / "start"
         if not (folder / "checkpoint").is_dir():
-            for _ in run(self.config, folder, request=lambda: None, teacher=self.bench.teacher):
+            config, teacher = self.config, self.bench.teacher
+            # Given its text, the run measures nothing on the held-out part.
+            text = load_corpus(config.corpus, teacher.tokenizer, seq_len=config.seq_len, tokens=config.tokens)
+            for _ in run(config, folder, request=lambda: None, teacher=teacher, corpus=text):
                 pass
         store, states = BlockStore(folder, None), []
         for number in range(len(self.bench.blocks)):
