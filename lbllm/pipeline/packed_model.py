@@ -18,6 +18,7 @@ from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
 from lbllm.sections import Origin, QuantConfig
@@ -51,7 +52,7 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
     """``stage_model``, computed one block at a time."""
     quant, store = config.precision(stage), BlockStore(folder, None)
     model: PreTrainedModel = share_copy(teacher.model)
-    attach_kv_cache(model, quant.kv_bits)
+    attach_kv_cache(model, KVFormat.of(quant))
     inside = f"{teacher.path}."
     for name, module in model.named_modules():
         if not name.startswith(inside):
