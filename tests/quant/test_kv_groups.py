@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def reference(x: Tensor, kv: KVFormat, position: int, *, keys: bool) -> np.ndarr
 
 def pieces(tokens: int, cuts: list[int]) -> list[tuple[int, int]]:
     edges = sorted({0, tokens, *(cut % tokens for cut in cuts)})
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 FORMATS = st.builds(KVFormat, st.sampled_from([4, 8]), st.integers(1, 6), st.integers(0, 3))
