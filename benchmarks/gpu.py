@@ -48,7 +48,6 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.pipeline.run import run
-from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.kv_groups import training_cache
 from lbllm.sections import PAPER_STAGES
@@ -102,10 +101,7 @@ def training(name: str, corpus: str, device: str, steps: int) -> list[Row]:
         if stage == "wat":
             taken = wat_block(trained, call, inputs, targets, latents, config.wat.model_copy(update=once), **options)
         else:
-            aar, kv = config.aar.model_copy(update=once), KVFormat.of(config.quant)
-            cache = training_cache(kv)
-            if kv.in_groups:
-                attend_in_groups(model)
+            aar, cache = config.aar.model_copy(update=once), training_cache(KVFormat.of(config.quant))
             sharing = shared_inputs(block, inputs[:1], call)
             tail = config.quant.tail_steps
             add_quantizers(trained, sharing, call, inputs, aar, tail=tail, cache=cache, batch=BATCH)

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 WHOLE_ROW = -1
 LARGEST_KV_GROUP = 4_096  # tokens; that many stay in 16 bits until their group is whole
-ACT_GROUP_SIZE = 64  # inputs of a token that share a range, unless the paper or a checkpoint says otherwise
+# Inputs of a token, and tokens of a key's channel, that share a range, unless the paper or a checkpoint says otherwise.
+ACT_GROUP_SIZE, KV_GROUP_SIZE = 64, 64
 # Settings of QuantConfig: of the groups, which can be made of larger ones; the bits that stage 3 lowers; and those that
 # only quantized activations read.
 GROUP_SETTINGS = ("group_size", "param_bits")

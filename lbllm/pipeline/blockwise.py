@@ -23,7 +23,6 @@ from lbllm.models.blocks import (
 )
 from lbllm.models.calls import BlockCall
 from lbllm.pipeline.context import RunContext, step_count, step_metric
-from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.kv_groups import training_cache
 from lbllm.ranks import Share
@@ -53,10 +52,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
         yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
         return
     sequences = share.of(sequences)
-    kv = KVFormat.of(run.config.quant)
-    cache = training_cache(kv) if stage == "aar" else None
-    if cache is not None and kv.in_groups:
-        attend_in_groups(run.teacher.model)
+    cache = training_cache(KVFormat.of(run.config.quant)) if stage == "aar" else None
     targets = _first_stream(run, sequences)
     inputs = run.streams.empty(*targets.shape).copy_(targets)
     beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None

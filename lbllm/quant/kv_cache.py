@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from lbllm.errors import ConfigError
@@ -118,6 +118,9 @@ class TrainingCache:
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
+
+    def prepare(self, block: nn.Module) -> None:
+        """Make a block read what this cache returns; called before the block runs."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return fake-quantized keys and values (batch, heads, tokens, head_dim)."""

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from lbllm.quant.activations import RoundThrough
-from lbllm.quant.kv_attention import Seen, check_read, mark
+from lbllm.quant.kv_attention import Seen, attend_in_groups, check_read, mark
 from lbllm.quant.kv_cache import (
     KVFormat,
     PackedKVLayer,
@@ -82,6 +82,10 @@ class TrainingGroupedCache(TrainingCache):
         super().__init__(kv.bits)
         self.kv = kv
         self.seen: Seen | None = None
+
+    def prepare(self, block: nn.Module) -> None:
+        """Let the block's attention see the last tokens in 16 bits. Raises ConfigError if it can't."""
+        attend_in_groups(block)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return fake-quantized keys and values (batch, heads, tokens, head_dim). Raises ConfigError if the block's

@@ -14,22 +14,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import lbllm
 from lbllm import kernels
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.errors import ConfigError
+from lbllm.microscope.activations import cache
+from lbllm.microscope.hybrid import FirstBlocks, hybrid
 from lbllm.models.blocks import capture_calls, decoder_blocks, first_inputs, run_block
-from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.kv_groups import GroupedKVLayer, TrainingGroupedKVLayer, training_cache
+from lbllm.quant.model_cache import GroupedLayers
 from lbllm.sections import QuantConfig
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import tiny
 from tests.helpers.tiny_packed import tiny_pair
+from tests.helpers.tiny_pairs import tiny_pair as tiny_views
 from tests.helpers.tiny_runs import token_ids
 
+TEXT = "The old mill by the river grinds the wheat of four villages, and the miller knows every sack."
 SMALL = KVFormat(4, 4, 1)
 
 
@@ -169,9 +173,9 @@ def test_a_prompt_gives_what_its_tokens_give_one_by_one(checkpoint: Path, monkey
     want = model(ids, use_cache=False).logits
     for fused in (True, False):
         monkeypatch.setattr(kernels, "ready", kernels.ready if fused else lambda: False)
-        cache = DynamicCache()
-        parts = [model(ids[:, :3], past_key_values=cache).logits, model(ids[:, 3:14], past_key_values=cache).logits]
-        parts += [model(ids[:, k : k + 1], past_key_values=cache).logits for k in range(14, 40)]
+        kept = DynamicCache()
+        parts = [model(ids[:, :3], past_key_values=kept).logits, model(ids[:, 3:14], past_key_values=kept).logits]
+        parts += [model(ids[:, k : k + 1], past_key_values=kept).logits for k in range(14, 40)]
         got = torch.cat(parts, 1)
         # A value in the middle between two steps may fall to either side.
         assert float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median()) < 1e-4
@@ -220,21 +224,44 @@ def test_training_of_a_block_and_of_a_model_sees_what_the_cache_gives(architectu
     assert float((models[2](ids).logits - want).norm() / want.norm()) > 1e-4
     plain = models[2]
     calls, hidden = capture_calls(plain, ids[:1]), first_inputs(plain, ids, 2)
-    attend_in_groups(plain)
-    cache = training_cache(kv)
+    rounding = training_cache(kv)
     for block, call in zip(decoder_blocks(plain)[1], calls, strict=True):
-        hidden = run_block(block, hidden, call, cache)
+        hidden = run_block(block, hidden, call, rounding)
     torch.testing.assert_close(plain.lm_head(plain.model.norm(hidden)), want, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_hybrid_model_keeps_its_other_states() -> None:
-    model, _ = tiny("qwen3_next")
+def test_a_model_with_convolutions_keeps_their_states_too() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["conv", "full_attention"]
+    config = AutoConfig.for_model("lfm2", vocab_size=320, num_hidden_layers=2, layer_types=kinds, **sizes)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
     attach_kv_cache(model, KVFormat(8, 8, 1))
     ids = text(24)
     want = model(ids, use_cache=True)
-    cache = model(ids[:, :20], use_cache=True).past_key_values
-    assert any(isinstance(layer, GroupedKVLayer) for layer in cache.layers)
-    copied = copy.deepcopy(cache)
-    got = torch.cat([model(ids[:, k : k + 1], past_key_values=copied).logits for k in range(20, 24)], 1)
+    kept = model(ids[:, :20], use_cache=True).past_key_values
+    assert [isinstance(layer, GroupedKVLayer) for layer in kept.layers] == [False, True]
+    got = torch.cat([model(ids[:, k : k + 1], past_key_values=kept).logits for k in range(20, 24)], 1)
     torch.testing.assert_close(got, want.logits[:, 20:], rtol=1e-2, atol=1e-3)
+    layer = GroupedLayers(SMALL).hybrid(1)
+    layer.update(states(12, 6, 0), states(12, 6, 1))  # type: ignore[attr-defined]
+    assert isinstance(layer, GroupedKVLayer)
+    assert layer.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_microscope_shows_what_the_last_token_sees(architecture: str) -> None:
+    pair = tiny_views(architecture, kv_group_size=8)
+    block = pair.blocks - 1
+    with torch.no_grad():
+        output: Any = copy.deepcopy(pair.student.model)(input_ids=pair.ids(TEXT)[0], use_cache=True)
+    view = cache(pair, block, TEXT)
+    assert "over 8 tokens" in view.words
+    layer = output.past_key_values.layers[block]
+    for part, stored in zip((view.keys, view.values), layer.decoded(), strict=True):
+        torch.testing.assert_close(part.stored, stored[0])
+        assert part.error > 0
+    # A model with the teacher's first block keeps the bits in the other one.
+    made: Any = hybrid(pair, FirstBlocks(1))
+    with torch.no_grad():
+        assert made(input_ids=pair.ids(TEXT)[0], use_cache=False).logits.isfinite().all()
