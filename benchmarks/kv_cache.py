@@ -24,7 +24,7 @@ from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
 from lbllm.checkpoints.find import open_model
-from lbllm.checkpoints.hf import attach_kv_cache
+from lbllm.checkpoints.hf import keep_bits
 from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError
 from lbllm.machine import float32_products
@@ -88,7 +88,8 @@ def measured(
     sizes = {}
     for kv in formats:
         model = opened()
-        attach_kv_cache(model, kv)
+        if kv.bits < 16:
+            keep_bits(model, model.base_model, kv)
         found[kv] = torch.stack([losses(model, window) for window in windows])
         sizes[kv] = cache_size(model.config, kv, windows.shape[1])
         report(f"{format_label(kv)}: {math.exp(float(found[kv].mean())):.3f}")

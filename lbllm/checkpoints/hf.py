@@ -145,8 +145,13 @@ def attach_kv_cache(model: PreTrainedModel, kv: KVFormat, *, training: bool = Fa
     Raises ConfigError for a cache or an attention that can't keep the format.
     """
     decoder = _cache_holder(model) if kv.bits < 16 else None
-    if decoder is None:
-        return
+    if decoder is not None:
+        keep_bits(model, decoder, kv, training=training)
+
+
+def keep_bits(model: PreTrainedModel, decoder: nn.Module, kv: KVFormat, *, training: bool = False) -> None:
+    """``attach_kv_cache`` for the module of a model that every pass with a cache goes through; ``kv`` has less than 16
+    bits."""
     if kv.in_groups:
         attend_in_groups(model)
     names = list(inspect.signature(decoder.forward).parameters)
