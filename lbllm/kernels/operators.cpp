@@ -300,10 +300,9 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
   const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS, parts = group_size ? 6 : 4;
   const Groups groups{group_size, first};
-  TORCH_CHECK(group_size >= 0 && first >= 0, "decode: sizes of groups are not negative");
-  TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
-                  biases.size() == layers && quantizers.size() == 6 * layers && columns.size() == layers &&
-                  lengths.size() == layers && cache.size() == parts * blocks &&
+  TORCH_CHECK(group_size >= 0 && first >= 0 && blocks > 0 && words.size() == layers && params.size() == layers &&
+                  scales.size() == layers && biases.size() == layers && quantizers.size() == 6 * layers &&
+                  columns.size() == layers && lengths.size() == layers && cache.size() == parts * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
               "decode: seven layers, two or four norms and four or six tensors of cache a block, and one norm more are "
               "expected");
@@ -379,12 +378,10 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       kept = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()), codes.size(2), dim};
       if (group_size) {
         const Tensor& recent = cache[parts * b + 4 + which];
-        TORCH_CHECK(!halves && recent.is_contiguous() && recent.scalar_type() == at::kHalf && recent.dim() == 4 &&
-                        recent.size(0) == 1 && recent.size(1) == kv_heads && recent.size(2) == first + group_size &&
-                        recent.size(3) == dim,
+        TORCH_CHECK(!halves && recent.is_contiguous() && recent.scalar_type() == at::kHalf &&
+                        recent.sizes() == at::IntArrayRef({1, kv_heads, first + group_size, dim}),
                     "decode: the tokens in 16 bits have another shape");
-        kept.groups = groups;
-        kept.by_channel = by_channel;
+        kept.groups = groups, kept.by_channel = by_channel;
         kept.halves = reinterpret_cast<uint16_t*>(recent.data_ptr<at::Half>());
       }
     }
