@@ -83,6 +83,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("seed", step=_COUNT),
         Setting("device", devices()),
         Setting("stream_dtype"),
+        KV_FIRST,
     ),
     stage_name("ptq"): (
         Setting("ptq.tokens", step=_TOKENS),
@@ -103,7 +104,6 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("aar.batch_tokens", step=_TOKENS),
         Setting("aar.lr_levels", step=_RATE),
         Setting("aar.lr_act", step=_RATE),
-        KV_FIRST,
     ),
     stage_name("e2e"): (
         Setting("e2e.tokens", step=_TOKENS),
