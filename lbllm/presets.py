@@ -11,8 +11,8 @@ ABOUT = {
     "preview": "Our method in minutes, to see whether it works: little text, only stages 1 and 2, weights only.",
     "quick": "Our method for the embedded model on two cores: standard with less text.",
     "standard": "Our method, a real attempt; unlike the paper's it has groups of 16 with 4-bit parameters, activation "
-    "ranges of 64 inputs, keys cached in groups of 64 tokens, sweeps and drift correction in stage 1, a coupled bitmap, "
-    "a relative loss, and stage 4.",
+    "ranges of 64 inputs, keys cached in groups of 64 tokens, sweeps and drift correction in stage 1, a coupled "
+    "bitmap, a relative loss, and stage 4.",
     "paper": "The paper's method as described, with its amount of text: groups of 128, one activation range per token, "
     "a relaxed bitmap, the squared error and three stages; needs a GPU.",
 }

@@ -20,18 +20,20 @@ import lbllm
 from lbllm import kernels
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.errors import ConfigError
+from lbllm.events import RunDone
 from lbllm.microscope.activations import cache
 from lbllm.microscope.hybrid import FirstBlocks, hybrid
 from lbllm.models.blocks import capture_calls, decoder_blocks, first_inputs, run_block
+from lbllm.pipeline.packed_model import stage_model
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.kv_groups import GroupedKVLayer, TrainingGroupedKVLayer, training_cache
 from lbllm.quant.model_cache import GroupedLayers
-from lbllm.sections import QuantConfig
+from lbllm.sections import STAGES, QuantConfig
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import tiny
 from tests.helpers.tiny_packed import tiny_pair
 from tests.helpers.tiny_pairs import tiny_pair as tiny_views
-from tests.helpers.tiny_runs import token_ids
+from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 TEXT = "The old mill by the river grinds the wheat of four villages, and the miller knows every sack."
 SMALL = KVFormat(4, 4, 1)
@@ -265,3 +267,18 @@ def test_the_microscope_shows_what_the_last_token_sees(architecture: str) -> Non
     made: Any = hybrid(pair, FirstBlocks(1))
     with torch.no_grad():
         assert made(input_ids=pair.ids(TEXT)[0], use_cache=False).logits.isfinite().all()
+
+
+def test_all_stages_train_with_it_and_the_checkpoint_gives_what_the_last_one_measured(tmp_path: Path) -> None:
+    quant = {"kv_group_size": 8, "act_bits": 16}
+    once = {"tokens": 64, "batch_tokens": 32, "epochs": 1}
+    config = run_config(stages=STAGES, quant=quant, e2e=once)
+    events = run_tiny(config, tmp_path, tiny_teacher("llama"))
+    assert isinstance(events[-1], RunDone)
+    assert "lbllm_groups" not in (tmp_path / "checkpoint" / "config.json").read_text()
+    ids = text(40)
+    stored, other = lbllm.load(tmp_path / "checkpoint")[0], stage_model(config, tmp_path, "e2e", tiny_teacher("llama"))
+    with torch.no_grad():
+        torch.testing.assert_close(stored(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
+    stored.save_pretrained(tmp_path / "again")
+    assert "lbllm_groups" not in (tmp_path / "again" / "config.json").read_text()
