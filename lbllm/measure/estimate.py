@@ -23,10 +23,12 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
+from lbllm.measure.cache_size import CacheSize, cache_size
 from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.runs.store import Run
@@ -58,7 +60,8 @@ class Estimate:
     ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of the checkpoint's
     weights, the sum of ``parts``. ``needs``: what the run needs of memory and disk. ``seconds``: the
     sum of ``stage_seconds`` and ``other_seconds``, which are those before, between and after the stages. ``weights``:
-    the number of binarized weights. ``dense_weights``: the number of all other parameters.
+    the number of binarized weights. ``dense_weights``: the number of all other parameters. ``cache``: the KV cache of
+    the finished model; None where that is not known.
     """
 
     bpw: float
@@ -71,6 +74,7 @@ class Estimate:
     weights: int
     dense_weights: int
     blocks: int
+    cache: CacheSize | None
 
     @property
     def memory_parts(self) -> dict[str, int]:
@@ -119,6 +123,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
         weights=weights,
         dense_weights=model.num_parameters() - weights,
         blocks=len(blocks),
+        cache=cache_size(model.config, KVFormat.of(quant)),
     )
 
 
