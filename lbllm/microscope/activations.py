@@ -170,7 +170,7 @@ def activations(
         _peaks(inputs, pieces),
         quantizer,
         tuple(trials),
-        _words(layer, student, quantizer),
+        _words(layer, side, student, quantizer),
     )
 
 
@@ -308,7 +308,10 @@ def _cache_part(states: Tensor, bits: int) -> CachePart:
     return CachePart(states, stored, _spread(states), maxima, relative_error(states, stored), low, step)
 
 
-def _words(name: str, student: nn.Module, quantizer: Quantizer | None) -> str:
+def _words(name: str, side: Side, student: nn.Module, quantizer: Quantizer | None) -> str:
+    if side == "teacher":
+        whose = "4 bits would" if quantizer is None else f"the student's quantizer ({quantizer.name}) would"
+        return f"The teacher does not quantize the inputs of {name}. Shown is what {whose} make of them."
     if quantizer is not None:
         return f"The inputs of {name} are quantized: {quantizer.name}."
     why = "are not quantized (A16)" if isinstance(student, PackedLinear) else "are not quantized: the layer is dense"

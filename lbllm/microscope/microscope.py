@@ -159,7 +159,8 @@ class Microscope:
         if the teacher's file has changed."""
         place = self._layer(address)
         assert place.block is not None
-        return _weight(self._teacher.block(place.block), place)
+        assert place.layer is not None
+        return _weight(self._teacher.part(place.block, place.layer), place)
 
     def overview(self, metric: MetricName) -> Overview:
         """The map of a metric; nothing is computed before it is read. Raises ConfigError if there is no such metric."""

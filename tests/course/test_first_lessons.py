@@ -291,6 +291,7 @@ def test_compensation(data: CourseData, lessons: dict[str, LessonMaker]) -> None
     alone, passed = (figure(maker.scene((last, mode)), "Error of the outputs").value for mode in (0, 1))
     assert passed < alone
     stored = loss(data.example.original, data.example.rebuilt.double().numpy())
+    assert lesson.check is not None
     assert f"{stored:.2%}" in lesson.check.because
 
 

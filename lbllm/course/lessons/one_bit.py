@@ -64,8 +64,9 @@ class OneBit(LessonMaker):
         two, four = (self.error("", self.best(levels)) for levels in (2, LEVELS["w1+1"]))
         guess = number_question(
             f"One bit tells apart two values. So a group of {count} neighbouring weights shares two values, called "
-            "levels, and each weight is rounded to the nearer one. If the two levels are placed as well as possible, "
-            "how large is the error?",
+            f"levels, and each weight is rounded to the nearer one. An error of {0:.0%} means that no weight changes, "
+            f"{1:.0%} is what is left if all become zero. If the two levels are placed as well as possible, how large "
+            "is the error?",
             two.value,
             [four.value, one],
             "{:.1%}",
@@ -134,6 +135,8 @@ class OneBit(LessonMaker):
             f"Levels at {levels[0]:.3f} and {levels[1]:.3f} leave an error of {here.text}; the best two, at "
             f"{self.best(2)[0]:.3f} and {self.best(2)[1]:.3f}, leave {best.text}."
         )
+        if here.value > 1:
+            say += f" More than {1:.0%} is worse than no weights at all: with zeros in their place it would be {1:.0%}."
         return Scene((line, everywhere), (here, best, params), say)
 
 
