@@ -182,7 +182,7 @@ def first_blocks(clicks: Clicks) -> None:
     page, words = clicks.page, clicks.page.locator(".words")
     page.get_by_role("radio", name="First blocks").click()
     slider = page.get_by_role("slider")
-    most = int(slider.get_attribute("aria-valuemax") or 0)
+    most = int(slider.get_attribute("max") or 0)
     seconds = []
     while len(seconds) < clicks.clicks:
         if len(seconds) % most == 0:

@@ -120,7 +120,7 @@ def _inputs(view: ActivationView, number: int) -> None:
     live_chart(payload, key="inspect_maxima")
     if view.peaks:
         said = "; ".join(
-            f"channel {peak.channel} at token {peak.token} {peak.piece!r}: {number_text(peak.value)}"
+            f"channel {peak.channel} at {_token_words(peak.token, view.pieces)}: {number_text(peak.value)}"
             for peak in view.peaks[:3]
         )
         st.caption(plain(f"The largest inputs: {said}."))
@@ -130,12 +130,17 @@ def _widest(ranges: tuple[Range, ...]) -> Range | None:
     return max(ranges, key=lambda one: one.high - one.low, default=None)
 
 
+def _token_words(token: int, pieces: tuple[str, ...]) -> str:
+    """A token of the sentence, counted from 1 as in the lessons."""
+    return f"token {token + 1} “{pieces[token].strip()}”"
+
+
 def _quantizer_words(one: Quantizer, pieces: tuple[str, ...], *, drawn: bool) -> str:
     grid = _widest(one.ranges) if drawn else None
     where = ""
     if grid is not None and one.token < len(pieces):
         where = (
-            f" The steps drawn are those of token {one.token} {pieces[one.token]!r}, channels {grid.first} to "
+            f" The steps drawn are those of {_token_words(one.token, pieces)}, channels {grid.first} to "
             f"{grid.last}: {len(grid.values)} values from {number_text(grid.values[0])} to "
             f"{number_text(grid.values[-1])}."
         )

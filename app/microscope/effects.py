@@ -233,7 +233,9 @@ def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str
     models = [("Teacher", FirstBlocks(0)), (name, choice), ("Student", FirstBlocks(pair.blocks))]
     kept: dict[tuple[object, ...], str] = st.session_state.setdefault("inspect_answers", {})
     keys = [(scope.fingerprint, scope.teacher_name, one, text) for _, one in models]
-    asked = st.button("Let all three answer", key="inspect_answer", icon=":material/chat:")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        asked = st.button("Let all three answer", key="inspect_answer", icon=":material/chat:")
+        beside = st.container(width="content")
     if not asked and not any(key in kept for key in keys[1:2]):
         return
     places = []
@@ -246,7 +248,7 @@ def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str
         if key in kept:
             continue
         written = ""
-        with st.spinner(f"{plain(title)} answers"):
+        with beside, st.spinner(f"{plain(title)} answers"):
             for piece in _pieces(pair, one, text):
                 written += piece
                 place.html(words_html(f"{written} ▌"))

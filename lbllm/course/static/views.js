@@ -171,7 +171,7 @@ function waiting(course, key, lesson) {
     element("p", { role: "status" }, say),
     element("progress", { max: 1, value: share, "aria-label": say }),
     lesson ? null : element("p", { class: "faint" }, "The first time, this is computed from the model; that can take a minute or longer."),
-    pictureFrames(pictures, "progress"),
+    element("div", { class: "pictures" }, pictureFrames(pictures, "progress")),
   );
 }
 
