@@ -29,6 +29,7 @@ from lbllm.microscope.pair import Pair, Side
 PARTS = {"activations": "Inputs of the layer", "keys": "Keys", "values": "Values"}
 SIDES: dict[Side, str] = {"student": "In the student", "teacher": "In the teacher"}
 _KEPT = "inspect_activations"
+_MOST_STEPS = 32  # that can be told apart in a picture
 _COLOURWAY = [COLOURS[name] for name in ("student", "ptq", "aar", "e2e", "bad", "bitmap", "other")]
 
 
@@ -151,14 +152,22 @@ def _quantizer_words(one: Quantizer, pieces: tuple[str, ...], *, drawn: bool) ->
 
 
 def _cache_part(view: CacheView, part: CachePart, name: str) -> None:
-    most = max(max(row) for row in part.maxima)
-    head = next(number for number, row in enumerate(part.maxima) if max(row) == most)
+    row, grid = part.maxima[part.head], part.grid
     show_figures(
         (f"{number_text(100 * part.error)} %", f"error of the {name.lower()}"),
-        (number_text(most), f"largest value, head {head}, channel {part.maxima[head].index(most)}"),
+        (number_text(max(row)), f"largest value, head {part.head}, channel {row.index(max(row))}"),
     )
     st.caption(plain(view.words))
-    live_chart(encode(spread_figure(part.spread, None), label=f"{name} of the block"), key="inspect_spread")
+    drawn = len(grid.values) <= _MOST_STEPS
+    label = f"{name} of block {view.block + 1}" + (", with the steps of the cache" if drawn else "")
+    live_chart(encode(spread_figure(part.spread, grid if drawn else None), label=label), key="inspect_spread")
+    if drawn:
+        st.caption(
+            plain(
+                f"The steps drawn are those of {_token_words(part.token, view.pieces)} in head {part.head}: "
+                f"{len(grid.values)} values from {number_text(grid.values[0])} to {number_text(grid.values[-1])}."
+            )
+        )
     heads = [
         {
             "type": "scatter",

@@ -109,7 +109,8 @@ class ActivationView:
 class CachePart:
     """Keys or values (heads, T, head_dim), float32, of a block: ``states``, and ``stored``, as the cache gives them
     back. ``maxima`` (heads, head_dim): the largest absolute value of each channel. ``error``: relative, squared.
-    ``low`` and ``step`` (heads, T): the grid of each token and head, value = low + step * code."""
+    ``low`` and ``step`` (heads, T): the grid of each token and head, value = low + step * code. ``head`` and ``token``:
+    where the largest value is; ``grid``: all values that can be stored there."""
 
     states: Tensor
     stored: Tensor
@@ -118,6 +119,9 @@ class CachePart:
     error: float
     low: Tensor
     step: Tensor
+    head: int
+    token: int
+    grid: Range
 
 
 @dataclass(frozen=True)
@@ -305,7 +309,14 @@ def _cache_part(states: Tensor, bits: int) -> CachePart:
     stored = decode_kv(codes, scale, torch.float32)
     low, step = scale.float().unbind(-1)
     maxima = tuple(tuple(row) for row in states.abs().amax(1).tolist())
-    return CachePart(states, stored, _spread(states), maxima, relative_error(states, stored), low, step)
+    _, tokens, width = states.shape
+    head, token = divmod(int(states.abs().argmax()) // width, tokens)
+    bottom, top = states[head, token].aminmax()
+    every = torch.arange(2**bits, dtype=torch.uint8, device=low.device)
+    values = decode_kv(every, scale[head, token], torch.float32)
+    grid = Range(0, width - 1, float(bottom), float(top), tuple(values.tolist()))
+    error = relative_error(states, stored)
+    return CachePart(states, stored, _spread(states), maxima, error, low, step, head, token, grid)
 
 
 def _words(name: str, side: Side, student: nn.Module, quantizer: Quantizer | None) -> str:

@@ -29,6 +29,7 @@ from lbllm.microscope.hybrid import Bits, Dense, FirstBlocks, Only
 from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from tests.helpers import ROOT
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import save_tiny
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
 from tests.helpers.waiting import wait_until
@@ -276,6 +277,7 @@ def test_the_page_is_found_again_as_it_was_left(opened: Open) -> None:
 
 
 @given(st.integers(0, 89), st.integers(0, 2), st.booleans())
+@cases(50)
 def test_the_window_has_its_group_and_its_mark(scope: Microscope, row: int, group: int, opened: bool) -> None:
     layer = scope.layer("0/mlp.up_proj")
     data: dict[str, Any] = tiles_data(layer, row, group, group * layer.length, opened=opened)
