@@ -47,6 +47,13 @@ def computed(label: str, form: str, formula: str, function: Callable[..., Any], 
     return Figure(label, value, form.format(value), formula, dotted(function))
 
 
+def worse_than_none(error: float) -> str:
+    """A sentence for a relative error of weights above 1, with a space before it; empty for others."""
+    if error <= 1:
+        return ""
+    return f" More than {1:.0%} is worse than no weights at all: with zeros in their place it would be {1:.0%}."
+
+
 def dotted(function: Callable[..., Any]) -> str:
     """The name under which a function, class or method can be imported: "lbllm.quant.levels.fit_levels"."""
     return f"{function.__module__}.{function.__qualname__}"

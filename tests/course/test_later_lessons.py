@@ -92,12 +92,12 @@ def test_massive_activations(data: CourseData, lessons: dict[str, LessonMaker]) 
         assert error.value == pytest.approx(output_error(worst.weight, worst.inputs, rounded), rel=1e-3)
         rest = [channel for channel in range(worst.inputs.shape[1]) if channel not in gone]
         zeros = (rounded[:, rest] == 0).double().mean() - (worst.inputs[:, rest] == 0).double().mean()
-        assert figure(scene, "Inputs that become zero").value == pytest.approx(float(zeros), abs=1e-6)
+        assert figure(scene, "Rounded inputs").value == pytest.approx(float(zeros), abs=1e-6)
         ratios = worst.inputs.abs().amax(-1) / worst.inputs.abs().median(-1).values
         token = worst.inputs[int(ratios.argmax()), rest].double()
         span = max(float(token.max()), 0.0) - min(float(token.min()), 0.0)
         assert figure(scene, "Distance").value == pytest.approx(span / 15, rel=1e-5)
-        assert all(figure.text in scene.say for figure in (error, figure(scene, "Inputs that become zero")))
+        assert all(figure.text in scene.say for figure in (error, figure(scene, "Rounded inputs")))
         bars = picture(scene, "bars")["series"]
         assert sum(value is not None for value in bars[1]["values"]) == apart
 

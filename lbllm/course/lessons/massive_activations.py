@@ -131,7 +131,7 @@ class MassiveActivations(LessonMaker):
 
     def _zeros(self, layer: int, apart: int, bits: int) -> Figure:
         rest, x, rounded = self._others(layer, apart), self._inputs()[layer], self._rounded(layer, apart, bits)
-        label = "Inputs that become zero, of those that are rounded"
+        label = "Rounded inputs that become zero"
         return computed(label, "{:.0%}", ZEROS, share_of_zeros, x[:, rest], rounded[:, rest])
 
     def _step(self, layer: int, apart: int, bits: int) -> Figure:
@@ -148,10 +148,7 @@ class MassiveActivations(LessonMaker):
         number, apart, bits = positions[0], APART[positions[1]], (BITS, MORE_BITS)[positions[2]]
         layer, at = self._layers[number], self._tokens[number]
         rest = layer.inputs[at, self._others(number, apart)]
-        label = (
-            f"Largest input that is rounded in {self._token_words(number)} as a multiple of the median, the one in the "
-            "middle"
-        )
+        label = f"Largest input ÷ median, token {at + 1}"
         spread = computed(label, "{:,.0f}", MAX_TO_MEDIAN, largest_to_median, rest)
         zeros, error = self._zeros(number, apart, bits), self._error(number, apart, bits)
         channels = "the largest channel" if apart == 1 else f"the {apart} largest channels"

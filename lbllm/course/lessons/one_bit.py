@@ -10,7 +10,18 @@ from torch import Tensor
 from lbllm.course import pictures
 from lbllm.course.data import layer_words
 from lbllm.course.formulas import RELATIVE_ERROR, TWO_LEVELS
-from lbllm.course.lesson import Dial, Figure, Lesson, LessonMaker, Positions, Scene, computed, dotted, number_question
+from lbllm.course.lesson import (
+    Dial,
+    Figure,
+    Lesson,
+    LessonMaker,
+    Positions,
+    Scene,
+    computed,
+    dotted,
+    number_question,
+    worse_than_none,
+)
 from lbllm.microscope.hybrid import fitted
 from lbllm.microscope.layer import relative_error
 from lbllm.quant.levels import LEVELS, assign, fit_levels, levels_to_params, take_levels
@@ -135,9 +146,7 @@ class OneBit(LessonMaker):
             f"Levels at {levels[0]:.3f} and {levels[1]:.3f} leave an error of {here.text}; the best two, at "
             f"{self.best(2)[0]:.3f} and {self.best(2)[1]:.3f}, leave {best.text}."
         )
-        if here.value > 1:
-            say += f" More than {1:.0%} is worse than no weights at all: with zeros in their place it would be {1:.0%}."
-        return Scene((line, everywhere), (here, best, params), say)
+        return Scene((line, everywhere), (here, best, params), say + worse_than_none(here.value))
 
 
 def _marked(places: list[float], position: int) -> list[str]:
