@@ -231,6 +231,7 @@ def _column(kind: str, name: str, reading: Reading) -> dict[str, object]:
 def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str) -> None:
     """All three answers to the sentence, written one after the other when they are asked for."""
     models = [("Teacher", FirstBlocks(0)), (name, choice), ("Student", FirstBlocks(pair.blocks))]
+    who = ("The teacher", "The changed model", "The student")
     kept: dict[tuple[object, ...], str] = st.session_state.setdefault("inspect_answers", {})
     keys = [(scope.fingerprint, scope.teacher_name, one, text) for _, one in models]
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -244,11 +245,11 @@ def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str
         places.append(column.empty())
         if key in kept:
             places[-1].html(words_html(kept[key]))
-    for (title, one), key, place in zip(models, keys, places, strict=True):
+    for (_, one), key, place, writer in zip(models, keys, places, who, strict=True):
         if key in kept:
             continue
         written = ""
-        with beside, st.spinner(f"{plain(title)} answers"):
+        with beside, st.spinner(f"{writer} answers"):
             for piece in _pieces(pair, one, text):
                 written += piece
                 place.html(words_html(f"{written} ▌"))

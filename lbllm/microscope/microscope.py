@@ -114,7 +114,8 @@ class Microscope:
             return found
         if not 0 <= found.block < self.blocks:
             raise ConfigError(
-                f"{self.title} has no block {found.block} in an address: they are counted from 0 to {self.blocks - 1}"
+                f"there is no block {found.block} in {self.title}: addresses count its blocks from 0 to "
+                f"{self.blocks - 1}"
             )
         if found.layer is None:
             return found

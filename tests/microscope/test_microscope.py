@@ -171,7 +171,7 @@ def test_addresses_that_lead_somewhere(made: Made, address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("2", "packed has no block 2 in an address: they are counted from 0 to 1"),
+        ("2", "there is no block 2 in packed: addresses count its blocks from 0 to 1"),
         ("0/mlp.up", r"block 0 of packed has no layer mlp\.up; its layers are self_attn\.q_proj, .*mlp\.down_proj"),
         ("0/mlp.up_proj/90", "0/mlp.up_proj has the rows 0 to 89; there is no row 90"),
         ("0/mlp.up_proj/89/3", "a row of 0/mlp.up_proj has the groups 0 to 2; there is no group 3"),
