@@ -183,7 +183,7 @@ def first_blocks(clicks: Clicks) -> None:
     page.get_by_role("radio", name="First blocks").click()
     slider = page.get_by_role("slider")
     most = int(slider.get_attribute("max") or 0)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < clicks.clicks:
         if len(seconds) % most == 0:
             slider.press("Home")
