@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,7 +111,8 @@ class CachePart:
     """Keys or values (heads, T, head_dim), float32, of a block: ``states``, and ``stored``, as the cache gives them
     back. ``maxima`` (heads, head_dim): the largest absolute value of each channel. ``error``: relative, squared.
     ``low`` and ``step``: the grids, value = low + step * code; (heads, T), one for each token and head, or for keys in
-    groups (heads, groups, head_dim)."""
+    groups (heads, groups, head_dim). ``head`` and ``token``: where the largest value is; ``grid``: all values that can
+    be stored there, None in a cache with groups, where that may be a token in 16 bits."""
 
     states: Tensor
     stored: Tensor
@@ -120,6 +121,9 @@ class CachePart:
     error: float
     low: Tensor
     step: Tensor
+    head: int
+    token: int
+    grid: Range | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def activations(
         _peaks(inputs, pieces),
         quantizer,
         tuple(trials),
-        _words(layer, student, quantizer),
+        _words(layer, side, student, quantizer),
     )
 
 
@@ -314,7 +318,11 @@ def _peaks(inputs: Tensor, pieces: tuple[str, ...]) -> tuple[Peak, ...]:
 def _cache_part(states: Tensor, bits: int) -> CachePart:
     codes, scale = encode_kv(states, bits)
     low, step = scale.float().unbind(-1)
-    return _compared(states, decode_kv(codes, scale, torch.float32), low, step)
+    part = _compared(states, decode_kv(codes, scale, torch.float32), low, step)
+    bottom, top = states[part.head, part.token].aminmax()
+    every = torch.arange(2**bits, dtype=torch.uint8, device=low.device)
+    values = decode_kv(every, scale[part.head, part.token], torch.float32)
+    return replace(part, grid=Range(0, states.shape[-1] - 1, float(bottom), float(top), tuple(values.tolist())))
 
 
 def _grouped_parts(states: tuple[Tensor, Tensor], kv: KVFormat) -> tuple[CachePart, CachePart]:
@@ -334,10 +342,16 @@ def _grouped_parts(states: tuple[Tensor, Tensor], kv: KVFormat) -> tuple[CachePa
 
 def _compared(states: Tensor, stored: Tensor, low: Tensor, step: Tensor) -> CachePart:
     maxima = tuple(tuple(row) for row in states.abs().amax(1).tolist())
-    return CachePart(states, stored, _spread(states), maxima, relative_error(states, stored), low, step)
+    _, tokens, width = states.shape
+    head, token = divmod(int(states.abs().argmax()) // width, tokens)
+    error = relative_error(states, stored)
+    return CachePart(states, stored, _spread(states), maxima, error, low, step, head, token, None)
 
 
-def _words(name: str, student: nn.Module, quantizer: Quantizer | None) -> str:
+def _words(name: str, side: Side, student: nn.Module, quantizer: Quantizer | None) -> str:
+    if side == "teacher":
+        whose = "4 bits would" if quantizer is None else f"the student's quantizer ({quantizer.name}) would"
+        return f"The teacher does not quantize the inputs of {name}. Shown is what {whose} make of them."
     if quantizer is not None:
         return f"The inputs of {name} are quantized: {quantizer.name}."
     why = "are not quantized (A16)" if isinstance(student, PackedLinear) else "are not quantized: the layer is dense"

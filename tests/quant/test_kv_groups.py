@@ -31,7 +31,7 @@ from lbllm.quant.model_cache import GroupedLayers
 from lbllm.sections import STAGES, QuantConfig
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import tiny
-from tests.helpers.tiny_packed import tiny_pair
+from tests.helpers.tiny_packed import tiny_checkpoint
 from tests.helpers.tiny_pairs import tiny_pair as tiny_views
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
@@ -161,7 +161,7 @@ QUANT = {"group_size": 16, "act_bits": 16, "kv_group_size": 8}
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     quant = QuantConfig.model_validate(QUANT | ({"kv_bits": 8, "kv_first": 0} if request.param == "qwen3" else {}))
-    return tiny_pair(tmp_path_factory.mktemp("groups"), request.param, quant)[0]
+    return tiny_checkpoint(tmp_path_factory.mktemp("groups"), request.param, quant)[0]
 
 
 def text(tokens: int, rows: int = 1) -> Tensor:
