@@ -46,6 +46,7 @@ from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, sh
 from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tied_weights
 from lbllm.quant.kv_cache import KVLayer, PackedKVLayer, with_bits
 from lbllm.quant.model_cache import KeepBits, leave_no_cache
+from lbllm.quant.packed_embedding import leave_file, replace_tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
 
@@ -103,6 +104,7 @@ class LbllmQuantizer(HfQuantizer):
         # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         settle_tied_weights(model)
+        leave_file(model)
         speed_up(model)
         return model
 
@@ -117,7 +119,8 @@ class LbllmQuantizer(HfQuantizer):
 
 
 def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one."""
+    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one, and embeddings
+    and output head, if it packs them, too."""
     path, blocks = decoder_blocks(model)
     for number, block in enumerate(blocks):
         for name, layer in linear_layers(block).items():
@@ -134,6 +137,7 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
                 dtype=weight.dtype,
             )
             block.set_submodule(name, packed)
+    replace_tables(model, quant)
 
 
 def attach_kv_cache(model: PreTrainedModel, bits: int, kind: KVLayer = PackedKVLayer) -> None:
