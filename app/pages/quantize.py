@@ -134,6 +134,7 @@ def _controls() -> DeltaGenerator:
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
+    control(shown.EMBEDDING_BITS)
     for column, setting in zip(st.columns([4, 5, 4], vertical_alignment="bottom"), shown.ACTIVATIONS, strict=True):
         with column:
             control(setting)

@@ -27,8 +27,8 @@ from lbllm.errors import CheckpointError
 from lbllm.files import file_sha256, locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import ASSETS, home
+from lbllm.quant.embedding_code import pack_rows
 from lbllm.quant.packed_embedding import tables
-from lbllm.quant.table import pack_rows
 
 ASSET_FOLDER = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"

@@ -27,10 +27,10 @@ from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_lay
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
+from lbllm.quant.embedding_code import row_bytes
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.plan import bits_per_weight, block_formats
-from lbllm.quant.table import row_bytes
 from lbllm.runs.store import Run
 from lbllm.sections import EmbeddingBits, Stage
 from lbllm.stages.aar import CLIPS, KNEES
@@ -172,7 +172,7 @@ def _largest(parts: dict[str, int]) -> str:
 
 def _disk(model: PreTrainedModel, layers: list[PlannedLayer], bits: EmbeddingBits) -> dict[str, int]:
     """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; embeddings and output head:
-    ``lbllm.quant.table`` if they have fewer than 16 ``bits``; other dense tensors: bfloat16)."""
+    ``lbllm.quant.embedding_code`` if they have fewer than 16 ``bits``; other dense tensors: bfloat16)."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
     table: dict[str, tuple[str, list[int], int]] = {}
 

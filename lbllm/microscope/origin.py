@@ -14,8 +14,8 @@ from lbllm.errors import CheckpointError, ModelError
 from lbllm.models.blocks import linear_layers
 from lbllm.models.teacher import BlockTeacher
 from lbllm.models.weights import StoredWeights
+from lbllm.quant.embedding_code import is_rounding_of
 from lbllm.quant.packed_embedding import tables
-from lbllm.quant.table import is_rounding_of
 from lbllm.sections import EmbeddingBits
 
 ROWS = 8  # of embeddings and output head that are compared

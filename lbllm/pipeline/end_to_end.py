@@ -20,9 +20,9 @@ from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.embedding_code import round_rows
 from lbllm.quant.kv_cache import TrainingKVLayer
 from lbllm.quant.packed_embedding import tables
-from lbllm.quant.table import round_rows
 from lbllm.sections import EmbeddingBits, Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import PROBE_TOKENS, binary_layers

@@ -18,10 +18,10 @@ from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.embedding_code import pack_rows, round_rows, row_bytes, unpack_rows
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
-from lbllm.quant.table import pack_rows, round_rows, row_bytes, unpack_rows
 from lbllm.sections import EmbeddingBits, Origin, QuantConfig
 from lbllm.stages.block_state import restore
 from lbllm.stages.block_store import BlockStore

@@ -19,11 +19,11 @@ from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.json_input import decode_object, shortened, shown
 from lbllm.models.streamed import BlockModel
 from lbllm.models.weights import row_parts
+from lbllm.quant.embedding_code import is_rounding_of
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_embedding import PackedTable, tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
-from lbllm.quant.table import is_rounding_of
 from lbllm.sections import ACT_GROUP_SIZE, EmbeddingBits, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
 from lbllm.stages.block_store import BlockStore

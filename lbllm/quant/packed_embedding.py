@@ -19,13 +19,13 @@ from lbllm import kernels
 from lbllm.config import setting_name
 from lbllm.errors import ConfigError
 from lbllm.models.weights import row_parts
-from lbllm.quant.table import pack_rows, row_bytes, unpack_rows
+from lbllm.quant.embedding_code import pack_rows, row_bytes, unpack_rows
 from lbllm.sections import EmbeddingBits, QuantConfig
 
 
 class PackedTable(nn.Module):
-    """Packed rows, uint8 (rows, bytes); ``lbllm.quant.table`` describes the layout. ``dtype``: that of what is computed
-    from them, which changes with the model's."""
+    """Packed rows, uint8 (rows, bytes); ``lbllm.quant.embedding_code`` describes the layout. ``dtype``: that of what is
+    computed from them, which changes with the model's."""
 
     def __init__(self, rows: int, columns: int, bits: EmbeddingBits, dtype: torch.dtype) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PackedTable(nn.Module):
             return unpack_rows(self.weight[rows], self.bits, self.columns)
         if self._by_kernels():
             numbers = rows.reshape(-1).contiguous()
-            found: Tensor = torch.ops.lbllm.table_rows(self.weight, numbers, self.bits, self.columns)
+            found: Tensor = torch.ops.lbllm.embedding_rows(self.weight, numbers, self.bits, self.columns)
             return found.view(*rows.shape, self.columns)
         return unpack_rows(nn.functional.embedding(rows, self.weight), self.bits, self.columns)
 
@@ -98,7 +98,7 @@ class PackedHead(PackedTable):
     def product(self, x: Tensor) -> Tensor:
         """Return x (..., columns) times the rows, without bias or gradient."""
         if x.device.type == "cpu" and x.dtype != torch.float64 and self._by_kernels():
-            result: Tensor = torch.ops.lbllm.table_linear(x, self.weight, self.bits)
+            result: Tensor = torch.ops.lbllm.embedding_linear(x, self.weight, self.bits)
             return result.to(x.dtype)
         logits = x.new_empty(*x.shape[:-1], self.rows)
         for part in row_parts((self.rows, self.columns)):

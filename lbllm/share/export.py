@@ -28,9 +28,9 @@ from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import last_part
+from lbllm.quant.embedding_code import GROUPS
 from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
-from lbllm.quant.table import GROUPS
 from lbllm.share.card import Contents, model_card
 from lbllm.share.space import write_space
 

@@ -27,8 +27,8 @@ from lbllm.errors import CheckpointError, ConfigError
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.teacher import stream_teacher
 from lbllm.models.weights import row_parts
+from lbllm.quant.embedding_code import is_rounding_of
 from lbllm.quant.packed_embedding import PackedTable, replace_tables, tables
-from lbllm.quant.table import is_rounding_of
 from lbllm.sections import EmbeddingBits
 
 Read = Callable[[str, slice], Tensor]  # some rows of the embeddings or the output head of that name, float32

@@ -25,7 +25,8 @@ from lbllm.sections import EmbeddingBits
 
 GROUPS: dict[int, int] = {8: 32, 6: 64, 4: 32}  # weights of a group by bits
 SCALE = 2  # bytes
-LEVELS_4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# The levels of the smallest squared error for normal weights in groups of 32, by Lloyd's algorithm.
+LEVELS_4 = (-127, -100, -80, -65, -51, -38, -25, -12, 0, 13, 25, 38, 51, 66, 84, 106)
 # Scales that are tried: the one that gives a group's largest weight a level at the end, and these shares of it.
 _SHARES = tuple(0.76 + 0.03 * step for step in range(13))
 

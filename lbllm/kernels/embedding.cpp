@@ -1,7 +1,7 @@
 // Products with, and rows of, embeddings and output heads in 8, 6 or 4 bits. A group becomes floats in registers once for
 // several tokens.
 
-#include "table.h"
+#include "embedding.h"
 
 #include "simd.h"
 #include "work.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int TOGETHER = 4;  // tokens for which a group is unpacked once
 
-alignas(16) constexpr int8_t LEVELS_4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+alignas(16) constexpr int8_t LEVELS_4[16] = {-127, -100, -80, -65, -51, -38, -25, -12, 0, 13, 25, 38, 51, 66, 84, 106};
 
 template <int BITS>
 constexpr int GROUP = BITS == 6 ? 64 : 32;
@@ -126,7 +126,7 @@ INLINE Floats levels(const uint8_t* codes) {
 }
 
 template <int BITS, int TOKENS>
-void some_tokens_of(const Table& table, int64_t begin, int64_t end, int64_t rows, const float* x, int64_t stride,
+void some_tokens_of(const EmbeddingRows& table, int64_t begin, int64_t end, int64_t rows, const float* x, int64_t stride,
                     float* y) {
   constexpr int STEPS = GROUP<BITS> / LANES;
   const int64_t groups = table.row_bytes / GROUP_BYTES<BITS>;
@@ -150,7 +150,7 @@ void some_tokens_of(const Table& table, int64_t begin, int64_t end, int64_t rows
 }
 
 template <int BITS>
-void some_rows(const Table& table, int64_t begin, int64_t end, int64_t rows, const float* x, int64_t stride,
+void some_rows(const EmbeddingRows& table, int64_t begin, int64_t end, int64_t rows, const float* x, int64_t stride,
                int64_t tokens, float* y) {
   for (int64_t token = 0; token < tokens; token += TOGETHER) {
     const float* from = x + token * stride;
@@ -165,7 +165,7 @@ void some_rows(const Table& table, int64_t begin, int64_t end, int64_t rows, con
 }
 
 template <int BITS>
-void expand(const Table& table, int64_t row, float* out) {
+void expand(const EmbeddingRows& table, int64_t row, float* out) {
   const uint8_t* at = table.bytes + row * table.row_bytes;
   for (int64_t first = 0; first < table.columns; first += GROUP<BITS>, at += GROUP_BYTES<BITS>) {
     const Floats scale = same(scale_of(at));
@@ -178,14 +178,14 @@ void expand(const Table& table, int64_t row, float* out) {
 
 }  // namespace
 
-void multiply_table(const Table& table, int64_t rows, const float* x, int64_t stride, int64_t tokens, float* y) {
+void multiply_embedding(const EmbeddingRows& table, int64_t rows, const float* x, int64_t stride, int64_t tokens, float* y) {
   at::parallel_for(0, rows, std::max<int64_t>(1, WORK / table.columns), [&](int64_t begin, int64_t end) {
     (table.bits == 8 ? some_rows<8> : table.bits == 6 ? some_rows<6> : some_rows<4>)(table, begin, end, rows, x, stride,
                                                                                    tokens, y);
   });
 }
 
-void expand_table_row(const Table& table, int64_t row, float* out) {
+void expand_embedding_row(const EmbeddingRows& table, int64_t row, float* out) {
   (table.bits == 8 ? expand<8> : table.bits == 6 ? expand<6> : expand<4>)(table, row, out);
 }
 
