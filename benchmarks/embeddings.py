@@ -18,8 +18,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
@@ -45,7 +43,8 @@ def quality(folders: dict[int, Path], teacher: str, text: str, window: int | Non
     weights, first = table_weights(dense.model), found[0].student_perplexity
     rows = []
     for (bits, student), one in zip(students.items(), found, strict=True):
-        packed = {id(table.weight): table.weight.nbytes for table in tables(student).values() if is_packed(table)}
+        parts = [table for table in tables(student).values() if isinstance(table, PackedTable)]
+        packed = {id(table.weight): table.weight.nbytes for table in parts}
         row: dict[str, Any] = {
             "embedding_bits": bits,
             "stored_bits": 8 * sum(packed.values()) / weights if packed else 16.0,
@@ -55,10 +54,6 @@ def quality(folders: dict[int, Path], teacher: str, text: str, window: int | Non
         row |= {"kl": one.kl, "same_top": one.top1_agreement, "teacher_perplexity": one.teacher_perplexity}
         rows.append(row)
     return rows
-
-
-def is_packed(module: torch.nn.Module) -> bool:
-    return isinstance(module, PackedTable)
 
 
 def speeds(folders: dict[int, Path], rounds: int) -> dict[int, dict[str, Any]]:

@@ -170,9 +170,9 @@ def _largest(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
 
 
-def _disk(model: PreTrainedModel, layers: list[PlannedLayer], bits: EmbeddingBits) -> dict[str, int]:
+def _disk(model: PreTrainedModel, layers: list[PlannedLayer], embedding_bits: EmbeddingBits) -> dict[str, int]:
     """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; embeddings and output head:
-    ``lbllm.quant.embedding_code`` if they have fewer than 16 ``bits``; other dense tensors: bfloat16)."""
+    ``lbllm.quant.embedding_code`` if they have fewer than 16 bits; other dense tensors: bfloat16)."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
     table: dict[str, tuple[str, list[int], int]] = {}
 
@@ -199,7 +199,7 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer], bits: EmbeddingBit
             add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
 
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
-    rows = {f"{name}.weight" for name in tables(model)} if bits < 16 else set()
+    rows = {f"{name}.weight" for name in tables(model)} if embedding_bits < 16 else set()
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in table or id(tensor) in seen:
@@ -211,7 +211,7 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer], bits: EmbeddingBit
         else:
             part = "output head" if owner is head and tensor.ndim > 1 else "other"
         if name in rows:
-            add(name, part, "U8", [tensor.shape[0], row_bytes(tensor.shape[1], bits)], 1)
+            add(name, part, "U8", [tensor.shape[0], row_bytes(tensor.shape[1], embedding_bits)], 1)
         else:
             add(name, part, "BF16", list(tensor.shape), 2)
     parts["other"] += _header_bytes(table)

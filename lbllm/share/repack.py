@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _exchange(model: PreTrainedModel, bits: EmbeddingBits, read: Read) -> None:
         if id(empty) not in made:
             module.weight = nn.Parameter(torch.empty_like(empty, device="cpu"), requires_grad=False)
             if isinstance(module, PackedTable):
-                module.pack(lambda rows, name=name: read(name, rows))
+                module.pack(partial(read, name))
             else:
                 for part in row_parts(tuple(empty.shape)):
                     module.weight.data[part] = read(name, part).bfloat16()

@@ -163,7 +163,7 @@ def test_a_model_with_packed_tables_answers_like_one_with_rounded_weights(archit
         assert isinstance(made, PackedTable)
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        made.pack(lambda part, weight=weight: weight.detach()[part])
+        made.pack(weight.detach().__getitem__)
         if isinstance(made, PackedHead) and made.bias is not None:
             made.bias.data.copy_(model.get_submodule(name).bias)  # type: ignore[arg-type]
         weight.data.copy_(round_rows(weight.detach(), 6))
