@@ -103,7 +103,7 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
             seen.add(id(tensor))
             if name not in tensors:
                 own = tensor.detach()
-                tensors[name] = pack_rows(own, 8) if name in rows else own.bfloat16().contiguous()
+                tensors[name] = pack_rows(own, 8, None) if name in rows else own.bfloat16().contiguous()
     with new_folder(target, replace=True) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         if file_sha256(folder / WEIGHTS) != expected:

@@ -27,7 +27,7 @@ from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_lay
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
-from lbllm.quant.embedding_code import row_bytes
+from lbllm.quant.embedding_code import SCALE, row_bytes
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.plan import bits_per_weight, block_formats
@@ -199,9 +199,13 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer], embedding_bits: Em
             add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
 
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    head_name = next((name for name, module in modules.items() if module is head), "")
     rows = {f"{name}.weight" for name in tables(model)} if embedding_bits < 16 else set()
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in rows and embedding_bits < 8:  # of each matrix, also of a tied one
+            part = "output head" if name == f"{head_name}.weight" else "embeddings"
+            add(f"{name.removesuffix('weight')}column_scale", part, "U8", [tensor.shape[1], SCALE], 1)
         if name in table or id(tensor) in seen:
             continue
         seen.add(id(tensor))

@@ -64,7 +64,8 @@ def check_origin(
             continue  # tied to another one
         rows = slice(0, len(tensor)) if place.shape else None
         if name in packed:
-            if not is_rounding_of(stored.read(own, rows), tensor, bits):
+            scale = None if bits == 8 else stored.read(f"{own.removesuffix('weight')}column_scale").view(torch.float16)
+            if not is_rounding_of(stored.read(own, rows), tensor, bits, None if scale is None else scale[:, 0]):
                 raise _other(title, teacher, f"{name} differs")
             continue
         if place.shape[1:] != tensor.shape[1:] or _differ(stored.read(own, rows), tensor):

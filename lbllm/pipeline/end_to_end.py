@@ -20,7 +20,7 @@ from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.embedding_code import round_rows
+from lbllm.quant.embedding_code import round_matrix
 from lbllm.quant.kv_cache import TrainingKVLayer
 from lbllm.quant.packed_embedding import tables
 from lbllm.sections import EmbeddingBits, Origin, Stage
@@ -172,5 +172,5 @@ def _round_tables(student: PreTrainedModel, bits: EmbeddingBits) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         if id(weight) not in rounded:
-            rounded[id(weight)] = nn.Parameter(round_rows(weight.detach(), bits), requires_grad=False)
+            rounded[id(weight)] = nn.Parameter(round_matrix(weight.detach(), bits), requires_grad=False)
         module.weight = rounded[id(weight)]

@@ -18,7 +18,7 @@ from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.embedding_code import pack_rows, round_rows, row_bytes, unpack_rows
+from lbllm.quant.embedding_code import PackedRows, pack_matrix, round_matrix, unpack_rows
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
@@ -55,7 +55,7 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
     model: PreTrainedModel = share_copy(teacher.model)
     attach_kv_cache(model, quant.kv_bits)
     inside, outside, bits = f"{teacher.path}.", tables(model), quant.embedding_bits
-    packed: dict[str, Tensor] = {}
+    packed: dict[str, PackedRows] = {}
     for name, module in model.named_modules():
         if not name.startswith(inside):
             own = bits if name in outside else 16
@@ -71,10 +71,11 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
 
     def read(name: str, rows: Rows) -> Tensor:
         if bits == 16:
-            return round_rows(teacher.rows(name, rows), bits)
+            return teacher.rows(name, rows).bfloat16().float()
         if name not in packed:
             packed[name] = packed_rows(teacher, name, bits)
-        return unpack_rows(packed[name][rows], bits, teacher.matrices[name][1]).to(teacher.device)
+        made = packed[name]
+        return unpack_rows(made.weight[rows], bits, teacher.matrices[name][1], made.scale).to(teacher.device)
 
     return BlockModel(model, make, device=teacher.device, matrices=teacher.matrices, read=read)
 
@@ -101,7 +102,7 @@ def _round_dense(
     for name, parameter in list(module.named_parameters(recurse=False)):
         if f"{prefix}.{name}".removeprefix(".") not in skip:
             # New parameters, since the teacher shares the old ones.
-            stored = round_rows(parameter.detach(), bits if parameter.ndim > 1 else 16).to(dtype)
+            stored = round_matrix(parameter.detach(), bits if parameter.ndim > 1 else 16).to(dtype)
             setattr(module, name, nn.Parameter(stored, requires_grad=False))
 
 
@@ -132,6 +133,7 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
     buffers = dict(teacher.model.named_buffers())
     blocks = restored_blocks(teacher, store, stage, quant)
     rows = {f"{name}.weight" for name in tables(teacher.model)} if quant.embedding_bits < 16 else set()
+    known: dict[int, PackedRows] = {}
     begun = -1
     for name, tensor in teacher.model.state_dict().items():
         if name.startswith(inside):
@@ -140,8 +142,14 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
                 packed = packed_block(next(blocks), quant.tail_steps, torch.bfloat16)
                 yield from ((f"{inside}{number}.{key}", value) for key, value in packed.state_dict().items())
             begun = number
-        elif name in rows and name in parameters:
-            yield name, packed_rows(teacher, name, quant.embedding_bits)
+        elif name in rows:
+            shared = id(teacher.model.get_parameter(name))
+            if shared not in known:
+                known[shared] = packed_rows(teacher, name, quant.embedding_bits)
+            yield name, known[shared].weight
+            scale = known[shared].column_scale
+            if scale is not None:
+                yield f"{name.removesuffix('weight')}column_scale", scale.clone()  # a file may not hold one tensor twice
         elif name in teacher.matrices and name in parameters:
             yield name, _matrix(teacher, name)
         elif name in parameters or name in buffers:
@@ -156,12 +164,10 @@ def _matrix(teacher: BlockModel, name: str) -> Tensor:
     return matrix
 
 
-def packed_rows(teacher: BlockModel, name: str, bits: EmbeddingBits) -> Tensor:
-    """The packed rows of the embeddings or the output head with this ``name``, on the CPU. They are made of the
-    teacher's own weights, which were not rounded before, and which are read in parts."""
-    own = None if name in teacher.matrices else teacher.model.get_parameter(name).detach()
-    shape = teacher.matrices[name] if own is None else tuple(own.shape)
-    packed = torch.empty(shape[0], row_bytes(shape[1], bits), dtype=torch.uint8)
-    for part in row_parts(shape):
-        packed[part] = pack_rows(teacher.rows(name, part) if own is None else own[part], bits).cpu()
-    return packed
+def packed_rows(teacher: BlockModel, name: str, bits: EmbeddingBits) -> PackedRows:
+    """The packed form of the embeddings or the output head with this ``name``. It is made of the teacher's own weights,
+    which were not rounded before, and which are read in parts."""
+    if name in teacher.matrices:
+        return pack_matrix(lambda rows: teacher.rows(name, rows), teacher.matrices[name], bits)
+    own = teacher.model.get_parameter(name).detach()
+    return pack_matrix(own.__getitem__, tuple(own.shape), bits)

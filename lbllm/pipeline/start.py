@@ -24,7 +24,7 @@ from lbllm.quant.levels import group_length
 from lbllm.quant.packed_embedding import PackedTable, tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
-from lbllm.sections import ACT_GROUP_SIZE, EmbeddingBits, LayerFormat, QuantConfig
+from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
 from lbllm.stages.block_store import BlockStore
 
@@ -118,13 +118,11 @@ def _fixed(quant: QuantConfig) -> dict[str, Any]:
 def _first_difference(packed: PreTrainedModel, teacher: BlockModel) -> str | None:
     """The name of a tensor that stays dense in a packed model and isn't the teacher's own; None if all are."""
     stored = packed.state_dict()
-    bits: dict[str, EmbeddingBits] = {
-        f"{name}.weight": table.bits for name, table in tables(packed).items() if isinstance(table, PackedTable)
-    }
+    rows = {f"{name}.weight": table for name, table in tables(packed).items() if isinstance(table, PackedTable)}
 
     def differs(name: str, tensor: Tensor, part: slice = slice(None)) -> bool:
-        if name in bits:
-            return not is_rounding_of(stored[name][part], tensor, bits[name])
+        if name in rows:
+            return not is_rounding_of(rows[name].weight[part], tensor, rows[name].bits, rows[name].scale)
         # A packed layer's weight has another shape.
         return name in stored and stored[name].is_floating_point() and not _stored_as(tensor, stored[name][part])
 

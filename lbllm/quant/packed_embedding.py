@@ -19,13 +19,14 @@ from lbllm import kernels
 from lbllm.config import setting_name
 from lbllm.errors import ConfigError
 from lbllm.models.weights import row_parts
-from lbllm.quant.embedding_code import pack_rows, row_bytes, unpack_rows
+from lbllm.quant.embedding_code import SCALE, PackedRows, pack_matrix, row_bytes, unpack_rows
 from lbllm.sections import EmbeddingBits, QuantConfig
 
 
 class PackedTable(nn.Module):
     """Packed rows, uint8 (rows, bytes); ``lbllm.quant.embedding_code`` describes the layout. ``dtype``: that of what is
-    computed from them, which changes with the model's."""
+    computed from them, which changes with the model's. ``column_scale``: the scales of the columns, float16 as bytes
+    (columns, 2), which no conversion of the model changes; None with 8 bits."""
 
     def __init__(self, rows: int, columns: int, bits: EmbeddingBits, dtype: torch.dtype) -> None:
         super().__init__()
@@ -33,23 +34,37 @@ class PackedTable(nn.Module):
         packed = torch.zeros(rows, row_bytes(columns, bits), dtype=torch.uint8)
         # A parameter, so that it can be tied to another one as transformers ties weights.
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("column_scale", None if bits == 8 else torch.zeros(columns, SCALE, dtype=torch.uint8))
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.column_scale: Tensor | None
         self.like: Tensor
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The scales of the columns, float16 (columns,); None with 8 bits."""
+        return None if self.column_scale is None else self.column_scale.view(torch.float16)[:, 0]
 
     def unpack(self, rows: slice | Tensor) -> Tensor:
         """Return rows (..., columns), float32: those of a slice without step, or with the numbers int64 (...)."""
         if isinstance(rows, slice):
-            return unpack_rows(self.weight[rows], self.bits, self.columns)
+            return unpack_rows(self.weight[rows], self.bits, self.columns, self.scale)
         if self._by_kernels():
             numbers = rows.reshape(-1).contiguous()
             found: Tensor = torch.ops.lbllm.embedding_rows(self.weight, numbers, self.bits, self.columns)
+            found = found if self.scale is None else found * self.scale.float()
             return found.view(*rows.shape, self.columns)
-        return unpack_rows(nn.functional.embedding(rows, self.weight), self.bits, self.columns)
+        return unpack_rows(nn.functional.embedding(rows, self.weight), self.bits, self.columns, self.scale)
 
     def pack(self, read: Callable[[slice], Tensor]) -> Self:
         """Pack the weights (rows, columns) that ``read`` gives some rows of."""
-        for part in row_parts((self.rows, self.columns)):
-            self.weight.data[part] = pack_rows(read(part), self.bits).to(self.weight.device)
+        return self.take(pack_matrix(read, (self.rows, self.columns), self.bits))
+
+    def take(self, packed: PackedRows) -> Self:
+        """Take the rows and scales of a packed matrix as this one's."""
+        self.weight.data.copy_(packed.weight)
+        if self.column_scale is not None:
+            assert packed.column_scale is not None
+            self.column_scale.copy_(packed.column_scale)
         return self
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
@@ -98,7 +113,8 @@ class PackedHead(PackedTable):
     def product(self, x: Tensor) -> Tensor:
         """Return x (..., columns) times the rows, without bias or gradient."""
         if x.device.type == "cpu" and x.dtype != torch.float64 and self._by_kernels():
-            result: Tensor = torch.ops.lbllm.embedding_linear(x, self.weight, self.bits)
+            scaled = x if self.scale is None else x.float() * self.scale.float()
+            result: Tensor = torch.ops.lbllm.embedding_linear(scaled, self.weight, self.bits)
             return result.to(x.dtype)
         logits = x.new_empty(*x.shape[:-1], self.rows)
         for part in row_parts((self.rows, self.columns)):
@@ -152,6 +168,7 @@ def leave_file(model: PreTrainedModel) -> None:
     for table in model.modules():
         if isinstance(table, PackedTable) and table.weight.device.type == "cpu":
             table.weight.data = table.weight.data.clone()
+            table.column_scale = None if table.column_scale is None else table.column_scale.clone()
 
 
 def _packed(name: str, module: nn.Module, bits: EmbeddingBits) -> PackedTable:

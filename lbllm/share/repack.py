@@ -105,7 +105,7 @@ def _teachers_rows(found: FoundCheckpoint, model: PreTrainedModel, teacher: str 
         for part in row_parts((rows, columns)) if fits else ():
             wanted = read(place, part)
             if isinstance(module, PackedTable):
-                fits = is_rounding_of(stored[part], wanted, module.bits)
+                fits = is_rounding_of(stored[part], wanted, module.bits, module.scale)
             else:
                 fits = torch.equal(wanted.bfloat16(), stored[part].bfloat16())
             if not fits:
@@ -126,18 +126,21 @@ def _exchange(model: PreTrainedModel, bits: EmbeddingBits, read: Read) -> None:
     with torch.device("meta"):
         replace_tables(structure, quant)
     before = tables(model)
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Module] = {}
     for name, module in tables(structure).items():
         empty: Any = module.weight
-        if id(empty) not in made:
-            module.weight = nn.Parameter(torch.empty_like(empty, device="cpu"), requires_grad=False)
-            if isinstance(module, PackedTable):
+        first: Any = made.setdefault(id(empty), module)
+        if isinstance(module, PackedTable):
+            module.to_empty(device="cpu")
+            if first is module:
                 module.pack(partial(read, name))
             else:
-                for part in row_parts(tuple(empty.shape)):
-                    module.weight.data[part] = read(name, part).bfloat16()
-            made[id(empty)] = module.weight
-        module.weight = made[id(empty)]
+                module.column_scale = None if first.column_scale is None else first.column_scale.clone()
+        elif first is module:
+            module.weight = nn.Parameter(torch.empty_like(empty, device="cpu"), requires_grad=False)
+            for part in row_parts(tuple(empty.shape)):
+                module.weight.data[part] = read(name, part).bfloat16()
+        module.weight = first.weight
         if getattr(module, "bias", None) is not None:
             module.bias = before[name].bias
         model.set_submodule(name, module)

@@ -25,7 +25,7 @@ from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from lbllm.models.source import embedded_file
 from lbllm.models.teacher import load_teacher, stream_teacher
-from lbllm.quant.embedding_code import pack_rows, round_rows, unpack_rows
+from lbllm.quant.embedding_code import PackedRows, pack_matrix, round_matrix
 from lbllm.quant.packed_embedding import PackedEmbedding, PackedHead, PackedTable, tables
 from lbllm.sections import EmbeddingBits
 from lbllm.share.export import export
@@ -69,13 +69,20 @@ def teacher_rows(checkpoint: Path) -> Tensor:
     return weight.detach()
 
 
+def packed_matrix(rows: Tensor, bits: EmbeddingBits) -> PackedRows:
+    return pack_matrix(rows.__getitem__, tuple(rows.shape), bits)
+
+
 @pytest.mark.parametrize("bits", PACKED)
 def test_a_run_packs_the_teachers_own_weights_and_nothing_else_changes(
     checkpoints: dict[int, Path], bits: EmbeddingBits
 ) -> None:
     before, after = (load_file(checkpoints[one] / WEIGHTS) for one in (16, bits))
-    packed = after.pop("model.embed_tokens.weight")
-    assert torch.equal(packed, pack_rows(teacher_rows(checkpoints[bits]), bits))
+    packed, scale = packed_matrix(teacher_rows(checkpoints[bits]), bits)
+    assert torch.equal(after.pop("model.embed_tokens.weight"), packed)
+    for name in ("model.embed_tokens", "lm_head"):
+        if scale is not None:
+            assert torch.equal(after.pop(f"{name}.column_scale").view(torch.float16)[:, 0], scale)
     del before["model.embed_tokens.weight"]
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -93,7 +100,7 @@ def test_a_loaded_model_computes_from_packed_rows(
     rounded: Any = lbllm.load(checkpoints[16])[0]
     for name in ("lm_head", "model.embed_tokens"):
         module = torch.nn.Linear(48, 320, bias=False) if name == "lm_head" else torch.nn.Embedding(320, 48)
-        module.weight.data = round_rows(teacher_rows(checkpoints[bits]), bits)
+        module.weight.data = round_matrix(teacher_rows(checkpoints[bits]), bits)
         rounded.set_submodule(name, module)
     torch.testing.assert_close(logits(model), logits(rounded), rtol=1e-3, atol=1e-3)
     ids = token_ids(1, seed=3)[:, :8]
@@ -115,7 +122,7 @@ def test_an_untied_head_gets_the_same_bits(tmp_path: Path) -> None:
     for name, table in tables(model).items():
         assert isinstance(table, PackedTable)
         weight = teacher.get_parameter(f"{name}.weight").detach()
-        assert torch.equal(table.expanded(torch.float32), round_rows(weight, 6))
+        assert torch.equal(table.expanded(torch.float32), round_matrix(weight, 6))
     assert len({id(table.weight) for table in tables(model).values()}) == 2
 
 
@@ -158,7 +165,9 @@ def test_repack_refuses_another_teacher_and_takes_its_own_weights(
     assert main([*words, "--own", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["embedding_bits"] == 8
     stored = load_file(checkpoints[16] / WEIGHTS)["model.embed_tokens.weight"].float()
-    assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"], pack_rows(stored, 8))
+    assert torch.equal(
+        load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"], packed_matrix(stored, 8).weight
+    )
     words[3] = "5"
     assert main([*words[:-1], str(tmp_path / "five")]) == 1
     assert "choose one of 4, 6, 8 or 16" in capsys.readouterr().err
@@ -185,7 +194,7 @@ def test_a_run_goes_on_from_packed_embeddings_and_can_change_their_bits(
     quant = {"act_bits": 16, "kv_bits": 16, "embedding_bits": 6}
     run_tiny(run_config(**changes, quant=quant), tmp_path / "run", load_teacher(teacher))
     packed = load_file(tmp_path / "run/checkpoint" / WEIGHTS)["model.embed_tokens.weight"]
-    assert torch.equal(packed, pack_rows(teacher_rows(checkpoint), 6))
+    assert torch.equal(packed, packed_matrix(teacher_rows(checkpoint), 6).weight)
     other = str(save_tiny(tmp_path / "other", "llama", seed=1))
     with pytest.raises(ConfigError, match=r"was not made from .*embed_tokens\.weight differs"):
         run_tiny(run_config(**changes | {"model": other}, quant=quant), tmp_path / "bad", load_teacher(other))
@@ -212,9 +221,9 @@ def test_a_teacher_of_q8_0_keeps_its_embeddings_to_the_last_bit(tmp_path: Path) 
     for place in (file, embedded_file()):
         teacher = stream_teacher(str(place), torch.device("cpu")).model.rows("model.embed_tokens.weight", slice(0, 300))
         (blocks,) = (tensor.data for tensor in GGUFReader(place).tensors if tensor.name == "token_embd.weight")
-        packed = pack_rows(teacher, 8)
+        packed = packed_matrix(teacher, 8).weight
         assert torch.equal(packed, torch.from_numpy(blocks[:300].copy()))
-        assert torch.equal(unpack_rows(packed, 8, teacher.shape[1]), teacher)
+        assert torch.equal(round_matrix(teacher, 8), teacher)
         assert not torch.equal(teacher.bfloat16().float(), teacher)
 
 

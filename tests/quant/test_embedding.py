@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from lbllm import kernels
 from lbllm.errors import ConfigError, ModelError
 from lbllm.quant import embedding_code
-from lbllm.quant.embedding_code import GROUPS, is_rounding_of, pack_rows, round_rows, row_bytes, unpack_rows
+from lbllm.quant.embedding_code import (
+    GROUPS,
+    is_rounding_of,
+    pack_matrix,
+    pack_rows,
+    round_matrix,
+    row_bytes,
+    unpack_rows,
+)
 from lbllm.quant.packed_embedding import PackedEmbedding, PackedHead, PackedTable, replace_tables, tables, weight_count
 from lbllm.sections import EmbeddingBits, QuantConfig
 from tests.helpers.cases import cases
@@ -58,7 +66,10 @@ def test_rows_have_the_layout_that_is_described(bits: EmbeddingBits, columns: in
     packed = packed.to(torch.uint8)
     packed[:, 1 :: 2 + GROUPS[bits] * bits // 8] &= 0x3B  # finite scales
     expected = torch.tensor(unpacked_by_hand(packed, bits, columns), dtype=torch.float64)
-    assert torch.equal(unpack_rows(packed, bits, columns).double(), expected)
+    assert torch.equal(unpack_rows(packed, bits, columns, None).double(), expected)
+    scale = torch.linspace(0.5, 2, columns).half()
+    scaled = (expected.float() * scale.float()).double()
+    assert torch.equal(unpack_rows(packed, bits, columns, scale).double(), scaled)
     if kernels.ready():
         numbers = torch.tensor([4, 0, 0, 3])
         assert torch.equal(torch.ops.lbllm.embedding_rows(packed, numbers, bits, columns).double(), expected[numbers])
@@ -68,9 +79,9 @@ def test_eight_bits_are_the_blocks_of_gguf_files() -> None:
     weights = random_rows(40, 96).numpy()
     blocks = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
     exact = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0).copy())
-    packed = pack_rows(exact, 8)
+    packed = pack_rows(exact, 8, None)
     assert torch.equal(packed, torch.from_numpy(blocks.copy()))
-    assert torch.equal(unpack_rows(packed, 8, 96), exact)
+    assert torch.equal(unpack_rows(packed, 8, 96, None), exact)
     assert not torch.equal(exact.bfloat16().float(), exact)
 
 
@@ -83,18 +94,28 @@ def test_eight_bits_are_the_blocks_of_gguf_files() -> None:
 )
 @cases(15)
 def test_the_rounding_is_as_good_as_the_nearest_level(bits: EmbeddingBits, columns: int, seed: int, power: int) -> None:
-    """No worse than the scale of the largest weight alone, in float64."""
+    """No group has a larger squared error than with its largest weight at the last level, in float64."""
     rows = random_rows(3, columns, seed) * 2.0**power
-    rounded = round_rows(rows, bits).double()
-    group = GROUPS[bits]
-    padded = nn.functional.pad(rows.double(), (0, -columns % group)).unflatten(-1, (-1, group))
-    largest = padded.abs().amax(-1, keepdim=True)
-    # Half of the widest step between levels, and the rounding of the scale.
-    widest = {8: 1 / 127, 6: 1 / 31, 4: 27 / 106}[bits]
-    bound = (largest * widest * (0.5 if bits == 8 else 1) * 1.01 + 1e-7 * 2.0**power).expand(padded.shape)
-    assert bool(((rounded - rows.double()).abs() <= bound.flatten(-2)[:, :columns]).all())
-    assert is_rounding_of(pack_rows(rows, bits), rows, bits)
-    assert not is_rounding_of(pack_rows(rows, bits), random_rows(3, columns, seed + 1) * 2.0**power, bits)
+    packed, scale = pack_matrix(rows.__getitem__, (3, columns), bits)
+    columns_scale = torch.ones(columns, dtype=torch.float64) if scale is None else scale.double()
+
+    def grouped(values: Tensor) -> Tensor:
+        return nn.functional.pad(values, (0, -columns % GROUPS[bits])).unflatten(-1, (-1, GROUPS[bits]))
+
+    relative = grouped(rows.double() / columns_scale)
+    levels = {8: range(-127, 128), 6: range(-32, 32), 4: embedding_code.LEVELS_4}[bits]
+    known = torch.tensor(levels, dtype=torch.float64)
+    largest = relative.gather(-1, relative.abs().argmax(-1, keepdim=True))
+    unit = largest.where(largest != 0, torch.ones_like(largest)) / float(known.max())
+    nearest = known[(relative / unit - known[:, None, None, None]).abs().argmin(0)] * unit
+    squares = grouped(columns_scale.square())
+    bound = (squares * (nearest - relative).square()).sum(-1)
+    rounded = unpack_rows(packed, bits, columns, scale).double()
+    error = grouped((rounded - rows.double()).square()).sum(-1)
+    size = grouped(rows.double().square()).sum(-1)
+    assert bool((error <= bound * 1.02 + size * 1e-5 + 1e-14 * 4.0**power).all())
+    assert is_rounding_of(packed, rows, bits, scale)
+    assert not is_rounding_of(packed, random_rows(3, columns, seed + 1) * 2.0**power, bits, scale)
 
 
 def test_weights_that_no_scale_can_hold_are_refused() -> None:
@@ -103,8 +124,8 @@ def test_weights_that_no_scale_can_hold_are_refused() -> None:
         rows[1, 7] = bad
         for bits in PACKED:
             with pytest.raises(ModelError, match=rf"too large for {bits} bits; set quant\.embedding_bits to 16"):
-                pack_rows(rows, bits)
-    assert torch.equal(round_rows(torch.zeros(2, 40), 4), torch.zeros(2, 40))
+                pack_matrix(rows.__getitem__, (2, 40), bits)
+    assert torch.equal(round_matrix(torch.zeros(2, 40), 4), torch.zeros(2, 40))
 
 
 def head_of(rows: int, columns: int, bits: EmbeddingBits, *, bias: bool = False) -> PackedHead:
@@ -143,7 +164,7 @@ def test_an_embedding_gives_the_rows_of_tokens(bits: EmbeddingBits, monkeypatch:
     weights = random_rows(50, 48)
     made = PackedEmbedding(50, 48, bits, torch.float32, 3.0).pack(lambda part: weights[part])
     ids = torch.tensor([[3, 49], [0, 3]])
-    expected = 3 * round_rows(weights, bits)[ids]
+    expected = 3 * round_matrix(weights, bits)[ids]
     assert torch.equal(made(ids), expected)
     assert made.bfloat16()(ids).dtype == torch.bfloat16
     with pytest.raises(IndexError, match="no row 50 of 50"):
@@ -157,16 +178,17 @@ def test_a_model_with_packed_tables_answers_like_one_with_rounded_weights(archit
     model, _ = tiny(architecture)
     parts, count = tables(model), sum(parameter.numel() for parameter in model.parameters())
     tied = len({id(part.weight) for part in parts.values()}) == 1
-    packed = copy.deepcopy(model)
+    packed, untouched = copy.deepcopy(model), copy.deepcopy(model)
     replace_tables(packed, QuantConfig(embedding_bits=6))
     for name, made in tables(packed).items():
         assert isinstance(made, PackedTable)
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        made.pack(weight.detach().__getitem__)
+        own, rounded = untouched.get_submodule(name), model.get_submodule(name)
+        assert isinstance(own.weight, Tensor)
+        assert isinstance(rounded.weight, Tensor)
+        made.pack(own.weight.detach().__getitem__)
         if isinstance(made, PackedHead) and made.bias is not None:
-            made.bias.data.copy_(model.get_submodule(name).bias)  # type: ignore[arg-type]
-        weight.data.copy_(round_rows(weight.detach(), 6))
+            made.bias.data.copy_(own.bias)  # type: ignore[arg-type]
+        rounded.weight.data.copy_(round_matrix(own.weight.detach(), 6))
     assert len({id(part.weight) for part in tables(packed).values()}) == (1 if tied else 2)
     assert weight_count(packed) == count
     ids = torch.arange(3, 43).view(2, 20)
