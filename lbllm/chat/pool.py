@@ -168,6 +168,8 @@ def _open(name: str) -> Loaded:
     weights = weight_count(model) + sum(layer.in_features * layer.out_features for layer in layers)
     quant = stated.format
     precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {named_groups(layers)}"
+    if quant.embedding_bits < 16:
+        precision += f", embeddings in {quant.embedding_bits} bits"
     return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
 
 

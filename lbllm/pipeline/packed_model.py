@@ -149,7 +149,10 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
             yield name, known[shared].weight
             scale = known[shared].column_scale
             if scale is not None:
-                yield f"{name.removesuffix('weight')}column_scale", scale.clone()  # a file may not hold one tensor twice
+                yield (
+                    f"{name.removesuffix('weight')}column_scale",
+                    scale.clone(),
+                )  # a file may not hold one tensor twice
         elif name in teacher.matrices and name in parameters:
             yield name, _matrix(teacher, name)
         elif name in parameters or name in buffers:

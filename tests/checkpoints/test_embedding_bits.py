@@ -207,6 +207,8 @@ def test_inspect_opens_it_beside_its_teacher_alone(checkpoints: dict[int, Path],
     Microscope.open(str(checkpoint), teacher)
     loaded = [_open(name) for name in (teacher, str(checkpoint))]
     assert Pair(*loaded).blocks == 2
+    assert loaded[1].precision.endswith(f", embeddings in {bits} bits")
+    assert loaded[1].weights == loaded[0].weights
     other = str(save_tiny(tmp_path / "other", "llama", seed=1))
     with pytest.raises(ModelError, match=r"embed_tokens\.weight differs"):
         Microscope.open(str(checkpoint), other)
