@@ -21,10 +21,13 @@ from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, ModelError
 from lbllm.measure.estimate import estimate
+from lbllm.measure.perplexity import block_perplexity, perplexity
 from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from lbllm.models.source import embedded_file
+from lbllm.models.streamed import BlockModel
 from lbllm.models.teacher import load_teacher, stream_teacher
+from lbllm.pipeline.packed_model import stage_blocks
 from lbllm.quant.embedding_code import PackedRows, pack_matrix, round_matrix
 from lbllm.quant.packed_embedding import PackedEmbedding, PackedHead, PackedTable, tables
 from lbllm.sections import EmbeddingBits
@@ -112,6 +115,21 @@ def test_a_loaded_model_computes_from_packed_rows(
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(logits(again), logits(model))
     assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_perplexity_block_by_block_is_that_of_the_checkpoint(checkpoints: dict[int, Path], bits: int) -> None:
+    """The teacher is read from its files by rows, or is in memory."""
+    checkpoint = checkpoints[bits]
+    config = read_record(checkpoint).settings
+    assert config is not None
+    expected = perplexity(lbllm.load(checkpoint)[0], token_ids(3, seed=2)).perplexity
+    for teacher in (
+        stream_teacher(config.model, torch.device("cpu")).model,
+        BlockModel.of(load_teacher(config.model).model),
+    ):
+        made = stage_blocks(config, checkpoint.parent, "ptq", teacher)
+        assert block_perplexity(made, token_ids(3, seed=2)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_untied_head_gets_the_same_bits(tmp_path: Path) -> None:
