@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from lbllm.errors import ConfigError
 from lbllm.json_input import LARGEST, check_depth, decode_object, shortened, shown
 from lbllm.presets import ABOUT, PRESETS
+from lbllm.section import Section
 from lbllm.sections import (
     ACTIVATION_BITS,
     ACTIVATION_SETTINGS,
@@ -30,7 +31,6 @@ from lbllm.sections import (
     Origin,
     PtqConfig,
     QuantConfig,
-    Section,
     Stage,
     StreamDtype,
     WatConfig,
@@ -46,8 +46,8 @@ FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
 TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
 # What this run may change in the checkpoint's format: settings of QuantConfig, and those of a layer in ``overrides``.
 CONTINUATIONS: dict[tuple[Stage, ...], tuple[str, ...]] = {
-    FROM_CHECKPOINT: (*GROUP_SETTINGS, "overrides"),
-    TO_ACTIVATIONS: (*GROUP_SETTINGS, *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
+    FROM_CHECKPOINT: (*GROUP_SETTINGS, "embedding_bits", "overrides"),
+    TO_ACTIVATIONS: (*GROUP_SETTINGS, "embedding_bits", *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
 }
 # Options of the command line that set a setting; --set takes any.
 OPTIONS = {
