@@ -49,7 +49,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
-from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import METHODS, method, quantize_blocks
 from lbllm.checkpoints.find import find_checkpoint, find_teacher, open_teacher
 from lbllm.checkpoints.hf import load
@@ -174,14 +173,14 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
     act_bits = 16
     if row.kind == "baseline":
         chosen = method(row.name)
-        settings = Settings(row.group_size, damping=options.damping)
+        settings = chosen.settings(group_size=row.group_size, damping=options.damping)
         label = chosen.name
 
         def on_block(done: int, total: int) -> None:
             report(f"{chosen.name}: block {done} of {total}")
 
-        bpw = quantize_blocks(teacher.model, corpus.sequences, chosen, settings, on_block=on_block).bpw
-        model = teacher.model
+        stored = quantize_blocks(teacher.model, corpus.sequences, chosen, settings, on_block=on_block)
+        model, bpw = teacher.model, stored.bpw
     elif row.kind == "own":
         label = f"Stages 1 to {row.name[-1]}" if row.name != "stage1" else "Stage 1"
         if options.param_bits < 16:
