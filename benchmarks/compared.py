@@ -278,10 +278,17 @@ def quantize_inputs(
 
 
 def windows(text: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Tensor:
-    """Windows (n, T) of WikiText-2's test split, of a file, or of a corpus: of one that is calibrated on, the held-out
-    part."""
+    """The windows (n, T) of a text that all rows are evaluated on."""
+    return windows_of(text, tokenizer, options.window, options.limit, options.corpus)
+
+
+def windows_of(
+    text: str, tokenizer: PreTrainedTokenizerBase, window: int, limit: int | None, calibrated: str
+) -> Tensor:
+    """Windows (n, T) of WikiText-2's test split, of a file, or of a corpus: of one that ``calibrated`` names, the
+    held-out part."""
     if text == "wikitext2" or Path(text).is_file():
-        return evaluation_tokens(text, tokenizer, seq_len=options.window, limit=options.limit)
-    tokens = (options.limit or ALL_WINDOWS) * options.window
-    part: Literal["heldout", "train"] = "heldout" if text in parts(options.corpus) else "train"
-    return load_corpus(text, tokenizer, seq_len=options.window, tokens=tokens, part=part).sequences
+        return evaluation_tokens(text, tokenizer, seq_len=window, limit=limit)
+    tokens = (limit or ALL_WINDOWS) * window
+    part: Literal["heldout", "train"] = "heldout" if text in parts(calibrated) else "train"
+    return load_corpus(text, tokenizer, seq_len=window, tokens=tokens, part=part).sequences

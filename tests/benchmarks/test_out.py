@@ -23,6 +23,7 @@ from tests.helpers.tiny_models import save_tiny
 OTHERS = {
     "animation": "makes a picture",
     "frontier_chart": "makes a picture",
+    "llama_quantize": "is called by file_sizes, in a process of its own",
     "screenshots": "makes pictures",
     "settings_page": "renders the page of settings",
     "tables": "renders the pages of results",
