@@ -255,7 +255,7 @@ def quantize_inputs(
     """Let the blocks' linear layers see their inputs in so many bits: with a range for each token, or for so many of
     its features, asymmetric, even steps, no tails. ``wide``: channels of layers, by full name, that get 8 bits and a
     range of their own; the ranges are then those of the other channels in their order."""
-    quantizer, wider = ActQuantizer(bits, tail=0, group_size=group_size), ActQuantizer(8)
+    quantizer, wider = ActQuantizer(bits, tail=0, group_size=group_size), ActQuantizer(8, tail=0)
 
     def hooked(channels: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         @torch.no_grad()

@@ -11,7 +11,8 @@ on with the rows that are missing. A row that fails is reported and left out. ``
 methods by what is in FOLDER, and ours. ``--list`` prints the rows' keys; ``--show`` computes nothing.
 
 Each row is measured with the inputs left alone (A16) and with inputs and KV cache in plain 4 bits (A4KV4; BWA keeps its
-8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Printed are the bits per weight, everything
+8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that train take the same number of
+steps, so about the same time, which is printed. Printed are the bits per weight, everything
 stored counted, in rising order. Our own rows are means over three seeds, with the least and the greatest beside them.
 The options of each row are below; OUTSIDE is the environment that ``benchmarks.quality`` describes.
 """
@@ -43,12 +44,13 @@ BEST = 4  # other methods that --rows best takes
 ABOUT = ("label", "method", "key", "kind", "inputs", "bits", "tokens", "seeds", "questions", "seed", "minutes")
 # Our formats by bits: groups with 4-bit parameters.
 OWN_GROUPS = (64, 32, 24, 16)
-# As many steps of 512 tokens as AutoRound takes, 200 a block, from 8,192 tokens: twelve times all of them.
-MANY_STEPS = {"wat": {"epochs": 12}}
+STEP = 512  # tokens of a training step, AutoRound's with one sequence
 
 
-def all_rows() -> dict[str, tuple[str, Row]]:
-    """The rows of the table by their keys: what is shown, and how each is made."""
+def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]]:
+    """The rows of the table by their keys: what is shown, and how each is made. All methods that train take about so
+    many ``steps`` a block: AutoRound by its own count, the others by how often they use the ``tokens``."""
+    epochs = max(1, steps * STEP // tokens)
     rows: dict[str, tuple[str, Row]] = {"teacher": ("Teacher", Row("teacher", ""))}
 
     def add(key: str, label: str, kind: Any, name: str, size: int, **how: Any) -> None:
@@ -69,30 +71,32 @@ def all_rows() -> dict[str, tuple[str, Row]]:
     for bits, size in ((2, 64), (2, 32), (3, -1), (3, 192)):
         add(f"hqq-{bits}-g{size}", f"HQQ, {bits} bits", "outside", "hqq", size, bits=bits)
     for bits, size in ((2, 128), (2, 64), (2, 32), (2, 16), (3, -1), (3, 128)):
-        add(f"auto-round-{bits}-g{size}", f"AutoRound, {bits} bits", "outside", "auto-round", size, bits=bits, sym=True)
+        way: dict[str, Any] = {"bits": bits, "sym": True, "iters": steps}
+        add(f"auto-round-{bits}-g{size}", f"AutoRound, {bits} bits", "outside", "auto-round", size, **way)
     for bits, size, sym in ((2, 64, False), (2, 32, False), (3, -1, True)):
         add(f"gptqmodel-{bits}-g{size}", f"GPTQModel, {bits} bits", "outside", "gptqmodel", size, bits=bits, sym=sym)
     for bits, size in ((2, 128), (2, 64), (2, 32), (3, 128)):
-        add(f"efficient-qat-{bits}-g{size}", f"EfficientQAT, {bits} bits", "trained", "efficient-qat", size, bits=bits)
+        way = {"bits": bits, "block_epochs": epochs}
+        add(f"efficient-qat-{bits}-g{size}", f"EfficientQAT, {bits} bits", "trained", "efficient-qat", size, **way)
     for bits, size in ((2, 128), (2, 64), (2, 32), (2, 16), (3, -1), (3, 128)):
-        way = {"bits": bits, "symmetric": True} | MANY_STEPS
+        way = {"bits": bits, "symmetric": True, "wat": {"epochs": epochs}}
         add(f"even-{bits}-g{size}", f"Even levels by our stages, {bits} bits", "trained", "even", size, **way)
     for size in OWN_GROUPS:
-        rows |= own_rows(f"own-g{size}", "Ours, W(1+1)", size, {"quant": {"param_bits": 4}})
+        rows |= own_rows(f"own-g{size}", "Ours, W(1+1)", size, {"quant": {"param_bits": 4}}, epochs)
     return rows
 
 
-def own_rows(key: str, label: str, size: int, how: dict[str, Any]) -> dict[str, tuple[str, Row]]:
-    """The rows of one of our formats: stage 1; stages 1 and 2 in about the time of stage 1; stages 1, 2 and 4 with as
-    many steps as the others that train; all four with 4-bit activations and KV cache. The last two from several seeds,
-    which order the texts."""
+def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) -> dict[str, tuple[str, Row]]:
+    """The rows of one of our formats: stage 1; stages 1 and 2 with the tokens once; stages 1, 2 and 4 with so many
+    epochs of stage 2; all four with 4-bit activations and KV cache. The last two from several seeds, which order the
+    texts. ``how``: the format, as changes of a run's settings."""
     shown = f"{label}, groups of {size}"
     rows = {f"{key}-1": (f"{shown}: stage 1", Row("own", "stage1", size, how))}
     rows[f"{key}-12"] = (f"{shown}: stages 1 and 2", Row("own", "stage2", size, how))
     for seed in SEEDS:
-        ways = how | MANY_STEPS | {"seed": seed}
+        ways = how | {"wat": {"epochs": epochs}, "seed": seed}
         rows[f"{key}-124-s{seed}"] = (f"{shown}: stages 1, 2 and 4", Row("own", "stages124", size, ways))
-        ways = how | MANY_STEPS | {"seed": seed, "quant": how["quant"] | {"act_group_size": 64}}
+        ways = ways | {"quant": how["quant"] | {"act_group_size": 64}}
         rows[f"{key}-1234-s{seed}"] = (f"{shown}: all stages, A4KV4", Row("own", "stage4", size, ways))
     return rows
 
@@ -217,6 +221,7 @@ def main() -> None:
     parser.add_argument("--teacher", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="embedded+wikipedia", help="to calibrate on")
     parser.add_argument("--tokens", type=int, default=8_192, help="to calibrate on")
+    parser.add_argument("--steps", type=int, default=200, help="of a block, for methods that train")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence that is calibrated on")
     parser.add_argument("--texts", default="wikitext2,c4", help="for perplexity: wikitext2, corpora, files")
     parser.add_argument("--window", type=int, default=2_048)
@@ -239,7 +244,7 @@ def main() -> None:
         task_limit=given.task_limit,
         outside=given.outside,
     )
-    rows = all_rows()
+    rows = all_rows(given.tokens, given.steps)
     if given.row:
         label, row = rows[given.row]
         compute(given.row, label, row, options, stored(given.folder, given.row, options.tokens))
