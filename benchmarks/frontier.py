@@ -143,7 +143,7 @@ def compute(key: str, label: str, row: Row, options: Options, path: Path) -> Non
     for one in found:
         inputs = "A16" if one["act_bits"] == 16 else "A4KV4"
         one |= {"key": key, "label": label, "method": row.name or "teacher", "inputs": inputs, "tokens": options.tokens}
-    about = {"row": asdict(row), "options": protocol(options), "date": date.today().isoformat()}
+    about: dict[str, Any] = {"row": asdict(row), "options": protocol(options), "date": date.today().isoformat()}
     about |= {"commit": commit(), "machine": machine(), "found": plain(found)}
     write_file(path, f"{json.dumps(about, indent=1)}\n".encode())
 

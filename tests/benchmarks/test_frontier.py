@@ -53,8 +53,6 @@ def test_rows_are_stored_and_found_again(options: Options, tmp_path: Path) -> No
         "teacher": Row("teacher", ""),
         "gptq": Row("baseline", "gptq", 16, {"bits": 3, "symmetric": True}),
         "qat": Row("trained", "efficient-qat", 16, {"bits": 2, "block_epochs": 1, "end_epochs": 1}),
-        "even": Row("trained", "even", 16, {"bits": 2, "symmetric": True, "e2e": {"seq_len": 32}}),
-        "own-s0": Row("own", "stages124", 16, {"quant": {"param_bits": 4}, "seed": 0, "e2e": {"seq_len": 32}}),
     }
     for key, row in made.items():
         path = stored(tmp_path, key, options.tokens)
@@ -65,14 +63,30 @@ def test_rows_are_stored_and_found_again(options: Options, tmp_path: Path) -> No
         assert not is_there(path, replace(row, group_size=8), options)
         assert not is_there(path, row, replace(options, limit=1))
     found = merged(tmp_path, options.tokens)
-    assert [(one["label"], one["inputs"]) for one in found if one["kind"] == "own"] == [("own-s0", "A16")]
     bits = {one["label"]: one["bits"] for one in found if one["inputs"] == "A16"}
     assert bits["gptq"] == pytest.approx(3 + 16 / 16, abs=0.1)
     assert bits["teacher"] is None
     assert all(one[options.texts[0]] > 1 for one in found)
     lines = table(found).splitlines()
-    assert len(lines) == 2 + len(found) == 2 + 9
+    assert len(lines) == 2 + len(found) == 2 + 6
     assert merged(tmp_path, 999) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("trained", "even", 16, {"bits": 2, "symmetric": True, "e2e": {"seq_len": 32}}),
+        Row("own", "stages124", 16, {"quant": {"param_bits": 4}, "seed": 0, "e2e": {"seq_len": 32}}),
+    ],
+    ids=lambda row: row.name,
+)
+@pytest.mark.soak
+def test_rows_that_train_whole_models(row: Row, options: Options, tmp_path: Path) -> None:
+    path = stored(tmp_path, "row", options.tokens)
+    compute("row", "row", row, options, path)
+    found = merged(tmp_path)
+    assert [one["inputs"] for one in found] == (["A16"] if row.kind == "own" else ["A16", "A4KV4"])
+    assert all(one[options.texts[0]] > 1 and one["bits"] > 2 for one in found)
 
 
 def test_every_row_can_be_named(tmp_path: Path) -> None:
