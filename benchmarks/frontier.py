@@ -74,7 +74,16 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
         way: dict[str, Any] = {"bits": bits, "sym": True, "iters": steps}
         add(f"auto-round-{bits}-g{size}", f"AutoRound, {bits} bits", "outside", "auto-round", size, **way)
     for bits, size, sym in ((2, 64, False), (2, 32, False), (3, -1, True)):
-        add(f"gptqmodel-{bits}-g{size}", f"GPTQModel, {bits} bits", "outside", "gptqmodel", size, bits=bits, sym=sym)
+        add(
+            f"gptqmodel-{bits}-g{size}",
+            f"GPTQModel, {bits} bits",
+            "outside",
+            "gptqmodel",
+            size,
+            bits=bits,
+            sym=sym,
+            mse=2.4,
+        )
     for bits, size in ((2, 128), (2, 64), (2, 32), (3, 128)):
         way = {"bits": bits, "block_epochs": epochs}
         add(f"efficient-qat-{bits}-g{size}", f"EfficientQAT, {bits} bits", "trained", "efficient-qat", size, **way)
