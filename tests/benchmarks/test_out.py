@@ -24,6 +24,7 @@ OTHERS = {
     "animation": "makes a picture",
     "frontier_chart": "makes a picture",
     "llama_quantize": "is called by file_sizes, in a process of its own",
+    "questions": "prints questions",
     "screenshots": "makes pictures",
     "settings_page": "renders the page of settings",
     "tables": "renders the pages of results",
