@@ -99,7 +99,7 @@ def test_every_row_can_be_named(tmp_path: Path) -> None:
     assert all_rows(131_072)["even-2-g64"][1].how["wat"] == {"epochs": 1}
 
 
-def entry(label: str, method: str, bits: float, value: float, **more: Any) -> dict[str, Any]:
+def entry(label: str, method: str, bits: float, value: float | str, **more: Any) -> dict[str, Any]:
     return {"label": label, "method": method, "key": label, "kind": "baseline", "inputs": "A16", "bits": bits} | {
         "tokens": 8_192,
         "wikitext2": value,
