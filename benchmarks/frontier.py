@@ -2,7 +2,8 @@
 
     python -m benchmarks.frontier FOLDER --outside OUTSIDE                      all rows, from 8,192 tokens
     python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows gptq,own      only rows whose keys begin so
-    python -m benchmarks.frontier FOLDER --outside OUTSIDE --tokens 131072 --rows best
+    python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows best --act-bits 16,4
+    python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows best --tokens 131072
     python -m benchmarks.frontier FOLDER --show --out docs/results/frontier.json
 
 One protocol for all rows: the same teacher, calibration tokens, windows and questions. Each row is computed in a
@@ -10,9 +11,9 @@ process of its own and stored in FOLDER as soon as it is there, so the program c
 on with the rows that are missing. A row that fails is reported and left out. ``--rows best`` takes the four best other
 methods by what is in FOLDER, and ours. ``--list`` prints the rows' keys; ``--show`` computes nothing.
 
-Each row is measured with the inputs left alone (A16) and with inputs and KV cache in plain 4 bits (A4KV4; BWA keeps its
-8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that train take the same number of
-steps, so about the same time, which is printed. Printed are the bits per weight, everything
+Rows are measured with the inputs left alone (A16), and with ``--act-bits 16,4`` also with inputs and KV cache in plain 4
+bits (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
+train take the same number of steps, so about the same time, which is printed, with the bits per weight, everything
 stored counted, in rising order. Our own rows are means over three seeds, with the least and the greatest beside them.
 The options of each row are below; OUTSIDE is the environment that ``benchmarks.quality`` describes.
 """
@@ -73,17 +74,10 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
     for bits, size in ((2, 128), (2, 64), (2, 32), (2, 16), (3, -1), (3, 128)):
         way: dict[str, Any] = {"bits": bits, "sym": True, "iters": steps}
         add(f"auto-round-{bits}-g{size}", f"AutoRound, {bits} bits", "outside", "auto-round", size, **way)
-    for bits, size, sym in ((2, 64, False), (2, 32, False), (3, -1, True)):
-        add(
-            f"gptqmodel-{bits}-g{size}",
-            f"GPTQModel, {bits} bits",
-            "outside",
-            "gptqmodel",
-            size,
-            bits=bits,
-            sym=sym,
-            mse=2.4,
-        )
+    for size in (64, 32):
+        add(f"gptqmodel-2-g{size}", "GPTQModel, 2 bits", "outside", "gptqmodel", size, bits=2, sym=False, mse=2.4)
+    way = {"bits": 3, "sym": True, "mse": 2.4, "desc_act": True, "act_group_aware": False}
+    add("gptqmodel-3-g-1", "GPTQModel, 3 bits", "outside", "gptqmodel", -1, **way)
     for bits, size in ((2, 128), (2, 64), (2, 32), (3, 128)):
         way = {"bits": bits, "block_epochs": epochs}
         add(f"efficient-qat-{bits}-g{size}", f"EfficientQAT, {bits} bits", "trained", "efficient-qat", size, **way)
@@ -132,11 +126,13 @@ def stored(folder: Path, key: str, tokens: int) -> Path:
 
 
 def is_there(path: Path, row: Row, options: Options) -> bool:
-    """Whether the row was measured with these settings."""
+    """Whether the row was measured with these settings, and with all bits of inputs that are asked for."""
     if not path.is_file():
         return False
-    found = json.loads(path.read_bytes())
-    return bool(found["row"] == asdict(row) and found["options"] == protocol(options))
+    found, wanted = json.loads(path.read_bytes()), protocol(options)
+    bits, asked = set(found["options"].pop("act_bits")), set(wanted.pop("act_bits"))
+    enough = row.kind == "own" or asked <= bits
+    return bool(enough and found["row"] == asdict(row) and found["options"] == wanted)
 
 
 def protocol(options: Options) -> dict[str, Any]:
@@ -235,7 +231,7 @@ def main() -> None:
     parser.add_argument("--texts", default="wikitext2,c4", help="for perplexity: wikitext2, corpora, files")
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, default=10, help="windows of each text")
-    parser.add_argument("--act-bits", default="16,4", choices=("16", "16,4"), help="of the inputs")
+    parser.add_argument("--act-bits", default="16", choices=("16", "16,4"), help="of the inputs")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, paper, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task, drawn at random; all by default")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -85,15 +85,14 @@ def auto_round(folder: Path, blocks: str, how: dict[str, Any]) -> float:
 
 def gptq(folder: Path, blocks: str, how: dict[str, Any]) -> float:
     """GPTQ (Frantar et al. 2023) as GPTQModel does it on the given tokens, with its own order of columns inside groups
-    (``act_group_aware``); saves the model."""
+    (``act_group_aware``), which whole rows can't have; saves the model."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it sets itself one and wants two
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     tokens = load_file(folder / "tokens.safetensors")["input_ids"]
     samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.split(1)]
     # In its first format zero points lie one lower than they mean, and what is in memory is read as it lies.
-    form = {"format": "gptq_v2", "offload_to_disk": False, "desc_act": False}
-    config = QuantizeConfig(**form, **how)
+    config = QuantizeConfig(**({"format": "gptq_v2", "offload_to_disk": False, "desc_act": False} | how))
     found = GPTQModel.load(str(folder / "teacher"), config, device="cpu", dtype=torch.float32)
     found.quantize(samples, batch_size=1, backend=BACKEND.TORCH)
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)

@@ -62,6 +62,8 @@ def test_rows_are_stored_and_found_again(options: Options, tmp_path: Path) -> No
         assert is_there(path, row, replace(options, outside="elsewhere"))
         assert not is_there(path, replace(row, group_size=8), options)
         assert not is_there(path, row, replace(options, limit=1))
+        assert is_there(path, row, replace(options, act_bits=(16,)))
+        assert not is_there(path, row, replace(options, act_bits=(8,)))
     found = merged(tmp_path, options.tokens)
     bits = {one["label"]: one["bits"] for one in found if one["inputs"] == "A16"}
     assert bits["gptq"] == pytest.approx(3 + 16 / 16, abs=0.1)
