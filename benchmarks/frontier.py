@@ -11,8 +11,8 @@ process of its own and stored in FOLDER as soon as it is there, so the program c
 on with the rows that are missing. A row that fails is reported and left out. ``--rows best`` takes the four best other
 methods by what is in FOLDER, and ours. ``--list`` prints the rows' keys; ``--show`` computes nothing.
 
-Rows are measured with the inputs left alone (A16), and with ``--act-bits 16,4`` also with inputs and KV cache in plain 4
-bits (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
+Rows are measured with the inputs left alone (A16), and with ``--act-bits 16,4`` also with inputs and KV cache in plain
+4 bits (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
 train take the same number of steps, so about the same time, which is printed, with the bits per weight, everything
 stored counted, in rising order. Our own rows are means over three seeds, with the least and the greatest beside them.
 The options of each row are below; OUTSIDE is the environment that ``benchmarks.quality`` describes.
