@@ -12,7 +12,7 @@ on with the rows that are missing. A row that fails is reported and left out. ``
 methods by what is in FOLDER, and ours. ``--list`` prints the rows' keys; ``--show`` computes nothing.
 
 Rows are measured with the inputs left alone (A16), and with ``--act-bits 16,4`` also with inputs and KV cache in plain
-4 bits (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
+4 bits, with ranges of 64 inputs as ours have them (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
 train take the same number of steps, so about the same time, which is printed, with the bits per weight, everything
 stored counted, in rising order. Our own rows are means over three seeds, with the least and the greatest beside them.
 The options of each row are below; OUTSIDE is the environment that ``benchmarks.quality`` describes.
@@ -39,6 +39,7 @@ from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError
 from lbllm.files import write_file
 from lbllm.measure.zero_shot import task_names
+from lbllm.sections import ACT_GROUP_SIZE
 
 SEEDS = (0, 1, 2)
 BEST = 4  # other methods that --rows best takes
@@ -99,7 +100,7 @@ def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) 
     for seed in SEEDS:
         ways = how | {"wat": {"epochs": epochs}, "seed": seed}
         rows[f"{key}-124-s{seed}"] = (f"{shown}: stages 1, 2 and 4", Row("own", "stages124", size, ways))
-        ways = ways | {"quant": how["quant"] | {"act_group_size": 64}}
+        ways = ways | {"quant": how["quant"] | {"act_group_size": ACT_GROUP_SIZE}}
         rows[f"{key}-1234-s{seed}"] = (f"{shown}: all stages, A4KV4", Row("own", "stage4", size, ways))
     return rows
 
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--limit", type=int, default=10, help="windows of each text")
     parser.add_argument("--act-bits", default="16", choices=("16", "16,4"), help="of the inputs")
+    parser.add_argument("--act-group-size", type=int, default=ACT_GROUP_SIZE, help="inputs that share a 4-bit range")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, paper, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task, drawn at random; all by default")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -242,7 +244,7 @@ def main() -> None:
         damping=0.01,
         texts=tuple(given.texts.split(",")),
         act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),
-        act_group_size=-1,
+        act_group_size=given.act_group_size,
         kv_bits=kv_bits,
         param_bits=16,
         tasks=tuple(task_names(given.tasks)) if given.tasks else (),
