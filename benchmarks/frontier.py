@@ -12,9 +12,9 @@ on with the rows that are missing. A row that fails is reported and left out. ``
 methods by what is in FOLDER, and ours. ``--list`` prints the rows' keys; ``--show`` computes nothing.
 
 Rows are measured with the inputs left alone (A16), and with ``--act-bits 16,4`` also with inputs and KV cache in plain
-4 bits, with ranges of 64 inputs as ours have them (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows have a mode each, their own. Methods that
-train take the same number of steps, so about the same time, which is printed, with the bits per weight, everything
-stored counted, in rising order. Our own rows are means over three seeds, with the least and the greatest beside them.
+4 bits, with ranges of 64 inputs as ours have them (A4KV4; BWA keeps its 8-bit channels' inputs in 8 bits). Our own rows
+have a mode each, their own. Methods that train take the same number of steps, so about the same time, which is printed.
+Bits count everything stored. Our own rows are means over three seeds, with the least and the greatest beside them.
 The options of each row are below; OUTSIDE is the environment that ``benchmarks.quality`` describes.
 """
 
