@@ -21,9 +21,9 @@ from lbllm.sections import E2eConfig, WatConfig
 from tests.baselines.test_methods import hessian_of, normal
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
-SEQUENCES = torch.randint(3, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
-WAT = WatConfig(epochs=4, batch_tokens=64)
-E2E = E2eConfig(seq_len=32, batch_tokens=64, epochs=2)
+SEQUENCES = torch.randint(3, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(0))
+WAT = WatConfig(epochs=4, batch_tokens=48)
+E2E = E2eConfig(seq_len=24, batch_tokens=48, epochs=2)
 
 
 def linear(rows: int, columns: int) -> nn.Linear:
@@ -104,7 +104,7 @@ def check_layers(model: PreTrainedModel, settings: Settings, stored: StoredLayer
             weight = linear_weight(layer)
             rows, columns = weight.shape
             for group in weight.split(settings.group_size, 1):
-                for row in group:
+                for row in group[:: max(1, rows // 3)]:
                     levels = row.unique()
                     assert len(levels) <= 2**settings.bits
                     steps = levels.diff() / levels.diff().min() if len(levels) > 1 else levels[:0]
@@ -144,10 +144,10 @@ def test_uniform_layers_have_the_papers_weight_and_gradients() -> None:
     assert uniform.zero.grad is None
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.soak)])
 def test_both_phases_of_efficient_qat_lower_what_they_train_for(architecture: str) -> None:
     teacher, _ = tiny(architecture)
-    settings, training = Settings(16, 2), Training(4, 64, end_tokens=64, end_seq_len=32, end_epochs=4)
+    settings, training = Settings(16, 2), Training(4, 48, end_tokens=48, end_seq_len=24, end_epochs=4)
     first, stored = efficient_qat(teacher, SEQUENCES, settings, replace(training, end_epochs=0), seed=0)
     both, _ = efficient_qat(teacher, SEQUENCES, settings, training, seed=0)
     rounded, _ = tiny(architecture)
@@ -160,7 +160,7 @@ def test_both_phases_of_efficient_qat_lower_what_they_train_for(architecture: st
 
 def test_nothing_else_of_the_model_changes() -> None:
     teacher, _ = tiny("llama")
-    found, _ = efficient_qat(teacher, SEQUENCES, Settings(16, 3), Training(1, 64, end_epochs=0), seed=0)
+    found, _ = efficient_qat(teacher, SEQUENCES, Settings(16, 3), Training(1, 96, end_epochs=0), seed=0)
     path, blocks = decoder_blocks(teacher)
     inside = {f"{path}.{n}.{name}.weight" for n, block in enumerate(blocks) for name in linear_layers(block)}
     others: dict[str, Tensor] = {k: v for k, v in found.state_dict().items() if k not in inside}
