@@ -40,6 +40,7 @@ from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.run import run
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_layer import PackedLinear, named_groups
 from lbllm.sections import PAPER_STAGES, E2eConfig, Stage, WatConfig
 from lbllm.texts.catalogue import parts
@@ -119,7 +120,7 @@ def measure(row: Row, options: Options, report: Callable[[str], None]) -> list[d
         rows.append({"label": made.label, "kind": row.kind, "act_bits": act_bits, "bits": made.bpw})
         if act_bits < made.act_bits:
             quantize_inputs(made.model, act_bits, options.act_group_size, made.wide)
-            attach_kv_cache(made.model, options.kv_bits)
+            attach_kv_cache(made.model, KVFormat(options.kv_bits))
         for text in options.texts:
             report(f"perplexity on {text}{suffix(act_bits)}")
             rows[-1][text] = perplexity(made.model, windows(text, made.tokenizer, options)).perplexity
