@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from lbllm.errors import ConfigError
 from lbllm.json_input import LARGEST, check_depth, decode_object, shortened, shown
 from lbllm.presets import ABOUT, PRESETS
+from lbllm.section import Section
 from lbllm.sections import (
     ACTIVATION_BITS,
     ACTIVATION_SETTINGS,
@@ -30,7 +31,6 @@ from lbllm.sections import (
     Origin,
     PtqConfig,
     QuantConfig,
-    Section,
     Stage,
     StreamDtype,
     WatConfig,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import fnmatch
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field
+
+from lbllm.section import Section
 
 WHOLE_ROW = -1
 LARGEST_KV_GROUP = 4_096  # tokens; that many stay in 16 bits until their group is whole
@@ -27,6 +29,7 @@ Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
 EmbeddingBits = Literal[4, 6, 8, 16]
 BlockLoss = Literal["relative", "mse"]
+InputStreams = Literal["student", "both"]
 StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
 Origin = (
@@ -53,26 +56,9 @@ def _no_empty_group(value: int) -> int:
     return value
 
 
-LARGEST_INTEGER = 10**12  # of any setting
 MOST_EPOCHS = 10_000
-MOST_PATTERNS = 1_000  # of a setting
 LayerPattern = Annotated[str, Field(max_length=300)]
 GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_no_empty_group)]
-
-
-class Section(BaseModel):
-    # JSON has no infinity: settings with one could be written, but not read again.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _within_reason(cls, value: object) -> object:
-        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-            raise ValueError(f"no run can use more than {LARGEST_INTEGER:,}")
-        if isinstance(value, list | tuple | dict) and len(value) > MOST_PATTERNS:
-            # Before each of them is checked, which takes time; and every layer would be compared with each of them.
-            raise ValueError(f"{len(value):,} entries; at most {MOST_PATTERNS:,} are allowed")
-        return value
 
 
 class LayerOverride(Section):
@@ -298,6 +284,12 @@ class WatConfig(Section):
         description="relative: each token's squared error, divided by the larger squared norm of output and target. "
         "mse: the mean squared error, as in the paper.",
     )
+    streams: InputStreams = Field(
+        "student",
+        title="Input streams",
+        description="student: a block trains on what comes through the binarized blocks before it. both: also on what "
+        "comes through the teacher's blocks, in the same step (Lillama); this takes twice the time.",
+    )
     grad_clip: float = Field(0.3, gt=0, title="Gradient clip", description="Largest norm of a step's gradient.")
 
 
@@ -389,6 +381,13 @@ class E2eConfig(Section):
         ge=0,
         title="Feature loss weight",
         description="Weight of the difference between the blocks' outputs of student and teacher in the loss.",
+    )
+    gram_weight: float = Field(
+        0.0,
+        ge=0,
+        title="Token similarity loss weight",
+        description="Weight of the difference between student and teacher in how similar the tokens of a text are to "
+        "each other, after each block (MedAlign).",
     )
     start_share: float = Field(
         0.0,

@@ -94,6 +94,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
     stage_name("wat"): (
         Setting("wat.epochs", step=_COUNT),
         Setting("wat.batch_tokens", step=_TOKENS),
+        Setting("wat.streams"),
         Setting("wat.bitmap"),
         Setting("wat.lr_weight", step=_RATE),
         Setting("wat.lr_levels", step=_RATE),
@@ -113,6 +114,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.seq_len", step=_TOKENS),
         Setting("e2e.loss", menu=True),
         Setting("e2e.feature_weight", step=_RATE),
+        Setting("e2e.gram_weight", step=_RATE),
         Setting("e2e.start_share", step=0.05),
         Setting("e2e.lr_weight", step=_RATE),
         Setting("e2e.lr_levels", step=_RATE),

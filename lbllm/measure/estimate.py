@@ -254,11 +254,12 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLaye
     weights = sum(layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
     head_weights = _head_weights(model)
+    inputs = 2 if config.wat.streams == "both" else 1
     search = 2 * len(CLIPS) * len(KNEES) * config.aar.search_tokens
     probes = {stage: PROBE_TOKEN * min(PROBE_TOKENS, getattr(config, stage).tokens) for stage in config.stages}
     flops: dict[Stage, float] = {
         "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
-        "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs) * config.wat.tokens * weights,
+        "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs * inputs) * config.wat.tokens * weights,
         "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
         # A forward pass of both models and a backward pass of the student; the output head has no trained weights.
         "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + 6 * head_weights),

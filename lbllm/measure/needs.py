@@ -245,7 +245,8 @@ def _training(
     stream: int,
 ) -> _Moment:
     """Stages 2 and 3 on a block."""
-    batch = max(config.seq_len, getattr(config, stage).batch_tokens)
+    both = stage == "wat" and config.wat.streams == "both"
+    batch = max(config.seq_len, getattr(config, stage).batch_tokens) * (1 + both)
     number = product_bytes(config)
     kept = (TRAIN_FEATURE[0] + TRAIN_FEATURE[1] * number // 2) * features * batch
     if stage == "aar":
@@ -261,7 +262,7 @@ def _training(
     largest = LAYER_WEIGHT * max(layer.weights for block in blocks.values() for layer in block)
     return _Moment(
         {"activations of a batch": kept, "block in training": training + (largest if stage == "wat" else 0)},
-        streams=2 * stream,
+        streams=(2 + both) * stream,
     )
 
 

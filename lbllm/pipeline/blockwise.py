@@ -55,11 +55,16 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     cache = training_cache(KVFormat.of(run.config.quant)) if stage == "aar" else None
     targets = _first_stream(run, sequences)
     inputs = run.streams.empty(*targets.shape).copy_(targets)
+    both = stage == "wat" and run.config.wat.streams == "both"
+    entered = run.streams.empty(*targets.shape) if both else None
     beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
     for number in range(run.blocks):
         run.check()
         state, student = run.store.load(stage, number), None
+        if entered is not None and state is None:
+            entered.copy_(targets)
         taught = _teach(run, stage, number, targets, share, beside, done=state is not None)
+        taught.entered = entered
         if state is None:
             block_began = time.perf_counter()
             yield BlockStarted(stage=stage, block=number)
@@ -92,13 +97,15 @@ class _Taught:
     """What the teacher's block shows on its stream, which has this rank's ``share`` of the sequences.
 
     ``sharing``: its layers grouped by input. ``meant``: for stage 1, the inputs (tokens, in) of the first layer of each
-    group, by batch. ``held_out``: held-out tokens before and after the block.
+    group, by batch. ``held_out``: held-out tokens before and after the block. ``entered``: for stage 2 on both streams,
+    what entered the teacher's block (n, T, hidden).
     """
 
     sharing: list[list[str]]
     meant: dict[str, list[Tensor]]
     held_out: HeldOut | None
     share: Share
+    entered: Tensor | None = None
 
 
 def _teach(
@@ -265,6 +272,7 @@ def _train(
             autocast=run.autocast,
             held_out=taught.held_out,
             share=taught.share,
+            teacher_inputs=taught.entered,
         )
         del latents
     else:

@@ -52,6 +52,10 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["stream_dtype"]
     if config.aar.loss == "relative":
         del document["aar"]["loss"]
+    if config.wat.streams == "student":
+        del document["wat"]["streams"]
+    if config.e2e.gram_weight == 0:
+        del document["e2e"]["gram_weight"]
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

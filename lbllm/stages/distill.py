@@ -127,13 +127,16 @@ def distill(
     cache: Any = None,
     held_out: HeldOut | None = None,
     share: Share | None = None,
+    teacher_inputs: Tensor | None = None,
 ) -> Iterator[Step]:
     """Train a block on inputs and targets (n, T, hidden); yields each step. Of several ranks, each has its ``share`` of
     the stage's sequences, and a step is that of one process with all of them.
 
     ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
-    them, at the rate ``lr_act``. ``cache`` replaces the block's KV cache. Some steps also measure the loss on
-    ``held_out``. If the loss of a step is not finite, the step is yielded but not applied, and the training ends.
+    them, at the rate ``lr_act``. ``cache`` replaces the block's KV cache. With ``teacher_inputs`` (n, T, hidden) every
+    step trains on a second stream, too: the same sequences as they enter the teacher's block, with the same targets.
+    Some steps also measure the loss on ``held_out``. If the loss of a step is not finite, the step is yielded but not
+    applied, and the training ends.
     """
     if not groups:
         return  # a block that stays dense has nothing to train
@@ -161,9 +164,12 @@ def distill(
         if len(mine):
             for layer, dtype in zip(layers, dtypes, strict=True):
                 layer.expand_dense(dtype)
+            seen, wanted = inputs[mine], targets[mine]
+            if teacher_inputs is not None:
+                seen, wanted = torch.cat([seen, teacher_inputs[mine]]), torch.cat([wanted, wanted])
             with autocast():
-                output = run_block(block, entering(inputs[mine], device), call, cache)
-            loss = token_error(output, entering(targets[mine], device), loss_kind) * (len(mine) / len(rows))
+                output = run_block(block, entering(seen, device), call, cache)
+            loss = token_error(output, entering(wanted, device), loss_kind) * (len(mine) / len(rows))
             loss.backward()
         # From here to the clip, the gradients of the loss are in ``layer.gradient`` and ``quantizer.act.grad``; those
         # of all other parameters follow from them.

@@ -31,7 +31,7 @@ from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
 from lbllm.stages.distill import Step, batch_order, cosine, product_dtype, quantizers_of
-from lbllm.stages.losses import LOSSES, feature_error
+from lbllm.stages.losses import LOSSES, feature_error, gram_error
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam first has to estimate the size of the gradients
 
@@ -122,10 +122,7 @@ class EndToEnd:
                     if layer.dense.grad is not None:  # else this rank had no sequence
                         layer.weight().backward(layer.dense.grad.to(layer.params.dtype))
                 ranks.sum_(*ranks.gradients(self.parameters))
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-                self.optimizer.step()
-                for quantizer in self.quantizers:
-                    quantizer.bound()
+                self.update()
             self._drop()
             self.step += 1
             speed = rows.numel() * self.sequences.shape[1] / (time.perf_counter() - began)
@@ -136,6 +133,13 @@ class EndToEnd:
             with torch.no_grad():
                 for parameter, start in zip(self.parameters, self.start_values, strict=True):
                     parameter.lerp_(start, self.config.start_share)
+
+    def update(self) -> None:
+        """Clip the gradients of the step, then step and bound all parameters."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.optimizer.step()
+        for quantizer in self.quantizers:
+            quantizer.bound()
 
     def freeze(self) -> None:
         """End the training: fix the bits and round the group parameters to the values that a checkpoint stores."""
@@ -164,17 +168,25 @@ class EndToEnd:
 
     def _next_token_loss(self, sequence: Tensor) -> Tensor:
         """Return the loss of one sequence of token ids (1, T), averaged over its T - 1 predictions."""
-        features, ids = self.config.feature_weight > 0, sequence[:, :-1]
+        ids = sequence[:, :-1]
+        features = self.config.feature_weight > 0 or self.config.gram_weight > 0
         options: dict[str, Any] = {"use_cache": False, "output_hidden_states": features}
         caches = [{"past_key_values": passing_cache()} if self.takes_cache else {} for _ in range(2)]
         with self.autocast():
             with torch.no_grad():
                 teacher = self.teacher(input_ids=ids, **options, **caches[0])
             student = self.student(input_ids=ids, **options, **caches[1])
-        loss = LOSSES[self.config.loss](student.logits[0], teacher.logits[0], sequence[0, 1:])
-        if features:  # the first hidden states are the embeddings
+        return self.compare(student, teacher, sequence[0, 1:])
+
+    def compare(self, student: Any, teacher: Any, tokens: Tensor) -> Tensor:
+        """Return the loss of both models' outputs for a sequence whose next tokens are ``tokens`` (T - 1,)."""
+        loss = LOSSES[self.config.loss](student.logits[0], teacher.logits[0], tokens)
+        # The first hidden states are the embeddings.
+        if self.config.feature_weight > 0:
             error = feature_error(student.hidden_states[1:], teacher.hidden_states[1:])
             loss = loss + self.config.feature_weight * error
+        if self.config.gram_weight > 0:
+            loss = loss + self.config.gram_weight * gram_error(student.hidden_states[1:], teacher.hidden_states[1:])
         return loss
 
     def _expand(self) -> None:

@@ -10,7 +10,8 @@ is zero if the student has the teacher's distribution, and differentiable in the
 - ``concrete_score``: logit differences of all pairs of the vocabulary (Concrete Score Distillation, Kim et al. 2026).
 
 ``feature_error`` compares the outputs of blocks instead of logits. It selects the blocks again at each call
-(EdgeRazor's idea).
+(EdgeRazor's idea). ``gram_error`` compares how similar the tokens of a text are to each other in both models
+(MedAlign).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lbllm import kernels
 from lbllm.sections import LogitLoss
@@ -107,6 +109,20 @@ def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
     errors = torch.stack([token_error(output, target) for output, target in zip(student, teacher, strict=True)])
     growth = errors.detach().diff(prepend=errors.new_zeros(1))
     return errors[growth.topk(-(-len(errors) // 4)).indices].mean()
+
+
+def gram_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return the mean squared difference between both models' Gram matrices, which hold the cosine similarities of all
+    pairs of a text's tokens: a scalar, the mean over all blocks (MedAlign's feature loss).
+
+    ``student`` and ``teacher``: the outputs (..., T, hidden) of all blocks in order. Outputs that are turned or scaled
+    as a whole have no error.
+    """
+    errors = []
+    for output, target in zip(student, teacher, strict=True):
+        ours, theirs = (functional.normalize(one.float(), dim=-1) for one in (output, target))
+        errors.append((ours @ ours.mT - theirs @ theirs.mT).square().mean())
+    return torch.stack(errors).mean()
 
 
 def _mixture(student: Tensor, teacher: Tensor, tokens: Tensor, gamma: Tensor) -> Tensor:

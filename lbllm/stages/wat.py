@@ -48,11 +48,13 @@ def wat_block(
     autocast: Any,
     held_out: HeldOut | None = None,
     share: Share | None = None,
+    teacher_inputs: Tensor | None = None,
 ) -> Iterator[Step]:
     """Run stage 2 on a block of frozen ``BinaryLinear`` layers; yields each training step.
 
-    ``inputs`` and ``targets`` are (n, T, hidden); ``latents`` are stage 1's weights (out, in) by layer name, of any
-    float type. When the iterator ends, the layers are frozen again, with the new bits and levels.
+    ``inputs`` and ``targets`` are (n, T, hidden), and so are ``teacher_inputs``, a second stream to train on as in
+    ``distill`` (Lillama, Sy et al. 2024). ``latents`` are stage 1's weights (out, in) by layer name, of any float type.
+    When the iterator ends, the layers are frozen again, with the new bits and levels.
     """
     layers = binary_layers(block)
     groups = thaw_layers(layers, latents, config)
@@ -69,6 +71,7 @@ def wat_block(
         autocast=autocast,
         held_out=held_out,
         share=share,
+        teacher_inputs=teacher_inputs,
     )
     for layer in layers.values():
         layer.freeze()

@@ -174,6 +174,8 @@ def test_hidden_states_lie_on_disk_where_memory_is_short(tmp_path: Path, monkeyp
     assert states not in ample.disk
     assert short.disk[states] == 2 * 3_000_000 * 48 * getattr(torch, config.stream_dtype).itemsize
     assert sum(short.memory.values()) < sum(ample.memory.values())
+    both = config.model_copy(update={"wat": config.wat.model_copy(update={"streams": "both"})})
+    assert estimate(both, rate=1e9).needs.disk[states] == 3 * short.disk[states] // 2
     # Stage 1 keeps the inputs of layers there, too, in bfloat16: of q, k, v; of o; of gate and up; of down.
     first = config.model_copy(update={"stages": ("ptq",), "stream_dtype": "float32"})
     monkeypatch.setattr("lbllm.measure.needs.free_memory", lambda device: 0)

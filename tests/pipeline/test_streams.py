@@ -116,3 +116,22 @@ def test_a_disk_without_space_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ResourceError, match=r"hidden states of all tokens, 0\.0 GB \(No space left"):
         Streams(torch.float32, tmp_path).empty(10, 10)
     assert not list(tmp_path.iterdir())
+
+
+def test_stage_2_on_both_streams_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Into the first block both streams bring the same, into the second they don't."""
+    states = {}
+    for kind in ("student", "both"):
+        settings = run_config(stages=["ptq", "wat"], wat={"streams": kind})
+        run_tiny(settings, tmp_path / kind, tiny_teacher("llama"))
+        states[kind] = [load_file(tmp_path / kind / "blocks" / f"wat-{number:04d}.safetensors") for number in (0, 1)]
+    for number in (0, 1):
+        one, other = (states[kind][number] for kind in ("student", "both"))
+        close = all(torch.allclose(one[name], other[name], atol=1e-4) for name in one if name.endswith(".params"))
+        assert close == (number == 0)
+    settings = run_config(stages=["ptq", "wat"], wat={"streams": "both"})
+    file = tmp_path / "both" / "blocks" / "wat-0001.safetensors"
+    file.unlink()
+    run_tiny(settings, tmp_path / "both", tiny_teacher("llama"))
+    again = load_file(file)
+    assert all(torch.equal(again[name], tensor) for name, tensor in states["both"][1].items())

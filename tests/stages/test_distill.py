@@ -254,3 +254,42 @@ def test_a_step_without_a_finite_loss_leaves_no_gradient() -> None:
     assert math.isnan(step.loss)
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters(block).items())
     assert all(layer.gradient is None for layer in binary_layers(block).values())
+
+
+def test_a_second_stream_is_in_every_step() -> None:
+    """As one process with both streams one after the other, which takes both parts of a sequence in the same step."""
+    ends = []
+    for both in (False, True):
+        block, (inputs, targets) = Block(layer_format("w1+1", 16, 16)), streams()
+        others = inputs + 0.1 * torch.randn(inputs.shape, generator=random(7))
+        groups = prepared(block, "coupled")
+        options: dict[str, Any] = {"loss_kind": "relative", "seed": 0, "autocast": nullcontext}
+        if both:
+            steps = distill(block, {}, inputs, targets, groups, WAT, teacher_inputs=others, **options)
+            losses = [step.loss for step in steps]
+        else:
+            losses = _on_both(block, inputs, others, targets, groups)
+        ends.append((losses, parameters(block)))
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-5)
+    for name, expected in ends[0][1].items():
+        torch.testing.assert_close(ends[1][1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def _on_both(
+    block: Block, inputs: Tensor, others: Tensor, targets: Tensor, groups: list[dict[str, Any]]
+) -> list[float]:
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
+    rates, shown = [group["lr"] for group in groups], []
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    order = batch_order(len(inputs), max(1, WAT.batch_tokens // inputs.shape[1]), WAT.epochs, 0)
+    for step, rows in enumerate(order):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * cosine(step, len(order))
+        losses = [token_error(block(one[rows]), targets[rows]) for one in (inputs, others)]
+        loss = (losses[0] + losses[1]) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, WAT.grad_clip)
+        optimizer.step()
+        shown.append(float(loss.detach()))
+    return shown

@@ -31,7 +31,7 @@ from lbllm.stages.block_state import BlockState, restore
 from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.e2e import EndToEnd
-from lbllm.stages.losses import feature_error
+from lbllm.stages.losses import feature_error, gram_error
 from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_runs import bfloat_teacher, run_config, run_tiny, token_ids
 
@@ -172,15 +172,18 @@ def test_training_of_latent_weights_goes_on_where_it_was_stopped(
     assert hashes(tmp_path / "checkpoint") != hashes(whole[0] / "checkpoint")
 
 
-@pytest.mark.parametrize("weight", [0.5, 2.0])
-def test_features_are_part_of_the_loss(weight: float, whole: tuple[Path, list[Event]], teacher: Teacher) -> None:
+@pytest.mark.parametrize(("name", "weight"), [("feature_weight", 0.5), ("gram_weight", 2.0)])
+def test_features_are_part_of_the_loss(
+    name: str, weight: float, whole: tuple[Path, list[Event]], teacher: Teacher
+) -> None:
     layers, student = trained_student(whole[0], teacher)
     rates = config().e2e
     sequences = token_ids(2)
     plain, both = (
         EndToEnd(student, teacher.model, layers, sequences, settings, seed=0, autocast=nullcontext).loss(sequences)
-        for settings in (rates, rates.model_copy(update={"feature_weight": weight}))
+        for settings in (rates, rates.model_copy(update={name: weight}))
     )
+    error = feature_error if name == "feature_weight" else gram_error
     outputs: list[list[Tensor]] = []
     with torch.no_grad():
         for model in (student, teacher.model):
@@ -195,7 +198,7 @@ def test_features_are_part_of_the_loss(weight: float, whole: tuple[Path, list[Ev
                 hook.remove()
             outputs.append(kept)
     blocks = len(outputs[0]) // 2
-    errors = [feature_error(outputs[0][at : at + blocks], outputs[1][at : at + blocks]) for at in (0, blocks)]
+    errors = [error(outputs[0][at : at + blocks], outputs[1][at : at + blocks]) for at in (0, blocks)]
     assert both - plain == pytest.approx(weight * float(sum(errors)) / 2, rel=1e-3)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.sections import LogitLoss
-from lbllm.stages.losses import LOSSES, feature_error
+from lbllm.stages.losses import LOSSES, feature_error, gram_error
 from tests.helpers.cases import cases
 
 
@@ -120,3 +120,30 @@ def test_features_are_compared_where_their_error_grows_most(blocks: int, tokens:
     wanted = np.mean([errors[block] for block in chosen])
     found = feature_error(list(torch.from_numpy(student)), list(torch.from_numpy(meant)))
     assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), st.integers(0, 2**32))
+@cases(40)
+def test_the_gram_error_compares_the_cosines_of_all_pairs_of_tokens(
+    blocks: int, tokens: int, hidden: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    student, meant = random.standard_normal((2, blocks, tokens, hidden))
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return float(one @ other / np.sqrt(one @ one) / np.sqrt(other @ other))
+
+    pairs = [(block, x, y) for block in range(blocks) for x in range(tokens) for y in range(tokens)]
+    gaps = [cosine(student[b, x], student[b, y]) - cosine(meant[b, x], meant[b, y]) for b, x, y in pairs]
+    found = gram_error(list(torch.from_numpy(student)[:, None]), list(torch.from_numpy(meant)[:, None]))
+    assert float(found) == pytest.approx(np.mean(np.square(gaps)), rel=1e-4, abs=1e-7)
+
+
+def test_the_gram_error_has_a_gradient_where_a_token_is_zero() -> None:
+    student = torch.zeros(1, 3, 4)
+    student[0, 1:] = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    gram_error([student], [torch.ones(1, 3, 4)]).backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert float(student.grad.abs().sum()) > 0
