@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from lbllm.texts.sources import hub_dataset
 BATCH = 8  # choices per batch if they go through the model one by one
 TRIED = 5  # questions to test whether all choices of a question can go through at once
 TOLERANCE = 1e-2  # largest difference in log-likelihood between the two ways
+QUESTIONS_SEED = 0
 LONGEST = 2_048  # tokens of a question with its answer; longer ones lose their beginning
 
 Progress = Callable[[int, int], None]
@@ -89,11 +91,14 @@ def zero_shot(
     names: Sequence[str],
     *,
     limit: int | None = None,
+    seed: int = QUESTIONS_SEED,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_samples: Callable[[str, list[dict[str, Any]]], None] | None = None,
 ) -> Iterator[Score]:
-    """Yield the score in each task, on all questions or the first ``limit``.
+    """Yield the score in each task, on all questions or on ``limit`` of them, drawn at random with ``seed``.
 
-    ``on_progress(task, done, total)`` counts choices. Raises CorpusError if the questions are not available.
+    ``on_progress(task, done, total)`` counts choices. ``on_samples(task, samples)`` gets what lm-eval logs of each
+    question. Raises CorpusError if the questions are not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with extra("eval", "zero-shot evaluation"):
@@ -108,14 +113,16 @@ def zero_shot(
         with float32_products(), _no_bars():
             found = simple_evaluate(
                 model=judge,
-                tasks=[_configured(name, manager, limit)],
+                tasks=[_configured(name, manager, limit, seed)],
                 num_fewshot=0,
                 bootstrap_iters=2,  # a mean's standard error has a formula, but 0 omits it as well
-                log_samples=False,
+                log_samples=on_samples is not None,
                 task_manager=manager,
             )
         result = found["results"][name]
         metric = "acc_norm" if "acc_norm,none" in result else "acc"
+        if on_samples is not None:
+            on_samples(name, found["samples"][name])
         yield Score(
             task=name,
             accuracy=result[f"{metric},none"],
@@ -134,16 +141,21 @@ def _manager(name: str) -> Any:
     return tasks.TaskManager(include_path=folder, include_defaults=False)
 
 
-def _configured(name: str, manager: Any, limit: int | None) -> Any:
-    """The task as lm-eval's YAML file defines it, on all its questions or the first ``limit``. Raises CorpusError."""
+def drawn(name: str, total: int, limit: int, seed: int) -> list[int]:
+    """The ascending numbers of ``limit`` of a task's ``total`` questions, drawn at random; the same for every model."""
+    return sorted(random.Random(f"{seed} {name}").sample(range(total), limit))
+
+
+def _configured(name: str, manager: Any, limit: int | None, seed: int) -> Any:
+    """The task as lm-eval's YAML file defines it, on all its questions or on ``limit`` of them. Raises CorpusError."""
     import datasets
 
     config = manager.task_index[name].cfg
     split = config.get("test_split") or config["validation_split"]
     found = _questions(name, config["dataset_path"], config.get("dataset_name"), split)
-    if limit is not None:
-        # Here, not in lm-eval: lm-eval edits all questions of HellaSwag five times before it takes the first ones.
-        found = found.select(range(min(limit, len(found))))
+    if limit is not None and limit < len(found):
+        # Here, not in lm-eval: lm-eval edits all questions of HellaSwag five times before it takes some of them.
+        found = found.select(drawn(name, len(found), limit, seed))
     member = {
         "task": name,
         "custom_dataset": lambda **_: datasets.DatasetDict({split: found}),
