@@ -46,7 +46,9 @@ COMMANDS = (
     "ui",
     "showcase",
 )
-CALL = re.compile(rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs'))})\b)) ([^\n|]+)")
+CALL = re.compile(
+    rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs', 'evaluations'))})\b)) ([^\n|]+)"
+)
 
 
 def test_the_licence_is_the_whole_of_apache_2() -> None:

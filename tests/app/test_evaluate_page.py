@@ -125,7 +125,7 @@ def test_results_of_tasks(store: EvaluationStore) -> None:
     assert "100.0% right" in shown
     assert "50.0% right" in shown
     assert "From Teacher −50.0" in shown
-    assert "Teacher alone is right on 12, Student alone on 0 of the questions" in shown
+    assert "Teacher alone is right on **12**, Student alone on **0** of the questions" in shown
     assert "Question 1 of piqa?" in shown
     assert "Student yes &lt;i&gt;" in shown
     assert "✓ right" in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.measure.zero_shot import TASKS, _questions_of, likelihoods, task_names, zero_shot
+from lbllm.measure.zero_shot import TASKS, _questions_of, drawn, likelihoods, task_names, zero_shot
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
@@ -105,9 +106,18 @@ def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str,
     assert score.chance == 1 / 2
     assert score.normalized == (name == "piqa")
     assert told[-1] == (name, 16, 16)
-    (fewer,) = zero_shot(*tiny("llama"), [name], limit=3)
-    assert fewer.examples == 3
-    assert fewer.accuracy == pytest.approx(by_hand(name, rows[:3]))
+
+
+def test_some_questions_are_drawn_at_random_and_the_same_ones_every_time(data: Path) -> None:
+    chosen = drawn("piqa", 8, 3, 0)
+    assert chosen == drawn("piqa", 8, 3, 0) == sorted(set(chosen))
+    assert len(chosen) == 3
+    assert len({tuple(drawn(name, 100, 5, seed)) for name in TASKS for seed in range(4)}) == 4 * len(TASKS)
+    counts = Counter(k for seed in range(2_000) for k in drawn("piqa", 8, 3, seed))
+    assert all(count == pytest.approx(750, rel=0.1) for count in counts.values())
+    (score,) = zero_shot(*tiny("llama"), ["piqa"], limit=3)
+    assert score.examples == 3
+    assert score.accuracy == pytest.approx(by_hand("piqa", [QUESTIONS[k] for k in chosen]))
 
 
 @given(seed=st.integers(0, 1_000), text=st.integers(1, 12), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5))
