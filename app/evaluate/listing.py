@@ -22,6 +22,12 @@ ADDRESS = "evaluation"
 LISTED = 20
 
 
+def message_text(one: Evaluation) -> str:
+    """Why it failed or is incomplete, in the page's words, escaped for Markdown."""
+    text = one.message.replace("--seq-len", "number of tokens in a window").replace("--limit", "number of windows")
+    return sentence(text)
+
+
 def badge(one: Evaluation) -> str:
     """Its state, in Markdown."""
     if one.is_ending:

@@ -26,8 +26,8 @@ def show_prompts(job: EvaluationJob, parts: Parts) -> None:
     for number, result in found.items():
         speed = f"{result.tokens_per_second:.1f}" if result.tokens_per_second else "–"
         kl = number_text(result.kl) if result.kl is not None else "–"
-        answers = f"{result.answers:,}" + (f", {result.errors:,} without" if result.errors else "")
-        rows.append([job.shown_names[number], answers, f"{result.tokens:.0f}", speed, kl, f"{result.best}"])
+        count = f"{result.answers:,}" + (f", {result.errors:,} without" if result.errors else "")
+        rows.append([job.shown_names[number], count, f"{result.tokens:.0f}", speed, kl, f"{result.best}"])
     heads = ["Model", "Answers", "Tokens each", "Tokens per second", "KL to the teacher", "Voted best"]
     show_table("The models", heads, rows)
     _files(job, parts)

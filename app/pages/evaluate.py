@@ -6,7 +6,7 @@ import streamlit as st
 
 from app.evaluate.figures import style
 from app.evaluate.form import show_form
-from app.evaluate.listing import ADDRESS, actions, badge, list_evaluations, show_progress
+from app.evaluate.listing import ADDRESS, actions, badge, list_evaluations, message_text, show_progress
 from app.evaluate.on_prompts import show_prompts
 from app.evaluate.on_tasks import show_tasks
 from app.evaluate.on_text import show_text
@@ -66,7 +66,7 @@ def body(evaluations: EvaluationStore, name: str, live: bool) -> None:
             st.rerun()
         show_progress(one)
         if one.message:
-            (st.error if one.state == "failed" else st.warning)(plain(one.message))
+            (st.error if one.state == "failed" else st.warning)(message_text(one))
         elif one.state == "interrupted":
             st.warning("Its process has ended. What is finished is kept: continue, and only the rest is measured.")
         job, parts = one.job, Parts(one.folder)

@@ -25,7 +25,7 @@ def measure(evaluation: Evaluation) -> tuple[State, str]:
     kind: Measure = work.job.measure
     try:
         work.check()
-        with torch.inference_mode():
+        with torch.no_grad():
             _WORK[kind](work)
     except Cancelled:
         return "cancelled", ""

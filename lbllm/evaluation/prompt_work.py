@@ -32,7 +32,7 @@ def answer_prompts(work: Work) -> None:
         if is_teacher:
             teacher = loaded
         elif teacher is not None and not same_vocabulary(teacher.tokenizer, loaded.tokenizer):
-            work.caution([job.shown_names[number]], "Its tokenizer is not the teacher's, so there is no KL.")
+            work.caution(number, "Its tokenizer is not the teacher's, so there is no KL.")
         for prompt in job.prompts[given[number] :]:
             answer = _answer(work, loaded, prompt)
             kl = None

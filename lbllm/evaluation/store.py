@@ -27,7 +27,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from lbllm.errors import ConfigError, RunError
 from lbllm.files import is_held, try_lock, write_errors, write_file
@@ -240,7 +240,7 @@ def _progress(folder: Path) -> Progress | None:
         return None
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     """A small JSON object that a worker wrote; empty if it is not there or damaged."""
     try:
         return decode_object(path.read_bytes(), largest=_LARGEST_STATE)

@@ -31,7 +31,7 @@ from lbllm.texts.windows import WINDOW, check_text, evaluation_windows
 NO_KL = "Its tokenizer is not the teacher's, so there is no KL, and only bits per byte can be compared."
 
 
-@dataclass
+@dataclass(eq=False)
 class _Reader:
     """A model that is measured: ``done`` windows of ``windows`` (n, T). ``failed``: it can't go on."""
 
@@ -68,12 +68,13 @@ def _measure(work: Work, readers: Sequence[_Reader], teacher: _Reader | None, fi
     ``readers`` if it is among them, reads them for itself or for the others' KL."""
     logits: Tensor | None = None
     many = windows_at_once(readers[0].windows)
+    part = slice(first, (first // many + 1) * many)  # so that models that are apart meet again
     if teacher is not None and teacher not in readers and any(reader.kl for reader in readers):
-        batch = teacher.windows[first : first + many]
+        batch = teacher.windows[part]
         logits = token_losses(teacher.loaded.model, batch)[1]
     for reader in readers:
         title = work.job.shown_names[reader.number]
-        batch = reader.windows[first : first + many]
+        batch = reader.windows[part]
         try:
             found, own = token_losses(reader.loaded.model, batch, logits if reader.kl else None)
             _check(found, work.job.text)
@@ -133,9 +134,9 @@ def _readers(work: Work, loaded: dict[int, Loaded]) -> list[_Reader]:
     if job.teacher is not None and not home:
         raise ModelError("the teacher can't be measured: " + " ".join(work.problems))
     if len(groups) > 1:
-        others = [job.shown_names[number] for group in groups.values() if group != home for number in group]
-        if job.teacher is not None:
-            work.caution(others, NO_KL)
+        for number in [number for group in groups.values() if group != home for number in group]:
+            if job.teacher is not None:
+                work.caution(number, NO_KL)
     return sorted(readers, key=lambda reader: job.order.index(reader.number))
 
 

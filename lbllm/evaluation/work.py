@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,12 +101,11 @@ class Work:
         self.parts.put_opened(number, replace(known, error=reason))
         self.problem(f"{self.job.shown_names[number]} was left out: {reason}")
 
-    def caution(self, titles: Sequence[str], sentence: str) -> None:
-        """Store a sentence on what to know of the figures of these models."""
-        for number, title in enumerate(self.job.shown_names):
-            known = self.parts.opened(number)
-            if title in titles and known is not None and sentence not in known.caution:
-                self.parts.put_opened(number, replace(known, caution=f"{known.caution} {sentence}".strip()))
+    def caution(self, number: int, sentence: str) -> None:
+        """Store a sentence on what to know of a model's figures."""
+        known = self.parts.opened(number)
+        if known is not None and sentence not in known.caution:
+            self.parts.put_opened(number, replace(known, caution=f"{known.caution} {sentence}".strip()))
 
     def _caution(self, name: str) -> str:
         """A sentence where a checkpoint was made from another model than the teacher."""

@@ -141,7 +141,7 @@ def test_answers_are_voted_on_and_taken_along(store: EvaluationStore) -> None:
     assert "Why &lt;b&gt;?" in shown
     assert "cut off at the limit" in shown
     assert "No answer: the conversation has 900 tokens" in shown
-    app.button_group(key="evaluation vote 0").set_value([1]).run()
+    app.button_group(key="evaluation vote 0").set_value(1).run()
     parts, job = Parts(one.folder), one.job
     assert parts.votes() == {0: 1}
     rows = list(csv.DictReader(io.StringIO(answers_csv(job, parts))))
