@@ -53,23 +53,21 @@ def list_evaluations(evaluations: EvaluationStore, live: bool) -> None:
 
 
 def _row(one: Evaluation) -> None:
-    left, right = st.columns([8, 5], vertical_alignment="center")
     try:
         title, names = one.job.title, ", ".join(one.job.shown_names)
     except LbllmError as error:
-        left.error(sentence(error))
-        if right.button("Delete", key=f"delete {one.id}"):
+        st.error(sentence(error))
+        if st.button("Delete", key=f"delete {one.id}"):
             EvaluationStore().delete(one.id)
             st.rerun()
         return
-    with left.container(horizontal=True, vertical_alignment="center", gap="small"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         if st.button(plain(title), key=f"open {one.id}", type="tertiary", help=one.id):
             st.query_params.clear()
             st.query_params[ADDRESS] = one.id
             st.rerun()
         st.markdown(badge(one), width="content")
-    left.caption(plain(names))
-    right.caption(time.strftime("%-d %b, %H:%M", time.localtime(one.created)))
+    st.caption(plain(f"{time.strftime('%-d %b, %H:%M', time.localtime(one.created))} · {names}"))
     show_progress(one)
 
 

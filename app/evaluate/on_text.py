@@ -68,14 +68,16 @@ def _card(job: EvaluationJob, parts: Parts, number: int, result: TextResult, oth
         within_kl = range_text(result.kl_interval)
         rows["KL to the teacher"] = number_text(result.kl) + (f" ({within_kl})" if within_kl else "")
         rows["Same top token"] = f"{100 * (result.agreement or 0):.1f}%"
-    if bytes_matter:
-        rows["Bits per byte"] = number_text(result.bits_per_byte)
     opened = parts.opened(number)
     if opened is not None and opened.bits:
         rows["Bits per weight"] = f"{opened.bits:.2f}"
-    unit = "perplexity" + (f" ({within})" if within else "")
     note = opened.caution if opened is not None else ""
-    return Card(number, job.shown_names[number], number_text(result.perplexity), unit, rows, note)
+    figure, unit = number_text(result.perplexity), "perplexity" + (f" ({within})" if within else "")
+    if bytes_matter:
+        # Perplexities count tokens, which differ: the figure that stands out is the one that can be compared.
+        rows = {"Perplexity": figure + (f" ({within})" if within else "")} | rows
+        figure, unit = number_text(result.bits_per_byte), "bits per byte"
+    return Card(number, job.shown_names[number], figure, unit, rows, note)
 
 
 def _row(part: Part, shown: list[int]) -> list[str]:

@@ -111,7 +111,8 @@ def test_results_on_a_text(store: EvaluationStore) -> None:
     assert "From Teacher +7.9" in shown
     assert "not comparable" in shown
     assert "KL to the teacher 0.3" in shown
-    assert "Bits per byte" in shown
+    assert "0.913 bits per byte" in shown
+    assert "Perplexity 12.30 (" in shown
     assert "Its tokenizer is not the teacher" in shown
     assert "Word start" in shown
     app.selectbox(key="evaluation other").set_value(1).run()
