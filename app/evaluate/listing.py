@@ -98,10 +98,9 @@ def waits_for(one: Evaluation) -> str:
 
 def actions(evaluations: EvaluationStore, one: Evaluation) -> None:
     """Cancel, continue, delete."""
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", width="content"):
         if one.state in ACTIVE:
-            label = "Cancel"
-            if st.button(label, key="evaluation cancel", disabled=one.is_ending, help="What is finished stays."):
+            if st.button("Cancel", key="evaluation cancel", disabled=one.is_ending, help="What is finished stays."):
                 evaluations.cancel(one.id)
                 st.rerun()
             return

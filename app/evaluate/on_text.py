@@ -44,10 +44,10 @@ def show_text(job: EvaluationJob, parts: Parts) -> None:
 
 
 def compared_with(job: EvaluationJob, known: list[int]) -> int:
-    """The model that differences are from."""
-    if len(known) < 2:
-        return known[0]
+    """The model that differences are from: the teacher; of more than two models the user chooses."""
     first = job.reference if job.reference in known else known[0]
+    if len(known) < 3:
+        return first
     chosen: int = st.selectbox(
         "Differences from",
         known,

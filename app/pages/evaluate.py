@@ -50,11 +50,12 @@ def show(evaluations: EvaluationStore, one: Evaluation) -> None:
         st.error(plain(str(error)))
         actions(evaluations, one)
         return
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.header(plain(title), width="content")
-        st.markdown(badge(one), width="content")
-    with guard():
-        actions(evaluations, one)
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small", width="content"):
+            st.header(plain(title), width="content")
+            st.markdown(badge(one), width="content")
+        with guard():
+            actions(evaluations, one)
     st.fragment(body, run_every=LIVE_SECONDS if live else None)(evaluations, one.id, live)
 
 

@@ -236,11 +236,11 @@ def _document(job: EvaluationJob, parts: Parts) -> dict[str, Any]:
             "differences": _differences(job, {n: read.task_difference(job, parts, n, other) for n in tasks}),
             "only_one_right": {
                 names[n]: [
-                    {"task": one.task, "question": one.number, "right": names[one.winner]}
+                    asdict(one) | {"winner": names[one.winner], "chosen": {names[k]: c for k, c in one.chosen.items()}}
                     for one in read.disputed(job, parts, other, n)
                 ]
                 for n in tasks
-                if n != other and other in tasks
+                if n != other
             },
         }
     texts = read.text_results(job, parts)

@@ -75,7 +75,7 @@ class EvaluationJob(BaseModel):
     def title(self) -> str:
         """What the evaluation is called."""
         what = {
-            "text": f"Perplexity on {self.text}",
+            "text": f"Perplexity on {self.text.rstrip('/').rpartition('/')[2]}",
             "tasks": f"{len(self.tasks)} {'tasks' if len(self.tasks) > 1 else 'task'}",
             "prompts": f"{len(self.prompts)} {'prompts' if len(self.prompts) > 1 else 'prompt'}",
         }[self.measure]

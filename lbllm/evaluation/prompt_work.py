@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from lbllm.chat.lens import same_vocabulary
+from lbllm.chat.lens import lens, same_vocabulary
 from lbllm.chat.pool import Loaded
-from lbllm.chat.stream import Messages, prompt_ids, stream
+from lbllm.chat.stream import Messages, stream
 from lbllm.errors import LbllmError, ModelError
 from lbllm.evaluation.parts import GivenAnswer
 from lbllm.evaluation.work import Work
-from lbllm.machine import float32_products
-from lbllm.models.blocks import context_length
+
+LONGEST_ANSWER = 4_096  # tokens whose KL is measured, as many as the settings allow
 
 
 def answer_prompts(work: Work) -> None:
@@ -75,27 +73,14 @@ def _answer(work: Work, loaded: Loaded, prompt: str) -> GivenAnswer:
     return GivenAnswer(text, last.tokens, last.tokens_per_second, last.first_token_seconds, last.cut)
 
 
-@torch.inference_mode()
-@float32_products()
 def answer_kl(teacher: Loaded, student: Loaded, messages: Messages, answer: str, *, template: bool) -> float | None:
     """Return the mean KL(teacher || student) in nats over the tokens of the student's answer; None where the models do
     not share a vocabulary, or the answer has no token in both contexts."""
-    tokenizer = student.tokenizer
-    if not same_vocabulary(teacher.tokenizer, tokenizer):
+    if not same_vocabulary(teacher.tokenizer, student.tokenizer):
         return None
-    before = prompt_ids(tokenizer, messages, template=template)
-    own = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
-    room = min(context_length(one.model) or 1 << 20 for one in (teacher, student))
-    ids = torch.cat([before, own], dim=1)[:, :room]
-    count = ids.shape[1] - before.shape[1]
-    if count <= 0:
+    models = (teacher.model, student.model)
+    try:
+        found = lens(*models, student.tokenizer, answer, messages=messages, template=template, limit=LONGEST_ANSWER)
+    except ModelError:
         return None
-    log_p, log_q = (
-        one.model(input_ids=ids[:, :-1].to(one.model.device), logits_to_keep=count, use_cache=False)
-        .logits[0, -count:]
-        .float()
-        .log_softmax(-1)
-        .cpu()
-        for one in (teacher, student)
-    )
-    return max(0.0, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+    return found.mean_kl

@@ -108,7 +108,7 @@ def _records(found: TokenLosses, *, is_teacher: bool) -> numpy.ndarray:
 
 
 def _readers(work: Work, loaded: dict[int, Loaded]) -> list[_Reader]:
-    """The models with their windows, the teacher first. Raises CorpusError if a text can't be read, or has changed."""
+    """The models with their windows, the teacher first. Raises LbllmError if the text can't be read or has changed."""
     job = work.job
     groups: dict[str, list[int]] = {}
     for number, found in loaded.items():
@@ -118,7 +118,7 @@ def _readers(work: Work, loaded: dict[int, Loaded]) -> list[_Reader]:
     for vocabulary, numbers in groups.items():
         try:
             windows, key = _windows(work, [loaded[number] for number in numbers], vocabulary)
-        except CorpusError as error:
+        except LbllmError as error:
             if len(groups) == 1:
                 raise
             for number in numbers:

@@ -105,7 +105,10 @@ def test_stored_evaluations_are_listed_shown_and_deleted(store: EvaluationStore,
     assert "only this one is right" in say("evaluations", "show", tasks.id)
     document = say("evaluations", "show", tasks.id, "--json")
     assert document["figures"][MODELS[1]]["average"]["accuracy"] == 0.5
-    assert document["only_one_right"][MODELS[1]][0] == {"task": "piqa", "question": 1, "right": MODELS[0]}
+    first = document["only_one_right"][MODELS[1]][0]
+    assert (first["task"], first["number"], first["winner"]) == ("piqa", 1, MODELS[0])
+    assert first["question"] == {"text": "Question 1 of piqa?", "choices": ["yes <i>", "no"], "right": 1}
+    assert first["chosen"][MODELS[1]] == 0
     assert "one was left out" in say("evaluations", "show", prompts.id)
     assert "only one that waits or works" in say("evaluations", "cancel", tasks.id, code=1)
     say("evaluations", "delete", tasks.id)
