@@ -65,10 +65,12 @@ def show_form(evaluations: EvaluationStore) -> None:
 
 
 def _models(offered: dict[str, Offer]) -> list[str]:
-    key = "evaluate_models"
-    if key not in st.session_state:
-        named = [name for name in (st.query_params.get("models") or "").split(",") if name]
-        st.session_state[key] = named or [DEFAULT_MODEL, SHIPPED]
+    key, seen = "evaluate_models", "evaluate_models_address"
+    asked = st.query_params.get("models")
+    if asked and asked != st.session_state.get(seen):
+        st.session_state[key] = list(dict.fromkeys(name for name in asked.split(",") if name))[:MOST_MODELS]
+    elif key not in st.session_state:
+        st.session_state[key] = [DEFAULT_MODEL, SHIPPED]
     picked: list[str] = st.multiselect(
         "Models",
         list(dict.fromkeys([*offered, *st.session_state[key]])),
@@ -80,8 +82,10 @@ def _models(offered: dict[str, Offer]) -> list[str]:
         help=f"Up to {MOST_MODELS}, or {MOST_ANSWERING} for prompts. Choose a checkpoint or a model of the catalogue, "
         "or type a run's id, a folder, a .gguf file or a hub id (owner/name).",
     )
-    if picked:
-        st.query_params["models"] = ",".join(picked)
+    address = ",".join(picked)
+    st.session_state[seen] = address
+    if asked != address:
+        st.query_params["models"] = address
     return picked
 
 

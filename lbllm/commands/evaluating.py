@@ -280,19 +280,20 @@ def _text_tables(job: EvaluationJob, parts: Parts) -> list[Table]:
 
     found = read.text_results(job, parts)
     other = job.reference
-    grid = _table("", "perplexity", "95%", "KL", "same top token", "bits per byte", f"from {job.models[other]}")
+    grid = _table("", "perplexity", "95%", "KL", "same top token", "bits per byte", "difference")
+    grid.caption = f"differences from {escape(job.shown_names[other])}, with 95% of the resampled windows"
     for n, one in found.items():
         within = f"{one.interval.low:.2f} to {one.interval.high:.2f}" if one.interval else ""
         kl = "" if one.kl is None or one.agreement is None else f"{one.kl:.4f}"
         agreed = f"{100 * one.agreement:.1f}%" if kl and one.agreement is not None else ""
         apart = "" if n == other else _apart(read.text_difference(job, parts, n, other), "{:+.2f}", 1)
         grid.add_row(
-            escape(job.models[n]), f"{one.perplexity:.4f}", within, kl, agreed, f"{one.bits_per_byte:.4f}", apart
+            escape(job.shown_names[n]), f"{one.perplexity:.4f}", within, kl, agreed, f"{one.bits_per_byte:.4f}", apart
         )
     tables = [grid]
     for head, taken in (("kind of token", read.by_kind(job, parts)), ("tokens read", read.by_position(job, parts))):
         shown = list(taken[0].perplexity) if taken else []
-        part = _table(head, "share", *(job.models[n] for n in shown))
+        part = _table(head, "share", *(job.shown_names[n] for n in shown))
         for row in taken:
             part.add_row(row.label, f"{100 * row.share:.1f}%", *(f"{row.perplexity[n]:.2f}" for n in shown))
         tables.append(part)
@@ -303,7 +304,7 @@ def _task_tables(job: EvaluationJob, parts: Parts) -> list[Table]:
     from lbllm.evaluation import results as read
 
     found = read.task_results(job, parts)
-    grid = _table("", "questions", "chance", *(job.models[n] for n in found))
+    grid = _table("", "questions", "chance", *(job.shown_names[n] for n in found))
     for task in (*job.tasks, ""):
         row = {n: tasks[task] for n, tasks in found.items() if task in tasks}
         if not row:
@@ -319,13 +320,13 @@ def _task_tables(job: EvaluationJob, parts: Parts) -> list[Table]:
             )
             cells.append("" if result is None else f"{100 * result.accuracy:.1f}{within}")
         grid.add_row(task or "average", f"{one.questions:,}", f"{100 * one.chance:.0f}", *cells)
-    apart = _table("", f"points from {job.models[job.reference]}", "only this one is right", "only the other")
+    apart = _table("", f"points from {job.shown_names[job.reference]}", "only this one is right", "only the other")
     for n in found:
         if n != job.reference and job.reference in found:
             only = read.disputed(job, parts, n, job.reference)
             won = sum(one.winner == n for one in only)
             said = _apart(read.task_difference(job, parts, n, job.reference), "{:+.1f}", 100)
-            apart.add_row(escape(job.models[n]), said, f"{won:,}", f"{len(only) - won:,}")
+            apart.add_row(escape(job.shown_names[n]), said, f"{won:,}", f"{len(only) - won:,}")
     return [grid, apart] if len(found) > 1 else [grid]
 
 
@@ -336,7 +337,7 @@ def _answer_tables(job: EvaluationJob, parts: Parts) -> list[Table]:
     for n, one in read.answers_results(job, parts).items():
         kl = "" if one.kl is None else f"{one.kl:.4f}"
         figures = (f"{one.tokens:.0f}", f"{one.tokens_per_second:.1f}", kl, str(one.best))
-        grid.add_row(escape(job.models[n]), str(one.answers), str(one.errors), *figures)
+        grid.add_row(escape(job.shown_names[n]), str(one.answers), str(one.errors), *figures)
     return [grid]
 
 
