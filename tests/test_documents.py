@@ -157,7 +157,7 @@ def test_the_readme_s_python_works_after_importing_the_package_alone() -> None:
 
 
 def test_every_command_is_looked_for() -> None:
-    assert set(program().commands) == {*COMMANDS, "corpora", "runs"}
+    assert set(program().commands) == {*COMMANDS, "corpora", "runs", "evaluations"}
 
 
 @functools.cache

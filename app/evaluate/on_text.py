@@ -12,6 +12,7 @@ from app.view import number_text, plain
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import Parts
 from lbllm.evaluation.results import Part, TextResult, by_kind, by_position, text_difference, text_results
+from lbllm.labels import BINARIZED_BITS
 
 
 def show_text(job: EvaluationJob, parts: Parts) -> None:
@@ -70,7 +71,7 @@ def _card(job: EvaluationJob, parts: Parts, number: int, result: TextResult, oth
         rows["Same top token"] = f"{100 * (result.agreement or 0):.1f}%"
     opened = parts.opened(number)
     if opened is not None and opened.bits:
-        rows["Bits per weight"] = f"{opened.bits:.2f}"
+        rows[BINARIZED_BITS.capitalize()] = f"{opened.bits:.2f}"
     note = opened.caution if opened is not None else ""
     figure, unit = number_text(result.perplexity), "perplexity" + (f" ({within})" if within else "")
     if bytes_matter:

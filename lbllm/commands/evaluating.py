@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from lbllm.commands.attend import StoppedByUser
 from lbllm.commands.options import JsonOption
 from lbllm.commands.output import counter, notices, plain, print_json, results
 from lbllm.errors import ConfigError, CorpusError, ResourceError, RunError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lbllm.evaluation.results import Difference
 
 POLL_SECONDS = 0.2
+WAITING_SECONDS = 5.0
 EvaluationArgument = Annotated[str, typer.Argument(metavar="ID", help="As `evaluations list` shows it.")]
 OutFileOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Also write all answers to this file, .csv or .html.")
@@ -144,15 +146,20 @@ def _said(name: str, what: str, as_json: bool) -> None:
 
 
 def _follow(store: EvaluationStore, name: str, *, quiet: bool) -> Evaluation:
-    """Wait for the end of an evaluation, with a bar. Raises RunError if it failed, or on Ctrl-C, and goes on then."""
+    """Wait for the end of an evaluation, with a bar. Raises RunError if it failed; StoppedByUser after Ctrl-C, which
+    leaves it at work."""
+    began, told = time.monotonic(), False
     try:
         with counter(notices(quiet=quiet)) as show:
             while (found := store.get(name)).state in ACTIVE:
+                if found.state == "queued" and not told and time.monotonic() - began > WAITING_SECONDS:
+                    plain(notices(quiet=quiet), "waits for its turn: a run or another evaluation is at work")
+                    told = True
                 if found.progress is not None and found.progress.total:
                     show("evaluation", found.progress.done, found.progress.total)
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        raise RunError(
+        raise StoppedByUser(
             f"evaluation {name} goes on without this command; `python -m lbllm evaluations show {name}` shows it, "
             f"`evaluations cancel {name}` ends it"
         ) from None

@@ -33,7 +33,7 @@ class OpenedModel:
 
     ``error``: why it can't be measured; empty if it can. ``files``: names, sizes and dates of its files, by which a
     changed model is noticed. ``key``: of its windows; ``caution``: what to know of its figures; ``kl``: whether it can
-    be compared with the teacher. ``size``: bytes of its weights in memory; ``bits``: per weight.
+    be compared with the teacher. ``size``: bytes of its weights in memory; ``bits``: per binarized weight, 0 if dense.
     """
 
     error: str = ""

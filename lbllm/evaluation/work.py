@@ -91,7 +91,8 @@ class Work:
         except LbllmError as error:
             self.refuse(number, str(error))
             return None
-        opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=loaded.bpw)
+        bits = loaded.bpw if loaded.packed else 0.0
+        opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=bits)
         self.parts.put_opened(number, replace(opened, caution=self._caution(name)))
         return loaded
 

@@ -24,9 +24,7 @@ def made(store: EvaluationStore, measure: str, models: int = 3, message: str = "
     for number in range(models):
         key = "same" if number < 2 else "other"
         caution = "Its tokenizer is not the teacher's." if number == 2 else ""
-        parts.put_opened(
-            number, OpenedModel("", "files", key, caution, number < 2, 10**8, 16.0 if number == 0 else 3.0)
-        )
+        parts.put_opened(number, OpenedModel("", "files", key, caution, number < 2, 10**8, 0.0 if number == 0 else 3.0))
     {"text": _text, "tasks": _tasks, "prompts": _prompts}[measure](evaluation, parts, models)
     write_end(evaluation.folder, "done", message)
     return store.get(evaluation.id)
