@@ -48,14 +48,13 @@ _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 @dataclass(frozen=True)
 class Progress:
     """How far a worker is: ``done`` of ``total`` units, of which ``before`` were finished when it began ``started``
-    (seconds since the epoch); ``what`` it does; when that was written."""
+    (seconds since the epoch); ``what`` it does."""
 
     what: str
     done: int
     total: int
     before: int
     started: float
-    time: float
 
     @property
     def share(self) -> float:
@@ -63,12 +62,11 @@ class Progress:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """About how many seconds it still takes; None before there is anything to go by."""
+        """About how many seconds it still takes, at the pace so far; None before there is anything to go by."""
         made = self.done - self.before
         if made <= 0 or self.total <= self.done:
             return None
-        needed = (self.time - self.started) / made * (self.total - self.done)
-        return max(1.0, needed - (now - self.time))
+        return max(1.0, (now - self.started) / made * (self.total - self.done))
 
 
 @dataclass(frozen=True)

@@ -36,21 +36,19 @@ class Work:
 
     def __post_init__(self) -> None:
         self.parts = Parts(self.folder)
-        now = time.time()
-        self._progress = Progress("Loading", 0, 0, 0, now, now)
+        self._progress = Progress("Loading", 0, 0, 0, time.time())
         self._written = self._asked = 0.0
 
     def begin(self, total: int, done: int) -> None:
         """Say how many units there are, and how many of them an earlier worker has finished."""
-        now = time.time()
-        self._progress = Progress(self._progress.what, done, total, done, now, now)
+        self._progress = Progress(self._progress.what, done, total, done, time.time())
         self.tell(self._progress.what, done)
 
     def tell(self, what: str, done: int) -> None:
         """Say what is done now. Raises Cancelled if somebody asked for the end."""
         now = time.time()
         new = what != self._progress.what
-        self._progress = replace(self._progress, what=what, done=done, time=now)
+        self._progress = replace(self._progress, what=what, done=done)
         if new or now - self._written > WRITE_SECONDS or done == self._progress.total:
             write_progress(self.folder, self._progress)
             self._written = now

@@ -79,7 +79,7 @@ def test_the_list_says_what_each_does(store: EvaluationStore, started: list[str]
     waits, works = (store.create(make_job(measure="text", models=(name,))) for name in ("a", "b"))
     (store.create(make_job(measure="text", models=("c",))).folder / "job.json").write_text("{")
     with store.enqueue(waits.id), store.enqueue(works.id):
-        write_progress(works.folder, Progress("b: window", 3, 10, 1, 100.0, 104.0))
+        write_progress(works.folder, Progress("b: window", 3, 10, 1, 100.0))
         app = page()
         shown = said(app)
         for words in ("done", "incomplete", "waits", "running", "Teacher, Student", "delete this evaluation"):

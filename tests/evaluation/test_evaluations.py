@@ -28,7 +28,7 @@ from lbllm.evaluation.results import (
     text_difference,
     text_results,
 )
-from lbllm.evaluation.store import Evaluation, EvaluationStore, write_end
+from lbllm.evaluation.store import Evaluation, EvaluationStore, Progress, write_end
 from lbllm.measure.perplexity import divergence, token_losses
 from lbllm.measure.zero_shot import zero_shot
 from lbllm.sections import QuantConfig
@@ -288,6 +288,14 @@ def test_prompts_are_answered_side_by_side(store: EvaluationStore, models: Model
     file.write_bytes(b"".join(lines[:2]) + lines[2][:9])
     assert measure(done)[0] == "done"
     assert [answer.text for answer in parts.answers(2)] == [answer.text for answer in answers[2]]
+
+
+def test_the_time_left_follows_the_pace_of_this_worker() -> None:
+    progress = Progress("", 3, 10, 1, started=100.0)
+    assert progress.seconds_left(108.0) == 28.0
+    assert progress.share == 0.3
+    assert Progress("", 1, 10, 1, started=100.0).seconds_left(108.0) is None
+    assert Progress("", 0, 0, 0, started=100.0).share == 0
 
 
 def test_a_store_lists_cancels_and_deletes(store: EvaluationStore, models: Models) -> None:
