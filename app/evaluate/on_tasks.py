@@ -22,7 +22,7 @@ def show_tasks(job: EvaluationJob, parts: Parts) -> None:
         return
     other = compared_with(job, list(found))
     show_cards([_card(job, parts, number, tasks, other) for number, tasks in found.items()])
-    st.caption("In brackets: 95% of the resampled questions (paired bootstrap).")
+    st.caption("In brackets: 95% intervals of the paired bootstrap, for other questions of the same kind.")
     tasks = [task for task in job.tasks if any(task in results for results in found.values())]
     heads = ["Task", "Questions", "Guessing", *(job.shown_names[number] for number in found)]
     show_table("Accuracy in each task", heads, [_row(task, found) for task in tasks])

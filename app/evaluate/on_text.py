@@ -11,7 +11,15 @@ from app.runs.overlay import colour, literal
 from app.view import number_text, plain
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import Parts
-from lbllm.evaluation.results import Part, TextResult, by_kind, by_position, text_difference, text_results
+from lbllm.evaluation.results import (
+    Part,
+    TextResult,
+    by_kind,
+    by_position,
+    kl_difference,
+    text_difference,
+    text_results,
+)
 from lbllm.labels import BINARIZED_BITS
 
 
@@ -28,8 +36,8 @@ def show_text(job: EvaluationJob, parts: Parts) -> None:
     count = f"{windows[0]}" if len(windows) == 1 else f"{windows[0]} to {windows[-1]}"
     st.caption(
         plain(
-            f"On {job.text}, {count} {'window' if windows == [1] else 'windows'}. In brackets: 95% of the resampled "
-            "windows (paired bootstrap). It says nothing of other texts."
+            f"On {job.text}, {count} {'window' if windows == [1] else 'windows'}. In brackets: 95% intervals of "
+            "the paired bootstrap, for other windows of the same kind of text."
         )
     )
     places, kinds = by_position(job, parts), by_kind(job, parts)
@@ -65,6 +73,8 @@ def _card(job: EvaluationJob, parts: Parts, number: int, result: TextResult, oth
     rows = {}
     if number != other:
         rows[f"From {job.shown_names[other]}"] = difference_text(text_difference(job, parts, number, other))
+        if job.reference not in (number, other) and (apart := kl_difference(job, parts, number, other)) is not None:
+            rows["KL, difference"] = difference_text(apart)
     if result.kl is not None and number != job.reference:
         within_kl = range_text(result.kl_interval)
         rows["KL to the teacher"] = number_text(result.kl) + (f" ({within_kl})" if within_kl else "")

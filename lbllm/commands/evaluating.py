@@ -288,7 +288,7 @@ def _text_tables(job: EvaluationJob, parts: Parts) -> list[Table]:
     found = read.text_results(job, parts)
     other = job.reference
     grid = _table("", "perplexity", "95%", "KL", "same top token", "bits per byte", "difference")
-    grid.caption = f"differences from {escape(job.shown_names[other])}, with 95% of the resampled windows"
+    grid.caption = f"differences from {escape(job.shown_names[other])}, with 95% intervals (paired bootstrap)"
     for n, one in found.items():
         within = f"{one.interval.low:.2f} to {one.interval.high:.2f}" if one.interval else ""
         kl = "" if one.kl is None or one.agreement is None else f"{one.kl:.4f}"

@@ -21,7 +21,7 @@ from lbllm.evaluation.parts import Choices, GivenAnswer, Losses, OpenedModel, Pa
 from lbllm.measure.bootstrap import Interval, interval, resampled_means
 from lbllm.measure.token_kinds import KINDS, position_buckets
 
-FEWEST = 4  # windows or questions for an interval
+FEWEST = 6  # windows or questions for an interval
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def _text_result(
         tokens=nll.size,
         perplexity=_exp(float(nll.mean())),
         bits_per_byte=float(nll.sum() / math.log(2) / max(1, int(sizes.sum()))),
-        interval=interval(numpy.exp(numpy.minimum(drawn[:, 0], 700))) if drawn is not None else None,
+        interval=interval(numpy.exp(numpy.minimum(drawn[:, 0], 700)), len(nll)) if drawn is not None else None,
         kl=float(means[:, 1].mean()) if has_kl else None,
-        kl_interval=interval(drawn[:, 1]) if drawn is not None and has_kl else None,
+        kl_interval=interval(drawn[:, 1], len(nll)) if drawn is not None and has_kl else None,
         agreement=float(losses.agreed.mean(dtype=numpy.float64)) if has_kl else None,
     )
 
@@ -148,7 +148,7 @@ def text_difference(job: EvaluationJob, parts: Parts, number: int, other: int) -
     if len(rows) < FEWEST:
         return Difference(first - second, None, len(rows))
     drawn = numpy.exp(numpy.minimum(resampled_means([rows], seed=job.seed), 700))
-    return Difference(first - second, interval(drawn[:, 0] - drawn[:, 1]), len(rows))
+    return Difference(first - second, interval(drawn[:, 0] - drawn[:, 1], len(rows)), len(rows))
 
 
 def kl_difference(job: EvaluationJob, parts: Parts, number: int, other: int) -> Difference | None:
@@ -161,7 +161,7 @@ def kl_difference(job: EvaluationJob, parts: Parts, number: int, other: int) -> 
     if len(rows) < FEWEST:
         return Difference(first - second, None, len(rows))
     drawn = resampled_means([rows], seed=job.seed)
-    return Difference(first - second, interval(drawn[:, 0] - drawn[:, 1]), len(rows))
+    return Difference(first - second, interval(drawn[:, 0] - drawn[:, 1], len(rows)), len(rows))
 
 
 def _pair(parts: Parts, number: int, other: int) -> tuple[Losses, Losses] | None:
@@ -251,10 +251,15 @@ def _accuracy(tasks: Sequence[Choices], seed: int) -> TaskResult:
     enough = min(len(one) for one in rows) >= FEWEST
     return TaskResult(
         accuracy=float(numpy.mean([one.mean() for one in rows])),
-        interval=interval(resampled_means(rows, seed=seed)[:, 0]) if enough else None,
+        interval=interval(resampled_means(rows, seed=seed)[:, 0], _free(rows)) if enough else None,
         chance=float(numpy.mean([choices.chance for choices in tasks])),
         questions=sum(len(one) for one in rows),
     )
+
+
+def _free(strata: Sequence[numpy.ndarray]) -> int:
+    """The number of rows of one stratum with as many degrees of freedom as these have together."""
+    return sum(len(rows) - 1 for rows in strata) + 1
 
 
 def task_difference(job: EvaluationJob, parts: Parts, number: int, other: int) -> Difference | None:
@@ -269,7 +274,7 @@ def task_difference(job: EvaluationJob, parts: Parts, number: int, other: int) -
     if min(len(one) for one in rows) < FEWEST:
         return Difference(value, None, count)
     drawn = resampled_means(rows, seed=job.seed)
-    return Difference(value, interval(drawn[:, 0] - drawn[:, 1]), count)
+    return Difference(value, interval(drawn[:, 0] - drawn[:, 1], _free(rows)), count)
 
 
 def disputed(job: EvaluationJob, parts: Parts, first: int, second: int) -> list[Disputed]:

@@ -1,7 +1,8 @@
 """Intervals of means and of their differences by the paired bootstrap (Efron 1979).
 
-    means = resampled_means([numpy.stack([first, second], axis=1)])     (samples, 2)
-    interval(means[:, 1] - means[:, 0])
+    rows = numpy.stack([first, second], axis=1)
+    means = resampled_means([rows])                    (samples, 2)
+    interval(means[:, 1] - means[:, 0], len(rows))
 
 A row holds what several models got on one window or one question. Whole rows are drawn with replacement, so the models
 keep the same windows in every sample: what is hard for all of them cancels in a difference.
@@ -9,8 +10,10 @@ keep the same windows in every sample: what is hard for all of them cancels in a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy
 
@@ -21,7 +24,7 @@ _DRAWN = 2_000_000  # numbers drawn at a time
 
 @dataclass(frozen=True)
 class Interval:
-    """The interval that holds ``LEVEL`` of the resampled values."""
+    """An interval that holds the true value in a share of ``LEVEL`` of cases, if the rows are like others."""
 
     low: float
     high: float
@@ -51,7 +54,27 @@ def resampled_means(strata: Sequence[numpy.ndarray], *, seed: int = 0, samples: 
     return total / len(strata)
 
 
-def interval(values: numpy.ndarray) -> Interval:
-    """Return the percentile interval of resampled values (samples,)."""
-    low, high = numpy.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def interval(values: numpy.ndarray, rows: int) -> Interval:
+    """Return the expanded percentile interval of values (samples,) that were resampled from ``rows`` rows, at least 2.
+
+    The plain percentile interval is too narrow for few rows: of a mean of ten, it holds the true value in 90% of cases
+    instead of 95%. So each of its tails is Phi(-sqrt(n / (n - 1)) t), with Student's t for n - 1 degrees of freedom
+    (Hesterberg 2015).
+    """
+    tail = tail_share(rows)
+    low, high = numpy.quantile(values, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def tail_share(rows: int) -> float:
+    """Return the share of resampled values that each tail of the interval leaves out. Raises ValueError below 2 rows.
+
+    Student's t is that of its expansion in 1 / (n - 1), within 1% from four rows on (Abramowitz and Stegun 26.7.5).
+    """
+    if rows < 2:
+        raise ValueError(f"an interval needs at least 2 rows, not {rows}")
+    normal, freedom = NormalDist(), rows - 1
+    z = normal.inv_cdf((1 + LEVEL) / 2)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return normal.cdf(-math.sqrt(rows / freedom) * t)

@@ -50,7 +50,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Spoken:
 def test_two_models_are_measured_and_compared(store: EvaluationStore, say: Spoken, tmp_path: Path) -> None:
     one, two = (str(save_tiny(tmp_path / name, "llama", seed=n)) for n, name in enumerate(("one", "two")))
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 6))
-    words = ["evaluate", "--model", "one", "--teacher", two, "--text", "text.txt", "--seq-len", "32", "--limit", "5"]
+    words = ["evaluate", "--model", "one", "--teacher", two, "--text", "text.txt", "--seq-len", "32", "--limit", "6"]
     alone = say(*words, "--json")
     document = say(*words, "--parts", "--json")
     assert document["figures"][one]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
