@@ -35,7 +35,7 @@ from lbllm.sections import QuantConfig
 from lbllm.texts.windows import evaluation_windows
 from tests.helpers.homes import own_home
 from tests.helpers.tiny_models import SENTENCES, save_tiny
-from tests.helpers.tiny_packed import tiny_pair
+from tests.helpers.tiny_packed import tiny_checkpoint
 from tests.measure.test_zero_shot import data  # noqa: F401
 
 WINDOW = 32
@@ -45,7 +45,7 @@ class Models:
     """A teacher, its packed student, a dense model of another shape, and one with another tokenizer, in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        packed, teacher = tiny_pair(folder, "llama", QuantConfig(group_size=16, act_group_size=16))
+        packed, teacher = tiny_checkpoint(folder, "llama", QuantConfig(group_size=16, act_group_size=16))
         self.teacher, self.packed = str(teacher), str(packed)
         self.other = str(save_tiny(folder / "other", "llama", num_hidden_layers=1))
         self.foreign = str(save_tiny(folder / "foreign", "llama"))
