@@ -157,7 +157,7 @@ class Parts:
         known = self.questions(task)
         if known is None:
             self._write(f"questions-{task}.json", [asdict(question) for question in questions])
-        elif known != questions:
+        elif [(one.text, one.choices) for one in known] != [(one.text, one.choices) for one in questions]:
             raise CorpusError(f"the questions of {task} have changed since this evaluation began; start a new one")
 
     def choices(self, number: int, task: str) -> Choices | None:

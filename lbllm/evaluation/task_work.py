@@ -71,7 +71,7 @@ def _sample(sample: dict[str, Any], *, normalized: bool) -> tuple[Question, Choi
     texts, choices = [str(text) for text, _ in pairs], [str(choice) for _, choice in pairs]
     # Some tasks put the choice into the text, before a common end.
     shown = choices if len(set(texts)) == 1 else texts
-    text = texts[0] if len(set(texts)) == 1 else ""
+    text = texts[0] if len(set(texts)) == 1 else f"… {choices[0].strip()}"
     likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
     lengths = [max(1, len(choice.removeprefix(" "))) for choice in choices]
     scores = [value / length if normalized else value for value, length in zip(likelihoods, lengths, strict=True)]
@@ -92,5 +92,7 @@ def _arguments(logged: Any) -> list[Any]:
 def _target(sample: dict[str, Any], chosen: int, right: bool) -> int | None:
     if right:
         return chosen
+    if len(sample["filtered_resps"]) == 2:
+        return 1 - chosen
     target = sample["target"]
     return int(target) if str(target).isdecimal() else None

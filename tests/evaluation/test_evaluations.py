@@ -224,7 +224,7 @@ def test_tasks_are_those_of_lm_eval_question_by_question(
     data: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tasks = ("piqa", "boolq", "openbookqa")
+    tasks = ("piqa", "winogrande", "openbookqa")
     job = make_job(
         measure="tasks", models=(models.packed, models.teacher), teacher=models.teacher, tasks=tasks, questions=6
     )
