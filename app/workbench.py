@@ -25,6 +25,7 @@ page = st.navigation(
         first,
         st.Page("pages/quantize.py", title="Quantize", url_path="quantize"),
         st.Page("pages/runs.py", title="Runs", url_path="runs"),
+        st.Page("pages/evaluate.py", title="Evaluate", url_path="evaluate"),
         st.Page("pages/inspect.py", title="Inspect", url_path="inspect"),
         st.Page("pages/learn.py", title="Learn", url_path="learn"),
     ],

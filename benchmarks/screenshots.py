@@ -20,6 +20,7 @@ from app.showcase.page import serve
 from benchmarks.command_line import one_message
 from lbllm.chat.showcase import open_showcase
 from lbllm.config import SHIPPED
+from lbllm.evaluation.store import EvaluationStore
 from lbllm.microscope.address import EXAMPLE
 from lbllm.places import home
 from lbllm.runs.store import RunStore
@@ -70,6 +71,14 @@ def runs(page: Page, server: Server) -> None:
     page.wait_for_timeout(3000)
 
 
+def evaluate(page: Page, server: Server) -> None:
+    """The newest finished evaluation, or the form without one."""
+    finished = [one.id for one in EvaluationStore().all() if one.state == "done"]
+    page.goto(server.url("evaluate" + (f"?evaluation={finished[-1]}" if finished else "")))
+    page.get_by_test_id("stMain").wait_for(timeout=PATIENCE)
+    page.wait_for_timeout(3000)
+
+
 def inspect(page: Page, server: Server) -> None:
     """A group of a layer is open, and the map is full."""
     page.goto(server.url(f"inspect?model={SHIPPED}&at={EXAMPLE}"))
@@ -91,6 +100,7 @@ PAGES: dict[str, Callable[[Page, Server], None]] = {
     "compare": compare,
     "quantize": quantize,
     "runs": runs,
+    "evaluate": evaluate,
     "inspect": inspect,
     "learn": learn,
 }

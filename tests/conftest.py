@@ -52,6 +52,8 @@ SLOW = (
     "tests/kernels/",
     "tests/measure/test_estimate.py",
     "tests/measure/test_zero_shot.py",
+    "tests/evaluation/test_evaluations.py",
+    "tests/commands/test_evaluating.py",
     "tests/pipeline/",
     "tests/stages/test_wat.py",
     "tests/test_files.py",

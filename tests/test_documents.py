@@ -47,7 +47,9 @@ COMMANDS = (
     "ui",
     "showcase",
 )
-CALL = re.compile(rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs'))})\b)) ([^\n|]+)")
+CALL = re.compile(
+    rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs', 'evaluations'))})\b)) ([^\n|]+)"
+)
 
 
 def test_the_licence_is_the_whole_of_apache_2() -> None:
@@ -156,7 +158,7 @@ def test_the_readme_s_python_works_after_importing_the_package_alone() -> None:
 
 
 def test_every_command_is_looked_for() -> None:
-    assert set(program().commands) == {*COMMANDS, "corpora", "runs"}
+    assert set(program().commands) == {*COMMANDS, "corpora", "runs", "evaluations"}
 
 
 @functools.cache

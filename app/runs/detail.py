@@ -94,6 +94,13 @@ def outcome(run: Run, view: RunView) -> None:
             width="stretch",
         )
         links.page_link(
+            "pages/evaluate.py",
+            label="Measure it beside its teacher",
+            icon=":material/monitoring:",
+            query_params={"models": ",".join([teacher, run.id] if teacher is not None else [run.id])},
+            width="stretch",
+        )
+        links.page_link(
             "pages/quantize.py",
             label="Train it further",
             icon=":material/model_training:",

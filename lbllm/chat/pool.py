@@ -98,7 +98,7 @@ class Slot:
             self.state = "loading"
             gc.collect()
             try:
-                self._loaded = _open(self.name)
+                self._loaded = load_model(self.name)
                 self.state = "ready"
             except LbllmError as error:
                 self.error, self.state = str(error), "failed"
@@ -139,7 +139,8 @@ class ModelPool:
         return sorted(slot.name for slot in self._slots.values())
 
 
-def _open(name: str) -> Loaded:
+def load_model(name: str) -> Loaded:
+    """Load a model by any name that ``find_model`` takes. Raises LbllmError; ResourceError if memory is short."""
     device = device_named("auto")
     found = find_model(name)
     if not isinstance(found, FoundCheckpoint):

@@ -110,9 +110,10 @@ def votes_csv(votes: Iterable[Vote]) -> str:
     for vote in votes:
         row = vote.model_dump(mode="json")
         cells = (row[key] for key in _CSV)
-        writer.writerow([_harmless(cell if isinstance(cell, str) else json.dumps(cell)) for cell in cells])
+        writer.writerow([harmless(cell if isinstance(cell, str) else json.dumps(cell)) for cell in cells])
     return out.getvalue()
 
 
-def _harmless(cell: str) -> str:
+def harmless(cell: str) -> str:
+    """A cell of CSV that no spreadsheet takes for a formula."""
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -19,6 +19,7 @@ from lbllm.commands import (
     chatting,
     checking,
     comparing,
+    evaluating,
     exporting,
     measuring,
     repacking,
@@ -81,6 +82,16 @@ def build() -> typer.Typer:
     runs.command("delete")(stored_runs.runs_delete)
     runs.command("restore")(stored_runs.runs_restore)
     app.add_typer(runs, name="runs")
+
+    evaluations = typer.Typer(
+        help="Stored evaluations: list, show, continue, cancel, delete; `evaluate` starts one.", no_args_is_help=True
+    )
+    evaluations.command("list")(evaluating.evaluations_list)
+    evaluations.command("show")(evaluating.evaluations_show)
+    evaluations.command("continue")(evaluating.evaluations_continue)
+    evaluations.command("cancel")(evaluating.evaluations_cancel)
+    evaluations.command("delete")(evaluating.evaluations_delete)
+    app.add_typer(evaluations, name="evaluations")
     return app
 
 

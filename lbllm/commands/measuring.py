@@ -1,4 +1,4 @@
-"""evaluate, table."""
+"""evaluate (one model, or one beside its teacher), table."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from lbllm.commands.evaluating import OutFileOption, evaluate_stored, stored_job
 from lbllm.commands.options import (
     DeviceOption,
     JsonOption,
     LimitOption,
-    ModelOption,
+    ModelsOption,
     RunArgument,
     SeqLenOption,
     TextOption,
 )
 from lbllm.commands.output import counter, notices, plain, print_json, results
-from lbllm.errors import CorpusError, ModelError, RunError
+from lbllm.errors import ConfigError, CorpusError, ModelError, RunError
 from lbllm.events import Evaluated
 from lbllm.runs.store import Run, RunStore
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelOption,
+    models: ModelsOption,
     text: TextOption = "wikitext2",
     seq_len: SeqLenOption = None,
     limit: LimitOption = None,
@@ -41,16 +43,41 @@ def evaluate(
         str | None,
         typer.Option(help="Zero-shot accuracy instead: piqa, arc_easy and so on, joined by commas, or all."),
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Answers instead, to the prompts of a .txt (one a line) or .jsonl file.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of an answer at most.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of the answers; 0: the likeliest token.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draws the questions of tasks, and samples answers. \\[default: 0]")
+    ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Also intervals, and perplexity by position and by kind of token.")
+    ] = False,
+    out: OutFileOption = None,
+    queue: Annotated[bool, typer.Option("--queue", help="Only put it into the queue, and print its id.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of a teacher or a packed checkpoint on consecutive windows of a text, or its accuracy in tasks, beside
-    another model's."""
+    another model's.
+
+    With several --model, or with --prompts, --parts, --seed, --out or --queue, the evaluation is stored, as those of
+    the page Evaluate: `evaluations` lists it, and it can be continued. Figures then have intervals (paired bootstrap).
+    """
     from lbllm.checkpoints.find import open_model
     from lbllm.machine import device_named
     from lbllm.measure.perplexity import divergence, perplexity
     from lbllm.texts.windows import check_text, evaluation_windows
 
+    if len(models) > 1 or parts or queue or any(given is not None for given in (prompts, seed, out)):
+        if device != "auto":
+            raise ConfigError("--device is for one model alone; a stored evaluation takes the device that is free")
+        answering = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed or 0}
+        job = stored_job(models, teacher, text, seq_len, limit, tasks, prompts, answering, seed or 0)
+        evaluate_stored(job, queue=queue, out=out, as_json=as_json)
+        return
+    model = models[0]
     if tasks is not None:
         evaluate_tasks(model, teacher, tasks, limit, device, as_json)
         return

@@ -31,9 +31,13 @@ def _sets(path: str, *names: str, default: str = "", metavar: str | None = None)
 
 
 TeacherOption = Annotated[str | None, _sets("model", "-m", default=DEFAULT_MODEL)]
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", help="A teacher (catalogue id, hub id, folder, .gguf file) or a packed checkpoint."),
+ModelsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        "-m",
+        help="A teacher (catalogue id, hub id, folder, .gguf file) or a packed checkpoint. Repeatable: side by side.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -51,6 +51,44 @@ class Divergence:
     tokens: int
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """Of each predicted token of windows (n, T): float32 tensors (n, T - 1) on the CPU.
+
+    ``nll``: in nats; ``kl``: KL(teacher || model), in nats, and ``agreed``: 1 where both models' most likely next token
+    is the same, else 0. Without a teacher the last two are None.
+    """
+
+    nll: Tensor
+    kl: Tensor | None = None
+    agreed: Tensor | None = None
+
+
+def token_losses(
+    model: PreTrainedModel, batch: Tensor, teacher_logits: Tensor | None = None
+) -> tuple[TokenLosses, Tensor]:
+    """Return the losses of ``model`` on windows of token ids (n, T), T at least 2, and its logits (n (T - 1), V).
+
+    ``teacher_logits``: what this function gave for the teacher and the same windows. Pass ``windows_at_once`` windows.
+    """
+    _check(batch)
+    logits, targets = _predictions(model, batch)
+    nll, kl, agreed = [], [], []
+    for start in range(0, len(logits), ROWS):
+        part = slice(start, start + ROWS)
+        log_q = _log_softmax(logits[part])
+        nll.append(-log_q.gather(1, targets[part, None])[:, 0].cpu())
+        if teacher_logits is not None:
+            log_p = _log_softmax(teacher_logits[part])
+            log_q = log_q.to(log_p.device)
+            agreed.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
+            kl.append(log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum(-1).cpu())
+    shape = (batch.shape[0], batch.shape[1] - 1)
+    if teacher_logits is None:
+        return TokenLosses(torch.cat(nll).view(shape)), logits
+    return TokenLosses(torch.cat(nll).view(shape), torch.cat(kl).view(shape), torch.cat(agreed).view(shape)), logits
+
+
 def perplexity(model: PreTrainedModel, sequences: Tensor, *, on_progress: Progress | None = None) -> Perplexity:
     """Return the perplexity of ``model`` on windows of token ids (n, T), T at least 2.
 
@@ -61,7 +99,7 @@ def perplexity(model: PreTrainedModel, sequences: Tensor, *, on_progress: Progre
     started = time.monotonic()
     total = 0.0
     done = 0
-    for batch in sequences.split(_windows(sequences)):
+    for batch in sequences.split(windows_at_once(sequences)):
         logits, targets = _predictions(model, batch)
         for rows, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
             total += _nll(_log_softmax(rows), wanted)
@@ -82,7 +120,7 @@ def block_perplexity(model: BlockModel, sequences: Tensor, *, between: Callable[
     """
     _check(sequences)
     total = 0.0
-    for batch in sequences.split(_windows(sequences)):
+    for batch in sequences.split(windows_at_once(sequences)):
         between()
         for window, hidden in zip(batch.split(1), model.last_hidden(batch).split(1), strict=True):
             between()
@@ -124,7 +162,7 @@ def divergences(
     _check(sequences)
     teacher_nll, done = 0.0, 0
     sums = [_Sums() for _ in student_models]
-    for batch in sequences.split(_windows(sequences)):
+    for batch in sequences.split(windows_at_once(sequences)):
         teacher_logits, targets = _predictions(teacher_model, batch)
         for rows, wanted in zip(teacher_logits.split(ROWS), targets.split(ROWS), strict=True):
             teacher_nll += _nll(_log_softmax(rows), wanted)
@@ -172,7 +210,7 @@ def _check(sequences: Tensor) -> None:
         raise ValueError(f"windows of shape (n, T), T at least 2, are needed; got {tuple(sequences.shape)}")
 
 
-def _windows(sequences: Tensor) -> int:
+def windows_at_once(sequences: Tensor) -> int:
     """Return the number of windows in one forward pass; short windows share it."""
     return max(1, BATCH_TOKENS // sequences.shape[1])
 

@@ -110,10 +110,12 @@ def zero_shot(
     limit: int | None = None,
     seed: int = QUESTIONS_SEED,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_samples: Callable[[str, list[dict[str, Any]]], None] | None = None,
 ) -> Iterator[Score]:
     """Yield the score in each task, on all questions or on ``limit`` of them, drawn at random with ``seed``.
 
-    ``on_progress(task, done, total)`` counts choices. Raises CorpusError if the questions are not available.
+    ``on_progress(task, done, total)`` counts choices. ``on_samples(task, samples)`` gets what lm-eval logs of each
+    question. Raises CorpusError if the questions are not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with extra("eval", "zero-shot evaluation"):
@@ -131,11 +133,13 @@ def zero_shot(
                 tasks=[_configured(name, manager, limit, seed)],
                 num_fewshot=0,
                 bootstrap_iters=2,  # a mean's standard error has a formula, but 0 omits it as well
-                log_samples=False,
+                log_samples=on_samples is not None,
                 task_manager=manager,
             )
         result = found["results"][_member(name)]
         metric = "acc_norm" if "acc_norm,none" in result else "acc"
+        if on_samples is not None:
+            on_samples(name, found["samples"][_member(name)])
         yield Score(
             task=name,
             accuracy=result[f"{metric},none"],

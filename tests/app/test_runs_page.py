@@ -93,6 +93,7 @@ def test_list_and_page_say_what_a_run_makes_from_what(store: RunStore, tmp_path:
     # The run's own teacher, not the one that Compare begins with; and the run's settings for another one.
     app = page(run=run.id)
     assert links(app)["Talk to it beside its teacher"] == {"left": [str(tmp_path / "teacher")], "right": [run.id]}
+    assert links(app)["Measure it beside its teacher"] == {"models": [f"{tmp_path / 'teacher'},{run.id}"]}
     assert links(app)["Run again with these"] == {"again": [run.id]}
     assert "**Perplexity**" in said(app, "markdown")
     assert {metric.label: metric.value for metric in app.metric}["Teacher"] == "15.20"

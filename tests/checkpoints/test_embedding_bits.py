@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lbllm
-from lbllm.chat.pool import _open
+from lbllm.chat.pool import load_model
 from lbllm.checkpoints import shipped
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import read_record
@@ -223,7 +223,7 @@ def test_inspect_opens_it_beside_its_teacher_alone(checkpoints: dict[int, Path],
     checkpoint = checkpoints[bits]
     teacher = str(checkpoint.parent.parent / "teacher")
     Microscope.open(str(checkpoint), teacher)
-    loaded = [_open(name) for name in (teacher, str(checkpoint))]
+    loaded = [load_model(name) for name in (teacher, str(checkpoint))]
     assert Pair(*loaded).blocks == 2
     assert loaded[1].precision.endswith(f", embeddings in {bits} bits")
     assert loaded[1].weights == loaded[0].weights
