@@ -56,6 +56,7 @@ from lbllm.checkpoints.hf import load
 from lbllm.config import DEFAULT_MODEL, make_config
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.events import RunStarted
+from lbllm.labels import FORMAT_NAMES
 from lbllm.measure.perplexity import perplexity
 from lbllm.measure.zero_shot import task_names, zero_shot
 from lbllm.memory import peak_memory
@@ -65,7 +66,7 @@ from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.run import run
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.packed_layer import PackedLinear, named_groups
-from lbllm.sections import PAPER_STAGES
+from lbllm.sections import PAPER_STAGES, Format
 from lbllm.texts.catalogue import parts
 from lbllm.texts.corpus import Corpus, load_corpus
 from lbllm.texts.windows import evaluation_tokens
@@ -81,7 +82,7 @@ ABOUT = ("label", "kind", "act_bits", "bits", "questions", "minutes", "memory_mb
 class Options:
     """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text, ``act_bits``:
     of the layers' inputs, for each time that a model without bits of its own is evaluated; ``act_group_size``: inputs
-    that share a range; ``param_bits``: of our own stages' group parameters."""
+    that share a range; ``param_bits``: of our own stages' group parameters; ``format``: of our own stages."""
 
     teacher: str
     corpus: str
@@ -97,6 +98,7 @@ class Options:
     tasks: tuple[str, ...]
     task_limit: int | None
     outside: str | None
+    format: Format = "w1+1"
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
         model = teacher.model
     elif row.kind == "own":
         label = f"Stages 1 to {row.name[-1]}" if row.name != "stage1" else "Stage 1"
+        if options.format != "w1+1":
+            label += f", {FORMAT_NAMES[options.format]}"
         if options.param_bits < 16:
             label += f", {options.param_bits}-bit parameters"
         model, bpw, act_bits = own_stages(row, options, teacher, corpus)
@@ -205,7 +209,8 @@ def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> 
     changes["stages"] = stages
     for stage in stages:
         changes[stage] = {"tokens": options.tokens}
-    bits = {"param_bits": options.param_bits, "act_bits": act_bits, "kv_bits": act_bits}
+    bits: dict[str, Any] = {"format": options.format, "param_bits": options.param_bits}
+    bits |= {"act_bits": act_bits, "kv_bits": act_bits}
     bits["act_group_size"] = options.act_group_size
     changes |= {"quant": {"group_size": row.group_size} | bits}
     config = make_config("quick", changes)
@@ -345,6 +350,7 @@ def main() -> None:
     )
     parser.add_argument("--act-group-size", default="-1", help="inputs that share a range; -1: all of a token")
     parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
+    parser.add_argument("--format", default="w1+1", choices=tuple(FORMAT_NAMES), help="of our own stages")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
@@ -353,7 +359,7 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(
         **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-        **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+        **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside", "format")},
         param_bits=given.param_bits,
         act_group_size=size_of(given.act_group_size, "--act-group-size"),
         act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),

@@ -20,7 +20,7 @@ GROUP_SETTINGS = ("group_size", "param_bits")
 ACTIVATION_BITS = ("act_bits", "kv_bits")
 ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
 
-Format = Literal["w1+1", "w1"]
+Format = Literal["w1+1", "w1", "w1+1+1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
 BlockLoss = Literal["relative", "mse"]
@@ -104,7 +104,8 @@ class QuantConfig(Section):
         "w1+1",
         title="Weights",
         description="w1+1, W(1+1): a sign bit and a bitmap bit for each weight, so a group has four levels. w1, W1: "
-        "only the sign bit, two levels.",
+        "only the sign bit, two levels. w1+1+1, W(1+1+1): three planes, not LBLLM's own format; eight levels of "
+        "one shape for a whole layer, times a scale for each group.",
     )
     group_size: GroupSize = Field(
         64,
@@ -154,6 +155,11 @@ class QuantConfig(Section):
         description="Other settings for layers whose names match a pattern. If several patterns match a layer, the "
         "last one counts.",
     )
+
+    @property
+    def formats(self) -> set[Format]:
+        """The formats that layers can have."""
+        return {self.format, *(o.format for o in self.overrides.values() if o.format is not None)}
 
     def weights_only(self) -> QuantConfig:
         """The same weight format, with activations and KV cache not quantized."""

@@ -20,6 +20,7 @@ from lbllm.sections import WHOLE_ROW
 LINES: dict[str, str] = {
     "w1+1": COLOURS["student"],
     "w1": COLOURS["ptq"],
+    "w1+1+1": COLOURS["planes"],
     "rtn": COLOURS["other"],
     "gptq": COLOURS["e2e"],
     "billm": COLOURS["bitmap"],

@@ -29,7 +29,7 @@ from lbllm.places import ASSETS, home
 ASSET_FOLDER = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
 _SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
-_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act")
+_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".table", ".quantizer.act")
 
 
 def shipped_checkpoint() -> Path:

@@ -22,21 +22,28 @@ constexpr int64_t FEW = 8;             // up to this number of tokens the packed
 constexpr int64_t EXPANDED = 1 << 21;  // for more tokens, weights that are expanded together: they fit into the cache
 
 // The packed weights in these tensors, as pack_words and a checkpoint give them.
-Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale, int64_t columns,
-                   int64_t length) {
+Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& table, int64_t columns, int64_t length) {
   TORCH_CHECK(params.dim() == 3 && (!scale || scale->dim() == 3),
               "packed_linear: params must be (rows, groups, codes), a scale (rows, levels, 2)");
   const int count = static_cast<int>(scale ? scale->size(1) : params.size(2));
-  const int bits = !scale ? 16 : params.size(2) == count ? 8 : 4;
-  const Shape shape(columns, length, count / 2);
+  const Shape shape(columns, length, table ? 3 : count / 2);
+  // With one code a group, two groups share a byte; a single group reads the same with 8 bits.
+  const bool whole = table ? params.size(1) == shape.groups : params.size(2) == count;
+  const int bits = !scale ? 16 : whole ? 8 : 4;
   TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
                   words.size(1) == shape.words && words.size(2) == LANES,
               "packed_linear: words must be the contiguous int32 tensor that pack_words makes of these sizes");
-  TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) && params.size(1) == shape.groups &&
-                  (count == 2 || count == 4) && params.size(2) == (bits == 4 ? count / 2 : count) &&
+  TORCH_CHECK(!table || (table->is_contiguous() && table->scalar_type() == at::kHalf && table->numel() == 8),
+              "packed_linear: a table must be contiguous float16 (8,)");
+  const bool halved = bits == 4;
+  TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) &&
+                  params.size(1) == (table && halved ? (shape.groups + 1) / 2 : shape.groups) &&
+                  (table ? count == 1 : count == 2 || count == 4) &&
+                  params.size(2) == (halved && !table ? count / 2 : count) &&
                   params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4) float16, or with a scale uint8, two "
-              "codes of 4 bits a byte");
+              "packed_linear: params must be contiguous (rows, groups, 2 or 4, or 1 with a table) float16, or with a "
+              "scale uint8, two codes of 4 bits a byte");
   const uint16_t* affine = nullptr;
   if (scale) {
     TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
@@ -44,8 +51,10 @@ Weights weights_of(const Tensor& words, const Tensor& params, const std::optiona
                 "packed_linear: params_scale must be contiguous float16 (rows, levels, 2)");
     affine = static_cast<const uint16_t*>(scale->const_data_ptr());
   }
-  return {shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-          {params.const_data_ptr(), affine, shape.groups, count, bits}};
+  Weights w{shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
+            {params.const_data_ptr(), affine, shape.groups, count, bits}};
+  if (table) w.params.set_table(static_cast<const uint16_t*>(table->const_data_ptr()));
+  return w;
 }
 
 // The packed layer in these tensors.
@@ -64,21 +73,22 @@ Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64
           groups, static_cast<int>(bits)};
 }
 
-// Checks the weights `groups` (rows, n, length) and their `levels` (rows, n, 2 or 4), which are in ascending order.
+// Checks the weights `groups` (rows, n, length) and their `levels` (rows, n, 2, 4 or 8), which are in ascending order.
 void check_groups(const Tensor& groups, const Tensor& levels) {
   TORCH_CHECK(groups.dim() == 3 && levels.dim() == 3 && groups.size(0) == levels.size(0) &&
-                  groups.size(1) == levels.size(1) && (levels.size(2) == 2 || levels.size(2) == 4) &&
-                  groups.is_contiguous() && levels.is_contiguous() && groups.scalar_type() == at::kFloat &&
-                  levels.scalar_type() == at::kFloat,
-              "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2 or 4) are needed");
+                  groups.size(1) == levels.size(1) &&
+                  (levels.size(2) == 2 || levels.size(2) == 4 || levels.size(2) == 8) && groups.is_contiguous() &&
+                  levels.is_contiguous() && groups.scalar_type() == at::kFloat && levels.scalar_type() == at::kFloat,
+              "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2, 4 or 8) are needed");
 }
 
 }  // namespace
 
 // y (..., rows) = x (..., columns) W^T + bias, in the dtype of x. The sums are float32.
 Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& bias, int64_t columns, int64_t length) {
-  const Weights w = weights_of(words, params, scale, columns, length);
+                     const std::optional<Tensor>& table, const std::optional<Tensor>& bias, int64_t columns,
+                     int64_t length) {
+  const Weights w = weights_of(words, params, scale, table, columns, length);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns, "packed_linear: the last dimension of x must be ", columns);
   const int64_t rows = words.size(0), tokens = x.numel() / columns;
   const Tensor input = x.reshape({tokens, columns}).to(at::kFloat).contiguous();
@@ -147,8 +157,8 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
 // From the planes of a checkpoint, uint8 (rows, bits, ceil(columns / 8)), to words, int32 (rows, words, LANES).
 Tensor pack_words(const Tensor& planes, int64_t columns, int64_t length) {
   TORCH_CHECK(planes.scalar_type() == at::kByte && planes.is_contiguous() && planes.dim() == 3 &&
-                  (planes.size(1) == 1 || planes.size(1) == 2) && planes.size(2) == (columns + 7) / 8,
-              "pack_words: planes must be contiguous uint8 (rows, 1 or 2, ceil(columns / 8))");
+                  planes.size(1) >= 1 && planes.size(1) <= 3 && planes.size(2) == (columns + 7) / 8,
+              "pack_words: planes must be contiguous uint8 (rows, 1 to 3, ceil(columns / 8))");
   const int bits = static_cast<int>(planes.size(1));
   const Shape shape(columns, length, bits);
   const int64_t rows = planes.size(0);
@@ -286,21 +296,21 @@ std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teach
 // after them. Keys and values are stored in 4, 8 or 16 bits.
 //
 // `norms`: for each block the norms before attention and before the MLP, then the norms of each head's query and key if
-// the model has them; after all blocks the last norm. `words`, `params`, `scales`, `biases`, `columns`, `lengths`: for
-// each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely bits (0: no
-// quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block codes and
-// scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values and empty
-// scales.
+// the model has them; after all blocks the last norm. `words`, `params`, `scales`, `tables`, `biases`, `columns`,
+// `lengths`: for each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely
+// bits (0: no quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block
+// codes and scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values
+// and empty scales.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<Tensor>> scales,
-              at::ArrayRef<std::optional<Tensor>> biases, at::ArrayRef<double> quantizers,
-              at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-              int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
+              at::ArrayRef<std::optional<Tensor>> tables, at::ArrayRef<std::optional<Tensor>> biases,
+              at::ArrayRef<double> quantizers, at::IntArrayRef columns, at::IntArrayRef lengths,
+              at::TensorList cache, int64_t position, int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
   const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS;
   TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
-                  biases.size() == layers && quantizers.size() == 6 * layers && columns.size() == layers &&
-                  lengths.size() == layers && cache.size() == 4 * blocks &&
+                  tables.size() == layers && biases.size() == layers && quantizers.size() == 6 * layers &&
+                  columns.size() == layers && lengths.size() == layers && cache.size() == 4 * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
               "decode: seven layers, two or four norms and four tensors of cache a block, and one norm more are "
               "expected");
@@ -342,7 +352,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
                     "decode: layers in tiles have 4-bit activations, one range a token");
         layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);
       } else {
-        layer.words = weights_of(words[at], params[at], scales[at], layer.columns, layer.length);
+        layer.words = weights_of(words[at], params[at], scales[at], tables[at], layer.columns, layer.length);
       }
       layer.bias = nullptr;
       if (const std::optional<Tensor>& bias = biases[at]) {

@@ -73,7 +73,9 @@ class EndToEnd:
         groups: list[dict[str, Any]] = []
         for number, layer in enumerate(layers):
             scale = float(layer.weight().detach().std())
-            groups.append({"params": [layer.params.requires_grad_()], "lr": config.lr_levels * scale})
+            for parameter in layer.of_levels():
+                parameter.requires_grad_()
+            groups += layer.level_groups(config.lr_levels * scale)
             if latents:
                 layer.thaw(layer.nearest_to(latents[number]), "coupled")
                 groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})

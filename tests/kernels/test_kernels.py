@@ -40,6 +40,8 @@ def random_layer(
             layer.params_range.copy_(torch.randn(layer.params_range.shape, generator=generator) * 16)
     else:
         layer.params.copy_(torch.randn(layer.params.shape, generator=generator))
+    if layer.table is not None:
+        layer.table.copy_(torch.randn(layer.table.shape, generator=generator).sort().values)
     if layer.bias is not None:
         layer.bias.data.normal_(generator=generator)
     if layer.quantizer is not None:
@@ -58,7 +60,7 @@ def formats(act_bits: tuple[int, ...] = (16,)) -> st.SearchStrategy[LayerFormat]
         lambda kind, size, params, acts: LayerFormat.model_validate(
             {"format": kind, "group_size": size, "param_bits": params, "act_bits": acts}
         ),
-        st.sampled_from(["w1+1", "w1"]),
+        st.sampled_from(["w1+1", "w1", "w1+1+1"]),
         st.sampled_from([-1, 8, 32, 64, 128]) | st.integers(1, 150),
         st.sampled_from([4, 8, 16]),
         st.sampled_from(act_bits),
