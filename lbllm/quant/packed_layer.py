@@ -147,11 +147,14 @@ class PackedLinear(nn.Module):
         return planes_to_index(planes.unbind(1)), decode_params(params, self.affine())
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError, naming the layer, unless its table is one and its scales are finite."""
+        """Raise CheckpointError, naming the layer, unless its table is one, its scales are finite, and no code of a
+        scale is past the end of a row: the kernels would read it."""
         if self.table is None:
             return
         if not is_table(self.table.float()):
             raise CheckpointError(f"{name}.table has {TABLE_FAULT}; copy the checkpoint again, or make it again")
+        if self.grid is not None and self.groups % 2 and bool((self.params[:, -1] >> 4).any()):
+            raise CheckpointError(f"{name}.params has bits past the end of a row; copy the checkpoint again")
         for key in ("params", "params_scale", "params_range"):
             tensor = getattr(self, key)
             if tensor is not None and not tensor.float().isfinite().all():

@@ -12,7 +12,8 @@ counted from the least significant bit. Bits past the end of a row are zero. The
     params uint8 (out, n, K / 2) + params_scale float16 (out,) + params_range float16 (K, 2)
                                                4-bit codes, two per byte, the first in the lower half; the minimum and
                                                step of the layer are in units of each row's scale; of W(1+1+1), which
-                                               has one code a group, two groups share a byte: (out, ceil(n / 2), 1)
+                                               has one code a group, two groups share a byte: (out, ceil(n / 2), 1), the
+                                               half past the end of a row zero
 
 This layout is for storage and is the same on every machine. The kernels derive their own order of bytes from it.
 """

@@ -34,6 +34,8 @@ def random_layer(
         layer.weight[..., -1] &= (1 << columns % 8) - 1
     if fmt.param_bits < 16:
         layer.params.random_(0, 256, generator=generator)
+        if layer.table is not None and fmt.param_bits == 4 and layer.groups % 2:
+            layer.params[:, -1] &= 15  # two groups share a byte: what is past the end of a row is zero
         assert layer.params_scale is not None
         layer.params_scale.copy_(torch.randn(layer.params_scale.shape, generator=generator) / 64)
         if layer.params_range is not None:

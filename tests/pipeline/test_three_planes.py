@@ -26,7 +26,7 @@ from lbllm.stages.block_state import restore
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.wat import thaw_layers
 from tests.helpers.tiny_models import save_tiny
-from tests.helpers.tiny_runs import bfloat_teacher, run_config, run_tiny, token_ids
+from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 QUANT: dict[str, Any] = {
     "format": "w1+1+1",
@@ -45,15 +45,23 @@ def settings(**changes: Any) -> RunConfig:
     return run_config(**{"stages": STAGES, "quant": QUANT, "e2e": E2E | {"lr_weight": 1e-3}} | changes)
 
 
+def rounded_teacher() -> Teacher:
+    """A tiny teacher whose parameters are bfloat16 values: what stays dense is the same in its packed student."""
+    teacher = tiny_teacher("llama")
+    for parameter in teacher.model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    return teacher
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
     folder = tmp_path_factory.mktemp("planes")
-    return folder, run_tiny(settings(), folder, bfloat_teacher())
+    return folder, run_tiny(settings(), folder, rounded_teacher())
 
 
 @pytest.fixture
 def teacher() -> Teacher:
-    return bfloat_teacher()
+    return rounded_teacher()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -82,7 +90,6 @@ def test_the_sizes_are_those_of_the_estimate(made: tuple[Path, list[Event]], tmp
     assert isinstance(done, RunDone)
     assert said.bpw == pytest.approx(done.bpw)
     assert said.disk_bytes == pytest.approx(done.disk_bytes, rel=0.01)
-    assert 3 < done.bpw < 3.6
     stored = load_file(made[0] / "checkpoint" / WEIGHTS)
     names = (".params", ".params_scale", ".params_range", ".table")
     bits = 8 * sum(t.nbytes for name, t in stored.items() if t.dtype == torch.uint8 or name.endswith(names))
