@@ -20,8 +20,8 @@ STAGE_NAMES: dict[Origin, str] = {
 # The formats where they are offered.
 FORMAT_CHOICES: dict[Format, str] = FORMAT_NAMES | {"w1+1+1": "W(1+1+1), three planes, not LBLLM's own format"}
 THREE_PLANES = (
-    "W(1+1+1), which is not LBLLM's own format, has three bits for each weight. They select one of eight levels: a table "
-    "for the whole layer, times a scale for each group."
+    "W(1+1+1), which is not LBLLM's own format, has three bits for each weight. They select one of eight levels: a "
+    "table for the whole layer, times a scale for each group."
 )
 
 # Bits of a weight's code: the planes of a format.

@@ -4,9 +4,9 @@ A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the b
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
 were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,); with 4-bit parameters
 ``<layer>.scale`` and ``<layer>.ranges``, their ``packing.Grid``; with three planes ``<layer>.table`` (8,). Stage
-"start" is the checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before it, and the
-block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files of lbllm 0.2
-and before have the fingerprint and the hash of the tensors alone, and are read.
+"start" is the checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before
+it, and the block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files
+of lbllm 0.2 and before have the fingerprint and the hash of the tensors alone, and are read.
 """
 
 from __future__ import annotations
