@@ -186,7 +186,7 @@ class LayerView:
     @cached_property
     def levels(self) -> Tensor:
         """Levels of all groups, float32 (out, n, K), in the order of ``params_to_levels``."""
-        return params_to_levels(self._params_of(slice(0, self.shape[0])), self._table)
+        return params_to_levels(self._params_of(slice(0, self.shape[0])), self.table)
 
     @cached_property
     def sign(self) -> Tensor:
@@ -262,7 +262,7 @@ class LayerView:
         planes, stored = self._read("weight", one)[0], self._read("params", one)[0]
         affine = self._packed.affine()
         params, index = self._params_of(one)[0, group], self._index_of(one)[0, columns]
-        levels = params_to_levels(params, self._table)
+        levels = params_to_levels(params, self.table)
         before_levels, before_index = self.before(one)
         latent = self._before.latents(*self._place, self.shape, one)
         bits = stored_bits(self._stored.tensors[self._names["weight"]], row, columns, planes)
@@ -302,7 +302,8 @@ class LayerView:
         return planes_to_index(planes.unbind(1))
 
     @property
-    def _table(self) -> Tensor | None:
+    def table(self) -> Tensor | None:
+        """The table of a layer of three planes, float32 (8,); else None."""
         return None if self._packed.table is None else self._packed.table.float()
 
     def _params_of(self, rows: slice) -> Tensor:
