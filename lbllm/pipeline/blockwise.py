@@ -108,8 +108,9 @@ def _teach(
     block = run.teacher.block(number)
     sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
     names = [names[0] for names in sharing] if stage == "ptq" else []
-    with recorded_inputs(block, names, run.streams.kept) as meant:
+    with recorded_inputs(block, names, lambda: run.streams.rows(stream[..., 0].numel())) as inputs:
         finite = _advance(run, block, number, stream)
+    meant = {name: rows.batches() for name, rows in inputs.items()}
     if not finite:
         raise ModelError(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
