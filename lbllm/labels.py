@@ -17,8 +17,8 @@ STAGE_NAMES: dict[Origin, str] = {
     "e2e": f"{stage_name('e2e')}: end to end",
 }
 
-# The formats where they are offered.
-FORMAT_CHOICES: dict[Format, str] = FORMAT_NAMES | {"w1+1+1": "W(1+1+1), three planes, not LBLLM's own format"}
+# The formats as the buttons of a setting; its help says more.
+FORMAT_CHOICES: dict[Format, str] = FORMAT_NAMES | {"w1+1+1": "W(1+1+1), not LBLLM's own"}
 THREE_PLANES = (
     "W(1+1+1), which is not LBLLM's own format, has three bits for each weight. They select one of eight levels: a "
     "table for the whole layer, times a scale for each group."
