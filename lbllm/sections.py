@@ -13,16 +13,19 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 WHOLE_ROW = -1
-ACT_GROUP_SIZE = 64  # inputs of a token that share a range, unless the paper or a checkpoint says otherwise
+LARGEST_KV_GROUP = 4_096  # tokens; that many stay in 16 bits until their group is whole
+# Inputs of a token, and tokens of a key's channel, that share a range, unless the paper or a checkpoint says otherwise.
+ACT_GROUP_SIZE, KV_GROUP_SIZE = 64, 64
 # Settings of QuantConfig: of the groups, which can be made of larger ones; the bits that stage 3 lowers; and those that
 # only quantized activations read.
 GROUP_SETTINGS = ("group_size", "param_bits")
 ACTIVATION_BITS = ("act_bits", "kv_bits")
-ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
+ACTIVATION_SETTINGS = ("act_group_size", "tail_steps", "kv_group_size", "kv_first")
 
 Format = Literal["w1+1", "w1", "w1+1+1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
+EmbeddingBits = Literal[4, 6, 8, 16]
 BlockLoss = Literal["relative", "mse"]
 StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
@@ -103,9 +106,8 @@ class QuantConfig(Section):
     format: Format = Field(
         "w1+1",
         title="Weights",
-        description="w1+1, W(1+1): a sign bit and a bitmap bit for each weight, so a group has four levels. w1, W1: "
-        "only the sign bit, two levels. w1+1+1, W(1+1+1): three planes, not LBLLM's own format; eight levels of "
-        "one shape for a whole layer, times a scale for each group.",
+        description="w1+1, W(1+1): a sign and a bitmap bit for each weight, four levels a group. w1, W1: the sign, "
+        "two. w1+1+1, W(1+1+1): three planes, not LBLLM's own format; eight levels of a layer, times a group's scale.",
     )
     group_size: GroupSize = Field(
         64,
@@ -119,6 +121,12 @@ class QuantConfig(Section):
         description="Bits of each group parameter (alpha and mu), which give the levels of a group. Groups of 16 with "
         "4-bit parameters are as large as groups of 64 with 16-bit ones, and fit the weights much better.",
     )
+    embedding_bits: EmbeddingBits = Field(
+        16,
+        title="Embedding bits",
+        description="Bits of the token embeddings and of the output head. 16: bfloat16. 8: as Q8_0 in a GGUF file, so "
+        "a teacher from such a file keeps its embeddings exactly. 6 and 4: a smaller file, at a small cost in quality.",
+    )
     act_bits: Literal[4, 8, 16] = Field(
         4,
         title="Activation bits",
@@ -130,6 +138,22 @@ class QuantConfig(Section):
         title="KV cache bits",
         description="Bits of the KV cache, which holds the keys and values of every token of a conversation; 16: it is "
         "not quantized.",
+    )
+    kv_group_size: GroupSize = Field(
+        WHOLE_ROW,
+        le=LARGEST_KV_GROUP,
+        title="KV cache group size",
+        description="How many tokens share a range of 4-bit or 8-bit steps in each channel of the keys; values keep a "
+        "range for each token. Tokens after the last whole group stay in 16 bits. -1: keys, too, have a range for each "
+        "token, as in the paper. A few channels of the keys are large, and make the steps of such a range coarse.",
+    )
+    kv_first: int = Field(
+        1,
+        ge=0,
+        le=LARGEST_KV_GROUP,
+        title="First tokens in 16 bits",
+        description="How many tokens at the start keep 16 bits in the KV cache. Their keys are of another size than "
+        "all others. Only with a KV cache group size.",
     )
     act_group_size: GroupSize = Field(
         WHOLE_ROW,
@@ -155,11 +179,6 @@ class QuantConfig(Section):
         description="Other settings for layers whose names match a pattern. If several patterns match a layer, the "
         "last one counts.",
     )
-
-    @property
-    def formats(self) -> set[Format]:
-        """The formats that layers can have."""
-        return {self.format, *(o.format for o in self.overrides.values() if o.format is not None)}
 
     def weights_only(self) -> QuantConfig:
         """The same weight format, with activations and KV cache not quantized."""

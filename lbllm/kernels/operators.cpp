@@ -3,6 +3,7 @@
 
 #include "operators.h"
 
+#include "arguments.h"
 #include "decode.h"
 #include "elementwise.h"
 #include "head.h"
@@ -20,67 +21,6 @@ namespace {
 
 constexpr int64_t FEW = 8;             // up to this number of tokens the packed weights are multiplied directly
 constexpr int64_t EXPANDED = 1 << 21;  // for more tokens, weights that are expanded together: they fit into the cache
-
-// The packed weights in these tensors, as pack_words and a checkpoint give them.
-Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& table, int64_t columns, int64_t length) {
-  TORCH_CHECK(params.dim() == 3 && (!scale || scale->dim() == 3),
-              "packed_linear: params must be (rows, groups, codes), a scale (rows, levels, 2)");
-  const int count = static_cast<int>(scale ? scale->size(1) : params.size(2));
-  const Shape shape(columns, length, table ? 3 : count / 2);
-  // With one code a group, two groups share a byte; a single group reads the same with 8 bits.
-  const bool whole = table ? params.size(1) == shape.groups : params.size(2) == count;
-  const int bits = !scale ? 16 : whole ? 8 : 4;
-  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
-                  words.size(1) == shape.words && words.size(2) == LANES,
-              "packed_linear: words must be the contiguous int32 tensor that pack_words makes of these sizes");
-  TORCH_CHECK(!table || (table->is_contiguous() && table->scalar_type() == at::kHalf && table->numel() == 8),
-              "packed_linear: a table must be contiguous float16 (8,)");
-  const bool halved = bits == 4;
-  TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) &&
-                  params.size(1) == (table && halved ? (shape.groups + 1) / 2 : shape.groups) &&
-                  (table ? count == 1 : count == 2 || count == 4) &&
-                  params.size(2) == (halved && !table ? count / 2 : count) &&
-                  params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4, or 1 with a table) float16, or with a "
-              "scale uint8, two codes of 4 bits a byte");
-  const uint16_t* affine = nullptr;
-  if (scale) {
-    TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
-                    scale->numel() == words.size(0) * count * 2,
-                "packed_linear: params_scale must be contiguous float16 (rows, levels, 2)");
-    affine = static_cast<const uint16_t*>(scale->const_data_ptr());
-  }
-  Weights w{shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-            {params.const_data_ptr(), affine, shape.groups, count, bits}};
-  if (table) w.params.set_table(static_cast<const uint16_t*>(table->const_data_ptr()));
-  return w;
-}
-
-// The packed layer in these tensors.
-Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
-  TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
-                  tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
-              "packed_lookup: tiles must be contiguous uint8 (rows / 32, columns / 8, 1 or 2, 32)");
-  // The sums of longer groups would not fit into 16 bits.
-  TORCH_CHECK(length % 8 == 0 && length > 0 && length <= 2048, "packed_lookup: groups have 8, 16, .. 2048 columns");
-  const int64_t groups = (columns + length - 1) / length, bits = tiles.size(2);
-  TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 4 &&
-                  params.size(0) == tiles.size(0) && params.size(1) == groups && params.size(2) == 2 * bits &&
-                  params.size(3) == TILE,
-              "packed_lookup: params must be contiguous float16 (rows / 32, groups, 2 or 4, 32)");
-  return {tiles.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(params.const_data_ptr()), columns, length,
-          groups, static_cast<int>(bits)};
-}
-
-// Checks the weights `groups` (rows, n, length) and their `levels` (rows, n, 2, 4 or 8), which are in ascending order.
-void check_groups(const Tensor& groups, const Tensor& levels) {
-  TORCH_CHECK(groups.dim() == 3 && levels.dim() == 3 && groups.size(0) == levels.size(0) &&
-                  groups.size(1) == levels.size(1) &&
-                  (levels.size(2) == 2 || levels.size(2) == 4 || levels.size(2) == 8) && groups.is_contiguous() &&
-                  levels.is_contiguous() && groups.scalar_type() == at::kFloat && levels.scalar_type() == at::kFloat,
-              "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2, 4 or 8) are needed");
-}
 
 }  // namespace
 
@@ -300,19 +240,23 @@ std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teach
 // `lengths`: for each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely
 // bits (0: no quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block
 // codes and scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values
-// and empty scales.
+// and empty scales. With a `group_size` above 0, six: keys have ranges over groups of so many tokens, and the last two
+// hold float16 keys and values of the `first` tokens and of the unfinished group.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<Tensor>> scales,
               at::ArrayRef<std::optional<Tensor>> tables, at::ArrayRef<std::optional<Tensor>> biases,
               at::ArrayRef<double> quantizers, at::IntArrayRef columns, at::IntArrayRef lengths,
-              at::TensorList cache, int64_t position, int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
+              at::TensorList cache, int64_t position, int64_t heads, int64_t kv_heads, double scaling, double epsilon,
+              int64_t group_size, int64_t first) {
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
-  const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS;
-  TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
-                  tables.size() == layers && biases.size() == layers && quantizers.size() == 6 * layers &&
-                  columns.size() == layers && lengths.size() == layers && cache.size() == 4 * blocks &&
+  const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS, parts = group_size ? 6 : 4;
+  const Groups groups{group_size, first};
+  TORCH_CHECK(group_size >= 0 && first >= 0 && blocks > 0 && words.size() == layers && params.size() == layers &&
+                  scales.size() == layers && tables.size() == layers && biases.size() == layers &&
+                  quantizers.size() == 6 * layers && columns.size() == layers && lengths.size() == layers &&
+                  cache.size() == parts * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
-              "decode: seven layers, two or four norms and four tensors of cache a block, and one norm more are "
+              "decode: seven layers, two or four norms and four or six tensors of cache a block, and one norm more are "
               "expected");
   TORCH_CHECK(hidden.scalar_type() == at::kFloat && hidden.is_contiguous() && size == columns[0],
               "decode: one token is expected, contiguous float32");
@@ -369,18 +313,29 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       TORCH_CHECK(at[k].columns == sizes[k][0] && at[k].rows == sizes[k][1],
                   "decode: the layers' sizes don't fit each other");
     for (int which = 0; which < 2; ++which) {
-      const Tensor &codes = cache[4 * b + 2 * which], &scale = cache[4 * b + 2 * which + 1];
-      const bool halves = codes.scalar_type() == at::kHalf;
+      const Tensor &codes = cache[parts * b + 2 * which], &scale = cache[parts * b + 2 * which + 1];
+      const bool halves = codes.scalar_type() == at::kHalf, by_channel = group_size && which == 0;
       const int bits = halves ? 16 : codes.size(-1) == dim ? 8 : 4;
+      const int64_t needed = group_size ? groups.encoded(position) : position + 1;
       TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && (halves || codes.scalar_type() == at::kByte) &&
                       scale.scalar_type() == at::kHalf && codes.dim() == 4 && codes.size(0) == 1 &&
-                      codes.size(1) == kv_heads && codes.size(2) > position &&
-                      codes.size(3) == (bits == 4 ? dim / 2 : dim) && scale.dim() == 4 &&
-                      scale.size(1) == kv_heads && scale.size(2) == codes.size(2) &&
-                      scale.size(3) == (halves ? 0 : 2),
+                      codes.size(1) == kv_heads && codes.size(2) >= needed &&
+                      codes.size(3) == (bits == 4 ? dim / 2 : dim) && scale.dim() == (by_channel ? 5 : 4) &&
+                      scale.size(1) == kv_heads &&
+                      (by_channel ? codes.size(2) == scale.size(2) * group_size && scale.size(3) == 2 &&
+                                        scale.size(4) == dim
+                                  : scale.size(2) == codes.size(2) && scale.size(3) == (halves ? 0 : 2)),
                   "decode: the cache has no room, or another shape");
-      block.kept[which] = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()),
-                           codes.size(2), dim};
+      Cache& kept = block.kept[which];
+      kept = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()), codes.size(2), dim};
+      if (group_size) {
+        const Tensor& recent = cache[parts * b + 4 + which];
+        TORCH_CHECK(!halves && recent.is_contiguous() && recent.scalar_type() == at::kHalf &&
+                        recent.sizes() == at::IntArrayRef({1, kv_heads, first + group_size, dim}),
+                    "decode: the tokens in 16 bits have another shape");
+        kept.groups = groups, kept.by_channel = by_channel;
+        kept.halves = reinterpret_cast<uint16_t*>(recent.data_ptr<at::Half>());
+      }
     }
   }
   const float* last = norm_at(norms.size() - 1, size);

@@ -23,7 +23,8 @@ from lbllm.models.blocks import (
 )
 from lbllm.models.calls import BlockCall
 from lbllm.pipeline.context import RunContext, step_count, step_metric
-from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.kv_cache import KVFormat
+from lbllm.quant.kv_groups import training_cache
 from lbllm.ranks import Share
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
@@ -51,8 +52,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
         yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
         return
     sequences = share.of(sequences)
-    bits = run.config.quant.kv_bits
-    cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
+    cache = training_cache(KVFormat.of(run.config.quant)) if stage == "aar" else None
     targets = _first_stream(run, sequences)
     inputs = run.streams.empty(*targets.shape).copy_(targets)
     beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
@@ -277,7 +277,7 @@ def _train(
             inputs,
             config.aar,
             tail=quant.tail_steps,
-            kv_bits=quant.kv_bits,
+            cache=cache,
             batch=run.batch,
             share=taught.share,
         )
@@ -293,7 +293,7 @@ def _train(
             inputs,
             targets,
             config.aar,
-            kv_bits=quant.kv_bits,
+            cache=cache,
             seed=seed,
             autocast=run.autocast,
             held_out=taught.held_out,

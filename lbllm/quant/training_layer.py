@@ -43,8 +43,9 @@ Mode = Literal["coupled", "relaxed", "frozen"]
 # in the cache, on a GPU they stay below 1 GB.
 CPU_PART, GPU_PART = 2**18, 2**25
 
-# Learning rate of a table, relative to that of its layer's scales.
-TABLE_RATE = 1.0
+# With a table: its learning rate, relative to that of its layer's scales; and that of latent weights, relative to other
+# formats, since eight levels lie closer together than four.
+TABLE_RATE, TABLE_LATENT_RATE = 1.0, 0.5
 _TINY = 1e-12
 
 
@@ -112,6 +113,11 @@ class BinaryLinear(nn.Module):
         are any."""
         latent, bitmap = ([] if one is None else [one] for one in (self.latent, self.bitmap))
         return [*latent, *self.of_levels(), *bitmap]
+
+    @property
+    def latent_rate(self) -> float:
+        """The learning rate of latent weights, relative to what the settings say."""
+        return 1.0 if self.table is None else TABLE_LATENT_RATE
 
     def level_groups(self, rate: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups of ``of_levels`` for a learning ``rate`` of levels."""

@@ -78,7 +78,7 @@ class EndToEnd:
             groups += layer.level_groups(config.lr_levels * scale)
             if latents:
                 layer.thaw(layer.nearest_to(latents[number]), "coupled")
-                groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
+                groups.append({"params": [layer.latent], "lr": config.lr_weight * scale * layer.latent_rate})
         if self.quantizers:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})
