@@ -21,11 +21,12 @@ from lbllm.pipeline.packed_model import stage_model
 from lbllm.pipeline.start import settings_to_go_on
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
-from lbllm.sections import STAGES
+from lbllm.sections import STAGES, LayerOverride, QuantConfig
 from lbllm.stages.block_state import restore
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.wat import thaw_layers
 from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_packed import tiny_checkpoint
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 QUANT: dict[str, Any] = {
@@ -94,6 +95,20 @@ def test_the_sizes_are_those_of_the_estimate(made: tuple[Path, list[Event]], tmp
     names = (".params", ".params_scale", ".params_range", ".table")
     bits = 8 * sum(t.nbytes for name, t in stored.items() if t.dtype == torch.uint8 or name.endswith(names))
     assert bits / said.weights == pytest.approx(said.bpw)
+
+
+def test_a_word_at_a_time_gives_what_the_whole_text_does(tmp_path: Path) -> None:
+    """Through the operator that decodes one token, where there is a compiler."""
+    some = {"*.down_proj": LayerOverride(format="w1+1", group_size=16)}
+    quant = QuantConfig(format="w1+1+1", group_size=20, act_bits=16, kv_bits=16, overrides=some)
+    model, _ = load(tiny_checkpoint(tmp_path, "llama", quant)[0])
+    ids, cache, found = token_ids(1)[:, :10], None, []
+    with torch.no_grad():
+        for place in range(10):
+            out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits[0, 0])
+        torch.testing.assert_close(torch.stack(found), model(ids).logits[0], rtol=0, atol=5e-3)  # keys in float16
 
 
 @pytest.mark.parametrize("kept", [["ptq-0000"], ["ptq-0000", "ptq-0001", "wat-0000", "wat-0001", "aar-0000"]])
