@@ -33,6 +33,7 @@ COLOURS: dict[str, str] = {
     "bad": "#D55E00",
     "bits": "#0072B2",
     "bitmap": "#56B4E9",
+    "planes": "#332288",
     "parameters": "#E69F00",
     "embeddings": "#8796A5",
     "output head": "#CC79A7",

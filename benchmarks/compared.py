@@ -31,6 +31,7 @@ from lbllm.checkpoints.hf import attach_kv_cache, load
 from lbllm.config import make_config
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.events import RunStarted
+from lbllm.labels import FORMAT_NAMES
 from lbllm.machine import make_accelerator
 from lbllm.measure.perplexity import perplexity
 from lbllm.measure.zero_shot import QUESTIONS_SEED, zero_shot
@@ -42,7 +43,7 @@ from lbllm.pipeline.run import run
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_layer import PackedLinear, named_groups
-from lbllm.sections import PAPER_STAGES, E2eConfig, Stage, WatConfig
+from lbllm.sections import PAPER_STAGES, E2eConfig, Format, Stage, WatConfig
 from lbllm.texts.catalogue import parts
 from lbllm.texts.corpus import Corpus, load_corpus
 from lbllm.texts.windows import evaluation_tokens
@@ -78,6 +79,7 @@ class Options:
     task_limit: int | None
     outside: str | None
     kv_bits: Literal[4, 16] = 16
+    format: Format = "w1+1"  # of our own stages
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
         bpw = stored.bpw
     elif row.kind == "own":
         label = OWN_LABELS[row.name]
+        if options.format != "w1+1":
+            label += f", {FORMAT_NAMES[options.format]}"
         if options.param_bits < 16:
             label += f", {options.param_bits}-bit parameters"
         model, bpw, act_bits = own_stages(row, options, teacher, corpus)
@@ -216,7 +220,8 @@ def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> 
     changes["stages"] = stages
     for stage in stages:
         changes[stage] = {"tokens": options.tokens}
-    bits = {"param_bits": options.param_bits, "act_bits": act_bits, "kv_bits": act_bits}
+    bits: dict[str, Any] = {"format": options.format, "param_bits": options.param_bits}
+    bits |= {"act_bits": act_bits, "kv_bits": act_bits}
     bits["act_group_size"] = options.act_group_size
     changes |= {"quant": {"group_size": row.group_size} | bits}
     for name, value in row.how.items():

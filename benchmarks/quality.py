@@ -46,6 +46,7 @@ from lbllm.baselines.methods import METHODS
 from lbllm.checkpoints.find import find_checkpoint, find_teacher
 from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError
+from lbllm.labels import FORMAT_NAMES
 from lbllm.measure.zero_shot import task_names
 
 # Keys of a measured row that are not its figures.
@@ -137,6 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--act-group-size", default="-1", help="inputs that share a range; -1: all of a token")
     parser.add_argument("--param-bits", type=int, default=16, choices=(16, 8, 4), help="of our own stages' groups")
+    parser.add_argument("--format", default="w1+1", choices=tuple(FORMAT_NAMES), help="of our own stages")
     parser.add_argument("--tasks", help="zero-shot tasks joined by commas, or all")
     parser.add_argument("--task-limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")
@@ -145,7 +147,7 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(
         **{name: getattr(given, name) for name in ("teacher", "corpus", "tokens", "seq_len", "damping")},
-        **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside")},
+        **{name: getattr(given, name) for name in ("window", "limit", "task_limit", "outside", "format")},
         param_bits=given.param_bits,
         act_group_size=size_of(given.act_group_size, "--act-group-size"),
         act_bits=tuple(int(bits) for bits in given.act_bits.split(",")),

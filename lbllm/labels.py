@@ -7,7 +7,7 @@ from pathlib import Path
 from lbllm.config import SETTINGS, RunConfig, label
 from lbllm.sections import WHOLE_ROW, Format, Origin, Stage, stage_name, stage_number
 
-FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1"}
+FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1", "w1+1+1": "W(1+1+1)"}
 
 STAGE_NAMES: dict[Origin, str] = {
     "start": str(SETTINGS["start"].title),
@@ -17,7 +17,15 @@ STAGE_NAMES: dict[Origin, str] = {
     "e2e": f"{stage_name('e2e')}: end to end",
 }
 
-CODE_BITS = {"w1+1": 2, "w1": 1}
+# The formats as the buttons of a setting; its help says more.
+FORMAT_CHOICES: dict[Format, str] = FORMAT_NAMES | {"w1+1+1": "W(1+1+1), not LBLLM's own"}
+THREE_PLANES = (
+    "W(1+1+1), which is not LBLLM's own format, has three bits for each weight. They select one of eight levels: a "
+    "table for the whole layer, times a scale for each group."
+)
+
+# Bits of a weight's code: the planes of a format.
+CODE_BITS: dict[Format, int] = {"w1+1": 2, "w1": 1, "w1+1+1": 3}
 # What ``bits_per_weight`` counts: the binarized layers alone, group parameters included.
 BINARIZED_BITS = "bits per binarized weight"
 

@@ -24,7 +24,7 @@ GROUP_SETTINGS = ("group_size", "param_bits")
 ACTIVATION_BITS = ("act_bits", "kv_bits")
 ACTIVATION_SETTINGS = ("act_group_size", "tail_steps", "kv_group_size", "kv_first")
 
-Format = Literal["w1+1", "w1"]
+Format = Literal["w1+1", "w1", "w1+1+1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
 EmbeddingBits = Literal[4, 6, 8, 16]
@@ -92,8 +92,8 @@ class QuantConfig(Section):
     format: Format = Field(
         "w1+1",
         title="Weights",
-        description="w1+1, W(1+1): a sign bit and a bitmap bit for each weight, so a group has four levels. w1, W1: "
-        "only the sign bit, two levels.",
+        description="w1+1, W(1+1): a sign and a bitmap bit for each weight, four levels a group. w1, W1: the sign, "
+        "two. w1+1+1, W(1+1+1): three planes, not LBLLM's own format; eight levels of a layer, times a group's scale.",
     )
     group_size: GroupSize = Field(
         64,

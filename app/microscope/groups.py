@@ -13,7 +13,7 @@ def group_data(scope: Microscope, layer: LayerView, group: GroupView, column: in
     legend.append(("before", f"below: {scope.before_words}"))
     if group.latent is not None:
         legend.append(("latent", f"latent weights, {scope.latent_words}"))
-    planes = [("Signs", group.signs), ("Bitmap", group.bitmap)]
+    planes = [("Signs", group.signs), ("Bitmap", group.bitmap), ("Second bitmap", group.second)]
     return {
         "place": str(group.address),
         "label": f"Weights {group.columns.start} to {group.columns.stop - 1} of a row, with their levels",
@@ -46,7 +46,7 @@ def _line(scope: Microscope, group: GroupView, number: int) -> list[str]:
     if group.latent is not None:
         parts.append(f"latent {_number(group.latent[number].item())}")
     parts.append(f"stored: level {int(group.index[number]) + 1} = {_number(group.rebuilt[number].item())}")
-    for name, bits in (("sign", group.signs), ("bitmap", group.bitmap)):
+    for name, bits in (("sign", group.signs), ("bitmap", group.bitmap), ("second bitmap", group.second)):
         if bits:
             one = bits[number]
             parts.append(f"{name} {int(one.value)}: bit {one.bit} of byte {one.offset:,}")

@@ -179,6 +179,7 @@ def tiles_data(layer: LayerView, row: int, group: int, column: int, *, opened: b
         "original": TILES["original"],
         "sign": "Sign bits",
         "bitmap": "Bitmap bits",
+        "second": "Second bitmap bits",
         "rebuilt": "Rebuilt from the bits",
         "error": "Error",
     }
@@ -195,6 +196,7 @@ def tiles_data(layer: LayerView, row: int, group: int, column: int, *, opened: b
             "original": _numbers(part.original),
             "sign": _bits(part.sign),
             "bitmap": None if part.bitmap is None else _bits(part.bitmap),
+            "second": None if part.second is None else _bits(part.second),
             "rebuilt": _numbers(part.rebuilt),
             "error": _numbers(part.error),
         },

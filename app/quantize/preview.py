@@ -20,6 +20,7 @@ from lbllm.sections import WHOLE_ROW
 LINES: dict[str, str] = {
     "w1+1": COLOURS["student"],
     "w1": COLOURS["ptq"],
+    "w1+1+1": COLOURS["planes"],
     "rtn": COLOURS["other"],
     "gptq": COLOURS["e2e"],
     "billm": COLOURS["bitmap"],
@@ -71,7 +72,7 @@ def show_preview(config: RunConfig, blocks: int) -> None:
             placeholder="none",
             key=form.METHODS_KEY,
             help="Weight-only methods with a calibration like stage 1's, no training, on the same block and text. "
-            "They are for comparison: a run makes W(1+1) or W1. Each takes some more seconds.",
+            "They are for comparison: a run makes W(1+1), W1 or W(1+1+1). Each takes some more seconds.",
         )
         form.keep()
         number = shown - 1  # the engine counts blocks from 0
@@ -83,7 +84,7 @@ def show_preview(config: RunConfig, blocks: int) -> None:
         own: Choice = (config.quant.format, config.quant.group_size)
         if not points:
             place.container(border=True).markdown(
-                "Some seconds show what format and group size do to one block: stage 1 for both formats in several "
+                "Some seconds show what format and group size do to one block: stage 1 for all formats in several "
                 "sizes, and a few steps of stage 2 for yours."
             )
             return

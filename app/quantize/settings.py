@@ -8,7 +8,7 @@ from typing import Any
 
 from lbllm.config import SETTINGS, label
 from lbllm.fields import bounds, choices
-from lbllm.labels import FORMAT_NAMES, stage_numbers
+from lbllm.labels import FORMAT_CHOICES, stage_numbers
 from lbllm.machine import devices
 from lbllm.sections import STAGES, WHOLE_ROW, stage_name
 
@@ -63,7 +63,7 @@ def tokens_label(group_size: int) -> str:
     return "token" if group_size == WHOLE_ROW else str(group_size)
 
 
-FORMAT = Setting("quant.format", show=FORMAT_NAMES.__getitem__)
+FORMAT = Setting("quant.format", show=FORMAT_CHOICES.__getitem__)
 GROUP_SIZE = Setting("quant.group_size", (16, 32, 64, 128, WHOLE_ROW), size_label)
 PARAM_BITS = Setting("quant.param_bits")
 EMBEDDING_BITS = Setting("quant.embedding_bits")

@@ -81,6 +81,7 @@ class Operands(NamedTuple):
 
     arranged: list[Arranged]
     scales: list[Tensor | None]
+    tables: list[Tensor | None]
     acts: Tensor | None
     quantizers: list[float]
     columns: list[int]
@@ -150,8 +151,8 @@ class FusedForward:
             cache.layers, cache.layer_class_to_replicate = [], HalfKVLayer
 
     def _weights(self) -> tuple[list[Any], ...] | None:
-        """The norms, then the layers' words, parameters, scales, biases, quantizers, columns and group lengths, each as
-        a list; None if the operator can't read one of them."""
+        """The norms, then the layers' words, parameters, scales, tables, biases, quantizers, columns and group lengths,
+        each as a list; None if the operator can't read one of them."""
         assert self._structure
         norms, layers, known = self._structure.norms(), self._structure.layers, self._operands
         acts = self._structure.quantizers()
@@ -178,6 +179,7 @@ class FusedForward:
                 Operands(
                     arranged,
                     [layer.scale for layer in arranged],
+                    [layer.table for layer in arranged],
                     act,
                     quantizers,
                     [layer.in_features for layer in layers],
@@ -193,6 +195,7 @@ class FusedForward:
             [layer.words for layer in known.arranged],
             [layer.params for layer in known.arranged],
             known.scales,
+            known.tables,
             self._structure.biases(),
             known.quantizers,
             known.columns,

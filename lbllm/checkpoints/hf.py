@@ -105,6 +105,9 @@ class LbllmQuantizer(HfQuantizer):
         # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         settle_tied_weights(model)
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(name)
         leave_file(model)
         speed_up(model)
         return model

@@ -34,7 +34,7 @@ ASSET_FOLDER = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
 _SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
 _SEARCHED = (4, 6)  # bits of embeddings whose packed rows another machine may find differently
-_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act")
+_PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".table", ".quantizer.act")
 
 
 def shipped_checkpoint() -> Path:

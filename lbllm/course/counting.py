@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from lbllm.checkpoints.weights import weights_bytes
 from lbllm.config import make_config
 from lbllm.course.data import CourseData
+from lbllm.labels import CODE_BITS
 from lbllm.measure.estimate import Estimate, estimate
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.teacher import skeleton
-from lbllm.quant.levels import LEVELS, assign, fit_levels, group_length, index_to_planes, levels_to_params, to_groups
+from lbllm.quant.levels import assign, group_length, index_to_planes, levels_to_params, to_groups
 from lbllm.quant.packing import encode_params, fit_grid
 from lbllm.quant.plan import block_formats
+from lbllm.quant.table import fit_format
 from lbllm.sections import PAPER_STAGES, WHOLE_ROW, LayerFormat, QuantConfig
 
 PLANES = ("bits", "bitmap")  # parts of ``Estimate.parts``
 PARAMETERS = ("parameters",)
 SYMBOLS = ("α₀", "μ₀", "α₁", "μ₁")  # of a group's parameters
+SCALE = "s"  # the only parameter of a group of three planes
 EM_STEPS = 3
 RATE, TOKENS = 1.0, 8  # of matrix products, and of a sequence: times and memory are not asked for
 
@@ -69,17 +72,18 @@ class Counter:
 
 @dataclass(frozen=True)
 class StoredGroup:
-    """A group of g weights as a file holds it: ``signs`` and ``bitmap`` bool (g,), None for two levels, and its
-    parameters: for each its symbol, and its bits, the highest first."""
+    """A group of g weights as a file holds it: ``signs``, ``bitmap`` and ``second`` bitmap bool (g,), None where its
+    format has none, and its parameters: for each its symbol, and its bits, the highest first."""
 
     signs: Tensor
     bitmap: Tensor | None
     params: tuple[tuple[str, str], ...]
+    second: Tensor | None = None
 
     @property
     def bits(self) -> int:
         """All bits of the group, without its share of the scales."""
-        planes = len(self.signs) * (1 if self.bitmap is None else 2)
+        planes = sum(len(plane) for plane in (self.signs, self.bitmap, self.second) if plane is not None)
         return planes + sum(len(code) for _, code in self.params)
 
 
@@ -88,17 +92,18 @@ def store_group(rows: Tensor, quant: QuantConfig, column: int) -> StoredGroup:
     (``fit_levels``) and parameters stored as ``quant`` says."""
     length = group_length(quant.group_size, rows.shape[1])
     groups, importance = to_groups(rows, length), to_groups(torch.ones_like(rows), length)
-    levels = fit_levels(groups, importance, LEVELS[quant.format], EM_STEPS)
-    params = levels_to_params(levels)
+    levels, table = fit_format(groups, importance, quant.format, EM_STEPS)
+    params = levels_to_params(levels, table)
     if quant.param_bits == 16:
         codes = params.half().view(torch.int16).int() & 0xFFFF
     else:
         codes = (fit_grid(params).codes(params) if quant.param_bits == 4 else encode_params(params)[0]).int()
     at = column // length
     here = slice(0, min(length, rows.shape[1] - at * length))
-    sign, bitmap = index_to_planes(assign(groups, levels)[0, at, here], levels.shape[-1])
-    names = zip(SYMBOLS, codes[0, at].tolist(), strict=False)
-    return StoredGroup(sign, bitmap, tuple((name, f"{code:0{quant.param_bits}b}") for name, code in names))
+    signs, *others = index_to_planes(assign(groups, levels)[0, at, here], levels.shape[-1])
+    bitmap, second = (*others, None, None)[:2]
+    names = zip(SYMBOLS if table is None else (SCALE,), codes[0, at].tolist(), strict=False)
+    return StoredGroup(signs, bitmap, tuple((name, f"{code:0{quant.param_bits}b}") for name, code in names), second)
 
 
 def part_bits(count: Estimate, parts: Iterable[str]) -> float:
@@ -129,5 +134,5 @@ def share_of_file(count: Estimate, part: str) -> float:
 
 
 def code_bits(quant: QuantConfig) -> int:
-    """The bits that name one of a group's levels: 2 for four levels, 1 for two."""
-    return LEVELS[quant.format] // 2
+    """The bits that name one of a group's levels: 2 for four levels, 1 for two, 3 for eight."""
+    return CODE_BITS[quant.format]

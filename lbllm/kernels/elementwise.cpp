@@ -42,6 +42,17 @@ void round_to_levels(const float* from, const float* of, float* to, int64_t grou
   each_group(groups, length, [&](int64_t group) {
     const float *x = from + group * length, *level = of + group * count;
     float* y = to + group * length;
+    if (count == 8) {
+      float borders[7];
+      for (int j = 0; j < 7; ++j) borders[j] = (level[j] + level[j + 1]) / 2;
+#pragma omp simd
+      for (int64_t k = 0; k < length; ++k) {
+        float found = level[0];
+        for (int j = 0; j < 7; ++j) found = x[k] > borders[j] ? level[j + 1] : found;
+        y[k] = found;
+      }
+      return;
+    }
     const float first = level[0], second = level[1], low = (first + second) / 2;
     if (count == 2) {
 #pragma omp simd
@@ -63,6 +74,18 @@ void round_to_levels_backward(const float* from, const float* of, const float* s
   each_group(groups, length, [&](int64_t group) {
     const float *x = from + group * length, *g = slope + group * length, *level = of + group * count;
     float* sums = to + group * count;
+    if (count == 8) {
+      constexpr float END = std::numeric_limits<float>::infinity();
+      for (int j = 0; j < 8; ++j) {
+        const float low = j > 0 ? (level[j - 1] + level[j]) / 2 : -END;
+        const float high = j < 7 ? (level[j] + level[j + 1]) / 2 : END;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < length; ++k) sum += x[k] > low && !(x[k] > high) ? g[k] : 0.0f;
+        sums[j] = sum;
+      }
+      return;
+    }
     // With two levels the upper two have no members.
     const float low = (level[0] + level[1]) / 2;
     const float middle = count == 4 ? (level[1] + level[2]) / 2 : std::numeric_limits<float>::infinity();

@@ -35,7 +35,8 @@ def _param(
     COUNT: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """One of the group parameters alpha_0, mu_0, alpha_1, mu_1 of the groups whose first one is at ``at``."""
+    """One of the group parameters alpha_0, mu_0, alpha_1, mu_1 (of three planes: the scale) of the groups whose first
+    one is at ``at``."""
     if BITS == 16:
         value = tl.load(params_at + at + WHICH, mask=group_in, other=0).to(tl.float32)
     else:
@@ -45,7 +46,12 @@ def _param(
             low = tl.load(pair, mask=row_in, other=0).to(tl.float32)
             step = tl.load(pair + 1, mask=row_in, other=0).to(tl.float32)
         else:
-            code = tl.load(params_at + at // 2 + WHICH // 2, mask=group_in, other=0) >> (WHICH % 2 * 4) & 15
+            if COUNT == 1:
+                code = (
+                    tl.load(params_at + at // 2, mask=group_in, other=0).to(tl.int32) >> (at % 2 * 4).to(tl.int32) & 15
+                )
+            else:
+                code = tl.load(params_at + at // 2 + WHICH // 2, mask=group_in, other=0) >> (WHICH % 2 * 4) & 15
             unit = tl.load(scale_at + row, mask=row_in, other=0).to(tl.float32)
             # Rounded to float16, as ``ParamGrid.affine`` does.
             low = (unit * tl.load(ranges_at + 2 * WHICH).to(tl.float32)).to(tl.float16).to(tl.float32)
@@ -61,6 +67,7 @@ def _linear(
     params_at,
     scale_at,
     ranges_at,
+    table_at,
     bias_at,
     y_at,
     tokens,
@@ -78,7 +85,9 @@ def _linear(
     COLUMNS: tl.constexpr,
 ):
     """y (tokens, rows) for TOKENS x ROWS of it. ``ALIGNED``: COLUMNS of a step lie in one group."""
-    COUNT: tl.constexpr = 2 * PLANES
+    COUNT: tl.constexpr = 1 if PLANES == 3 else 2 * PLANES
+    # Two 4-bit codes share a byte, and a row has whole bytes.
+    held = groups + groups % 2 if PLANES == 3 and PARAM_BITS == 4 else groups
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row_in, token_in = row < rows, token < tokens
@@ -92,20 +101,28 @@ def _linear(
         inside = row_in[:, None] & column_in[None, :]
         group = first // length + tl.zeros((1,), dtype=tl.int32) if ALIGNED else column // length
         group_in = row_in[:, None] & (group < groups)[None, :]
-        at = (wide[:, None] * groups + group[None, :]) * COUNT
+        at = (wide[:, None] * held + group[None, :]) * COUNT
         byte = weight_at + (wide[:, None] * PLANES) * stride + (column // 8)[None, :]
         shift = (column % 8)[None, :]
         sign = ((tl.load(byte, mask=inside, other=0).to(tl.int32) >> shift) & 1) * 2 - 1
         one, one_in = wide[:, None], row_in[:, None]
+        # alpha_0, or the scale of three planes
         alpha = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 0, COUNT, PARAM_BITS)
-        mu = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 1, COUNT, PARAM_BITS)
-        if PLANES == 2:
-            inner = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 2, COUNT, PARAM_BITS)
-            middle = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 3, COUNT, PARAM_BITS)
+        if PLANES == 3:
             bitmap = (tl.load(byte + stride, mask=inside, other=0).to(tl.int32) >> shift) & 1
-            alpha = tl.where(bitmap == 1, alpha, inner)
-            mu = tl.where(bitmap == 1, mu, middle)
-        weight = tl.where(inside, mu + alpha * sign.to(tl.float32), 0.0)
+            second = (tl.load(byte + 2 * stride, mask=inside, other=0).to(tl.int32) >> shift) & 1
+            place = 2 * bitmap + second
+            level = tl.load(table_at + tl.where(sign == 1, 4 + place, 3 - place)).to(tl.float32)
+            weight = tl.where(inside, alpha * level, 0.0)
+        else:
+            mu = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 1, COUNT, PARAM_BITS)
+            if PLANES == 2:
+                inner = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 2, COUNT, PARAM_BITS)
+                middle = _param(params_at, scale_at, ranges_at, at, one, one_in, group_in, 3, COUNT, PARAM_BITS)
+                bitmap = (tl.load(byte + stride, mask=inside, other=0).to(tl.int32) >> shift) & 1
+                alpha = tl.where(bitmap == 1, alpha, inner)
+                mu = tl.where(bitmap == 1, mu, middle)
+            weight = tl.where(inside, mu + alpha * sign.to(tl.float32), 0.0)
         x = tl.load(
             x_at + token.to(tl.int64)[:, None] * columns + column[None, :],
             mask=token_in[:, None] & column_in[None, :],
@@ -179,6 +196,7 @@ def packed_linear(
     params: Tensor,
     scale: Tensor | None,
     ranges: Tensor | None,
+    table: Tensor | None,
     bias: Tensor | None,
     columns: int,
     length: int,
@@ -187,7 +205,8 @@ def packed_linear(
 
     The tensors are those of ``lbllm.quant.packing``, all on x's device: ``weight`` uint8 (rows, planes, ceil(columns /
     8)); ``params`` float16 (rows, groups, 2 planes), or uint8 with ``scale`` float16 (rows, 2 planes, 2), or uint8, two
-    a byte, with ``scale`` float16 (rows,) and ``ranges`` float16 (2 planes, 2).
+    a byte, with ``scale`` float16 (rows,) and ``ranges`` float16 (2 planes, 2). With three planes a ``table`` float16
+    (8,) is needed, and a group has one parameter instead of two for each plane.
     """
     rows, planes, _ = weight.shape
     flat = x.reshape(-1, columns).contiguous()
@@ -205,13 +224,14 @@ def packed_linear(
                 params,
                 params if scale is None else scale,
                 params if ranges is None else ranges,
+                params if table is None else table,
                 y if bias is None else bias,
                 y,
                 tokens,
                 rows,
                 columns,
                 length,
-                params.shape[1],
+                triton.cdiv(columns, length),
                 PLANES=planes,
                 PARAM_BITS=16 if scale is None else 8 if ranges is None else 4,
                 ALIGNED=length % step == 0 or length >= columns,

@@ -8,8 +8,8 @@ using namespace lbllm;
 
 TORCH_LIBRARY(lbllm, m) {
   m.def(
-      "packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? bias, int columns, int length) -> "
-      "Tensor");
+      "packed_linear(Tensor x, Tensor words, Tensor params, Tensor? scale, Tensor? table, Tensor? bias, int columns, "
+      "int length) -> Tensor");
   m.def(
       "packed_lookup(Tensor x, Tensor tiles, Tensor params, Tensor? bias, int columns, int length, float knee, "
       "float clip_low, float clip_high, int tail) -> Tensor");
@@ -20,8 +20,9 @@ TORCH_LIBRARY(lbllm, m) {
   m.def("embedding_rows(Tensor packed, Tensor rows, int bits, int columns) -> Tensor");
   m.def(
       "decode(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] norms, Tensor[] words, Tensor[] params, "
-      "Tensor?[] scales, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, Tensor(a!)[] cache, "
-      "int position, int heads, int kv_heads, float scaling, float epsilon, int group_size=0, int first=0) -> Tensor");
+      "Tensor?[] scales, Tensor?[] tables, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, "
+      "Tensor(a!)[] cache, int position, int heads, int kv_heads, float scaling, float epsilon, int group_size=0, "
+      "int first=0) -> Tensor");
   m.def("quantize_activations(Tensor x, float knee, float clip_low, float clip_high, int bits, int tail) -> Tensor");
   m.def(
       "quantize_activations_backward(Tensor grad, Tensor x, float knee, float clip_low, float clip_high, int bits, "

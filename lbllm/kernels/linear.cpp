@@ -10,11 +10,13 @@
 namespace lbllm {
 
 void some_rows_of(const Job& job, int64_t begin, int64_t end, int64_t tokens) {
-  (job.weights.params.count == 2 ? some_tokens<1> : some_tokens<2>)(job, begin, end, tokens);
+  const int planes = job.weights.params.planes();
+  (planes == 1 ? some_tokens<1> : planes == 2 ? some_tokens<2> : some_tokens<3>)(job, begin, end, tokens);
 }
 
 void expand_rows(const Weights& w, int64_t begin, int64_t end, float* out) {
-  (w.params.count == 2 ? expand_some_rows<1> : expand_some_rows<2>)(w, begin, end, out);
+  const int planes = w.params.planes();
+  (planes == 1 ? expand_some_rows<1> : planes == 2 ? expand_some_rows<2> : expand_some_rows<3>)(w, begin, end, out);
 }
 
 void pack(const Shape& shape, int bits, int64_t rows, const uint8_t* planes, uint32_t* words) {

@@ -3,6 +3,7 @@
 
 #include "operators.h"
 
+#include "arguments.h"
 #include "decode.h"
 #include "elementwise.h"
 #include "head.h"
@@ -21,64 +22,13 @@ namespace {
 constexpr int64_t FEW = 8;             // up to this number of tokens the packed weights are multiplied directly
 constexpr int64_t EXPANDED = 1 << 21;  // for more tokens, weights that are expanded together: they fit into the cache
 
-// The packed weights in these tensors, as pack_words and a checkpoint give them.
-Weights weights_of(const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale, int64_t columns,
-                   int64_t length) {
-  TORCH_CHECK(params.dim() == 3 && (!scale || scale->dim() == 3),
-              "packed_linear: params must be (rows, groups, codes), a scale (rows, levels, 2)");
-  const int count = static_cast<int>(scale ? scale->size(1) : params.size(2));
-  const int bits = !scale ? 16 : params.size(2) == count ? 8 : 4;
-  const Shape shape(columns, length, count / 2);
-  TORCH_CHECK(words.scalar_type() == at::kInt && words.is_contiguous() && words.dim() == 3 &&
-                  words.size(1) == shape.words && words.size(2) == LANES,
-              "packed_linear: words must be the contiguous int32 tensor that pack_words makes of these sizes");
-  TORCH_CHECK(params.is_contiguous() && params.size(0) == words.size(0) && params.size(1) == shape.groups &&
-                  (count == 2 || count == 4) && params.size(2) == (bits == 4 ? count / 2 : count) &&
-                  params.scalar_type() == (scale ? at::kByte : at::kHalf),
-              "packed_linear: params must be contiguous (rows, groups, 2 or 4) float16, or with a scale uint8, two "
-              "codes of 4 bits a byte");
-  const uint16_t* affine = nullptr;
-  if (scale) {
-    TORCH_CHECK(scale->is_contiguous() && scale->scalar_type() == at::kHalf &&
-                    scale->numel() == words.size(0) * count * 2,
-                "packed_linear: params_scale must be contiguous float16 (rows, levels, 2)");
-    affine = static_cast<const uint16_t*>(scale->const_data_ptr());
-  }
-  return {shape, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()),
-          {params.const_data_ptr(), affine, shape.groups, count, bits}};
-}
-
-// The packed layer in these tensors.
-Tiles tiles_of(const Tensor& tiles, const Tensor& params, int64_t columns, int64_t length) {
-  TORCH_CHECK(tiles.scalar_type() == at::kByte && tiles.is_contiguous() && tiles.dim() == 4 && columns % 8 == 0 &&
-                  tiles.size(1) == columns / 8 && (tiles.size(2) == 1 || tiles.size(2) == 2) && tiles.size(3) == TILE,
-              "packed_lookup: tiles must be contiguous uint8 (rows / 32, columns / 8, 1 or 2, 32)");
-  // The sums of longer groups would not fit into 16 bits.
-  TORCH_CHECK(length % 8 == 0 && length > 0 && length <= 2048, "packed_lookup: groups have 8, 16, .. 2048 columns");
-  const int64_t groups = (columns + length - 1) / length, bits = tiles.size(2);
-  TORCH_CHECK(params.is_contiguous() && params.scalar_type() == at::kHalf && params.dim() == 4 &&
-                  params.size(0) == tiles.size(0) && params.size(1) == groups && params.size(2) == 2 * bits &&
-                  params.size(3) == TILE,
-              "packed_lookup: params must be contiguous float16 (rows / 32, groups, 2 or 4, 32)");
-  return {tiles.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(params.const_data_ptr()), columns, length,
-          groups, static_cast<int>(bits)};
-}
-
-// Checks the weights `groups` (rows, n, length) and their `levels` (rows, n, 2 or 4), which are in ascending order.
-void check_groups(const Tensor& groups, const Tensor& levels) {
-  TORCH_CHECK(groups.dim() == 3 && levels.dim() == 3 && groups.size(0) == levels.size(0) &&
-                  groups.size(1) == levels.size(1) && (levels.size(2) == 2 || levels.size(2) == 4) &&
-                  groups.is_contiguous() && levels.is_contiguous() && groups.scalar_type() == at::kFloat &&
-                  levels.scalar_type() == at::kFloat,
-              "nearest_level: contiguous float32 groups (rows, n, length) and levels (rows, n, 2 or 4) are needed");
-}
-
 }  // namespace
 
 // y (..., rows) = x (..., columns) W^T + bias, in the dtype of x. The sums are float32.
 Tensor packed_linear(const Tensor& x, const Tensor& words, const Tensor& params, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& bias, int64_t columns, int64_t length) {
-  const Weights w = weights_of(words, params, scale, columns, length);
+                     const std::optional<Tensor>& table, const std::optional<Tensor>& bias, int64_t columns,
+                     int64_t length) {
+  const Weights w = weights_of(words, params, scale, table, columns, length);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns, "packed_linear: the last dimension of x must be ", columns);
   const int64_t rows = words.size(0), tokens = x.numel() / columns;
   const Tensor input = x.reshape({tokens, columns}).to(at::kFloat).contiguous();
@@ -147,8 +97,8 @@ Tensor packed_lookup(const Tensor& x, const Tensor& tiles, const Tensor& params,
 // From the planes of a checkpoint, uint8 (rows, bits, ceil(columns / 8)), to words, int32 (rows, words, LANES).
 Tensor pack_words(const Tensor& planes, int64_t columns, int64_t length) {
   TORCH_CHECK(planes.scalar_type() == at::kByte && planes.is_contiguous() && planes.dim() == 3 &&
-                  (planes.size(1) == 1 || planes.size(1) == 2) && planes.size(2) == (columns + 7) / 8,
-              "pack_words: planes must be contiguous uint8 (rows, 1 or 2, ceil(columns / 8))");
+                  planes.size(1) >= 1 && planes.size(1) <= 3 && planes.size(2) == (columns + 7) / 8,
+              "pack_words: planes must be contiguous uint8 (rows, 1 to 3, ceil(columns / 8))");
   const int bits = static_cast<int>(planes.size(1));
   const Shape shape(columns, length, bits);
   const int64_t rows = planes.size(0);
@@ -286,23 +236,25 @@ std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teach
 // after them. Keys and values are stored in 4, 8 or 16 bits.
 //
 // `norms`: for each block the norms before attention and before the MLP, then the norms of each head's query and key if
-// the model has them; after all blocks the last norm. `words`, `params`, `scales`, `biases`, `columns`, `lengths`: for
-// each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely bits (0: no
-// quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block codes and
-// scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values and empty
-// scales. With a `group_size` above 0, six: keys have ranges over groups of so many tokens, and the last two hold float16
-// keys and values of the `first` tokens and of the unfinished group.
+// the model has them; after all blocks the last norm. `words`, `params`, `scales`, `tables`, `biases`, `columns`,
+// `lengths`: for each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely
+// bits (0: no quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block
+// codes and scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values
+// and empty scales. With a `group_size` above 0, six: keys have ranges over groups of so many tokens, and the last two
+// hold float16 keys and values of the `first` tokens and of the unfinished group.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<Tensor>> scales,
-              at::ArrayRef<std::optional<Tensor>> biases, at::ArrayRef<double> quantizers,
-              at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-              int64_t heads, int64_t kv_heads, double scaling, double epsilon, int64_t group_size, int64_t first) {
+              at::ArrayRef<std::optional<Tensor>> tables, at::ArrayRef<std::optional<Tensor>> biases,
+              at::ArrayRef<double> quantizers, at::IntArrayRef columns, at::IntArrayRef lengths,
+              at::TensorList cache, int64_t position, int64_t heads, int64_t kv_heads, double scaling, double epsilon,
+              int64_t group_size, int64_t first) {
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
   const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS, parts = group_size ? 6 : 4;
   const Groups groups{group_size, first};
   TORCH_CHECK(group_size >= 0 && first >= 0 && blocks > 0 && words.size() == layers && params.size() == layers &&
-                  scales.size() == layers && biases.size() == layers && quantizers.size() == 6 * layers &&
-                  columns.size() == layers && lengths.size() == layers && cache.size() == parts * blocks &&
+                  scales.size() == layers && tables.size() == layers && biases.size() == layers &&
+                  quantizers.size() == 6 * layers && columns.size() == layers && lengths.size() == layers &&
+                  cache.size() == parts * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
               "decode: seven layers, two or four norms and four or six tensors of cache a block, and one norm more are "
               "expected");
@@ -344,7 +296,7 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
                     "decode: layers in tiles have 4-bit activations, one range a token");
         layer.tiles = tiles_of(words[at], params[at], layer.columns, layer.length);
       } else {
-        layer.words = weights_of(words[at], params[at], scales[at], layer.columns, layer.length);
+        layer.words = weights_of(words[at], params[at], scales[at], tables[at], layer.columns, layer.length);
       }
       layer.bias = nullptr;
       if (const std::optional<Tensor>& bias = biases[at]) {

@@ -12,8 +12,8 @@
 namespace lbllm {
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& words, const at::Tensor& params,
-                         const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& bias,
-                         int64_t columns, int64_t length);
+                         const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& table,
+                         const std::optional<at::Tensor>& bias, int64_t columns, int64_t length);
 at::Tensor packed_lookup(const at::Tensor& x, const at::Tensor& tiles, const at::Tensor& params,
                          const std::optional<at::Tensor>& bias, int64_t columns, int64_t length, double knee,
                          double clip_low, double clip_high, int64_t tail);
@@ -34,8 +34,9 @@ std::tuple<at::Tensor, at::Tensor> forward_kl(const at::Tensor& student, const a
 
 at::Tensor decode(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine, at::TensorList norms,
                   at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<at::Tensor>> scales,
-                  at::ArrayRef<std::optional<at::Tensor>> biases, at::ArrayRef<double> quantizers,
-                  at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-                  int64_t heads, int64_t kv_heads, double scaling, double epsilon, int64_t group_size, int64_t first);
+                  at::ArrayRef<std::optional<at::Tensor>> tables, at::ArrayRef<std::optional<at::Tensor>> biases,
+                  at::ArrayRef<double> quantizers, at::IntArrayRef columns, at::IntArrayRef lengths,
+                  at::TensorList cache, int64_t position, int64_t heads, int64_t kv_heads, double scaling,
+                  double epsilon, int64_t group_size, int64_t first);
 
 }  // namespace lbllm

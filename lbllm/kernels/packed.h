@@ -1,6 +1,6 @@
 // Linear layers that multiply packed weights directly, on the CPU.
 //
-// A weight has 1 or 2 bits, its code. A register holds LANES words of 32 bits, and each word holds the codes of many
+// A weight has 1 to 3 bits, its code. A register holds LANES words of 32 bits, and each word holds the codes of many
 // steps: bits [s BITS, (s + 1) BITS) of lane l belong to column s LANES + l. One step covers LANES neighbouring columns
 // and costs a shift, a lookup of LANES levels by the low bits of the lanes, and a multiply-add. The weights are never
 // unpacked. Every group of a row starts a new step, so a shorter last group needs no special case: the input is laid
@@ -28,7 +28,7 @@ struct Shape {
   Shape(int64_t columns, int64_t length, int bits) : columns(columns), length(length) {
     groups = (columns + length - 1) / length;
     steps = (groups - 1) * steps_of(length) + steps_of(columns - (groups - 1) * length);
-    words = (steps * bits + 31) / 32;
+    words = (steps + 32 / bits - 1) / (32 / bits);
   }
   static int64_t steps_of(int64_t width) { return (width + LANES - 1) / LANES; }
   int64_t width(int64_t group) const { return std::min(length, columns - group * length); }
@@ -64,7 +64,8 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
   const uint32_t* words = w.words + row * stride;
   RowParams params[R];
   Word word[R];
-  alignas(64) float ahead[R][AHEAD * 4];
+  constexpr int COUNT = levels_of(BITS);
+  alignas(64) float ahead[R][AHEAD * COUNT];
   Levels levels[R];
   Floats sum[R][M];
   each<R>([&](auto r) {
@@ -77,8 +78,8 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
   for (int64_t group = 0; group < shape.groups; ++group) {
     const int64_t place = group % AHEAD;
     if (place == 0)
-      each<R>([&](auto r) { params[r].levels(group, std::min(AHEAD, shape.groups - group), ahead[r]); });
-    each<R>([&](auto r) { levels[r] = spread(ahead[r] + place * 4); });
+      each<R>([&](auto r) { params[r].template levels<BITS>(group, std::min(AHEAD, shape.groups - group), ahead[r]); });
+    each<R>([&](auto r) { levels[r] = spread<COUNT>(ahead[r] + place * COUNT); });
     for (int64_t steps = Shape::steps_of(shape.width(group)); steps > 0;) {
       if (left == 0) {
         each<R>([&](auto r) {
@@ -93,7 +94,7 @@ void multiply(const Weights& w, int64_t row, const float* x, float sums[R][M]) {
         Floats input[M];
         each<M>([&](auto m) { input[m] = read(x + m * padded); });
         each<R>([&](auto r) {
-          const Floats weight = pick(levels[r], word[r]);
+          const Floats weight = pick<COUNT>(levels[r], word[r]);
           word[r] = next<BITS>(word[r]);
           each<M>([&](auto m) { sum[r][m] = multiply_add(weight, input[m], sum[r][m]); });
         });
@@ -165,20 +166,20 @@ inline const float* laid_out(const Shape& shape, const float* x, int64_t tokens,
 // fill their steps.
 template <int BITS>
 void expand_row(const Weights& w, int64_t row, float* out, float* room) {
-  constexpr int PER_WORD = 32 / BITS;
+  constexpr int PER_WORD = 32 / BITS, COUNT = levels_of(BITS);
   const Shape& shape = w.shape;
   const uint32_t* words = w.words + row * shape.words * LANES;
   const RowParams params(w.params, row);
   float* place = shape.filled() ? out : room;
   Word word = load(words);
-  alignas(64) float ahead[AHEAD * 4];
+  alignas(64) float ahead[AHEAD * COUNT];
   int64_t done = 0;
   for (int64_t group = 0; group < shape.groups; ++group) {
-    if (group % AHEAD == 0) params.levels(group, std::min(AHEAD, shape.groups - group), ahead);
-    const Levels levels = spread(ahead + group % AHEAD * 4);
+    if (group % AHEAD == 0) params.levels<BITS>(group, std::min(AHEAD, shape.groups - group), ahead);
+    const Levels levels = spread<COUNT>(ahead + group % AHEAD * COUNT);
     for (int64_t step = Shape::steps_of(shape.width(group)); step > 0; --step, ++done, place += LANES) {
       if (done > 0 && done % PER_WORD == 0) word = load(words += LANES);
-      write(place, pick(levels, word));
+      write(place, pick<COUNT>(levels, word));
       word = next<BITS>(word);
     }
   }

@@ -52,10 +52,22 @@ template <int BITS>
 INLINE Word next(Word word) {
   return _mm512_srli_epi32(word, BITS);
 }
-INLINE Levels spread(const float* four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+template <int COUNT>
+INLINE Levels spread(const float* values) {
+  if constexpr (COUNT == 8)
+    return _mm512_broadcast_f32x8(_mm256_loadu_ps(values));
+  else
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(values));
+}
 INLINE Floats zero() { return _mm512_setzero_ps(); }
-// The lookup reads the two low bits of each lane.
-INLINE Floats pick(Levels levels, Word word) { return _mm512_permutevar_ps(levels, word); }
+// The lookup reads the two low bits of each lane, or with eight levels the three low ones.
+template <int COUNT>
+INLINE Floats pick(Levels levels, Word word) {
+  if constexpr (COUNT == 8)
+    return _mm512_permutexvar_ps(word, levels);
+  else
+    return _mm512_permutevar_ps(levels, word);
+}
 INLINE Floats read(const float* x) { return _mm512_loadu_ps(x); }
 INLINE void write(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -70,10 +82,22 @@ template <int BITS>
 INLINE Word next(Word word) {
   return _mm256_srli_epi32(word, BITS);
 }
-INLINE Levels spread(const float* four) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(four)); }
+template <int COUNT>
+INLINE Levels spread(const float* values) {
+  if constexpr (COUNT == 8)
+    return _mm256_loadu_ps(values);
+  else
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values));
+}
 INLINE Floats zero() { return _mm256_setzero_ps(); }
-// The lookup reads the two low bits of each lane.
-INLINE Floats pick(Levels levels, Word word) { return _mm256_permutevar_ps(levels, word); }
+// The lookup reads the two low bits of each lane, or with eight levels the three low ones.
+template <int COUNT>
+INLINE Floats pick(Levels levels, Word word) {
+  if constexpr (COUNT == 8)
+    return _mm256_permutevar8x32_ps(levels, word);
+  else
+    return _mm256_permutevar_ps(levels, word);
+}
 INLINE Floats read(const float* x) { return _mm256_loadu_ps(x); }
 INLINE void write(float* to, Floats values) { _mm256_storeu_ps(to, values); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
@@ -88,7 +112,7 @@ struct Word {
   uint32_t lane[LANES];
 };
 struct Levels {
-  float value[4];
+  float value[8];
 };
 struct Floats {
   float lane[LANES];
@@ -103,15 +127,17 @@ INLINE Word next(Word word) {
   for (uint32_t& lane : word.lane) lane >>= BITS;
   return word;
 }
-INLINE Levels spread(const float* four) {
-  Levels levels;
-  std::memcpy(&levels, four, sizeof levels);
+template <int COUNT>
+INLINE Levels spread(const float* values) {
+  Levels levels = {};
+  std::memcpy(levels.value, values, COUNT * sizeof(float));
   return levels;
 }
 INLINE Floats zero() { return Floats{}; }
+template <int COUNT>
 INLINE Floats pick(const Levels& levels, const Word& word) {
   Floats picked;
-  for (int l = 0; l < LANES; ++l) picked.lane[l] = levels.value[word.lane[l] & 3];
+  for (int l = 0; l < LANES; ++l) picked.lane[l] = levels.value[word.lane[l] & (COUNT - 1)];
   return picked;
 }
 INLINE Floats read(const float* x) {

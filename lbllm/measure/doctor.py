@@ -48,12 +48,13 @@ TOLERANCE = 1e-5
 # What a conversion of the embedded model, a compiled library and a short run need together.
 ENOUGH_DISK = 2 * 10**9
 _VARIABLES = ("LBLLM_", "OMP_", "MKL_", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "CXX", "TRITON_INTERPRET")
-# One layer for each path through the kernels: words and tables, one and two planes, all widths of the parameters.
+# One layer for each path through the kernels: words and tables, one to three planes, all widths of the parameters.
 _FORMATS = (
     LayerFormat(format="w1+1", group_size=16, param_bits=4, act_bits=16),
     LayerFormat(format="w1+1", group_size=16, param_bits=4, act_bits=4, act_group_size=64),
     LayerFormat(format="w1+1", group_size=64, param_bits=16, act_bits=4),
     LayerFormat(format="w1", group_size=32, param_bits=8, act_bits=16),
+    LayerFormat(format="w1+1+1", group_size=64, param_bits=4, act_bits=4, act_group_size=64),
 )
 
 
@@ -236,6 +237,8 @@ def random_layer(fmt: LayerFormat) -> tuple[PackedLinear, torch.Generator]:
         layer.params = torch.randint(0, 256, layer.params.shape, generator=generator, dtype=torch.uint8)
     else:
         layer.params = torch.randn(layer.params.shape, generator=generator).half()
+    if layer.table is not None:
+        layer.table = torch.randn(layer.table.shape, generator=generator).sort().values.half()
     for name in ("params_scale", "params_range"):
         if getattr(layer, name) is not None:
             setattr(layer, name, torch.rand(getattr(layer, name).shape, generator=generator).half())

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
+from lbllm.labels import CODE_BITS
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
 from lbllm.measure.cache_size import CacheSize, cache_size
 from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_layers
@@ -30,9 +31,11 @@ from lbllm.models.blocks import check_length, check_supported
 from lbllm.models.teacher import skeleton
 from lbllm.quant.embedding_code import SCALE, row_bytes
 from lbllm.quant.kv_cache import KVFormat
-from lbllm.quant.levels import LEVELS, group_length
+from lbllm.quant.levels import PARAMS, group_length
 from lbllm.quant.packed_embedding import tables
+from lbllm.quant.packing import packed_shape
 from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.quant.table import TABLE, has_table
 from lbllm.runs.store import Run
 from lbllm.sections import EmbeddingBits, Stage
 from lbllm.stages.aar import CLIPS, KNEES
@@ -186,20 +189,22 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer], embedding_bits: Em
         parts[part] += table[name][2]
 
     for layer in layers:
-        levels, bits = LEVELS[layer.format.format], layer.format.param_bits
+        kind, bits = layer.format.format, layer.format.param_bits
+        planes, count = CODE_BITS[kind], PARAMS[kind]
         groups = math.ceil(layer.columns / group_length(layer.format.group_size, layer.columns))
         plane = layer.rows * math.ceil(layer.columns / 8)
-        add(f"{layer.name}.weight", "bits", "U8", [layer.rows, levels // 2, plane // layer.rows], 1)
-        if levels == 4:
-            parts["bits"] -= plane
-            parts["bitmap"] += plane
-        shape = [layer.rows, groups, levels // 2 if bits == 4 else levels]
+        add(f"{layer.name}.weight", "bits", "U8", [layer.rows, planes, plane // layer.rows], 1)
+        parts["bits"] -= (planes - 1) * plane
+        parts["bitmap"] += (planes - 1) * plane
+        shape = [layer.rows, *packed_shape(groups, count, bits)]
         add(f"{layer.name}.params", "parameters", "F16" if bits == 16 else "U8", shape, 2 if bits == 16 else 1)
         if bits < 16:
-            scale = [layer.rows] if bits == 4 else [layer.rows, levels, 2]
+            scale = [layer.rows] if bits == 4 else [layer.rows, count, 2]
             add(f"{layer.name}.params_scale", "parameters", "F16", scale, 2)
         if bits == 4:
-            add(f"{layer.name}.params_range", "parameters", "F16", [levels, 2], 2)
+            add(f"{layer.name}.params_range", "parameters", "F16", [count, 2], 2)
+        if has_table(kind):
+            add(f"{layer.name}.table", "parameters", "F16", [TABLE], 2)
         if layer.format.act_bits < 16:
             add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
 

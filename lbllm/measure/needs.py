@@ -21,6 +21,7 @@ from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
 from lbllm.models.opened import TRIM_BYTES
 from lbllm.models.streamed import LOGITS_PART
 from lbllm.models.weights import PART
+from lbllm.quant import levels
 from lbllm.quant.chunks import CHUNK_BYTES
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.packed_embedding import table_weights
@@ -71,8 +72,16 @@ class PlannedLayer:
     @property
     def params_bytes(self) -> int:
         """Its group parameters in float32."""
+        return self._bytes(levels.PARAMS[self.format.format])
+
+    @property
+    def levels_bytes(self) -> int:
+        """The levels of its groups in float32."""
+        return self._bytes(LEVELS[self.format.format])
+
+    def _bytes(self, count: int) -> int:
         groups = math.ceil(self.columns / group_length(self.format.group_size, self.columns))
-        return 4 * self.rows * groups * LEVELS[self.format.format]
+        return 4 * self.rows * groups * count
 
 
 def planned_layers(model: PreTrainedModel, quant: QuantConfig) -> list[PlannedLayer]:
@@ -215,7 +224,7 @@ def _solving(config: RunConfig, block: list[PlannedLayer], stream: int, forward:
     solved = 0
     for layer in block:
         key = (layer.name.rpartition(".")[0], layer.columns)
-        groups[key] = groups.get(key, 0) + layer.params_bytes
+        groups[key] = groups.get(key, 0) + layer.levels_bytes
         length = group_length(layer.format.group_size, layer.columns)
         solved = max(solved, layer.rows * (SOLVE_WEIGHT * layer.columns + SOLVE_GROUP * length))
     inputs = sum(columns for _, columns in groups)

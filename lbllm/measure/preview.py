@@ -53,7 +53,7 @@ CALIBRATION, PROBE = 6, 2  # sequences
 AT_ONCE = 2  # choices computed at the same time: each consists of many small operations on one core
 EM_STEPS, TRAIN_STEPS = 4, 6
 USUAL_SIZES = (64, 128, 256)
-FORMATS: tuple[Format, ...] = ("w1+1", "w1")
+FORMATS: tuple[Format, ...] = ("w1+1", "w1", "w1+1+1")
 
 Choice = tuple[str, int]  # a format or a method's name, and a group size
 
@@ -167,8 +167,9 @@ def take_block(config: RunConfig, number: int, teacher: Teacher | None = None) -
 def choices(sample: BlockSample, config: RunConfig, methods: Sequence[str] = ()) -> list[Choice]:
     """Return the formats and group sizes to compare; the run's own choice is the first.
 
-    The sizes are the run's own, the usual ones that fit into the block's rows, and the whole row. The other format has
-    only every second size, which is enough for its line. ``methods`` come last, with these sizes and the run's own.
+    The sizes are the run's own, the usual ones that fit into the block's rows, and the whole row. The other formats
+    have only every second size, which is enough for their lines. ``methods`` come last, with these sizes and the run's
+    own.
     """
     shortest = min(linear_weight(layer).shape[1] for layer in linear_layers(sample.block).values())
     own = config.quant.group_size

@@ -18,7 +18,8 @@ from lbllm.errors import CheckpointError
 from lbllm.models.loading import FileFault
 from lbllm.models.streamed import Rows
 from lbllm.models.weights import StoredWeights
-from lbllm.quant.levels import LEVELS, assign, fit_levels, from_groups, group_length, params_to_levels, to_groups
+from lbllm.quant.levels import LEVELS, PARAMS, assign, from_groups, group_length, params_to_levels, to_groups
+from lbllm.quant.table import TABLE, fit_format, has_table
 from lbllm.sections import LayerFormat, Origin, PtqConfig, stage_name
 from lbllm.stages.block_store import BlockStore
 
@@ -41,7 +42,7 @@ def clustered(weight: Tensor, fmt: LayerFormat) -> tuple[Tensor, Tensor]:
     length = group_length(fmt.group_size, weight.shape[1])
     groups = to_groups(weight, length)
     importance = to_groups(torch.ones_like(weight[:1]), length)  # zero for what pads the last group
-    levels = fit_levels(groups, importance, LEVELS[fmt.format], EM_STEPS)
+    levels, _ = fit_format(groups, importance, fmt.format, EM_STEPS)
     return levels, from_groups(assign(groups, levels), weight.shape[1])
 
 
@@ -83,15 +84,18 @@ class Before:
         (out, in). Raises CheckpointError if the state of the block is damaged or does not fit."""
         if self.stage is None:
             return clustered(weight[rows], fmt)
-        count, columns = LEVELS[fmt.format], weight.shape[1]
+        columns, table = weight.shape[1], None
         groups = -(-columns // group_length(fmt.group_size, columns))
         with self._state(self.stage, block) as stored:
-            self._fits(stored, f"{layer}.params", (len(weight), groups, count), block)
+            self._fits(stored, f"{layer}.params", (len(weight), groups, PARAMS[fmt.format]), block)
             self._fits(stored, f"{layer}.index", tuple(weight.shape), block)
             params, index = stored.read(f"{layer}.params", rows), stored.read(f"{layer}.index", rows)
-        if index.dtype != torch.uint8 or int(index.max()) >= count:
+            if has_table(fmt.format):
+                self._fits(stored, f"{layer}.table", (TABLE,), block)
+                table = stored.read(f"{layer}.table").float()
+        if index.dtype != torch.uint8 or int(index.max()) >= LEVELS[fmt.format]:
             raise self._other(f"{layer}.index", block)
-        return params_to_levels(params.float()), index
+        return params_to_levels(params.float(), table), index
 
     def latents(self, block: int, layer: str, shape: tuple[int, int], rows: Rows | None = None) -> Tensor | None:
         """The latent weights of a layer, or of some rows, float32; None if there are none."""

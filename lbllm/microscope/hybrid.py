@@ -39,7 +39,6 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     LEVELS,
     assign,
-    fit_levels,
     from_groups,
     group_length,
     levels_to_params,
@@ -50,6 +49,7 @@ from lbllm.quant.levels import (
 )
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import fit_grid, stored_params
+from lbllm.quant.table import fit_format
 from lbllm.sections import LayerFormat, PtqConfig
 
 _MOST_BITS = 8
@@ -219,7 +219,7 @@ def _edited(pair: Pair, choice: Edited) -> nn.Module:
         bad = next(level for level in choice.levels if not math.isfinite(level) or abs(level) > _LARGEST)
         raise ConfigError(f"{choice.address}: the level {bad} is not a finite float32 number; give another")
     index, params = layer.unpack()
-    old = params_to_levels(params[row, group])
+    old = params_to_levels(params[row, group], None if layer.table is None else layer.table.float())
     delta = (new.to(old.device) - old)[index[row, columns[group]].long()]
     return _Edited(layer, row, columns[group], delta)
 
@@ -261,7 +261,7 @@ def _made_anew(pair: Pair, choice: Bits) -> nn.Module:
 
 @torch.no_grad()
 def fitted(weight: Tensor, fmt: LayerFormat, name: str) -> Tensor:
-    """Return a weight (out, in), float32, whose groups have the levels that fit it best (``fit_levels``, every weight
+    """Return a weight (out, in), float32, whose groups have the levels that fit it best (``fit_format``, every weight
     as important as any other), with parameters as a checkpoint stores them. ``name``: the layer's, for errors.
 
     Raises ConfigError if a group is longer than a row.
@@ -271,9 +271,10 @@ def fitted(weight: Tensor, fmt: LayerFormat, name: str) -> Tensor:
         raise ConfigError(f"{name}: a group of {fmt.group_size} is longer than a row of {columns} weights")
     groups = to_groups(weight, group_length(fmt.group_size, columns))
     counted = to_groups(weight.new_ones(1, columns), groups.shape[-1])
-    params = levels_to_params(fit_levels(groups, counted, LEVELS[fmt.format], _EM_STEPS))
+    levels, table = fit_format(groups, counted, fmt.format, _EM_STEPS)
+    params = levels_to_params(levels, table)
     stored = stored_params(params, fmt.param_bits, fit_grid(params) if fmt.param_bits == 4 else None)
-    levels = params_to_levels(stored).sort(-1).values
+    levels = params_to_levels(stored, table).sort(-1).values
     return from_groups(take_levels(levels, assign(groups, levels)), columns)
 
 

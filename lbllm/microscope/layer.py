@@ -21,6 +21,7 @@ from lbllm.models.streamed import Rows
 from lbllm.models.weights import StoredWeights
 from lbllm.quant.levels import (
     LEVELS,
+    PARAMS,
     from_groups,
     index_to_planes,
     params_to_levels,
@@ -30,14 +31,15 @@ from lbllm.quant.levels import (
     to_groups,
 )
 from lbllm.quant.packed_layer import PackedLinear
-from lbllm.quant.packing import decode_params, unpack_nibbles, unpack_plane
+from lbllm.quant.packing import decode_params, unpack_codes, unpack_plane
 from lbllm.quant.plan import layer_bits
 
-Tile = Literal["original", "sign", "bitmap", "rebuilt", "error"]
+Tile = Literal["original", "sign", "bitmap", "second", "rebuilt", "error"]
 TILES: dict[Tile, str] = {
     "original": "Teacher's weights",
     "sign": "Sign plane",
     "bitmap": "Bitmap plane",
+    "second": "Second bitmap plane",
     "rebuilt": "Rebuilt weights",
     "error": "Error, rebuilt minus original",
 }
@@ -60,7 +62,7 @@ class Quantizer:
 @dataclass(frozen=True)
 class Window:
     """A part of a layer: the tensors (rows, columns) of the tiles, exact values. ``rows``, ``columns``: where it lies
-    in the matrix. ``bitmap``: None for W1. ``index``: level indices, uint8."""
+    in the matrix. ``bitmap``: None for W1; ``second``: None but for three planes. ``index``: level indices, uint8."""
 
     rows: slice
     columns: slice
@@ -70,6 +72,7 @@ class Window:
     rebuilt: Tensor
     error: Tensor
     index: Tensor
+    second: Tensor | None = None
 
 
 def relative_error(original: Tensor, rebuilt: Tensor) -> float:
@@ -80,10 +83,11 @@ def relative_error(original: Tensor, rebuilt: Tensor) -> float:
 
 def flipped(index: Tensor, before: Tensor, count: int) -> tuple[float, float | None]:
     """Return the shares of the weights whose sign bit, and whose bitmap bit, differ between two level indices uint8 of
-    the same shape. ``count``: levels of a group; with two there is no bitmap, None."""
-    (sign, bitmap), (sign_before, bitmap_before) = (index_to_planes(one, count) for one in (index, before))
-    signs = _share(sign != sign_before)
-    return signs, None if bitmap is None or bitmap_before is None else _share(bitmap != bitmap_before)
+    the same shape. ``count``: levels of a group; with two there is no bitmap, None. The second bitmap of three planes
+    is not counted."""
+    pairs = zip(index_to_planes(index, count), index_to_planes(before, count), strict=True)
+    shares = [_share(now != then) for now, then in pairs]
+    return shares[0], shares[1] if len(shares) > 1 else None
 
 
 def _energy(values: Tensor) -> float:
@@ -114,7 +118,7 @@ class LayerView:
     ) -> None:
         self.address, self.name, self.fmt = address, name, packed.fmt
         self.shape = packed.out_features, packed.in_features
-        self.length, self.groups = packed.length, packed.params.shape[1]
+        self.length, self.groups = packed.length, packed.groups
         self.quantizer: Quantizer | None = None
         if packed.quantizer is not None:
             knee, low, high, bits, tail = packed.quantizer.settings()
@@ -155,13 +159,14 @@ class LayerView:
 
     @property
     def count(self) -> int:
-        """Levels of a group, K: 4, or 2 for W1."""
+        """Levels of a group, K: 4, 2 for W1, 8 for three planes."""
         return LEVELS[self.fmt.format]
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
-        """The tiles that this layer has: a W1 layer has no bitmap."""
-        return tuple(tile for tile in TILES if tile != "bitmap" or self.count == 4)
+        """The tiles that this layer has: a W1 layer has no bitmap, and only one of three planes a second one."""
+        least: dict[Tile, int] = {"bitmap": 4, "second": 8}
+        return tuple(tile for tile in TILES if self.count >= least.get(tile, 2))
 
     @cached_property
     def original(self) -> Tensor:
@@ -181,7 +186,7 @@ class LayerView:
     @cached_property
     def levels(self) -> Tensor:
         """Levels of all groups, float32 (out, n, K), in the order of ``params_to_levels``."""
-        return params_to_levels(self._params_of(slice(0, self.shape[0])))
+        return params_to_levels(self._params_of(slice(0, self.shape[0])), self.table)
 
     @cached_property
     def sign(self) -> Tensor:
@@ -190,8 +195,18 @@ class LayerView:
 
     @cached_property
     def bitmap(self) -> Tensor | None:
-        """The plane G, bool (out, in), True: the outer pair of levels; None for W1."""
-        return index_to_planes(self.index, self.count)[1]
+        """The plane G, bool (out, in), True: the outer pair of levels, of eight the outer two of each side; None for
+        W1."""
+        return self._plane(1)
+
+    @cached_property
+    def second(self) -> Tensor | None:
+        """The plane H of three, bool (out, in), True: the outer level of the two that sign and bitmap leave; else
+        None."""
+        return self._plane(2)
+
+    def _plane(self, number: int) -> Tensor | None:
+        return dict(enumerate(index_to_planes(self.index, self.count))).get(number)
 
     def before(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Levels, float32 (rows, n, K), and level indices, uint8 (rows, in), of some rows before training;
@@ -219,12 +234,13 @@ class LayerView:
         part = slice(row, min(row + rows, out)), slice(column, min(column + columns, within))
         original, rebuilt, index = self.original[part], self.rebuilt[part], self.index[part]
         # Of this part only: the planes of the whole matrix are not needed for it.
-        sign, bitmap = index_to_planes(index, self.count)
-        return Window(*part, original, sign, bitmap, rebuilt, rebuilt - original, index)
+        sign, *others = index_to_planes(index, self.count)
+        bitmap, second = (*others, None, None)[:2]
+        return Window(*part, original, sign, bitmap, rebuilt, rebuilt - original, index, second)
 
     def thumbnail(self, tile: Tile, height: int, width: int) -> Tensor:
         """A small picture of the whole matrix, float32, at most (height, width): for each cell the mean magnitude of
-        its weights (original, rebuilt, error), or the share of its bits that are set (sign, bitmap).
+        its weights (original, rebuilt, error), or the share of its bits that are set (the planes).
 
         Raises ConfigError for another tile than those of ``tiles``.
         """
@@ -246,7 +262,7 @@ class LayerView:
         planes, stored = self._read("weight", one)[0], self._read("params", one)[0]
         affine = self._packed.affine()
         params, index = self._params_of(one)[0, group], self._index_of(one)[0, columns]
-        levels = params_to_levels(params)
+        levels = params_to_levels(params, self.table)
         before_levels, before_index = self.before(one)
         latent = self._before.latents(*self._place, self.shape, one)
         bits = stored_bits(self._stored.tensors[self._names["weight"]], row, columns, planes)
@@ -270,7 +286,8 @@ class LayerView:
                 None if affine is None else affine[row],
             ),
             signs=bits[0],
-            bitmap=bits[1] if self.count == 4 else (),
+            bitmap=bits[1] if len(bits) > 1 else (),
+            second=bits[2] if len(bits) > 2 else (),
         )
 
     @property
@@ -282,13 +299,18 @@ class LayerView:
     def _index_of(self, rows: Rows) -> Tensor:
         """Level indices of some rows."""
         planes = unpack_plane(self._packed.weight[rows], self.shape[1])
-        return planes_to_index(planes[:, 0], planes[:, 1] if self.count == 4 else None)
+        return planes_to_index(planes.unbind(1))
+
+    @property
+    def table(self) -> Tensor | None:
+        """The table of a layer of three planes, float32 (8,); else None."""
+        return None if self._packed.table is None else self._packed.table.float()
 
     def _params_of(self, rows: slice) -> Tensor:
         """Group parameters of some rows, float32 (rows, n, K)."""
         params, affine = self._packed.params[rows], self._packed.affine()
         if self._packed.grid is not None:
-            params = unpack_nibbles(params)
+            params = unpack_codes(params, self.groups, PARAMS[self.fmt.format])
         return decode_params(params, None if affine is None else affine[rows])
 
     def _read(self, name: str, rows: slice) -> Tensor:

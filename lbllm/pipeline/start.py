@@ -67,6 +67,8 @@ def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[s
                 place = f"{setting_name('start')}: {config.start}: {path}.{number}.{name}"
                 tensors[f"{name}.index"], tensors[f"{name}.params"], grid = _in_format(layer, fmt, place)
                 tensors |= grid_tensors(name, grid)
+                if layer.table is not None:
+                    tensors[f"{name}.table"] = layer.table.float()
                 if layer.quantizer is not None:
                     tensors[f"{name}.act"] = layer.quantizer.act.detach().clone()
         yield tensors

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lbllm.kernels import Once
+from lbllm.labels import CODE_BITS
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
-    LEVELS,
+    PARAMS,
     from_groups,
     group_length,
     params_to_levels,
@@ -26,7 +27,8 @@ from lbllm.quant.levels import (
     take_levels,
     to_groups,
 )
-from lbllm.quant.packing import ParamGrid, decode_params, unpack_nibbles, unpack_plane
+from lbllm.quant.packing import ParamGrid, decode_params, packed_shape, unpack_codes, unpack_plane
+from lbllm.quant.table import TABLE, has_table
 from lbllm.sections import LayerFormat
 
 FORMATS = (
@@ -37,6 +39,8 @@ FORMATS = (
     LayerFormat(format="w1+1", group_size=128, param_bits=16, act_bits=4),
     # what else a format can have
     LayerFormat(format="w1", group_size=64, param_bits=8, act_bits=8),
+    LayerFormat(format="w1+1+1", group_size=-1, param_bits=16, act_bits=16),
+    LayerFormat(format="w1+1+1", group_size=64, param_bits=4, act_bits=16),
 )
 # Each is another way through the kernel: sums, tiles of 16 tokens, tiles of 64.
 TOKENS = (1, 16, 65)
@@ -100,13 +104,14 @@ def _faults(gpu: ModuleType, fmt: LayerFormat, dtype: torch.dtype, tokens: int, 
         if differ > 0.01:
             yield f"{differ:.0%} of the quantized activations are wrong"
     length = group_length(fmt.group_size, COLUMNS)
-    count, groups = LEVELS[fmt.format], -(-COLUMNS // length)
-    weight = torch.randint(0, 256, (ROWS, count // 2, COLUMNS // 8), generator=generator, dtype=torch.uint8)
+    groups = -(-COLUMNS // length)
+    weight = torch.randint(0, 256, (ROWS, CODE_BITS[fmt.format], COLUMNS // 8), generator=generator, dtype=torch.uint8)
     bias = torch.randn(ROWS, generator=generator)
     params, scale, ranges = _random_params(fmt, groups, generator)
-    parts = (None if part is None else part.to(device) for part in (weight, params, scale, ranges, bias))
+    table = torch.randn(TABLE, generator=generator).half() if has_table(fmt.format) else None
+    parts = (None if part is None else part.to(device) for part in (weight, params, scale, ranges, table, bias))
     got = gpu.packed_linear(there, *parts, COLUMNS, length).cpu().double()
-    dense = _expanded(weight, params, scale, ranges, length)
+    dense = _expanded(weight, params, scale, ranges, table, length)
     error = (got - (x.double() @ dense.T + bias)).abs() / (x.double().abs() @ dense.abs().T + bias.abs())
     worst = float(error.nan_to_num(torch.inf).max())
     if worst > TOLERANCE[dtype]:
@@ -117,22 +122,23 @@ def _random_params(
     fmt: LayerFormat, groups: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return random ``params``, ``params_scale`` and ``params_range`` as ``lbllm.quant.packing`` describes them."""
-    count = LEVELS[fmt.format]
+    count = PARAMS[fmt.format]
+    shape = (ROWS, *packed_shape(groups, count, fmt.param_bits))
     if fmt.param_bits == 16:
-        return torch.randn(ROWS, groups, count, generator=generator).half(), None, None
-    width = count if fmt.param_bits == 8 else count // 2
-    params = torch.randint(0, 256, (ROWS, groups, width), generator=generator, dtype=torch.uint8)
+        return torch.randn(shape, generator=generator).half(), None, None
+    params = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if fmt.param_bits == 8:
         return params, torch.rand(ROWS, count, 2, generator=generator).half(), None
     scale, ranges = (torch.rand(shape, generator=generator).half() for shape in ((ROWS,), (count, 2)))
     return params, scale, ranges
 
 
-def _expanded(weight: Tensor, params: Tensor, scale: Tensor | None, ranges: Tensor | None, length: int) -> Tensor:
+def _expanded(
+    weight: Tensor, params: Tensor, scale: Tensor | None, ranges: Tensor | None, table: Tensor | None, length: int
+) -> Tensor:
     """Return the weight (out, in), float64, of stored tensors."""
-    planes = unpack_plane(weight, COLUMNS)
-    index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
+    index = planes_to_index(unpack_plane(weight, COLUMNS).unbind(1))
     if scale is not None and ranges is not None:
-        params, scale = unpack_nibbles(params), ParamGrid(scale, ranges).affine()
-    levels = params_to_levels(decode_params(params, scale)).double()
+        params, scale = unpack_codes(params, -(-COLUMNS // length), len(ranges)), ParamGrid(scale, ranges).affine()
+    levels = params_to_levels(decode_params(params, scale), None if table is None else table.float()).double()
     return from_groups(take_levels(levels, to_groups(index, length)), COLUMNS)

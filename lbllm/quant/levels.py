@@ -6,27 +6,31 @@ Equation (LBLLM, Song et al. 2026), for each group of ``group_size`` weights alo
 
 A group therefore has four free levels: mu_0 -+ alpha_0 and mu_1 -+ alpha_1. This module keeps the levels in ascending
 order l_0 <= l_1 <= l_2 <= l_3. The outer pair (l_0, l_3) has G = 1: the bitmap marks the weights of large magnitude,
-and B is their sign. W1 (sign only) has two levels, mu -+ alpha, and no bitmap.
+and B is their sign. W1 (sign only) has two levels, mu -+ alpha, and no bitmap. W(1+1+1), three planes and not LBLLM's
+own format, has eight levels of one shape for a whole layer, see ``lbllm.quant.table``.
 
 Shapes: a weight (out, in) is viewed as groups (out, n, g) with n = ceil(in / g); the last group is padded with zeros.
-Levels are (out, n, K) with K = 4 or 2. Group parameters are (out, n, K) in the order alpha_0, mu_0, alpha_1, mu_1.
-Level indices are uint8.
+Levels are (out, n, K) with K = 8, 4 or 2. Group parameters are (out, n, P) in the order alpha_0, mu_0, alpha_1, mu_1,
+P = K, or with three planes one scale, P = 1. Level indices are uint8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbllm import kernels
+from lbllm.labels import CODE_BITS
 from lbllm.quant import chunks
 from lbllm.quant.chunks import row_chunks
 from lbllm.sections import WHOLE_ROW, Format
 
-LEVELS: dict[Format, int] = {"w1+1": 4, "w1": 2}
+LEVELS: dict[Format, int] = {name: 2**planes for name, planes in CODE_BITS.items()}
+# Parameters of a group. The levels of three planes are those of the layer's table times the group's scale.
+PARAMS: dict[Format, int] = {"w1+1+1": 1, "w1+1": 4, "w1": 2}
 
 # The first clustering of a group works on at most this many runs of neighbouring sorted weights.
 POINTS = 16
@@ -170,9 +174,12 @@ def _best_split(ordered: Tensor, weight: Tensor, count: int) -> Tensor:
     return torch.where(mass > 0, first / mass.clamp_min(tiny), 0).sort(-1).values
 
 
-def levels_to_params(levels: Tensor) -> Tensor:
-    """Return the group parameters (..., K) of ascending levels (..., K): alpha_0, mu_0 of the outer pair, then alpha_1,
-    mu_1 of the inner pair."""
+def levels_to_params(levels: Tensor, table: Tensor | None = None) -> Tensor:
+    """Return the group parameters (..., P) of ascending levels (..., K): alpha_0, mu_0 of the outer pair, then alpha_1,
+    mu_1 of the inner pair; with a ``table`` (8,) the scale of which they are multiples."""
+    if table is not None:
+        largest = table.abs().argmax()[None]
+        return levels.index_select(-1, largest) / table[largest]
     low, high = levels[..., 0], levels[..., -1]
     params = [(high - low) / 2, (high + low) / 2]
     if levels.shape[-1] == 4:
@@ -180,8 +187,11 @@ def levels_to_params(levels: Tensor) -> Tensor:
     return torch.stack(params, -1)
 
 
-def params_to_levels(params: Tensor) -> Tensor:
-    """Return the levels (..., K) of group parameters, in the order (G=1,B=-1), (G=0,B=-1), (G=0,B=+1), (G=1,B=+1)."""
+def params_to_levels(params: Tensor, table: Tensor | None = None) -> Tensor:
+    """Return the levels (..., K) of group parameters, in the order (G=1,B=-1), (G=0,B=-1), (G=0,B=+1), (G=1,B=+1); with
+    a ``table`` (8,) in its order."""
+    if table is not None:
+        return params * table
     outer = params[..., 1] - params[..., 0], params[..., 1] + params[..., 0]
     if params.shape[-1] == 2:
         return torch.stack(outer, -1)
@@ -189,18 +199,29 @@ def params_to_levels(params: Tensor) -> Tensor:
     return torch.stack((outer[0], *inner, outer[1]), -1)
 
 
-def index_to_planes(index: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """Return the bit planes B (True: +1) and G (True: outer pair) of level indices; G is None for two levels."""
+def index_to_planes(index: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return the bit planes of level indices: B (True: +1, the upper half of the levels); with four levels G (True: the
+    outer pair); with eight G (True: the outer half of a side's four levels) and H (True: the outer one of that half).
+    """
+    sign = index >= count // 2
     if count == 2:
-        return index == 1, None
-    return index >= 2, (index == 0) | (index == 3)
+        return (sign,)
+    if count == 4:
+        return sign, (index == 0) | (index == 3)
+    # The place of the level on its side, counted from the middle.
+    place = torch.where(sign, index, 7 - index) & 3
+    return sign, place >= 2, (place & 1).bool()
 
 
-def planes_to_index(sign: Tensor, bitmap: Tensor | None) -> Tensor:
+def planes_to_index(planes: Sequence[Tensor]) -> Tensor:
     """Return the level indices (uint8) of bit planes: the inverse of ``index_to_planes``."""
-    if bitmap is None:
+    sign, *others = planes
+    if not others:
         return sign.to(torch.uint8)
-    return (sign == bitmap).to(torch.uint8).add_(sign, alpha=2)
+    if len(others) == 1:
+        return (sign == others[0]).to(torch.uint8).add_(sign, alpha=2)
+    place = others[1].to(torch.uint8).add_(others[0], alpha=2)
+    return torch.where(sign, 4 + place, 3 - place)
 
 
 class _StraightThrough(torch.autograd.Function):

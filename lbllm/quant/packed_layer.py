@@ -13,10 +13,13 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lbllm import kernels
+from lbllm.errors import CheckpointError
+from lbllm.labels import CODE_BITS
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.gpu_trial import on_gpu
 from lbllm.quant.levels import (
     LEVELS,
+    PARAMS,
     from_groups,
     group_length,
     index_to_planes,
@@ -29,11 +32,13 @@ from lbllm.quant.packing import (
     ParamGrid,
     decode_params,
     encode_params,
-    pack_nibbles,
+    pack_codes,
     pack_plane,
-    unpack_nibbles,
+    packed_shape,
+    unpack_codes,
     unpack_plane,
 )
+from lbllm.quant.table import TABLE, TABLE_FAULT, has_table, is_table
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import WHOLE_ROW, LayerFormat
 
@@ -49,12 +54,14 @@ class Arranged(NamedTuple):
 
     ``words``: tiles, uint8 (out / 32, in / 8, planes, 32), for layers that ``packed_lookup`` can compute; for other
     layers the result of ``pack_words``, int32. ``params``: as the kernel of these words reads them. ``scale``: as
-    ``PackedLinear.affine`` returns it. ``empty``: what stands for the layer's ``weight`` meanwhile.
+    ``PackedLinear.affine`` returns it. ``table``: that of three planes. ``empty``: what stands for the layer's
+    ``weight`` meanwhile.
     """
 
     words: Tensor
     params: Tensor
     scale: Tensor | None
+    table: Tensor | None
     empty: Tensor
 
 
@@ -77,11 +84,12 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.fmt, self.tail = in_features, out_features, fmt, tail
         self.length = group_length(fmt.group_size, in_features)
         self.range_length = group_length(fmt.act_group_size, in_features)
-        count, groups = LEVELS[fmt.format], -(-in_features // self.length)
+        self.groups, count, planes = -(-in_features // self.length), PARAMS[fmt.format], CODE_BITS[fmt.format]
         bits, half = fmt.param_bits, torch.float16
-        self.register_buffer("weight", torch.zeros(out_features, count // 2, -(-in_features // 8), dtype=torch.uint8))
-        width, kind = (count // 2 if bits == 4 else count), (half if bits == 16 else torch.uint8)
-        self.register_buffer("params", torch.zeros(out_features, groups, width, dtype=kind))
+        self.register_buffer("weight", torch.zeros(out_features, planes, -(-in_features // 8), dtype=torch.uint8))
+        kind = half if bits == 16 else torch.uint8
+        self.register_buffer("params", torch.zeros(out_features, *packed_shape(self.groups, count, bits), dtype=kind))
+        self.register_buffer("table", torch.zeros(TABLE, dtype=half) if has_table(fmt.format) else None)
         scale = {4: (out_features,), 8: (out_features, count, 2)}.get(bits)
         self.register_buffer("params_scale", None if scale is None else torch.zeros(scale, dtype=half))
         self.register_buffer("params_range", torch.zeros(count, 2, dtype=half) if bits == 4 else None)
@@ -97,6 +105,7 @@ class PackedLinear(nn.Module):
         self.params: Tensor
         self.params_scale: Tensor | None
         self.params_range: Tensor | None
+        self.table: Tensor | None
 
     @classmethod
     def pack(cls, layer: BinaryLinear, tail: int, dtype: torch.dtype) -> PackedLinear:
@@ -104,12 +113,13 @@ class PackedLinear(nn.Module):
         packed = cls(
             layer.in_features, layer.out_features, layer.fmt, bias=layer.bias is not None, tail=tail, dtype=dtype
         ).to(layer.index.device)
-        sign, bitmap = index_to_planes(layer.index, LEVELS[layer.fmt.format])
-        planes = [sign] if bitmap is None else [sign, bitmap]
+        planes = index_to_planes(layer.index, LEVELS[layer.fmt.format])
         packed.weight = torch.stack([pack_plane(plane) for plane in planes], 1)
         params = layer.params.detach()
+        if layer.table is not None:
+            packed.table = layer.table.detach().half()
         if layer.grid is not None:
-            packed.params = pack_nibbles(layer.grid.codes(params))
+            packed.params = pack_codes(layer.grid.codes(params))
             packed.params_scale, packed.params_range = layer.grid
         elif layer.fmt.param_bits == 8:
             packed.params, packed.params_scale = encode_params(params)
@@ -126,16 +136,31 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """Return the weight (out, in), float32, computed from the stored bits and parameters."""
         index, params = self.unpack()
-        levels = params_to_levels(params)
+        levels = params_to_levels(params, None if self.table is None else self.table.float())
         return from_groups(take_levels(levels, to_groups(index, self.length)), self.in_features)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Return level indices uint8 (out, in) and group parameters float32 (out, n, K): the inverse of ``pack``."""
         weight, stored = self._stored()
         planes = unpack_plane(weight, self.in_features)
-        index = planes_to_index(planes[:, 0], planes[:, 1] if planes.shape[1] == 2 else None)
-        params = stored if self.grid is None else unpack_nibbles(stored)
-        return index, decode_params(params, self.affine())
+        params = stored if self.grid is None else unpack_codes(stored, self.groups, PARAMS[self.fmt.format])
+        return planes_to_index(planes.unbind(1)), decode_params(params, self.affine())
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError, naming the layer, unless its table is one, its scales are finite, and no code of a
+        scale is past the end of a row: the kernels would read it."""
+        if self.table is None:
+            return
+        if not is_table(self.table.float()):
+            raise CheckpointError(f"{name}.table has {TABLE_FAULT}; copy the checkpoint again, or make it again")
+        if self.grid is not None and self.groups % 2 and bool((self.params[:, -1] >> 4).any()):
+            raise CheckpointError(f"{name}.params has bits past the end of a row; copy the checkpoint again")
+        for key in ("params", "params_scale", "params_range"):
+            tensor = getattr(self, key)
+            if tensor is not None and not tensor.float().isfinite().all():
+                raise CheckpointError(
+                    f"{name}.{key} has values that are not finite; copy the checkpoint again, or make it again"
+                )
 
     @property
     def grid(self) -> ParamGrid | None:
@@ -184,10 +209,10 @@ class PackedLinear(nn.Module):
             words = torch.ops.lbllm.pack_words(self.weight, self.in_features, self.length)
             # Copies: a view of a memory-mapped file would keep the whole mapping in memory.
             params = self.params.clone()
-            for name in ("params_scale", "params_range"):
+            for name in ("params_scale", "params_range", "table"):
                 tensor = getattr(self, name)
                 setattr(self, name, None if tensor is None else tensor.clone())
-        made = Arranged(words, params, self.affine(), self.weight.new_empty(0))
+        made = Arranged(words, params, self.affine(), self.table, self.weight.new_empty(0))
         self.weight, self.params, self.words = made.empty, params, words
         # Last: another thread that finds it computes from it.
         self._arranged = made
@@ -198,7 +223,7 @@ class PackedLinear(nn.Module):
         parameters, whole tiles."""
         one_range = self.range_length == self.in_features
         whole = self.in_features % 8 == 0 and self.out_features % TILE == 0
-        fits = one_range and whole and self.params_scale is None
+        fits = one_range and whole and self.params_scale is None and self.table is None
         groups = self.length % 8 == 0 and self.length <= LONGEST
         return fits and groups and self.quantizer is not None and self.quantizer.bits == 4
 
@@ -208,7 +233,7 @@ class PackedLinear(nn.Module):
             found = self._arranged
             if found is None or not self.holds(found):
                 return self.weight, self.params
-        planes = LEVELS[self.fmt.format] // 2
+        planes = CODE_BITS[self.fmt.format]
         if found.words.dtype == torch.uint8:
             halves = found.words.view(-1, self.in_features // 8, planes, TILE // 2, 2).permute(0, 4, 3, 2, 1)
             params = found.params.permute(0, 3, 1, 2).flatten(0, 1).contiguous()
@@ -242,7 +267,7 @@ class PackedLinear(nn.Module):
         """Move the layer. A new dtype applies to the bias only: stored parameters keep their dtype and values."""
         with _ORDER:
             self._put_back()
-            stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range")}
+            stored = {name: getattr(self, name) for name in ("params", "params_scale", "params_range", "table")}
             act = None if self.quantizer is None else self.quantizer.act.data
             super()._apply(*args, **kwargs)
             if self.dense is not None:
@@ -288,12 +313,12 @@ class PackedLinear(nn.Module):
         """Return the output for x, computed by ``lbllm.kernels.gpu`` from the bits as stored."""
         if self.quantizer is not None:
             x = self.quantizer.by_triton(x, gpu)
-        parts = (self.weight, self.params, self.params_scale, self.params_range, self.bias)
+        parts = (self.weight, self.params, self.params_scale, self.params_range, self.table, self.bias)
         result: Tensor = gpu.packed_linear(x, *parts, self.in_features, self.length)
         return result
 
     def _by_kernels(self, x: Tensor, arranged: Arranged) -> Tensor:
-        words, params, scale, _ = arranged
+        words, params, scale, table, _ = arranged
         result: Tensor
         if words.dtype == torch.uint8:
             assert self.quantizer is not None
@@ -304,7 +329,7 @@ class PackedLinear(nn.Module):
             return result
         if self.quantizer is not None:
             x = self.quantizer.deployed(x, torch.ops.lbllm.quantize_activations)
-        result = torch.ops.lbllm.packed_linear(x, words, params, scale, self.bias, self.in_features, self.length)
+        result = torch.ops.lbllm.packed_linear(x, words, params, scale, table, self.bias, self.in_features, self.length)
         return result
 
     def extra_repr(self) -> str:

@@ -3,12 +3,17 @@
 A plane of booleans (out, in) becomes bytes (out, ceil(in / 8)): input column j of a row is bit j % 8 of byte j // 8,
 counted from the least significant bit. Bits past the end of a row are zero. The planes of a layer are stacked:
 
-    weight uint8 (out, 2, ceil(in / 8))        plane 0: B (1 stands for +1), plane 1: G;  W1 has plane 0 only
-    params float16 (out, n, K)                 alpha_0, mu_0[, alpha_1, mu_1] of each of the n groups of a row
+    weight uint8 (out, 2, ceil(in / 8))        plane 0: B (1 stands for +1), plane 1: G;  W1 has plane 0 only, W(1+1+1)
+                                               also plane 2: H
+    table  float16 (8,)                        of W(1+1+1) only: the layer's levels in units of a scale, ascending
+    params float16 (out, n, K)                 alpha_0, mu_0[, alpha_1, mu_1] of each of the n groups of a row; of
+                                               W(1+1+1) the scale, K = 1
     params uint8 (out, n, K) + params_scale float16 (out, K, 2)      8-bit codes; minimum and step of each row
     params uint8 (out, n, K / 2) + params_scale float16 (out,) + params_range float16 (K, 2)
                                                4-bit codes, two per byte, the first in the lower half; the minimum and
-                                               step of the layer are in units of each row's scale
+                                               step of the layer are in units of each row's scale; of W(1+1+1), which
+                                               has one code a group, two groups share a byte: (out, ceil(n / 2), 1), the
+                                               half past the end of a row zero
 
 This layout is for storage and is the same on every machine. The kernels derive their own order of bytes from it.
 """
@@ -76,9 +81,9 @@ def _codes(values: Tensor, low: Tensor, step: Tensor, most: int) -> Tensor:
 def fit_grid(params: Tensor) -> ParamGrid:
     """Fit a grid to group parameters (out, n, K).
 
-    A row's scale is the root mean square of its alpha_0. Candidate ranges of a parameter leave out a small share of its
-    smallest and largest values; the candidate with the smallest squared error is used. Beside ``params`` it needs
-    ``GRID_FIT`` bytes a group, and a part of the rows (``row_chunks``).
+    A row's scale is the root mean square of its first parameter, which is alpha_0. Candidate ranges of a parameter
+    leave out a small share of its smallest and largest values; the candidate with the smallest squared error is used.
+    Beside ``params`` it needs ``GRID_FIT`` bytes a group, and a part of the rows (``row_chunks``).
     """
     params = params.float()
     scale = params[..., 0].square().mean(1).sqrt().half().clamp_min(torch.finfo(torch.float16).tiny)
@@ -120,6 +125,27 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Unpack bytes (..., K / 2) into 4-bit codes uint8 (..., K): the inverse of ``pack_nibbles``."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def packed_shape(groups: int, count: int, bits: ParamBits) -> tuple[int, int]:
+    """Return the shape of a row's ``params`` for ``count`` parameters in each of its ``groups``."""
+    if bits != 4:
+        return groups, count
+    return (-(-groups // 2), 1) if count == 1 else (groups, count // 2)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes uint8 (out, n, K) into bytes of ``packed_shape``."""
+    if codes.shape[-1] > 1:
+        return pack_nibbles(codes)
+    return pack_nibbles(torch.nn.functional.pad(codes[..., 0], (0, codes.shape[1] % 2)))[..., None]
+
+
+def unpack_codes(packed: Tensor, groups: int, count: int) -> Tensor:
+    """Unpack bytes into 4-bit codes uint8 (out, groups, count): the inverse of ``pack_codes``."""
+    if count > 1:
+        return unpack_nibbles(packed)
+    return unpack_nibbles(packed[..., 0])[:, :groups, None]
 
 
 def encode_params(params: Tensor) -> tuple[Tensor, Tensor]:

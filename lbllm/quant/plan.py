@@ -9,19 +9,22 @@ from transformers import PreTrainedModel
 
 from lbllm.config import setting_name
 from lbllm.errors import ConfigError
+from lbllm.labels import CODE_BITS
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
-from lbllm.quant.levels import LEVELS, group_length
+from lbllm.quant.levels import PARAMS, group_length
+from lbllm.quant.table import TABLE, has_table
 from lbllm.sections import LayerFormat, QuantConfig
 
 
 def layer_bits(fmt: LayerFormat, out_features: int, in_features: int) -> int:
-    """Return the stored bits of one packed layer: bit planes (whole bytes per row), group parameters and their scales,
-    without the bias."""
-    count = LEVELS[fmt.format]
+    """Return the stored bits of one packed layer: bit planes (whole bytes per row), group parameters (whole bytes per
+    row) and their scales, and a table of levels, without the bias."""
+    count = PARAMS[fmt.format]
     groups = -(-in_features // group_length(fmt.group_size, in_features))
-    planes = out_features * -(-in_features // 8) * 8 * (count // 2)
+    planes = out_features * -(-in_features // 8) * 8 * CODE_BITS[fmt.format]
     scales = {4: out_features + count * 2, 8: out_features * count * 2, 16: 0}[fmt.param_bits] * 16
-    return planes + out_features * groups * count * fmt.param_bits + scales
+    table = TABLE * 16 if has_table(fmt.format) else 0
+    return planes + out_features * -(-groups * count * fmt.param_bits // 8) * 8 + scales + table
 
 
 def block_formats(

@@ -10,7 +10,7 @@ A step of training needs little memory beside the parameters and the optimizer's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +43,30 @@ Mode = Literal["coupled", "relaxed", "frozen"]
 # in the cache, on a GPU they stay below 1 GB.
 CPU_PART, GPU_PART = 2**18, 2**25
 
+# With a table: its learning rate, relative to that of its layer's scales; and that of latent weights, relative to other
+# formats, since eight levels lie closer together than four.
+TABLE_RATE, TABLE_LATENT_RATE = 1.0, 0.5
+_TINY = 1e-12
+
 
 class BinaryLinear(nn.Module):
     """A linear layer with a fake-quantized weight and, from stage 3 on, a fake-quantized input.
 
-    ``params`` (out, n, K) are alpha_0, mu_0[, alpha_1, mu_1]. Modes: ``coupled`` (``latent`` (out, in) determines B and
+    ``params`` (out, n, P) are alpha_0, mu_0[, alpha_1, mu_1], or the scales with which the ``table`` (8,) of a layer of
+    three planes is multiplied, which trains too. Modes: ``coupled`` (``latent`` (out, in) determines B and
     G), ``relaxed`` (the paper's G_fp and a latent weight), ``frozen`` (fixed level indices, for stage 3 and after
     loading). ``index`` is empty while latent weights train. 4-bit parameters are rounded to ``grid`` during training
     too, with the straight-through gradient; if ``grid`` is None, one is fitted to ``params``.
     """
 
     def __init__(
-        self, source: nn.Module, fmt: LayerFormat, params: Tensor, index: Tensor, grid: ParamGrid | None = None
+        self,
+        source: nn.Module,
+        fmt: LayerFormat,
+        params: Tensor,
+        index: Tensor,
+        grid: ParamGrid | None = None,
+        table: Tensor | None = None,
     ) -> None:
         super().__init__()
         weight = linear_weight(source)
@@ -62,6 +74,7 @@ class BinaryLinear(nn.Module):
         self.length = group_length(fmt.group_size, self.in_features)
         self.mode: Mode = "frozen"
         self.params = nn.Parameter(params.to(weight.dtype).contiguous())
+        self.table = None if table is None else nn.Parameter(table.to(weight.device, weight.dtype, copy=True))
         self.register_buffer("index", index)
         if fmt.param_bits == 4 and grid is None:
             grid = fit_grid(self.params)
@@ -89,12 +102,31 @@ class BinaryLinear(nn.Module):
 
     def levels(self) -> Tensor:
         """Return the levels (out, n, K) of ``on_grid()``, in the order of ``params_to_levels``."""
-        return params_to_levels(self.on_grid())
+        return params_to_levels(self.on_grid(), self.table)
+
+    def of_levels(self) -> list[nn.Parameter]:
+        """Return the parameters that decide the levels: those of the groups, and the table if there is one."""
+        return [self.params] if self.table is None else [self.params, self.table]
 
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters that train: latent weights, group parameters and relaxed bitmap, as far as there are
-        any."""
-        return [parameter for parameter in (self.latent, self.params, self.bitmap) if parameter is not None]
+        """Return the parameters that train: latent weights, those of the levels, and relaxed bitmap, as far as there
+        are any."""
+        latent, bitmap = ([] if one is None else [one] for one in (self.latent, self.bitmap))
+        return [*latent, *self.of_levels(), *bitmap]
+
+    @property
+    def latent_rate(self) -> float:
+        """The learning rate of latent weights, relative to what the settings say."""
+        return 1.0 if self.table is None else TABLE_LATENT_RATE
+
+    def level_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups of ``of_levels`` for a learning ``rate`` of levels."""
+        groups: list[dict[str, Any]] = [{"params": [self.params], "lr": rate}]
+        if self.table is not None:
+            # A step of the table then moves the levels of a typical group as far as a step of its scale does.
+            scale = float(self.params.detach().abs().mean())
+            groups.append({"params": [self.table], "lr": TABLE_RATE * rate / max(scale, _TINY)})
+        return groups
 
     def keep_dense(self) -> None:
         """Expand the weight once for all later passes of a frozen layer."""
@@ -132,28 +164,38 @@ class BinaryLinear(nn.Module):
         if self.latent is None:
             return
         params = self.on_grid()
-        levels, order = params_to_levels(params).sort(-1)
+        levels, order = params_to_levels(params, self.table).sort(-1)
+        free = self.grid is None and self.table is None
         index = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=params.device)
         for rows in self._parts():
             groups = to_groups(self.latent[rows], self.length)
             if self.bitmap is not None:
                 outer = self.bitmap[rows] > 0.5
                 middle = torch.where(outer, params[rows, :, 1:2], params[rows, :, 3:4])
-                found = planes_to_index(groups > middle, outer)
+                found = planes_to_index((groups > middle, outer))
                 found = order[rows].argsort(-1).gather(-1, found.long())
             else:
                 found = assign(groups, levels[rows])
-            if self.grid is not None:  # keep the order of the parameters: in another they might not be on the grid
+            if not free:  # keep the order of the parameters: in another they might not be on the grid
                 found = order[rows].gather(-1, found.long())
             index[rows] = from_groups(found, self.in_features).to(torch.uint8)
-        if self.grid is None:
+        if free:
             self.params.copy_(levels_to_params(levels))
         self.index, self.mode, self.latent, self.bitmap = index, "frozen", None, None
 
     def round_params(self) -> None:
-        """Round the group parameters to the values that a checkpoint stores; see ``stored_params``."""
+        """Round the group parameters of a frozen layer to the values that a checkpoint stores, see ``stored_params``;
+        and those of a table, which is put into ascending order."""
         with torch.no_grad():
             self.params.copy_(stored_params(self.params, self.fmt.param_bits, self.grid))
+            if self.table is None:
+                return
+            table, order = self.table.half().sort(stable=True)
+            self.table.copy_(table)
+            place, index = order.argsort().to(torch.uint8), torch.empty_like(self.index)
+            for rows in self._parts():
+                index[rows] = place[self.index[rows].long()]
+            self.index = index
 
     def weight(self) -> Tensor:
         """Return the fake-quantized weight (out, in), differentiable in the parameters where gradients are enabled."""
@@ -239,7 +281,7 @@ class BinaryLinear(nn.Module):
         self, params: Tensor, index: Tensor | None, latent: Tensor | None, bitmap: Tensor | None
     ) -> Tensor:
         """Return the weight for ``on_grid()`` parameters; all of them are those of the layer or of some of its rows."""
-        levels = params_to_levels(params)
+        levels = params_to_levels(params, self.table)
         if latent is None:
             assert index is not None
             groups = fixed_level(levels, to_groups(index, self.length))

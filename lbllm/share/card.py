@@ -15,8 +15,9 @@ from huggingface_hub import ModelCardData
 
 from lbllm.checkpoints.record import RunRecord
 from lbllm.config import RunConfig, arguments
-from lbllm.labels import STAGE_NAMES, format_name, row_labels
+from lbllm.labels import STAGE_NAMES, THREE_PLANES, format_name, row_labels
 from lbllm.models.catalogue import HUB_LICENCES
+from lbllm.quant.table import has_table
 from lbllm.templates import environment
 from lbllm.texts.catalogue import TEXTS, CorpusEntry, parts
 from lbllm.units import against_16_bits, size
@@ -88,8 +89,16 @@ def model_card(
         runs=[_told(run) for run in _runs(record)],
         measured=_measured(record, settings) if settings is not None else [],
         last_stage=stage[:1].lower() + stage[1:],
+        three_planes=THREE_PLANES if settings is not None and _has_table(settings) else "",
         weights_alone=settings is not None and settings.precision(settings.stages[-1]).act_bits == 16,
     )
+
+
+def _has_table(settings: RunConfig) -> bool:
+    """Whether some layers have three planes."""
+    quant = settings.quant
+    kinds = [quant.format, *(override.format for override in quant.overrides.values())]
+    return any(kind is not None and has_table(kind) for kind in kinds)
 
 
 def _front_matter(record: RunRecord, kind: CardKind) -> str:

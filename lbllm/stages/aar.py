@@ -123,7 +123,7 @@ def aar_block(
     groups: list[dict[str, Any]] = []
     for layer in binary_layers(block).values():
         scale = float(layer.expand(layer.params.dtype).std())
-        groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
+        groups += layer.level_groups(config.lr_levels * scale)
     yield from distill(
         block,
         call,

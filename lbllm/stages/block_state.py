@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lbllm.errors import CheckpointError
 from lbllm.models.blocks import linear_weight, share_copy
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.levels import group_length
+from lbllm.quant.levels import LEVELS, PARAMS, group_length
 from lbllm.quant.packing import ParamGrid
+from lbllm.quant.table import TABLE, TABLE_FAULT, has_table, is_table
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import LayerFormat
 
@@ -37,6 +38,8 @@ def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors[f"{name}.params"] = layer.params.detach().float()
         tensors[f"{name}.index"] = layer.index
+        if layer.table is not None:
+            tensors[f"{name}.table"] = layer.table.detach().float()
         tensors |= grid_tensors(name, layer.grid)
         if layer.quantizer is not None:
             # A copy: layers that read the same input share a quantizer, but a file can't store shared tensors.
@@ -58,7 +61,8 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
         grid = None
         if fmt.param_bits == 4 and f"{name}.scale" in tensors:
             grid = ParamGrid(tensors[f"{name}.scale"].to(device), tensors[f"{name}.ranges"].to(device))
-        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index, grid)
+        table = tensors[f"{name}.table"] if has_table(fmt.format) else None
+        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index, grid, table)
         if f"{name}.act" in tensors:
             layer.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).to(device)
             layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
@@ -68,20 +72,22 @@ def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[s
 
 def _check(name: str, fmt: LayerFormat, weight: Tensor, tensors: dict[str, Tensor]) -> None:
     """Raise CheckpointError unless a layer's tensors have the shapes and types that its format gives them."""
-    levels = 4 if fmt.format == "w1+1" else 2
+    levels, count = LEVELS[fmt.format], PARAMS[fmt.format]
     groups = -(-weight.shape[1] // group_length(fmt.group_size, weight.shape[1]))
     shapes = {
-        "params": (weight.shape[0], groups, levels),
+        "params": (weight.shape[0], groups, count),
         "index": tuple(weight.shape),
         "latent": tuple(weight.shape),
         "act": (3,),
         "scale": (weight.shape[0],),
-        "ranges": (levels, 2),
+        "ranges": (count, 2),
+        "table": (TABLE,),
     }
+    always = {"params", "index"} | ({"table"} if has_table(fmt.format) else set())
     for key, shape in shapes.items():
         tensor = tensors.get(f"{name}.{key}")
         other = {"scale": "ranges", "ranges": "scale"}.get(key)
-        needed = key in ("params", "index") or (other is not None and f"{name}.{other}" in tensors)
+        needed = key in always or (other is not None and f"{name}.{other}" in tensors)
         if tensor is None and not needed:
             continue
         if tensor is None or tuple(tensor.shape) != shape or tensor.is_floating_point() != (key != "index"):
@@ -93,3 +99,5 @@ def _check(name: str, fmt: LayerFormat, weight: Tensor, tensors: dict[str, Tenso
             raise CheckpointError(
                 f"the state of {name}: {key} has other values than 0 to {levels - 1}; delete the file and resume"
             )
+        if key == "table" and not is_table(tensor):
+            raise CheckpointError(f"the state of {name}: {key} has {TABLE_FAULT}; delete the file and resume")

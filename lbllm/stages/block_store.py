@@ -3,10 +3,10 @@
 A file ``<stage>-<block>.safetensors`` holds, for every binarized layer of the block, ``<layer>.params`` (out, n, K)
 float32 as they will be stored, ``<layer>.index`` (out, in) uint8 level indices, after stage 1, and stage 4 where they
 were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<layer>.act`` (3,); with 4-bit parameters
-``<layer>.scale`` and ``<layer>.ranges``, their ``packing.Grid``. Stage "start" is the
-checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before it, and the
-block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files of lbllm 0.2
-and before have the fingerprint and the hash of the tensors alone, and are read.
+``<layer>.scale`` and ``<layer>.ranges``, their ``packing.Grid``; with three planes ``<layer>.table`` (8,). Stage
+"start" is the checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before
+it, and the block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files
+of lbllm 0.2 and before have the fingerprint and the hash of the tensors alone, and are read.
 """
 
 from __future__ import annotations

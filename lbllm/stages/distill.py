@@ -232,11 +232,11 @@ def _update(
     layers = [layer for layer in layers if layer.gradient is not None]
     keep = 4 * sum(parameter.numel() for layer in layers for parameter in layer.trained()) <= KEPT_GRADIENTS
     norms: list[Tensor] = []
-    narrow: list[Tensor | None] = []
+    narrow: list[list[Tensor | None]] = []
     for layer in layers:
         layer.pass_on(beta, slope)
         norms += _norms(layer.trained())
-        narrow.append(layer.params.grad)
+        narrow.append([parameter.grad for parameter in layer.of_levels()])
         for parameter in () if keep else layer.trained():
             parameter.grad = None
     acts = [quantizer.act for quantizer in quantizers]
@@ -252,9 +252,10 @@ def _update(
     apply([*acts, *(parameter for layer in layers for parameter in layer.trained())] if keep else acts)
     for quantizer in quantizers:
         quantizer.bound()
-    for layer, by_params in zip(layers, narrow, strict=True):
+    for layer, of_levels in zip(layers, narrow, strict=True):
         if not keep:
-            layer.params.grad = by_params
+            for parameter, grad in zip(layer.of_levels(), of_levels, strict=True):
+                parameter.grad = grad
             layer.pass_on(beta, slope)
             apply(layer.trained())
         layer.gradient = None

@@ -73,10 +73,12 @@ class EndToEnd:
         groups: list[dict[str, Any]] = []
         for number, layer in enumerate(layers):
             scale = float(layer.weight().detach().std())
-            groups.append({"params": [layer.params.requires_grad_()], "lr": config.lr_levels * scale})
+            for parameter in layer.of_levels():
+                parameter.requires_grad_()
+            groups += layer.level_groups(config.lr_levels * scale)
             if latents:
                 layer.thaw(layer.nearest_to(latents[number]), "coupled")
-                groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
+                groups.append({"params": [layer.latent], "lr": config.lr_weight * scale * layer.latent_rate})
         if self.quantizers:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})

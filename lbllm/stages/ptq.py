@@ -38,8 +38,8 @@ from lbllm.models.calls import BlockCall
 from lbllm.quant.chunks import row_chunks
 from lbllm.quant.levels import (
     LEVELS,
+    PARAMS,
     assign,
-    fit_levels,
     from_groups,
     group_length,
     levels_to_params,
@@ -49,9 +49,11 @@ from lbllm.quant.levels import (
     to_groups,
 )
 from lbllm.quant.packing import ParamGrid, fit_grid
+from lbllm.quant.table import fit_format, fit_table, has_table, sampled
 from lbllm.quant.training_layer import BinaryLinear
-from lbllm.sections import LayerFormat, PtqConfig
+from lbllm.sections import Format, LayerFormat, PtqConfig
 from lbllm.stages.hessians import align, correction_, factorize, factorize_, input_statistics
+from lbllm.stages.refit import free_levels, on_grid, scaled_levels
 
 # Bytes for each weight of the rows that are solved at the same time: six float32 matrices (target, compensated weights,
 # values, residual, a product, weights in the layer's own order), and in a group the temporaries of ``_descend``.
@@ -66,7 +68,7 @@ class Binarized:
     """A layer after stage 1. ``latent`` (out, in), float16: the compensated weights; ``index`` (out, in), uint8: the
     nearest level of each before it was rounded, which is the result; ``levels`` (out, n, K) ascending; ``error`` and
     ``energy`` (out,): squared output error and squared output of each row; ``grid``: the values that 4-bit group
-    parameters can have."""
+    parameters can have; ``table`` (8,): that of three planes, which layers with the same input share here."""
 
     latent: Tensor
     index: Tensor
@@ -74,12 +76,19 @@ class Binarized:
     error: Tensor
     energy: Tensor
     grid: ParamGrid | None = None
+    table: Tensor | None = None
 
     def rows(self, part: slice) -> Binarized:
         """The result of some rows; shares their memory."""
         grid = None if self.grid is None else ParamGrid(self.grid.scale[part], self.grid.ranges)
         return Binarized(
-            self.latent[part], self.index[part], self.levels[part], self.error[part], self.energy[part], grid
+            self.latent[part],
+            self.index[part],
+            self.levels[part],
+            self.error[part],
+            self.energy[part],
+            grid,
+            self.table,
         )
 
     def split(self, lengths: list[int]) -> list[Binarized]:
@@ -130,13 +139,16 @@ def binarize_rows(
     def aligned(part: slice) -> Tensor:
         return align(_join(weights, part).to(hessian.dtype), correction, config)
 
-    grid = None
-    if fmt.param_bits == 4:  # for the levels that the weights have before any compensation
-        counted = to_groups(factor.diagonal().square().reciprocal()[None], length)
-        params = hessian.new_empty(rows, groups, count)
+    # Table and grid are fitted to the weights before any compensation.
+    grid = table = None
+    counted = to_groups(factor.diagonal().square().reciprocal()[None], length)
+    if has_table(fmt.format):
+        table = fit_table(to_groups(align(sampled(weights).to(hessian.dtype), correction, config), length), counted)
+    if fmt.param_bits == 4:
+        params = hessian.new_empty(rows, groups, PARAMS[fmt.format])
         for part in parts:
-            found = fit_levels(to_groups(aligned(part), length), counted, count, config.em_steps)
-            params[part] = levels_to_params(found)
+            found = fit_format(to_groups(aligned(part), length), counted, fmt.format, config.em_steps, table)[0]
+            params[part] = levels_to_params(found, table)
         ranks.gather_(params)
         grid = fit_grid(params)
         del params
@@ -147,6 +159,7 @@ def binarize_rows(
         error=hessian.new_empty(rows),
         energy=hessian.new_empty(rows),
         grid=grid,
+        table=table,
     )
     for part in parts:
         _solve(aligned(part), factors, fmt, config, result.rows(part))
@@ -167,20 +180,20 @@ def _solve(
 ) -> None:
     """Stage 1 for a weight (out, in); writes to ``result``, whose grid is known."""
     hessian, factor = factors
-    count, groups = LEVELS[fmt.format], list(spans(weight.shape[1], fmt.group_size))
+    groups = list(spans(weight.shape[1], fmt.group_size))
     importance = factor.diagonal().square().reciprocal()
     # Transposed, (in, out): the loops below go over input columns, which are then contiguous.
     target = weight.t().contiguous()
     latent, value = target.clone(), torch.empty_like(target)
     with one_thread():
         levels = [
-            _compensate(latent, value, span, factor, importance[span], count, config.em_steps, result.grid)
+            _compensate(latent, value, span, factor, importance[span], fmt.format, config.em_steps, result)
             for span in groups
         ]
         residual = target - value
         for _ in range(config.sweeps):
             for number, span in enumerate(groups):
-                levels[number] = _descend(target, latent, value, residual, levels[number], span, hessian, result.grid)
+                levels[number] = _descend(target, latent, value, residual, levels[number], span, hessian, result)
     torch.stack(levels, 1, out=result.levels)
     torch.sum((hessian @ residual).mul_(residual), 0, out=result.error)
     torch.sum((hessian @ target).mul_(target), 0, out=result.energy)
@@ -188,13 +201,6 @@ def _solve(
     result.latent.copy_(rows)
     index = assign(to_groups(rows, group_length(fmt.group_size, len(hessian))), result.levels)
     result.index.copy_(from_groups(index, len(hessian)))
-
-
-def on_grid(levels: Tensor, grid: ParamGrid | None) -> Tensor:
-    """The nearest ascending levels (out, K) of one group that 4-bit parameters can give."""
-    if grid is None:
-        return levels
-    return params_to_levels(grid.round(levels_to_params(levels)[:, None]))[:, 0].sort(-1).values
 
 
 @contextmanager
@@ -229,12 +235,14 @@ def _compensate(
     span: slice,
     factor: Tensor,
     importance: Tensor,
-    count: int,
+    kind: Format,
     em_steps: int,
-    grid: ParamGrid | None,
+    result: Binarized,
 ) -> Tensor:
     """Fit the levels of a group and assign its columns with ``assign_columns``. Returns levels (out, K)."""
-    levels = on_grid(fit_levels(latent[span].t().contiguous(), importance, count, em_steps), grid)
+    group = latent[span].t().contiguous()[:, None]
+    levels = fit_format(group, importance, kind, em_steps, result.table)[0][:, 0]
+    levels = on_grid(levels, result.grid, result.table)
     assign_columns(latent, value, span, factor, levels)
     return levels
 
@@ -267,24 +275,20 @@ def _descend(
     levels: Tensor,
     span: slice,
     hessian: Tensor,
-    grid: ParamGrid | None,
+    result: Binarized,
 ) -> Tensor:
     """Refit the levels (out, K) of one group by least squares, then move each of its columns to its conditional
     optimum. ``residual`` (in, out) is ``target - value``, and is kept so."""
-    local, count = hessian[span, span], levels.shape[-1]
+    local = hessian[span, span]
     index = assign(latent[span].t(), levels)
     # The target of the group's values: the gradient of the objective where this group's values are zero.
     pull = hessian[span] @ residual + local @ value[span]
-
-    member = torch.stack([index == k for k in range(count)], -1).to(value.dtype)
-    spread = (local @ member.transpose(0, 1).flatten(1)).view(len(local), *levels.shape).transpose(0, 1)
-    normal = member.transpose(1, 2) @ spread
-    right = (member.transpose(1, 2) @ pull.t()[..., None])[..., 0]
-    # A small ridge keeps unused and nearly equal levels close to their present values.
-    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
-    fitted = torch.linalg.solve_ex(normal + torch.diag_embed(ridge.expand_as(right)), right + ridge * levels).result
+    if result.table is None:
+        fitted = free_levels(levels, index, local, pull)
+    else:
+        fitted = scaled_levels(levels, index, local, pull, result.table)
     present = take_levels(fitted, index).t()
-    fitted = on_grid(fitted.sort(-1).values, grid)
+    fitted = on_grid(fitted.sort(-1).values, result.grid, result.table)
 
     gradient = pull - local @ present
     columns = _Columns(fitted)
@@ -301,7 +305,8 @@ def _descend(
 def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLinear:
     """The frozen layer of a result of stage 1, to replace the dense layer ``source``; its parameters are rounded as
     in a checkpoint."""
-    layer = BinaryLinear(source, fmt, levels_to_params(result.levels), result.index, result.grid)
+    params = levels_to_params(result.levels, result.table)
+    layer = BinaryLinear(source, fmt, params, result.index, result.grid, result.table)
     layer.round_params()
     return layer
 
@@ -311,7 +316,8 @@ def _rounded(layer: BinaryLinear) -> Tensor:
     """The weight (out, in) of a frozen layer whose parameters are rounded."""
     weight = layer.params.new_empty(layer.index.shape)
     for rows in row_chunks(len(weight), _ROUND_WEIGHT * layer.in_features):
-        levels, index = params_to_levels(layer.params[rows]), to_groups(layer.index[rows], layer.length)
+        levels = params_to_levels(layer.params[rows], layer.table)
+        index = to_groups(layer.index[rows], layer.length)
         weight[rows] = from_groups(take_levels(levels, index), layer.in_features)
     return weight
 

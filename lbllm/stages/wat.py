@@ -29,8 +29,8 @@ def thaw_layers(layers: dict[str, BinaryLinear], latents: dict[str, Tensor], con
         layer.thaw(latents[name], "relaxed" if relaxed else "coupled")
         assert layer.latent is not None
         scale = float(layer.latent.detach().std())
-        groups.append({"params": [layer.latent], "lr": config.lr_weight * scale})
-        groups.append({"params": [layer.params], "lr": config.lr_levels * scale})
+        groups.append({"params": [layer.latent], "lr": config.lr_weight * scale * layer.latent_rate})
+        groups += layer.level_groups(config.lr_levels * scale)
         if layer.bitmap is not None:
             groups.append({"params": [layer.bitmap], "lr": config.lr_bitmap})
     return groups

@@ -54,13 +54,13 @@ def test_chosen_methods_join_the_chart(config: RunConfig) -> None:
     at = AppTest.from_function(page, args=(config.model_dump_json(),), default_timeout=300).run()
     at.button(key="quantize preview").click().run()
     assert not at.exception
-    assert lines(at) == ["W(1+1)", "W1"]
+    assert lines(at) == ["W(1+1)", "W1", "W(1+1+1)"]
     at.multiselect(key="quantize preview methods").set_value(["rtn"]).run()
-    assert lines(at) == ["W(1+1)", "W1"]  # nothing is computed before Preview is pressed again
+    assert lines(at) == ["W(1+1)", "W1", "W(1+1+1)"]  # nothing is computed before Preview is pressed again
     at.button(key="quantize preview").click().run()
     assert not at.exception
-    assert lines(at) == ["W(1+1)", "W1", "Round to nearest"]
+    assert lines(at) == ["W(1+1)", "W1", "W(1+1+1)", "Round to nearest"]
     assert "Round to nearest" in at.caption[-1].value
     assert "(4.03 bits)" in at.caption[-1].value
     at.multiselect(key="quantize preview methods").set_value([]).run()
-    assert lines(at) == ["W(1+1)", "W1"]
+    assert lines(at) == ["W(1+1)", "W1", "W(1+1+1)"]

@@ -30,6 +30,7 @@ FORMATS = [
     LayerFormat(format="w1+1", group_size=16, param_bits=4, act_bits=4, act_group_size=64),
     LayerFormat(format="w1", group_size=128, param_bits=8, act_bits=8),
     LayerFormat(format="w1+1", group_size=-1, param_bits=16, act_bits=16),
+    LayerFormat(format="w1+1+1", group_size=16, param_bits=4, act_bits=16),
 ]
 
 
@@ -119,7 +120,7 @@ def test_zero_shot_choices(checkpoint: Path, host: Host) -> None:
     assert [value for value, _ in there] == pytest.approx([value for value, _ in here], rel=0.02)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.param_bits}")
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.format}, {fmt.param_bits}")
 def test_a_layer_trains_its_inputs_and_its_bias_there(fmt: LayerFormat, host: Host) -> None:
     layer = random_layer(24, 80, fmt, bias=True).to(DEVICE)
     x = torch.randn(3, 80).to(DEVICE).requires_grad_()
@@ -155,7 +156,7 @@ class Kernels(ModuleType):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.param_bits}")
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.format}, {fmt.param_bits}")
 def test_the_kernels_get_tensors_of_the_device_alone(fmt: LayerFormat, host: Host) -> None:
     kernels, layer, x = Kernels(), random_layer(24, 80, fmt, bias=True).to(DEVICE), torch.randn(2, 3, 80).to(DEVICE)
     host.copies.clear()

@@ -28,12 +28,13 @@ from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_id
 
 STAGES = ["ptq", "wat", "aar", "e2e"]
 FINE = {"param_bits": 4, "act_group_size": 64}
+PLANES = {"overrides": {"*.o_proj": {"format": "w1+1+1"}, "*.up_proj": {"format": "w1+1+1", "param_bits": 16}}}
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
 # architecture -> precision, settings of the run, changes to the tiny model
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("no", {"ptq": {"sweeps": 1}}, SMALL),
-    # biases
-    "qwen2": ("bf16", {"stages": STAGES, "quant": FINE}, SMALL | {"num_hidden_layers": 1}),
+    # biases; three planes in some layers
+    "qwen2": ("bf16", {"stages": STAGES, "quant": FINE | PLANES}, SMALL | {"num_hidden_layers": 1}),
     # windows
     "gemma3": (
         "no",

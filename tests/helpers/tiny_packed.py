@@ -14,7 +14,6 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     LEVELS,
     assign,
-    fit_levels,
     from_groups,
     group_length,
     levels_to_params,
@@ -24,6 +23,7 @@ from lbllm.quant.levels import (
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import fit_grid, stored_params
 from lbllm.quant.plan import block_formats
+from lbllm.quant.table import fit_format
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import LayerFormat, QuantConfig
 from tests.helpers.tiny_models import tiny
@@ -68,16 +68,17 @@ def checkpoint_of(
 @torch.no_grad()
 def _packed(layer: torch.nn.Module, fmt: LayerFormat, quant: QuantConfig) -> PackedLinear:
     weight = linear_weight(layer)
-    length, count = group_length(fmt.group_size, weight.shape[1]), LEVELS[fmt.format]
+    length = group_length(fmt.group_size, weight.shape[1])
     groups = to_groups(weight, length)
     importance = to_groups(torch.ones_like(weight), length)
-    params = levels_to_params(fit_levels(groups, importance, count, 2))
+    levels, table = fit_format(groups, importance, fmt.format, 2)
+    params = levels_to_params(levels, table)
     grid = fit_grid(params) if fmt.param_bits == 4 else None
     params = stored_params(params, fmt.param_bits, grid)
-    index = from_groups(assign(groups, params_to_levels(params)), weight.shape[1])
+    index = from_groups(assign(groups, params_to_levels(params, table)), weight.shape[1])
     # Some bits as training would have changed them.
-    index[::3, ::5] = (index[::3, ::5] + 1) % count
-    binary = BinaryLinear(layer, fmt, params, index, grid)
+    index[::3, ::5] = (index[::3, ::5] + 1) % LEVELS[fmt.format]
+    binary = BinaryLinear(layer, fmt, params, index, grid, table)
     if fmt.act_bits < 16:
         binary.quantizer = ActQuantizer(fmt.act_bits, quant.tail_steps, group_size=fmt.act_group_size)
         binary.quantizer.act.data.copy_(torch.tensor([0.4, 0.9, 0.8]))

@@ -113,7 +113,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_trial, "faults", partial(gpu_trial.faults, DEVICE))
     gpu_trial.on_gpu.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"4-bit parameters.*PassManager::run failed, and 7 more.*lbllm doctor"):
+        with pytest.warns(UserWarning, match=r"4-bit parameters.*PassManager::run failed, and 11 more.*lbllm doctor"):
             assert gpu_trial.on_gpu() is None
     finally:
         gpu_trial.on_gpu.cache_clear()

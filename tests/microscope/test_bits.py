@@ -14,6 +14,7 @@ import torch
 import lbllm
 from lbllm.microscope.layer import LayerView
 from lbllm.microscope.microscope import Microscope
+from lbllm.quant.levels import PARAMS
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import LayerOverride, QuantConfig
 from tests.helpers.tiny_packed import tiny_checkpoint
@@ -27,6 +28,16 @@ FORMATS: dict[str, tuple[str, QuantConfig]] = {
     "w1, 8 bits, whole rows": ("llama", QuantConfig(format="w1", group_size=-1, param_bits=8, act_bits=8)),
     "w1, 4 bits": ("llama", QuantConfig(format="w1", group_size=20, param_bits=4)),
     "w1+1, whole rows": ("gpt2", QuantConfig(group_size=-1, param_bits=4)),
+    "w1+1+1, 4 bits, an odd number of groups": ("llama", QuantConfig(format="w1+1+1", group_size=16, param_bits=4)),
+    "w1+1+1, 8 bits and whole rows": (
+        "llama",
+        QuantConfig(
+            format="w1+1+1",
+            group_size=20,
+            param_bits=8,
+            overrides={"*.q_proj": LayerOverride(group_size=-1, param_bits=16)},
+        ),
+    ),
     "transposed layers": ("gpt2", QuantConfig(group_size=20, act_bits=16)),
     "other formats for some": (
         "gemma3",
@@ -85,35 +96,39 @@ def half(data: bytes, number: int) -> float:
 def test_every_bit_is_that_of_the_file(made: Made) -> None:
     for layer in made.layers.values():
         file, start, data, (rows, planes, row_bytes) = raw(made.folder, f"{layer.name}.weight")
-        assert planes == layer.count // 2
+        assert 2**planes == layer.count
         for row in (0, 1, rows - 1):
             for number in {0, layer.groups - 1}:
                 group = layer.group(row, number)
-                for plane, bits in enumerate((group.signs, group.bitmap)[:planes]):
+                for plane, bits in enumerate((group.signs, group.bitmap, group.second)[:planes]):
                     assert len(bits) == group.columns.stop - group.columns.start == len(group.weights)
                     for column, bit in zip(range(group.columns.start, group.columns.stop), bits, strict=True):
                         offset = (row * planes + plane) * row_bytes + column // 8
                         assert (bit.file, bit.offset, bit.bit) == (file.name, start + offset, column % 8)
                         assert bit.byte == data[offset]
                         assert bit.value == bool(data[offset] >> (column % 8) & 1)
-                        whole = layer.sign if plane == 0 else layer.bitmap
+                        whole = (layer.sign, layer.bitmap, layer.second)[plane]
                         assert whole is not None
                         assert bool(whole[row, column]) == bit.value
-                assert (planes == 2) or (group.bitmap == () and layer.bitmap is None)
+                assert (planes >= 2) or (group.bitmap == () and layer.bitmap is None)
+                assert (planes == 3) or (group.second == () and layer.second is None)
 
 
 def test_every_parameter_is_that_of_the_file(made: Made) -> None:
     for layer in made.layers.values():
-        fmt, count = layer.fmt, layer.count
+        fmt, count = layer.fmt, PARAMS[layer.fmt.format]
         file, start, data, _ = raw(made.folder, f"{layer.name}.params")
         scale = raw(made.folder, f"{layer.name}.params_scale")[2] if fmt.param_bits < 16 else b""
         ranges = raw(made.folder, f"{layer.name}.params_range")[2] if fmt.param_bits == 4 else b""
         for row in (0, layer.shape[0] - 1):
             for number in {0, layer.groups - 1}:
                 group = layer.group(row, number)
-                assert [one.name for one in group.params] == ["alpha_0", "mu_0", "alpha_1", "mu_1"][:count]
+                names = ["alpha_0", "mu_0", "alpha_1", "mu_1"][:count] if layer.table is None else ["scale"]
+                assert [one.name for one in group.params] == names
                 for k, one in enumerate(group.params):
-                    place = (row * layer.groups + number) * count + k
+                    # Of one 4-bit code a group, a row has whole bytes.
+                    held_groups = layer.groups + layer.groups % 2 * (count == 1 and fmt.param_bits == 4)
+                    place = (row * held_groups + number) * count + k
                     assert one.bits == fmt.param_bits
                     if fmt.param_bits == 16:
                         offset, held, value = 2 * place, data[2 * place : 2 * place + 2], half(data, place)
@@ -139,7 +154,7 @@ def test_every_parameter_is_that_of_the_file(made: Made) -> None:
 
 
 def test_weights_follow_from_bits_and_parameters(made: Made) -> None:
-    """The equation of the paper in Python's own float64."""
+    """The equation of the paper, or that of three planes, in Python's own float64."""
     for layer in made.layers.values():
         row = layer.shape[0] // 2
         for number in range(layer.groups):
@@ -147,8 +162,12 @@ def test_weights_follow_from_bits_and_parameters(made: Made) -> None:
             values = {one.name: one.value for one in group.params}
             for place, sign in enumerate(group.signs):
                 outer = not group.bitmap or group.bitmap[place].value
-                pair = "0" if outer else "1"
-                wanted = values[f"mu_{pair}"] + (1 if sign.value else -1) * values[f"alpha_{pair}"]
+                if layer.table is not None:
+                    side = 2 * outer + group.second[place].value
+                    wanted = values["scale"] * float(layer.table[4 + side if sign.value else 3 - side])
+                else:
+                    pair = "0" if outer else "1"
+                    wanted = values[f"mu_{pair}"] + (1 if sign.value else -1) * values[f"alpha_{pair}"]
                 column = group.columns.start + place
                 assert math.isclose(group.rebuilt[place].item(), wanted, rel_tol=1e-6, abs_tol=1e-7)
                 assert layer.rebuilt[row, column] == group.rebuilt[place]
@@ -174,7 +193,7 @@ def test_layers_are_those_of_the_loaded_models(made: Made) -> None:
         assert torch.equal(teacher.original(place), layer.original)
         stored = sum(
             len(raw(made.folder, f"{layer.name}.{name}")[2]) * 8
-            for name in ("weight", "params", "params_scale", "params_range")
+            for name in ("weight", "params", "params_scale", "params_range", "table")
             if f"{layer.name}.{name}" in model.state_dict()
         )
         assert layer.bits == pytest.approx(stored / layer.original.numel())

@@ -184,7 +184,7 @@ def test_the_same_levels_change_nothing(pair: Pair) -> None:
     assert torch.equal(found, logits_of(pair, FirstBlocks(pair.blocks), ids))
 
 
-@pytest.mark.parametrize("form", [1, 3, 8, "w1+1", "w1"])
+@pytest.mark.parametrize("form", [1, 3, 8, "w1+1", "w1", "w1+1+1"])
 def test_a_layer_in_another_format(pair: Pair, form: int | str) -> None:
     ids, block = ids_of(pair), 0
     name = pair.binarized[block][0]
@@ -200,7 +200,7 @@ def test_a_layer_in_another_format(pair: Pair, form: int | str) -> None:
     close(found, brute(pair, "student", {f"{block}.{name}": changed}, range(pair.blocks), ids))
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([4, 8, 16]), st.sampled_from(["w1+1", "w1"]))
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([4, 8, 16]), st.sampled_from(["w1+1", "w1", "w1+1+1"]))
 @cases(20)
 def test_fitted_levels_are_few_and_near(columns: int, size: int, param_bits: int, form: str) -> None:
     size = min(size * 4, columns)
@@ -210,7 +210,7 @@ def test_fitted_levels_are_few_and_near(columns: int, size: int, param_bits: int
     assert found.shape == weight.shape
     for row, start in itertools.product(range(5), range(0, columns, size)):
         group, given_ = found[row, start : start + size], weight[row, start : start + size]
-        assert len(group.unique()) <= (4 if form == "w1+1" else 2)
+        assert len(group.unique()) <= {"w1": 2, "w1+1": 4, "w1+1+1": 8}[form]
         # Each weight has the nearest of the levels that its group uses.
         assert torch.all((given_[:, None] - group[None]).abs().amin(1) >= (given_ - group).abs() - 1e-6)
     if param_bits == 16 and form == "w1+1":

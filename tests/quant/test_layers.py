@@ -17,7 +17,6 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     LEVELS,
     assign,
-    fit_levels,
     from_groups,
     group_length,
     levels_to_params,
@@ -26,6 +25,7 @@ from lbllm.quant.levels import (
 )
 from lbllm.quant.packed_layer import PackedLinear, named_groups
 from lbllm.quant.plan import layer_bits
+from lbllm.quant.table import fit_format
 from lbllm.quant.training_layer import BinaryLinear, Mode
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat
 from tests.helpers.cases import cases
@@ -62,9 +62,9 @@ def binarized(source: nn.Module, fmt: LayerFormat) -> BinaryLinear:
     weight = linear_weight(source)
     length = group_length(fmt.group_size, weight.shape[1])
     groups = to_groups(weight, length)
-    levels = fit_levels(groups, to_groups(torch.ones_like(weight), length), LEVELS[fmt.format], 5)
+    levels, table = fit_format(groups, to_groups(torch.ones_like(weight), length), fmt.format, 5)
     index = from_groups(assign(groups, levels), weight.shape[1]).contiguous()
-    layer = BinaryLinear(source, fmt, levels_to_params(levels), index)
+    layer = BinaryLinear(source, fmt, levels_to_params(levels, table), index, table=table)
     if fmt.act_bits < 16:
         layer.quantizer = ActQuantizer(fmt.act_bits, 2, group_size=fmt.act_group_size)
         layer.quantizer.act.data.copy_(torch.tensor([0.35, 0.9, 0.95]))
@@ -78,6 +78,9 @@ def written_out(layer: BinaryLinear) -> Tensor:
     for row, column in itertools.product(range(layer.out_features), range(layer.in_features)):
         params = layer.params[row, column // layer.length].tolist()
         index = int(layer.index[row, column])
+        if layer.table is not None:
+            weight[row, column] = params[0] * float(layer.table[index])
+            continue
         if len(params) == 2:
             B, G, params = 2 * index - 1, 1, [*params, 0.0, 0.0]
         else:
@@ -87,15 +90,29 @@ def written_out(layer: BinaryLinear) -> Tensor:
 
 
 KINDS: tuple[Format, ...] = ("w1+1", "w1")
-FORMATS = [
-    layer_format(format_, group_size, param_bits, act_bits)
-    for format_, (group_size, param_bits), act_bits in itertools.product(
-        KINDS, ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
-    )
-] + [
-    layer_format(group_size=8, param_bits=param_bits, act_bits=act_bits, act_group_size=size)
-    for param_bits, act_bits, size in itertools.product((16, 4), (8, 4), (16, 7, 64))
-]
+FORMATS = (
+    [
+        layer_format(format_, group_size, param_bits, act_bits)
+        for format_, (group_size, param_bits), act_bits in itertools.product(
+            KINDS, ((16, 16), (16, 8), (5, 8), (-1, 16), (-1, 8), (7, 16), (16, 4), (5, 4), (-1, 4)), (16, 8, 4)
+        )
+    ]
+    + [
+        layer_format("w1+1+1", group_size, param_bits, act_bits)
+        for group_size, param_bits, act_bits in (
+            (16, 16, 16),
+            (-1, 16, 4),
+            (5, 8, 16),
+            (16, 4, 8),
+            (7, 4, 16),
+            (-1, 4, 16),
+        )
+    ]
+    + [
+        layer_format(group_size=8, param_bits=param_bits, act_bits=act_bits, act_group_size=size)
+        for param_bits, act_bits, size in itertools.product((16, 4), (8, 4), (16, 7, 64))
+    ]
+)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
@@ -115,7 +132,7 @@ def test_trained_and_packed_form_give_the_same_output(fmt: LayerFormat, kind: ty
 
 
 @given(
-    st.sampled_from(["w1+1", "w1"]),
+    st.sampled_from(["w1+1", "w1", "w1+1+1"]),
     st.integers(1, 9),
     st.integers(1, 40),
     st.integers(1, 45) | st.just(-1),
@@ -150,6 +167,10 @@ def test_bits_of_well_known_formats() -> None:
     assert layer_bits(layer_format(group_size=128, param_bits=8), 1, 4096) / 4096 == 2.25 + 4 * 32 / 4096
     # 4 bits a parameter, 16 for the scale of each row, and for each parameter two of 16 for the whole layer.
     assert layer_bits(layer_format(group_size=16, param_bits=4), 10, 1024) / 10240 == 3 + 16 / 1024 + 8 * 16 / 10240
+    # Three bits a weight, one scale a row or group, eight values for the whole layer.
+    assert layer_bits(layer_format("w1+1+1", -1), 10, 1024) / 10240 == 3 + 16 / 1024 + 8 * 16 / 10240
+    small = layer_bits(layer_format("w1+1+1", 64, param_bits=4), 10, 1024) / 10240
+    assert small == 3 + 4 / 64 + 16 / 1024 + (8 + 2) * 16 / 10240
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_groups_are_consecutive_weights_of_a_row(rows: int, in_features: int, gr
     assert torch.equal(from_groups(groups, in_features), weight)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_assign_finds_the_nearest_level(count: int) -> None:
     groups = torch.randn(5, 3, 11, generator=random(), dtype=torch.float64)
     levels = sorted_levels(5, 3, count)
@@ -85,7 +85,6 @@ def test_levels_planes_and_parameters_satisfy_the_equation(rows: int, in_feature
     index = assign(groups, levels)
     params = levels_to_params(levels)
     planes = index_to_planes(from_groups(index, in_features), 4)
-    assert planes[1] is not None
     quantized = from_groups(take_levels(params_to_levels(params), index), in_features)
     for row, column in itertools.product(range(rows), range(in_features)):
         alpha_0, mu_0, alpha_1, mu_1 = params[row, column // length].tolist()
@@ -98,23 +97,29 @@ def test_sign_only_levels_satisfy_their_equation() -> None:
     groups = torch.randn(2, 3, 5, generator=random(), dtype=torch.float64)
     levels = sorted_levels(2, 3, 2)
     index = assign(groups, levels)
-    sign, bitmap = index_to_planes(index, 2)
+    sign, *bitmaps = index_to_planes(index, 2)
     alpha, mu = levels_to_params(levels).unbind(-1)
-    assert bitmap is None
+    assert not bitmaps
     expected = alpha[..., None] * torch.where(sign, 1.0, -1.0) + mu[..., None]
     torch.testing.assert_close(take_levels(levels, index), expected)
 
 
 def test_the_bitmap_marks_the_outer_levels() -> None:
     _, bitmap = index_to_planes(torch.arange(4, dtype=torch.uint8), 4)
-    assert bitmap is not None
     assert bitmap.tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+def test_of_eight_levels_each_plane_halves_what_the_one_before_leaves() -> None:
+    sign, bitmap, second = (plane.tolist() for plane in index_to_planes(torch.arange(8, dtype=torch.uint8), 8))
+    assert sign == [False] * 4 + [True] * 4
+    assert bitmap == [True, True, False, False, False, False, True, True]
+    assert second == [True, False, True, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_planes_and_index_are_inverses(count: int) -> None:
     index = torch.arange(count, dtype=torch.uint8).repeat(3)
-    back = planes_to_index(*index_to_planes(index, count))
+    back = planes_to_index(index_to_planes(index, count))
     assert back.dtype == torch.uint8
     assert torch.equal(back, index)
 
@@ -250,7 +255,7 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor,
     return torch.autograd.grad((output * torch.randn(output.shape, generator=random(9)).to(output)).sum(), leaves)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_gradients_of_the_nearest_level(count: int) -> None:
     """Against a dense formulation: one-hot assignments times levels, and the latent weight straight through."""
     groups = torch.randn(3, 2, 7, generator=random(), dtype=torch.float64)

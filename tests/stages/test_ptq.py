@@ -35,6 +35,7 @@ from lbllm.quant.levels import (
     to_groups,
 )
 from lbllm.quant.packing import stored_params
+from lbllm.quant.table import fit_format
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import Format, LayerFormat, PtqConfig
 from lbllm.stages.distill import block_error
@@ -150,7 +151,7 @@ def test_compensation_equals_a_slow_program(format_: Format, group_size: int) ->
     torch.testing.assert_close(values(result, group_size), slow_gptq(weight, hessian, fmt, config))
 
 
-@pytest.mark.parametrize("format_", ["w1+1", "w1"])
+@pytest.mark.parametrize("format_", ["w1+1", "w1", "w1+1+1"])
 @pytest.mark.parametrize("group_size", [6, 8, 21])
 def test_no_sweep_of_the_descent_increases_the_error_of_any_row(format_: Format, group_size: int) -> None:
     weight, hessian = problem(rows=20)
@@ -182,11 +183,11 @@ def test_the_descent_ends_where_no_single_weight_can_be_improved() -> None:
             assert output_error(weight[row : row + 1], other, damped) >= best * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("format_", ["w1+1", "w1"])
+@pytest.mark.parametrize("format_", ["w1+1", "w1", "w1+1+1"])
 def test_each_step_of_stage_1_beats_plain_clustering(format_: Format) -> None:
     weight, hessian = problem(rows=16, features=64, tokens=500)
     groups = to_groups(weight, 16)
-    plain = fit_levels(groups, torch.ones(16, dtype=torch.float64), LEVELS[format_], 8)
+    plain, _ = fit_format(groups, torch.ones(16, dtype=torch.float64), format_, 8)
     clustered = output_error(weight, from_groups(nearest_level(groups, plain), 64), hessian)
     compensated, descended = (
         output_error(
@@ -221,7 +222,10 @@ DEGENERATE: dict[str, Tensor] = {
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)
-@pytest.mark.parametrize(("format_", "group_size"), [("w1+1", 8), ("w1+1", 10), ("w1+1", -1), ("w1", 1)])
+@pytest.mark.parametrize(
+    ("format_", "group_size"),
+    [("w1+1", 8), ("w1+1", 10), ("w1+1", -1), ("w1", 1), ("w1+1+1", -1), ("w1+1+1", 1)],
+)
 def test_degenerate_inputs_give_finite_levels(kind: str, format_: Format, group_size: int) -> None:
     x = DEGENERATE[kind]
     hessian, drift = input_statistics(iter([x]), iter([x]))

@@ -64,9 +64,9 @@ def tiles_view(data: dict[str, Any], *, key: str, go: Go) -> None:
     """The linked tiles of a window. ``go`` gets the [row, column] of the matrix to go to.
 
     ``data``: place (address), label, names of the tiles; shape of the matrix; window (rows, columns), first (row,
-    column); group (its weights); planes: original, rebuilt, error (lists), sign, bitmap (text of 0 and 1); index
-    (text); most: the largest magnitude of each tile; whole: size, values, most; at: the marked weight in the window;
-    chosen: row, column, rows and columns of the open group in the window, or None.
+    column); group (its weights); planes: original, rebuilt, error (lists), sign, bitmap, second (text of 0 and 1);
+    index (text); most: the largest magnitude of each tile; whole: size, values, most; at: the marked weight in the
+    window; chosen: row, column, rows and columns of the open group in the window, or None.
     """
     _moving(_tiles, data, key, go)
 

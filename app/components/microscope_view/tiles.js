@@ -1,7 +1,7 @@
 // One window of a layer's matrix as linked tiles. One weight is marked in all of them, by the pointer or by the arrow
 // keys; Enter or a click opens its group. The first tile is the whole matrix with the place of the window.
 
-const PLANES = ["original", "sign", "bitmap", "rebuilt", "error"];
+const PLANES = ["original", "sign", "bitmap", "second", "rebuilt", "error"];
 
 function colours(box) {
   return Object.fromEntries(
@@ -75,6 +75,7 @@ function create(root) {
       `teacher ${digits(planes.original[place])}`,
       `sign bit ${planes.sign[place]}`,
       ...(planes.bitmap ? [`bitmap bit ${planes.bitmap[place]}`] : []),
+      ...(planes.second ? [`second bitmap bit ${planes.second[place]}`] : []),
       `level ${Number(state.data.index[place]) + 1} = ${digits(planes.rebuilt[place])}`,
       `error ${digits(planes.error[place])}`,
     ];
@@ -139,7 +140,7 @@ function create(root) {
       caption.textContent = names[name];
       field.style.aspectRatio = `${size[1]} / ${size[0]}`;
       const values = planes[name];
-      const bits = name === "sign" || name === "bitmap";
+      const bits = name === "sign" || name === "bitmap" || name === "second";
       const ends = name === "sign" ? ["minus", "plus"] : ["none", "one"];
       paint(canvas, ...size, (at) =>
         bits ? mixed(palette.zero, palette[ends[Number(values[at])]], 0.75) : diverging(palette, values[at], most[name]),

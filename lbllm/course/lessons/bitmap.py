@@ -118,7 +118,8 @@ class Bitmap(LessonMaker):
         weights, shown = self.group(size)
         levels = fit_levels(weights[None, None], torch.ones(1), LEVELS[kind], EM_STEPS)
         index = assign(weights[None, None], levels)[0, 0, shown]
-        sign, bitmap = index_to_planes(index, LEVELS[kind])
+        sign, *others = index_to_planes(index, LEVELS[kind])
+        bitmap = others[0] if others else None
         names: tuple[str, ...] = ("sign −", "sign +")
         if bitmap is not None:
             names = ("outer −", "inner −", "inner +", "outer +")

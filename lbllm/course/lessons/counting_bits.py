@@ -159,6 +159,8 @@ class CountingBits(LessonMaker):
         ]
         if group.bitmap is not None:
             parts.append((f"bitmap bits{of}", pictures.plane_text(group.bitmap[:shown]), "bitmap"))
+        if group.second is not None:
+            parts.append((f"second bitmap bits{of}", pictures.plane_text(group.second[:shown]), "bitmap"))
         parts += [(name, code, "params") for name, code in group.params]
         return pictures.bits(
             f"{count} weights of {layer_words(at)}, with levels fitted to them: each pair of levels is μ ± α",
