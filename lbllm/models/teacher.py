@@ -34,6 +34,7 @@ from transformers import (
 from lbllm.errors import ModelError
 from lbllm.models.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
 from lbllm.models.catalogue import EMBEDDED_PRECISION
+from lbllm.models.experts import split_experts
 from lbllm.models.gguf import converted_folder, gguf_model_config, read_metadata
 from lbllm.models.gguf import precision as gguf_precision
 from lbllm.models.loading import FileFault, load_model, quiet, read_config
@@ -84,6 +85,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
     placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
     with _load_errors(name):
         model = load_model(place, offline=offline, config=config, dtype=dtype, **placement)
+    split_experts(model)
     tokenizer = _tokenizer(name, place, offline)
     check_tokenizer(name, tokenizer, embedding_rows(model))
     return Teacher(
@@ -169,6 +171,7 @@ def skeleton(name: str) -> PreTrainedModel:
         raise _load_error(name, error) from error
     if folder is not None:
         untie_stored_head(model, folder)
+    split_experts(model)
     model.config.dtype = stored  # from_config sets it to float32
     return model.eval()
 

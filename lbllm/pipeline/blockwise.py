@@ -22,14 +22,26 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.models.calls import BlockCall
+from lbllm.models.experts import silent
 from lbllm.pipeline.context import RunContext, step_count, step_metric
+from lbllm.pipeline.mixtures import (
+    TaughtExperts,
+    binarize_experts,
+    keep_experts,
+    learn_factor,
+    outer_formats,
+    pass_experts,
+    search_experts,
+    train_experts,
+)
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.ranks import Share
 from lbllm.sections import Stage
 from lbllm.stages.aar import aar_block, add_quantizers
-from lbllm.stages.block_state import BlockState, collect, restore
+from lbllm.stages.block_state import BlockState, collect, restore, restored_layer
 from lbllm.stages.distill import PROBE_TOKENS, HeldOut, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
+from lbllm.stages.routing import resumed
 from lbllm.stages.wat import wat_block
 
 # A block whose loss training did not lower keeps its state; up to this factor that is no sign of anything.
@@ -67,6 +79,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
                 state, student = yield from _initialize(run, number, inputs, targets, taught)
             else:
                 state, student = yield from _train(run, stage, number, inputs, targets, taught, cache)
+            # The experts of the block have been saved one by one.
             run.store.save(stage, number, state)
             yield BlockDone(
                 stage=stage,
@@ -79,7 +92,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
             )
         # The last block's output enters nothing.
         if number + 1 < run.blocks:
-            student = student or _student(run, number, state)
+            student = student or _student(run, number, state.tensors, stage)
             _advance(run, student, number, inputs, cache)
             if beside is not None:
                 beside.leave(student)
@@ -92,13 +105,14 @@ class _Taught:
     """What the teacher's block shows on its stream, which has this rank's ``share`` of the sequences.
 
     ``sharing``: its layers grouped by input. ``meant``: for stage 1, the inputs (tokens, in) of the first layer of each
-    group, by batch. ``held_out``: held-out tokens before and after the block.
+    group, by batch. ``held_out``: held-out tokens before and after the block. ``experts``: of a block that has some.
     """
 
     sharing: list[list[str]]
     meant: dict[str, list[Tensor]]
     held_out: HeldOut | None
     share: Share
+    experts: TaughtExperts | None
 
 
 def _teach(
@@ -106,16 +120,20 @@ def _teach(
 ) -> _Taught:
     """Let the teacher's stream pass a block; it then holds the block's targets. ``done``: the block is finished."""
     block = run.teacher.block(number)
-    sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
+    with silent(block):
+        sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
     names = [names[0] for names in sharing] if stage == "ptq" else []
+    experts = pass_experts(run, block, number, stream)
+    if experts is not None and not done and stage != "ptq":
+        learn_factor(run, block, number, stream, experts)
     with recorded_inputs(block, names, run.streams.kept) as meant:
-        finite = _advance(run, block, number, stream)
+        finite = _advance(run, block, number, stream, passed=experts)
     if not finite:
         raise ModelError(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
             "these texts before anything is binarized; its weights may be damaged, give another copy of the model"
         )
-    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share)
+    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share, experts)
 
 
 class _Beside:
@@ -170,28 +188,51 @@ def _first_stream(run: RunContext, sequences: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> bool:
-    """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite."""
+def _advance(
+    run: RunContext,
+    block: nn.Module,
+    number: int,
+    stream: Tensor,
+    cache: Any = None,
+    passed: TaughtExperts | None = None,
+) -> bool:
+    """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite. ``passed``: the
+    block's experts, where the stream has passed them already."""
     finite = True
-    for part in stream.split(run.batch):
+    passed = passed or pass_experts(run, block, number, stream, cache)
+    for part, output in zip(stream.split(run.batch), _outputs(run, block, number, stream, cache, passed), strict=True):
         run.check_alone()
-        with run.autocast():
-            output = run_block(block, entering(part, run.teacher.device), run.calls[number], cache)
         finite = finite and bool(output.isfinite().all())
         part.copy_(output)
     return finite
 
 
-def _student(run: RunContext, number: int, state: BlockState) -> nn.Module:
-    """A finished student's block, which computes with expanded weights."""
-    student = _restored(run, number, state.tensors)
+def _outputs(
+    run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any, passed: TaughtExperts | None
+) -> Iterator[Tensor]:
+    """What a block makes of a stream, batch by batch."""
+    call = run.calls[number]
+    if passed is not None:
+        yield from resumed(block, stream, call, run.batch, passed.total, run.autocast, cache)
+        return
+    for part in stream.split(run.batch):
+        with run.autocast():
+            output = run_block(block, entering(part, run.teacher.device), call, cache)
+        yield output
+
+
+def _student(run: RunContext, number: int, tensors: dict[str, Tensor], experts: Origin) -> nn.Module:
+    """A finished student's block, which computes with expanded weights, and with packed experts: those of a stage."""
+    student = _restored(run, number, tensors, experts)
     for layer in binary_layers(student).values():
         layer.keep_dense()
     return student.requires_grad_(False)
 
 
-def _restored(run: RunContext, number: int, tensors: dict[str, Tensor]) -> nn.Module:
-    return restore(run.teacher.block(number), run.formats[number], tensors, run.config.quant.tail_steps)
+def _restored(run: RunContext, number: int, tensors: dict[str, Tensor], experts: Origin) -> nn.Module:
+    """A student's block from the state of its layers; its experts are packed, and those of a stage."""
+    of_stage, tail = run.store.experts(experts, number), run.config.quant.tail_steps
+    return restore(run.teacher.block(number), run.formats[number], tensors, tail, of_stage, packed=True)
 
 
 def _probe(
@@ -211,7 +252,7 @@ def _initialize(
     before, tensors = yield from _binarize(run, number, inputs, targets, taught)
     taught.meant.clear()
     state = BlockState(tensors, before, 0.0, False)
-    student = _student(run, number, state)
+    student = _student(run, number, tensors, "ptq")
     state.loss_after = _probe(run, student, number, inputs, targets, taught.share)
     return state, student
 
@@ -225,12 +266,16 @@ def _binarize(
     before = _probe(run, student, number, inputs, targets, taught.share)
     tensors: dict[str, Tensor] = {}
     try:
-        layers = ptq_block(block, student, call, inputs, taught.meant, run.formats[number], config.ptq, run.batch)
-        for name, result, layer in layers:
-            error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
-            yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
-            run.check()
+        with silent(block), silent(student):
+            formats = outer_formats(run, number)
+            layers = ptq_block(block, student, call, inputs, taught.meant, formats, config.ptq, run.batch)
+            for name, result, layer in layers:
+                error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
+                yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
+                tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
+                run.check()
+        if taught.experts is not None:
+            yield from binarize_experts(run, number, block, student, inputs, taught.experts)
     except LbllmError as error:
         raise LbllmError(f"{run.teacher.path}.{number}.{error}") from error
     return before, tensors
@@ -244,13 +289,14 @@ def _train(
     config, call = run.config, run.calls[number]
     origin = config.origins[config.origins.index(stage) - 1]
     earlier = run.store.finished(origin, number).tensors
-    student = _restored(run, number, earlier)
+    student = _restored(run, number, earlier, origin)
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     searched: dict[str, Tensor] = {}
+    searched_experts: dict[str, Tensor] = {}
     if stage == "wat":
         # Taken out, so that training alone holds them.
-        latents = {name: earlier.pop(f"{name}.latent") for name in run.formats[number]}
+        latents = {name: earlier.pop(f"{name}.latent") for name in outer_formats(run, number)}
         del earlier
         before = _probe(run, student, number, inputs, targets, taught.share)
         steps = wat_block(
@@ -269,17 +315,20 @@ def _train(
     else:
         del earlier
         quant = config.quant
-        add_quantizers(
-            student,
-            taught.sharing,
-            call,
-            inputs,
-            config.aar,
-            tail=quant.tail_steps,
-            kv_bits=quant.kv_bits,
-            batch=run.batch,
-            share=taught.share,
-        )
+        with silent(student):
+            add_quantizers(
+                student,
+                taught.sharing,
+                call,
+                inputs,
+                config.aar,
+                tail=quant.tail_steps,
+                kv_bits=quant.kv_bits,
+                batch=run.batch,
+                share=taught.share,
+            )
+        if taught.experts is not None:
+            searched_experts = search_experts(run, number, origin, student, inputs, cache)
         before = _probe(run, student, number, inputs, targets, taught.share, cache)
         searched = {
             f"{name}.act": layer.quantizer.act.detach().clone()
@@ -303,17 +352,43 @@ def _train(
         run.check()
     del steps
     state = BlockState(_rounded(student), before, 0.0, False)
-    del student
-    finished = _student(run, number, state)
+    if taught.experts is None:
+        del student
+        finished = _student(run, number, state.tensors, stage)
+    else:
+        finished = student
+        if not _probe(run, finished, number, inputs, targets, taught.share, cache) <= before:
+            state.tensors = _kept(run, number, origin, searched)
+            _put_back(run, number, finished, state.tensors)
+        for layer in binary_layers(finished.requires_grad_(False)).values():
+            layer.keep_dense()
+        yield from train_experts(
+            run, stage, number, origin, finished, inputs, targets, taught.experts, searched_experts, cache, seed
+        )
     state.loss_after = _probe(run, finished, number, inputs, targets, taught.share, cache)
     if not state.loss_after <= before:
         del finished  # before the block is made once more
-        first = run.store.finished(origin, number).tensors
-        kept = {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
-        del first
-        state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
-        finished = _student(run, number, state)
+        state = BlockState(
+            _kept(run, number, origin, searched), before, before, is_divergence(before, state.loss_after)
+        )
+        if taught.experts is not None:
+            keep_experts(run, stage, number, origin, searched_experts)
+        finished = _student(run, number, state.tensors, stage)
     return state, finished
+
+
+def _kept(run: RunContext, number: int, origin: Origin, searched: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a block had before a stage, without latent weights, and the knees that were searched."""
+    first = run.store.finished(origin, number).tensors
+    return {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
+
+
+def _put_back(run: RunContext, number: int, student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the layers of a student's block another state; its experts stay."""
+    teacher, tail = run.teacher.block(number), run.config.quant.tail_steps
+    for name, fmt in outer_formats(run, number).items():
+        source = teacher.get_submodule(name)
+        student.set_submodule(name, restored_layer(source, name, fmt, tensors, tail, run.teacher.device))
 
 
 def _rounded(student: nn.Module) -> dict[str, Tensor]:
