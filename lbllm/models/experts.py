@@ -158,6 +158,7 @@ class Experts(nn.Module):
         experts = [Expert.of(form, {name: tensor[k] for name, tensor in own.items()}) for k in range(count)]
         for name in own:
             delattr(module, name)
+        module._is_hf_initialized = True  # type: ignore[assignment]  # it has nothing left to initialize
         return cls(module, form, experts)
 
     def expert(self, number: int) -> nn.Module:

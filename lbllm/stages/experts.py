@@ -274,7 +274,7 @@ def train_expert(
             output = output * factors[picked].to(device)
         loss = expert_loss(output, wanted[picked].to(device), scales[picked].to(device), config.loss)
         loss.backward()
-        shown = float(loss)
+        shown = float(loss.detach())
         if loss.isfinite():
             beta, slope = _pull(config, layers.values(), step / max(1, len(order) - 1), device)
             update_layers([*layers.values()], quantizers, optimizer, config.grad_clip, beta, slope)
