@@ -43,7 +43,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a block by their name in it, with GPT-2's Conv1D (stored transposed) and those of
     experts, but without the routers that choose experts."""
-    found = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    found: dict[str, nn.Module] = {
+        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     kept = routers(block)
     return {name: layer for name, layer in found.items() if name not in kept} if kept else found
 

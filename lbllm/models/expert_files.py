@@ -64,8 +64,8 @@ class FusedParameter:
                 raise FileFault(f"{names[0]} has shape {found[0]}, but config.json requires {self.shape}")
             if self.converter is not None and (len(found) != self.shape[0] or len(set(found)) > 1):
                 raise FileFault(
-                    f"its files have {len(found)} tensors like {names[0]}, of {len(set(found))} shapes, but config.json "
-                    f"requires {self.shape[0]} experts of one shape"
+                    f"its files have {len(found)} tensors like {names[0]}, of {len(set(found))} shapes, but "
+                    f"config.json requires {self.shape[0]} experts of one shape"
                 )
         if self.converter is not None:
             if set(self.names) != set(self.converter.source_patterns):
@@ -74,7 +74,9 @@ class FusedParameter:
             empty = {key: torch.empty(weights.tensors[one[0]].shape, device="meta") for key, one in self.names.items()}
             shape = tuple(self._converted(empty).shape)
             if shape != self.shape[1:]:
-                raise FileFault(f"an expert of {self.name} has shape {shape}, but config.json requires {self.shape[1:]}")
+                raise FileFault(
+                    f"an expert of {self.name} has shape {shape}, but config.json requires {self.shape[1:]}"
+                )
 
 
 def fused_parameters(config: PretrainedConfig, weights: StoredWeights) -> dict[str, FusedParameter]:

@@ -107,12 +107,13 @@ def _fits(form: Form, own: dict[str, nn.Parameter], first: str) -> bool:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer of these very tensors; making it costs no initialization."""
-    layer = nn.Linear.__new__(nn.Linear)
+    layer: Any = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return layer
+    linear: nn.Linear = layer
+    return linear
 
 
 class Expert(nn.Module):
@@ -161,30 +162,31 @@ class Experts(nn.Module):
         module._is_hf_initialized = True  # type: ignore[assignment]  # it has nothing left to initialize
         return cls(module, form, experts)
 
-    def expert(self, number: int) -> nn.Module:
-        """Return one expert with its weights."""
+    def expert(self, number: int) -> Any:
+        """Return one expert, a module, with its weights."""
         return self.get_submodule(str(number)) if self.source is None else self.source(number)
 
     def put(self, number: int, expert: nn.Module) -> None:
         """Replace one expert."""
         self._modules[str(number)] = expert
 
-    def inner(self, expert: nn.Module, x: Tensor) -> Tensor:
+    def inner(self, expert: Any, x: Tensor) -> Tensor:
         """Return the inputs (tokens, in) of an expert's ``down_proj`` for its inputs x (tokens, in)."""
+        rule: Any = self.rule
         up = expert.up_proj(x)
         if not self.form.joined:
-            result: Tensor = self.rule.act_fn(up)
+            result: Tensor = rule.act_fn(up)
             return result
         gate = expert.gate_proj(x)
         if not self.own_gate:
-            result = self.rule.act_fn(gate) * up
+            result = rule.act_fn(gate) * up
         elif self.form.interleaved:
-            result = self.rule._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+            result = rule._apply_gate(torch.stack([gate, up], -1).flatten(-2))
         else:
-            result = self.rule._apply_gate(torch.cat([gate, up], -1))
+            result = rule._apply_gate(torch.cat([gate, up], -1))
         return result
 
-    def output(self, expert: nn.Module, x: Tensor) -> Tensor:
+    def output(self, expert: Any, x: Tensor) -> Tensor:
         """Return the outputs (tokens, out) of one expert for its inputs x (tokens, in), not yet weighted."""
         result: Tensor = expert.down_proj(self.inner(expert, x))
         return result
@@ -267,7 +269,8 @@ def routers(block: nn.Module) -> set[str]:
     for name in linear:
         owner = name.rpartition(".")[0]
         alone = not owner or sum(other.startswith(f"{owner}.") for other in linear) == 1
-        if alone and len(parent.get_submodule(name).weight) in (1, experts.count):
+        layer: Any = parent.get_submodule(name)
+        if alone and layer.out_features in (1, experts.count):
             chosen.add(f"{around}.{name}".removeprefix("."))
     return chosen
 

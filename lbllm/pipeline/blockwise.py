@@ -36,7 +36,7 @@ from lbllm.pipeline.mixtures import (
 )
 from lbllm.quant.kv_cache import TrainingCache
 from lbllm.ranks import Share
-from lbllm.sections import Stage
+from lbllm.sections import Origin, Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore, restored_layer
 from lbllm.stages.distill import PROBE_TOKENS, HeldOut, Step, binary_layers, block_error

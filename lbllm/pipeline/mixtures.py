@@ -1,4 +1,4 @@
-"""Stages 1 to 3 on the experts of a block: what ``blockwise`` does with a block's other layers, one expert at a time."""
+"""Stages 1 to 3 on the experts of a block, one at a time; ``blockwise`` does what its other layers need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lbllm.events import Event, ExpertDone, LayerDone
 from lbllm.models.experts import Experts, expert_layers, experts_of
 from lbllm.pipeline.context import RunContext
-from lbllm.quant.training_layer import BinaryLinear
+from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat, Origin, Stage
 from lbllm.stages.block_state import BlockState, collect, packed_expert, restored_expert
 from lbllm.stages.distill import binary_layers
@@ -36,7 +36,9 @@ def outer_formats(run: RunContext, number: int) -> dict[str, LayerFormat]:
     return {name: fmt for name, fmt in run.formats[number].items() if name not in inside}
 
 
-def pass_experts(run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> TaughtExperts | None:
+def pass_experts(
+    run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None
+) -> TaughtExperts | None:
     """Let a stream (n, T, hidden) pass a block up to its experts, and these; None for a block without experts."""
     found = experts_of(block)
     if found is None:
@@ -68,9 +70,7 @@ def binarize_experts(
     rows = entered.routed(experts.count)
     for expert in range(experts.count):
         full, one = f"{path}.{expert}", rows.get(expert)
-        results, before, after = ptq_expert(
-            experts, expert, full, one, layer, run.formats[number], config.ptq, device
-        )
+        results, before, after = ptq_expert(experts, expert, full, one, layer, run.formats[number], config.ptq, device)
         tensors: dict[str, Tensor] = {}
         for name, (result, frozen) in results.items():
             error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
@@ -226,10 +226,10 @@ def _trainable(
 
 def share_quantizers(expert: nn.Module) -> None:
     """Make the layers of an expert that read its input share a quantizer, where they have the same bits."""
-    layers = [layer for name, layer in expert.named_children() if isinstance(layer, BinaryLinear) and name != "down_proj"]
-    for layer in layers[1:]:
-        if layer.quantizer is not None and layers[0].quantizer is not None and layer.fmt.act_bits == layers[0].fmt.act_bits:
-            layer.quantizer = layers[0].quantizer
+    first: dict[int, ActQuantizer] = {}
+    for name, layer in binary_layers(expert).items():
+        if layer.quantizer is not None and name != "down_proj":
+            layer.quantizer = first.setdefault(layer.quantizer.bits, layer.quantizer)
 
 
 @torch.no_grad()

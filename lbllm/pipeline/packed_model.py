@@ -29,7 +29,8 @@ from lbllm.stages.distill import binary_layers
 def restored_blocks(
     teacher: BlockModel, store: BlockStore, stage: Origin, quant: QuantConfig, *, packed: bool = False
 ) -> Iterator[nn.Module]:
-    """The blocks of a teacher as they were after a stage, one by one; their experts are ``packed``. Raises CheckpointError where one is missing."""
+    """The blocks of a teacher as they were after a stage, one by one; their experts are ``packed``. Raises
+    CheckpointError where one is missing."""
     formats = block_formats(teacher.model, quant)[2]
     for number, of_block in enumerate(formats):
         # No name holds the state while the block is used.

@@ -123,7 +123,8 @@ class BlockStore:
         return self.folder / f"{stage}-{block:04d}{part}.safetensors"
 
     def save(self, stage: Origin, block: int, state: BlockState, expert: int | None = None) -> None:
-        """Write the state of a block or of one of its experts; OSError where the disk doesn't take it. Rank 0 writes, and the others wait for it."""
+        """Write the state of a block or of one of its experts; OSError where the disk doesn't take it. Rank 0 writes,
+        and the others wait for it."""
         assert self.mark is not None
         if not ranks.is_first():
             ranks.barrier()
@@ -172,8 +173,8 @@ class BlockStore:
             raise _damaged(path, error) from error
 
     def stored(self, stage: Origin, block: int, expert: int | None = None) -> StoredWeights:
-        """The tensors of the state of a block or of one of its experts, to be read one by one; all of them are read once, for their hash. Raises
-        CheckpointError where ``finished`` does, FileFault, OSError."""
+        """The tensors of the state of a block or of one of its experts, to be read one by one; all of them are read
+        once, for their hash. Raises CheckpointError where ``finished`` does, FileFault, OSError."""
         path = self.path(stage, block, expert)
         if not self.has(stage, block, expert):
             raise self._unfinished(stage, _place(block, expert))
@@ -183,7 +184,8 @@ class BlockStore:
         return stored
 
     def has(self, stage: Origin, block: int, expert: int | None = None) -> bool:
-        """Whether a block, or one of its experts, has finished a stage. Raises CheckpointError for a foreign file; its tensors are not read."""
+        """Whether a block, or one of its experts, has finished a stage. Raises CheckpointError for a foreign file; its
+        tensors are not read."""
         path = self.path(stage, block, expert)
         if not path.exists():
             return False

@@ -33,7 +33,15 @@ from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import AarConfig, LayerFormat, PtqConfig, WatConfig
 from lbllm.stages.aar import search_grid, stacked_weights
-from lbllm.stages.distill import batch_order, binary_layers, cosine, product_dtype, quantizers_of, token_error, update_layers
+from lbllm.stages.distill import (
+    batch_order,
+    binary_layers,
+    cosine,
+    product_dtype,
+    quantizers_of,
+    token_error,
+    update_layers,
+)
 from lbllm.stages.hessians import bounded
 from lbllm.stages.ptq import Binarized, binarize_together, by_format, rounded_weight, to_layer
 from lbllm.stages.routing import ROWS, Entered
@@ -130,8 +138,10 @@ def ptq_expert(
         for model, given in ((student, x), (dense, target))
     )
     weights = bounded(seen.square().sum(1))
-    found = [statistics(seen[part], meant[part], weights[part], device) for part in (slice(count), slice(count, None))]
-    results |= dict(_binarized(dense, student, path, ["down_proj"], *found, formats, config))
+    own, prior = (
+        statistics(seen[part], meant[part], weights[part], device) for part in (slice(count), slice(count, None))
+    )
+    results |= dict(_binarized(dense, student, path, ["down_proj"], own, prior, formats, config))
     probe = (rows if count else inputs.sample)[:PROBE_ROWS]
     wanted = experts.output(dense, target[probe].to(device).float())
     before, after = (

@@ -1,4 +1,4 @@
-"""What reaches the experts of a block: the inputs and choices of all tokens of a stage, and the sum that experts return.
+"""What reaches the experts of a block, for all tokens of a stage: inputs and choices, and the sum that they return.
 
 A block with experts is computed in two passes. The first ends at the experts and keeps what they are called with. Then
 each expert computes all of its tokens at once, so that its weights are needed once, and the weighted outputs are added
@@ -118,7 +118,8 @@ def summed(
     total = streams.empty(entered.tokens, entered.x.shape[1], dtype=torch.float32).zero_()
     for number, one in entered.routed(experts.count).items():
         check()
-        total.index_add_(0, entered.token[one.rows], outputs(experts, experts.expert(number), entered, one, device, autocast))
+        found = outputs(experts, experts.expert(number), entered, one, device, autocast)
+        total.index_add_(0, entered.token[one.rows], found)
     return total
 
 
