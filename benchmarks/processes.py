@@ -3,14 +3,18 @@
     python -m benchmarks.processes
     python -m benchmarks.processes --model smollm2-135m-instruct --tokens 4096 --processes 2
 
-The same run is done twice by its workers, in stages 1 to 3 of a preset: by one process, and by several. On a CPU the
-cores are shared, too, so nothing gets faster; on GPUs each process has one. Printed for each stage: the largest
-difference between the losses of a block, relative to the loss with one process, and the seconds.
+The same run is done by its workers, in stages 1 to 3 of a preset: by one process, by several, and once more by one
+process on a single thread, which adds up in another order and is otherwise the same: what it changes is what rounding
+changes. On a CPU the cores are shared, so nothing gets faster; on GPUs each process has one. Printed for each stage:
+the sum of the losses and the largest difference of a block's, relative to those of the first run, and the seconds.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,25 @@ def trained(config: RunConfig, root: Path, processes: int) -> tuple[dict[Stage, 
     return losses, seconds
 
 
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let the processes that are started meanwhile compute on ``number`` threads."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def difference(losses: list[float], expected: list[float]) -> tuple[float, float]:
+    """How far the sum of the losses is from the expected one, and the largest difference of one, both relative."""
+    return sum(losses) / sum(expected) - 1, max(abs(b / a - 1) for a, b in zip(expected, losses, strict=True))
+
+
 @one_message()
 def main() -> None:
     parser = command_parser(__doc__)
@@ -58,22 +81,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         one, alone = trained(config, Path(scratch) / "one", 1)
         several, shared = trained(config, Path(scratch) / "several", options.processes)
+        with threads(1):
+            control, single = trained(config, Path(scratch) / "control", 1)
     rows: list[dict[str, Any]] = []
     for stage in config.stages:
-        changes = [abs(b / a - 1) for a, b in zip(one[stage], several[stage], strict=True)]
+        mean, largest = difference(several[stage], one[stage])
+        mean_rounding, largest_rounding = difference(control[stage], one[stage])
         rows.append(
             {
                 "label": stage_name(stage),
-                "blocks": len(changes),
-                "mean_change": sum(several[stage]) / sum(one[stage]) - 1,
-                "largest_change": max(changes),
+                "blocks": len(one[stage]),
+                "mean_change": mean,
+                "largest_change": largest,
+                "mean_rounding": mean_rounding,
+                "largest_rounding": largest_rounding,
                 "seconds_one": round(alone[stage], 1),
                 "seconds_several": round(shared[stage], 1),
+                "seconds_one_thread": round(single[stage], 1),
             }
         )
         print(
-            f"{rows[-1]['label']}: sum of the losses {rows[-1]['mean_change']:+.3%}, one block at most "
-            f"{rows[-1]['largest_change']:.3%}; {rows[-1]['seconds_one']} s and {rows[-1]['seconds_several']} s"
+            f"{rows[-1]['label']}: sum of the losses {mean:+.3%}, one block at most {largest:.3%}; by rounding alone "
+            f"{mean_rounding:+.3%} and {largest_rounding:.3%}; {rows[-1]['seconds_one']} s, "
+            f"{rows[-1]['seconds_several']} s, and {rows[-1]['seconds_one_thread']} s on one thread"
         )
     if options.out:
         write_report(options.out, "processes", settings_of(options), rows)

@@ -48,3 +48,36 @@ class Streams:
         if self.folder is None:
             return tensor.cpu()
         return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def rows(self, capacity: int) -> Rows:
+        """Return an empty ``Rows`` that makes its tensors for ``capacity`` rows."""
+        return Rows(self, capacity)
+
+
+class Rows:
+    """Keeps tensors (rows, columns) that come one after the other, joined where the others of the run lie.
+
+    Nothing is left between the large allocations that come and go meanwhile: where each batch leaves a small object in
+    the place that the one before has freed, glibc takes new memory for the next, and the process grows with the text.
+    """
+
+    def __init__(self, streams: Streams, capacity: int) -> None:
+        self._streams, self._capacity = streams, capacity
+        self._parts: list[Tensor] = []
+        self._used = 0  # rows of the last part
+        self._places: list[tuple[int, int, int]] = []  # of each batch: part, first row, row after the last
+
+    def append(self, batch: Tensor) -> None:
+        """Copy a batch (rows, columns); all batches have the same number of columns and the same dtype."""
+        count = len(batch)
+        if not self._parts or self._used + count > len(self._parts[-1]):
+            size = max(self._capacity, count)
+            self._parts.append(self._streams.empty(size, batch.shape[1], dtype=batch.dtype))
+            self._used = 0
+        self._parts[-1][self._used : self._used + count].copy_(batch)
+        self._places.append((len(self._parts) - 1, self._used, self._used + count))
+        self._used += count
+
+    def batches(self) -> list[Tensor]:
+        """Return the batches, as they came; they share the memory of this object."""
+        return [self._parts[part][first:last] for part, first, last in self._places]

@@ -274,19 +274,19 @@ def layer_inputs(
 
 @contextmanager
 def recorded_inputs(
-    block: nn.Module, layers: Iterable[str], keep_at: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> Iterator[dict[str, list[Tensor]]]:
+    block: nn.Module, layers: Iterable[str], collected: Callable[[], Any] = list
+) -> Iterator[dict[str, Any]]:
     """Record the inputs of the named linear layers while a block runs: bfloat16 (tokens, in) for each batch.
 
-    ``keep_at`` moves each of them to its place.
+    ``collected`` makes what the inputs of a layer are appended to: a list, or ``lbllm.streams.Rows``.
     """
-    records: dict[str, list[Tensor]] = {name: [] for name in layers}
+    records: dict[str, Any] = {name: collected() for name in layers}
     reached: set[str] = set()
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name not in reached:  # only the first call in a batch, as in layer_inputs
-                records[name].append(keep_at(args[0].detach().flatten(0, -2).bfloat16()))
+                records[name].append(args[0].detach().flatten(0, -2).bfloat16())
                 reached.add(name)
 
         return hook

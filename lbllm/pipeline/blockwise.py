@@ -31,6 +31,7 @@ from lbllm.pipeline.mixtures import (
     learn_factor,
     outer_formats,
     pass_experts,
+    put_back,
     search_experts,
     train_experts,
 )
@@ -38,7 +39,7 @@ from lbllm.quant.kv_cache import TrainingCache
 from lbllm.ranks import Share
 from lbllm.sections import Origin, Stage
 from lbllm.stages.aar import aar_block, add_quantizers
-from lbllm.stages.block_state import BlockState, collect, restore, restored_layer
+from lbllm.stages.block_state import BlockState, collect, restore
 from lbllm.stages.distill import PROBE_TOKENS, HeldOut, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
 from lbllm.stages.routing import resumed
@@ -126,8 +127,9 @@ def _teach(
     experts = pass_experts(run, block, number, stream)
     if experts is not None and not done and stage != "ptq":
         learn_factor(run, block, number, stream, experts)
-    with recorded_inputs(block, names, run.streams.kept) as meant:
+    with recorded_inputs(block, names, lambda: run.streams.rows(stream[..., 0].numel())) as inputs:
         finite = _advance(run, block, number, stream, passed=experts)
+    meant = {name: rows.batches() for name, rows in inputs.items()}
     if not finite:
         raise ModelError(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
@@ -359,7 +361,7 @@ def _train(
         finished = student
         if not _probe(run, finished, number, inputs, targets, taught.share, cache) <= before:
             state.tensors = _kept(run, number, origin, searched)
-            _put_back(run, number, finished, state.tensors)
+            put_back(run, number, finished, state.tensors)
         for layer in binary_layers(finished.requires_grad_(False)).values():
             layer.keep_dense()
         yield from train_experts(
@@ -381,14 +383,6 @@ def _kept(run: RunContext, number: int, origin: Origin, searched: dict[str, Tens
     """The tensors that a block had before a stage, without latent weights, and the knees that were searched."""
     first = run.store.finished(origin, number).tensors
     return {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
-
-
-def _put_back(run: RunContext, number: int, student: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give the layers of a student's block another state; its experts stay."""
-    teacher, tail = run.teacher.block(number), run.config.quant.tail_steps
-    for name, fmt in outer_formats(run, number).items():
-        source = teacher.get_submodule(name)
-        student.set_submodule(name, restored_layer(source, name, fmt, tensors, tail, run.teacher.device))
 
 
 def _rounded(student: nn.Module) -> dict[str, Tensor]:

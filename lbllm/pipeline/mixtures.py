@@ -14,7 +14,7 @@ from lbllm.models.experts import Experts, expert_layers, experts_of
 from lbllm.pipeline.context import RunContext
 from lbllm.quant.activations import ActQuantizer
 from lbllm.sections import LayerFormat, Origin, Stage
-from lbllm.stages.block_state import BlockState, collect, packed_expert, restored_expert
+from lbllm.stages.block_state import BlockState, collect, packed_expert, restored_expert, restored_layer
 from lbllm.stages.distill import binary_layers
 from lbllm.stages.experts import Aim, LayerInputs, add_expert_quantizers, probe_loss, ptq_expert, train_expert
 from lbllm.stages.routing import Entered, enter, linear_in_sum, outputs, resumed, summed
@@ -185,6 +185,14 @@ def keep_experts(run: RunContext, stage: Stage, number: int, origin: Origin, sea
     for expert in range(experts.count):
         tensors = _earlier(run, number, origin, expert, f"{path}.{expert}", searched)
         run.store.save(stage, number, BlockState(tensors, 0.0, 0.0, False), expert)
+
+
+def put_back(run: RunContext, number: int, student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the layers of a student's block another state; its experts stay."""
+    teacher, tail = run.teacher.block(number), run.config.quant.tail_steps
+    for name, fmt in outer_formats(run, number).items():
+        source = teacher.get_submodule(name)
+        student.set_submodule(name, restored_layer(source, name, fmt, tensors, tail, run.teacher.device))
 
 
 def _own(block: nn.Module) -> tuple[str, Experts]:

@@ -81,6 +81,12 @@ TEXTS: tuple[CorpusEntry, ...] = (
         "CC BY-SA 4.0",
         ("text/wikipedia_vital_articles_leads.jsonl.gz",),
     ),
+    CorpusEntry(
+        "openstax",
+        "running text of 22 OpenStax textbooks (OpenStax, Rice University), 7.7 million tokens",
+        "CC BY 4.0",
+        ("text/openstax_ccby.jsonl.gz",),
+    ),
     CorpusEntry("chat", "conversations, through the model's chat template", "see the folder's source list", ("chat",)),
 )
 

@@ -22,6 +22,7 @@ from tests.helpers.tiny_models import save_tiny
 # Commands in benchmarks/ that print no figures of their own.
 OTHERS = {
     "animation": "makes a picture",
+    "questions": "prints questions",
     "screenshots": "makes pictures",
     "settings_page": "renders the page of settings",
     "tables": "renders the pages of results",

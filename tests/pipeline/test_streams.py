@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,54 @@ def test_tensors_in_files_are_ordinary_tensors(tmp_path: Path) -> None:
     assert torch.equal(kept, values)
     assert streams.empty(0, 4).shape == (0, 4)
     assert not list((tmp_path / "streams").iterdir())
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_batches_come_back_as_they_came(place: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, 3, generator=generator) for size in (4, 0, 5, 1, 12, 2)]
+    rows = Streams(torch.bfloat16, tmp_path if place == "disk" else None).rows(10)
+    for batch in given:
+        rows.append(batch)
+    assert all(torch.equal(a, b) for a, b in zip(rows.batches(), given, strict=True))
+    assert not Streams(torch.bfloat16, None).rows(10).batches()
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+
+import torch
+
+from lbllm.memory import keep_large_allocations
+from lbllm.streams import Streams
+
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
+
+
+keep_large_allocations()
+torch.set_num_threads(1)
+up, down, x = torch.ones(256, 1024), torch.ones(1024, 256), torch.ones(2048, 256)
+rows = Streams(torch.bfloat16, Path(sys.argv[1])).rows(60 * 2048)
+for number in range(60):
+    gate = x @ up
+    inner = gate * torch.relu(gate)
+    output = x + inner @ down
+    rows.append(inner.bfloat16())
+    if number == 5:
+        before = anonymous()
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_what_is_kept_in_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GROWTH, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) < 60  # MiB; a file for each batch: about 10 MiB a batch more
 
 
 def test_a_disk_without_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
