@@ -80,7 +80,6 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
                 state, student = yield from _initialize(run, number, inputs, targets, taught)
             else:
                 state, student = yield from _train(run, stage, number, inputs, targets, taught, cache)
-            # The experts of the block have been saved one by one.
             run.store.save(stage, number, state)
             yield BlockDone(
                 stage=stage,
@@ -130,6 +129,8 @@ def _teach(
     with recorded_inputs(block, names, lambda: run.streams.rows(stream[..., 0].numel())) as inputs:
         finite = _advance(run, block, number, stream, passed=experts)
     meant = {name: rows.batches() for name, rows in inputs.items()}
+    if experts is not None:
+        experts.keep_for(stage)
     if not finite:
         raise ModelError(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "

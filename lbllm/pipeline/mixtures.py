@@ -29,6 +29,13 @@ class TaughtExperts:
     total: Tensor
     factor: float | None
 
+    def keep_for(self, stage: Stage) -> None:
+        """Drop what a stage doesn't read."""
+        if stage != "ptq":
+            self.entered.x = self.entered.x.new_empty(0)
+        if stage == "ptq" or self.factor is not None:
+            self.total = self.total.new_empty(0)
+
 
 def outer_formats(run: RunContext, number: int) -> dict[str, LayerFormat]:
     """The formats of a block's layers, without those of experts."""
