@@ -35,6 +35,6 @@ def show_experts(view: RunView, chosen: Chosen) -> None:
             },
         )
         text = (
-            "Relative loss on the tokens that chose the expert. In stages 2 and 3 it is that of all experts together."
+            "Relative loss on the tokens that chose the expert; in stages 2 and 3, of all experts together."
         )
         st.caption(text + (f" {without} saw no token: they are fitted to all tokens of the layer." if without else ""))

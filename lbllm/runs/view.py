@@ -66,8 +66,8 @@ class BlockView:
     the steps where it was measured; ``layers``: error in percent by layer, in stage 1; ``experts``: those of the block
     that are done, by name.
 
-    ``last``: its latest step, layer or expert; ``worked``: seconds of work on it until the run's last event; ``took``: seconds
-    from the block before it, or the stage's start, until it was done, with the passes that bring its inputs.
+    ``last``: its latest step, layer or expert; ``worked``: seconds of work on it until the run's last event; ``took``:
+    seconds from the block before it, or the stage's start, until it was done, with the passes that bring its inputs.
     """
 
     stage: Stage
