@@ -34,7 +34,5 @@ def show_experts(view: RunView, chosen: Chosen) -> None:
                 name: st.column_config.NumberColumn(format="%.4f") for name in ("Loss before", "Loss after")
             },
         )
-        text = (
-            "Relative loss on the tokens that chose the expert; in stages 2 and 3, of all experts together."
-        )
+        text = "Relative loss on the tokens that chose the expert; in stages 2 and 3, of all experts together."
         st.caption(text + (f" {without} saw no token: they are fitted to all tokens of the layer." if without else ""))

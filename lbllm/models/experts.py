@@ -15,6 +15,7 @@ all tokens, sorted. Experts of any other form are left alone, and ``blocks.check
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(?:gate|up|down)_proj$")
 _BIASES = ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
 
@@ -105,8 +107,8 @@ def _fits(form: Form, own: dict[str, nn.Parameter], first: str) -> bool:
     return count == other and down == [up[1], inner] and (not form.joined or up[0] % 2 == 0)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer of these very tensors; making it costs no initialization."""
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Return a linear layer of these very tensors; making it costs no initialization."""
     layer: Any = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
@@ -133,7 +135,7 @@ class Expert(nn.Module):
             for layer, part in form.parts(name, entry.detach()).items():
                 tensors.setdefault(layer, {})[kind] = part
         order = [name for name in ("gate_proj", "up_proj", "down_proj") if name in tensors]
-        return cls({name: _linear(tensors[name]["weight"], tensors[name].get("bias")) for name in order})
+        return cls({name: linear_of(tensors[name]["weight"], tensors[name].get("bias")) for name in order})
 
 
 class Experts(nn.Module):
@@ -250,6 +252,21 @@ def expert_layers(block: nn.Module) -> set[str]:
     """Return the names of all modules inside a block's experts."""
     found = experts_of(block)
     return set() if found is None else {f"{found[0]}.{name}" for name, _ in found[1].named_modules() if name}
+
+
+def expert_number(layer: str) -> int | None:
+    """Return the number of the expert that a layer's name in its block is of; None for other layers."""
+    found = _LAYER.search(layer)
+    return None if found is None else int(found[1])
+
+
+def layer_of(block: nn.Module, name: str) -> nn.Module:
+    """Return a layer of a block by its name, with its weights, also where experts are made when they are needed."""
+    found, number = experts_of(block), expert_number(name)
+    if found is None or number is None or found[1].source is None or not name.startswith(f"{found[0]}.{number}."):
+        return block.get_submodule(name)
+    layer: nn.Module = found[1].expert(number).get_submodule(name.rpartition(".")[2])
+    return layer
 
 
 def routers(block: nn.Module) -> set[str]:
