@@ -46,5 +46,7 @@ def quantize_experts(
         apply(first, statistics(x, x, layer.weights[own], device), layer.all)
         inner = experts.inner(expert, entered.x[torch.cat([own, layer.sample])].to(device))
         weights, count = bounded(inner.square().sum(1)), len(own)
-        parts = (slice(count), slice(count, None))
-        apply(["down_proj"], *(statistics(inner[part], inner[part], weights[part], device) for part in parts))
+        seen, prior = (
+            statistics(inner[part], inner[part], weights[part], device) for part in (slice(count), slice(count, None))
+        )
+        apply(["down_proj"], seen, prior)
