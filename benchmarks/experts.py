@@ -1,10 +1,11 @@
 """What training experts one after the other costs beside training them together, and how far Hessians are shrunk.
 
     python -m benchmarks.experts
-    python -m benchmarks.experts --block 4 --experts 16 --chosen 4 --tokens 16384 --parts training
+    python -m benchmarks.experts --block 4 --experts 16 --chosen 4 --tokens 4096 --parts prior
 
-The MLP of a block of the embedded model is cut into experts along its features, and a router of random weights chooses
-some of them for each token. This mixture is its own teacher, on the inputs that the MLP has for real text. Errors are
+The MLP of a block of the embedded model is cut into experts along its features. A router chooses some of them for each
+token: those whose centres are nearest, of clusters of such inputs, so that experts see unlike tokens. This mixture is
+its own teacher, on the inputs that the MLP has for real text. Errors are
 relative, a token at a time, of the experts' sum, on the text that was trained on and on other text.
 """
 
@@ -35,18 +36,18 @@ from lbllm.streams import Streams
 from lbllm.texts.corpus import load_corpus
 
 LENGTH = 256
-PRIORS = (0.0, 0.05, 0.25, 1.0, 4.0)
+PRIORS = (0.0, 0.05, 0.1, 0.25, 1.0, 4.0)
 CPU = torch.device("cpu")
+SHARPNESS = 10.0  # of the router: its logits are so many times the cosine to a centre
 PARTS = ("prior", "training")
 
 
 class Mixture(nn.Module):
-    """A router of random weights and experts, which return their sum (b, T, hidden)."""
+    """A router (experts, hidden) and experts, which return their sum (b, T, hidden)."""
 
-    def __init__(self, experts: Experts, chosen: int, hidden: int) -> None:
+    def __init__(self, experts: Experts, chosen: int, router: Tensor) -> None:
         super().__init__()
-        self.experts, self.chosen = experts, chosen
-        self.router = torch.randn(experts.count, hidden, generator=torch.Generator().manual_seed(0))
+        self.experts, self.chosen, self.router = experts, chosen, router
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts."""
@@ -56,8 +57,20 @@ class Mixture(nn.Module):
         return result.view_as(hidden)
 
 
-def cut(mlp: Any, experts: int, chosen: int) -> Mixture:
-    """Return a mixture whose experts have equal parts of an MLP's features."""
+def centres(x: Tensor, clusters: int) -> Tensor:
+    """Return a router (clusters, hidden): the directions of clusters of x (tokens, hidden), by spherical k-means."""
+    scale = SHARPNESS / x.norm(dim=1).mean()
+    x = nn.functional.normalize(x, dim=1)
+    found = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:clusters]]
+    for _ in range(10):
+        nearest = (x @ found.t()).argmax(1)
+        sums = torch.zeros_like(found).index_add_(0, nearest, x)
+        found = nn.functional.normalize(sums, dim=1)
+    return found * scale
+
+
+def cut(mlp: Any, experts: int, chosen: int, inputs: Tensor) -> Mixture:
+    """Return a mixture whose experts have equal parts of an MLP's features, for its inputs (tokens, hidden)."""
     rows = zip(mlp.gate_proj.weight.chunk(experts), mlp.up_proj.weight.chunk(experts), strict=True)
     made = [
         Expert({"gate_proj": linear_of(gate), "up_proj": linear_of(up), "down_proj": linear_of(down.contiguous())})
@@ -65,7 +78,7 @@ def cut(mlp: Any, experts: int, chosen: int) -> Mixture:
     ]
     rule = nn.Module()
     rule.act_fn = mlp.act_fn
-    return Mixture(Experts(rule, Form(False, True, False, False), made), chosen, mlp.up_proj.weight.shape[1])
+    return Mixture(Experts(rule, Form(False, True, False, False), made), chosen, centres(inputs, experts))
 
 
 class Trial:
@@ -157,7 +170,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=15)
     parser.add_argument("--experts", type=count, default=8)
     parser.add_argument("--chosen", type=count, default=2)
-    parser.add_argument("--tokens", type=count, default=8_192)
+    parser.add_argument("--tokens", type=count, default=16_384)
     parser.add_argument("--parts", default=",".join(PARTS))
     options = parser.parse_args()
     teacher = load_teacher(RunConfig().model)
@@ -171,7 +184,10 @@ def main() -> None:
             hidden = torch.cat(list(run_batches(blocks[number], hidden, calls[number], 4)))
         inputs = torch.cat(list(layer_inputs(blocks[options.block], "mlp.up_proj", hidden, calls[options.block], 4)))
     seen = [*inputs.view(len(text), LENGTH, -1).chunk(2)]
-    trial = Trial(cut(blocks[options.block].get_submodule("mlp"), options.experts, options.chosen), seen)
+    mlp = blocks[options.block].get_submodule("mlp")
+    trial = Trial(cut(mlp, options.experts, options.chosen, seen[0].flatten(0, -2)), seen)
+    tokens = [len(one.rows) for one in trial.entered.routed(options.experts).values()]
+    progress(f"tokens of the experts: {min(tokens):,} to {max(tokens):,}")
     rows: list[dict[str, Any]] = []
 
     def keep(label: str, student: Mixture, began: float) -> None:

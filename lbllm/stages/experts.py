@@ -48,7 +48,7 @@ from lbllm.stages.routing import ROWS, Entered
 from lbllm.stages.wat import thaw_layers
 
 # Tokens of the layer that are added to an expert's own in stage 1, for each column of its matrices.
-PRIOR = 0.25
+PRIOR = 0.1
 # Tokens of the layer on which the features of an expert are measured for the prior of ``down_proj``, at most.
 SAMPLE = 1_024
 # Tokens on which the loss of an expert is measured, at most.
