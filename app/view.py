@@ -68,12 +68,15 @@ def count_text(count: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """Return a measured number as text with three or four digits: 1,234, 80.2, 3.00, 0.0123."""
-    if not abs(value) < float("inf"):
+    """Return a measured number as text with three or four digits: 1,234, 280.2, 3.00, 0.500, 0.0123; zero as 0."""
+    size = abs(value)
+    if not size < float("inf"):
         return "not a number" if value != value else "infinite"
-    if abs(value) >= 1000:
+    if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    if size >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:#.3g}" if size else "0"
 
 
 def path_text(path: Path | str) -> str:

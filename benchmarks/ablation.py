@@ -30,6 +30,7 @@ from lbllm.checkpoints.find import open_teacher
 from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError
 from lbllm.machine import float32_products
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.sections import AarConfig, ParamBits, PtqConfig, WatConfig
 from lbllm.texts.corpus import load_corpus
 
@@ -63,7 +64,8 @@ AAR_VARIANTS: dict[str, dict[str, Any]] = {
     "4 steps a tail": {"tail": 4},
     "levels not trained": {"lr_levels": 0.0},
     "knee and clips not trained": {"lr_act": 0.0},
-    "KV cache in 16 bits": {"kv_bits": 16},
+    "KV cache in 16 bits": {"kv": KVFormat(16)},
+    "KV cache with keys in groups of 64 tokens": {"kv": KVFormat(4, 64, 1)},
     "ranges of 64 inputs": {"act_group_size": 64},
     "ranges of 32 inputs": {"act_group_size": 32},
     "ranges of 64 inputs, searched knee, not trained": {"act_group_size": 64, "epochs": 0},
@@ -183,7 +185,7 @@ class Ablation:
     def aar(self) -> Iterator[Variant]:
         """Settings of stage 3."""
         for name, values in AAR_VARIANTS.items():
-            how = {key: value for key, value in values.items() if key in ("tail", "kv_bits", "act_group_size")}
+            how = {key: value for key, value in values.items() if key in ("tail", "kv", "act_group_size")}
             config = AarConfig(**{key: value for key, value in values.items() if key not in how})
             yield "3", name, self.block.refine(self.second, config, **how)
 

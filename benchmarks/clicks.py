@@ -45,7 +45,7 @@ WATCH = """([selector, before]) => {
     window.shown = new Promise(resolve => {
         const look = () => {
             const node = find(document);
-            const place = node && (node.dataset.place ?? node.dataset.updates);
+            const place = node && (node.dataset.place ?? node.dataset.stamp);
             // Not by animation frames alone: a browser without a screen may have none where nothing moves.
             if (place && place !== before) setTimeout(() => resolve(performance.now() - window.clicked), 16);
             else setTimeout(look, 8);
@@ -85,7 +85,7 @@ class Clicks:
         part = self.page.locator(selector)
         before = None
         if part.count():
-            before = part.first.evaluate("node => node.dataset.place ?? node.dataset.updates ?? null")
+            before = part.first.evaluate("node => node.dataset.place ?? node.dataset.stamp ?? null")
         self.page.evaluate(WATCH, [selector, before])
         click()
         seconds: float = self.page.evaluate("window.shown") / 1000
@@ -170,6 +170,26 @@ def texts(clicks: Clicks, server: Server, text: str) -> None:
     page.get_by_role("radio", name="Only it binarized").click()
     page.wait_for_timeout(3_000)
     clicks.layers("only another layer binarized", ".words")
+    first_blocks(clicks)
+    page.get_by_role("radio", name="Activations").click()
+    inputs = "[aria-label^='Inputs of the layer'][data-stamp]"
+    expect(page.locator(inputs)).to_be_visible(timeout=PATIENCE)
+    clicks.layers("the inputs of another layer", inputs)
+
+
+def first_blocks(clicks: Clicks) -> None:
+    """The slider of the first blocks, one block further at each press; from its end it goes back to none."""
+    page, words = clicks.page, clicks.page.locator(".words")
+    page.get_by_role("radio", name="First blocks").click()
+    slider = page.get_by_role("slider")
+    most = int(slider.get_attribute("max") or 0)
+    seconds: list[float] = []
+    while len(seconds) < clicks.clicks:
+        if len(seconds) % most == 0:
+            slider.press("Home")
+            expect(words).to_have_attribute("data-place", "First 0 blocks binarized", timeout=PATIENCE)
+        seconds.append(clicks.one(".words", lambda: slider.press("ArrowRight")))
+    clicks.keep("one more of the first blocks binarized", seconds)
 
 
 @one_message()

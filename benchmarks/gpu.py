@@ -48,6 +48,8 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.pipeline.run import run
+from lbllm.quant.kv_cache import KVFormat
+from lbllm.quant.kv_groups import training_cache
 from lbllm.sections import PAPER_STAGES
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import collect, restore
@@ -99,11 +101,11 @@ def training(name: str, corpus: str, device: str, steps: int) -> list[Row]:
         if stage == "wat":
             taken = wat_block(trained, call, inputs, targets, latents, config.wat.model_copy(update=once), **options)
         else:
-            aar, bits = config.aar.model_copy(update=once), config.quant.kv_bits
+            aar, cache = config.aar.model_copy(update=once), training_cache(KVFormat.of(config.quant))
             sharing = shared_inputs(block, inputs[:1], call)
             tail = config.quant.tail_steps
-            add_quantizers(trained, sharing, call, inputs, aar, tail=tail, kv_bits=bits, batch=BATCH)
-            taken = aar_block(trained, call, inputs, targets, aar, kv_bits=bits, **options)
+            add_quantizers(trained, sharing, call, inputs, aar, tail=tail, cache=cache, batch=BATCH)
+            taken = aar_block(trained, call, inputs, targets, aar, cache=cache, **options)
         rates = sorted(step.tokens_per_second for step in taken)
         rate = rates[len(rates) // 2]
         row = {"stage": stage, "tokens_per_second": round(rate), "peak_tflops": peak / 1e12}

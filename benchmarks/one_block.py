@@ -28,7 +28,8 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.models.teacher import Teacher
-from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.kv_cache import KVFormat
+from lbllm.quant.kv_groups import training_cache
 from lbllm.quant.levels import LEVELS, assign, fit_levels, from_groups, group_length, levels_to_params, to_groups
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import WHOLE_ROW, AarConfig, Format, LayerFormat, ParamBits, PtqConfig, WatConfig
@@ -39,6 +40,7 @@ from lbllm.stages.ptq import ptq_block
 from lbllm.stages.wat import thaw_layers, wat_block
 
 BATCH = 4
+FOUR_BITS, HALF = KVFormat(4), KVFormat(16)
 EM_STEPS = 20  # of a clustering that nothing comes after
 
 
@@ -49,7 +51,7 @@ class Made:
 
     block: nn.Module
     latents: dict[str, Tensor]
-    kv_bits: int = 16
+    kv: KVFormat = HALF
     diverged: str = ""
 
 
@@ -156,28 +158,28 @@ class OneBlock:
         config: AarConfig,
         *,
         tail: int = 3,
-        kv_bits: int = 4,
+        kv: KVFormat = FOUR_BITS,
         act_group_size: int = WHOLE_ROW,
     ) -> Made:
         """Stage 3; with no epochs only the search of knees."""
-        block = self._quantized(made, config, tail, kv_bits, act_group_size)
+        block = self._quantized(made, config, tail, kv, act_group_size)
         steps = aar_block(
             block,
             self.calls[self.number],
             self.seen[0],
             self.targets[0],
             config,
-            kv_bits=kv_bits,
+            cache=training_cache(kv),
             seed=0,
             autocast=contextlib.nullcontext,
         )
         diverged = made.diverged or _finish(steps)
-        return _rounded(Made(block, {}, kv_bits, diverged))
+        return _rounded(Made(block, {}, kv, diverged))
 
-    def join(self, made: Made, config: WatConfig, aar: AarConfig, *, kv_bits: int = 4) -> Made:
+    def join(self, made: Made, config: WatConfig, aar: AarConfig, *, kv: KVFormat = FOUR_BITS) -> Made:
         """What the paper found to diverge, stages 2 and 3 in one: latent weights, levels, bitmap, knees and clips learn
         together on quantized activations and KV cache."""
-        block = self._quantized(made, aar, 3, kv_bits)
+        block = self._quantized(made, aar, 3, kv)
         layers = binary_layers(block)
         steps = distill(
             block,
@@ -188,29 +190,28 @@ class OneBlock:
             config,
             lr_act=aar.lr_act,
             loss_kind=config.loss,
-            kv_bits=kv_bits,
+            cache=training_cache(kv),
             seed=0,
             autocast=contextlib.nullcontext,
         )
         diverged = _finish(steps)
         for layer in layers.values():
             layer.freeze()
-        return _rounded(Made(block, {}, kv_bits, diverged))
+        return _rounded(Made(block, {}, kv, diverged))
 
     def _quantized(
-        self, made: Made, config: AarConfig, tail: int, kv_bits: int, act_group_size: int = WHOLE_ROW
+        self, made: Made, config: AarConfig, tail: int, kv: KVFormat, act_group_size: int = WHOLE_ROW
     ) -> nn.Module:
         """A copy of the block with searched quantizers of the activations."""
         block, call = self._copy(made, tail, act_group_size), self.calls[self.number]
         sharing = shared_inputs(self.blocks[self.number], self.seen[0][:1], call)
-        add_quantizers(block, sharing, call, self.seen[0], config, tail=tail, kv_bits=kv_bits, batch=BATCH)
+        add_quantizers(block, sharing, call, self.seen[0], config, tail=tail, cache=training_cache(kv), batch=BATCH)
         return block
 
     def errors(self, made: Made) -> tuple[float, float]:
         """The relative output error, mean over tokens of ||teacher - student||^2 over the larger of both squared norms,
         on the text that was trained on and on the other."""
-        cache = TrainingCache(made.kv_bits) if made.kv_bits < 16 else None
-        outputs = [self._advance(made.block, hidden, self.number, cache) for hidden in self.seen]
+        outputs = [self._advance(made.block, hidden, self.number, training_cache(made.kv)) for hidden in self.seen]
         trained, other = (float(token_error(*pair)) for pair in zip(outputs, self.targets, strict=True))
         return trained, other
 

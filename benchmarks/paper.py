@@ -61,6 +61,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "larger learning rates": ("wat.lr_weight", "aar.lr_act"),
     "small batches, two passes": ("seq_len", "wat.batch_tokens", "wat.epochs", "aar.batch_tokens", "aar.epochs"),
     "activation ranges of 64 inputs": ("quant.act_group_size",),
+    "KV cache with keys in groups of 64 tokens": ("quant.kv_group_size",),
     STAGE_4: ("stages",),
 }
 # What the presets have their own of, and all variants have from this benchmark's options: the text.

@@ -83,7 +83,8 @@ def learn(page: Page, server: Server) -> None:
     expect(page.get_by_text("Guess first")).to_be_visible(timeout=PATIENCE)
     page.keyboard.press("1")
     expect(page.locator("figure svg[role=img]").first).to_be_visible(timeout=PATIENCE)
-    page.locator(".look").scroll_into_view_if_needed()
+    page.wait_for_timeout(1500)  # the page itself scrolls to the guess
+    page.locator(".part.scene").evaluate("part => part.scrollIntoView({block: 'start'})")
 
 
 PAGES: dict[str, Callable[[Page, Server], None]] = {

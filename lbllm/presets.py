@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lbllm.sections import ACT_GROUP_SIZE, STAGES
+from lbllm.sections import ACT_GROUP_SIZE, KV_GROUP_SIZE, STAGES
 
 # What each preset is, in one sentence, for pages and the command line.
 ABOUT = {
     "preview": "Our method in minutes, to see whether it works: little text, only stages 1 and 2, weights only.",
     "quick": "Our method for the embedded model on two cores: standard with less text.",
     "standard": "Our method, a real attempt; unlike the paper's it has groups of 16 with 4-bit parameters, activation "
-    "ranges of 64 inputs, sweeps and drift correction in stage 1, a coupled bitmap, a relative loss, and stage 4.",
+    "ranges of 64 inputs, keys cached in groups of 64 tokens, sweeps and drift correction in stage 1, a coupled "
+    "bitmap, a relative loss, and stage 4.",
     "paper": "The paper's method as described, with its amount of text: groups of 128, one activation range per token, "
     "a relaxed bitmap, the squared error and three stages; needs a GPU.",
 }
 # Weights: as many bits as groups of 64 with float16 parameters, and about half their error.
-FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE}
+FINE = {"group_size": 16, "param_bits": 4, "act_group_size": ACT_GROUP_SIZE, "kv_group_size": KV_GROUP_SIZE}
 PRESETS: dict[str, dict[str, Any]] = {
     # Weights alone: so little text can't make up for what 4-bit activations cost. Small steps, because there are few.
     "preview": {

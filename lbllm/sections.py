@@ -13,12 +13,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 WHOLE_ROW = -1
-ACT_GROUP_SIZE = 64  # inputs of a token that share a range, unless the paper or a checkpoint says otherwise
+LARGEST_KV_GROUP = 4_096  # tokens; that many stay in 16 bits until their group is whole
+# Inputs of a token, and tokens of a key's channel, that share a range, unless the paper or a checkpoint says otherwise.
+ACT_GROUP_SIZE, KV_GROUP_SIZE = 64, 64
 # Settings of QuantConfig: of the groups, which can be made of larger ones; the bits that stage 3 lowers; and those that
 # only quantized activations read.
 GROUP_SETTINGS = ("group_size", "param_bits")
 ACTIVATION_BITS = ("act_bits", "kv_bits")
-ACTIVATION_SETTINGS = ("act_group_size", "tail_steps")
+ACTIVATION_SETTINGS = ("act_group_size", "tail_steps", "kv_group_size", "kv_first")
 
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
@@ -129,6 +131,22 @@ class QuantConfig(Section):
         title="KV cache bits",
         description="Bits of the KV cache, which holds the keys and values of every token of a conversation; 16: it is "
         "not quantized.",
+    )
+    kv_group_size: GroupSize = Field(
+        WHOLE_ROW,
+        le=LARGEST_KV_GROUP,
+        title="KV cache group size",
+        description="How many tokens share a range of 4-bit or 8-bit steps in each channel of the keys; values keep a "
+        "range for each token. Tokens after the last whole group stay in 16 bits. -1: keys, too, have a range for each "
+        "token, as in the paper. A few channels of the keys are large, and make the steps of such a range coarse.",
+    )
+    kv_first: int = Field(
+        1,
+        ge=0,
+        le=LARGEST_KV_GROUP,
+        title="First tokens in 16 bits",
+        description="How many tokens at the start keep 16 bits in the KV cache. Their keys are of another size than "
+        "all others. Only with a KV cache group size.",
     )
     act_group_size: GroupSize = Field(
         WHOLE_ROW,

@@ -94,9 +94,13 @@ def _final_text(answer: Answer) -> str:
     return answer.text + (" …" if answer.state == "stopped" and answer.text else "")
 
 
-def difference_text(left: str, right: str) -> str:
-    """Return a sentence on where two answers begin to differ."""
+def difference_text(left: str, right: str, begun: str = "") -> str:
+    """Return a sentence on where two answers begin to differ; both were given the beginning ``begun``."""
     at = first_difference(left, right)
+    if begun:
+        given = len(begun.split())
+        same = "Both answers are the same" if at is None else "The mark shows where the answers begin to differ"
+        return f"{same}. Both were given the first {given} word{'s' if given > 1 else ''}, as chosen in the lens."
     if at is None:
         return "Both answers are the same, word for word."
     words = len(left[:at].split())

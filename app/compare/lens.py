@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import streamlit as st
@@ -18,8 +19,16 @@ from lbllm.errors import ModelError
 OWN = "Own text"
 
 
-def show_lens(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
-    """Show the section under the answers; it also works without an answer, for the user's own text."""
+def show_lens(
+    conversation: Conversation,
+    slots: tuple[Slot, Slot],
+    names: tuple[str, str],
+    go: Callable[[str, str], None],
+) -> None:
+    """Show the section under the answers; it also works without an answer, for the user's own text.
+
+    ``go`` gets the beginning of an answer and the token that was chosen after it.
+    """
     st.subheader("Lens", help="KL(teacher ‖ student): how far the two models' predictions differ, in nats.")
     if any(slot.state == "failed" for slot in slots):
         st.caption("The lens needs both models.")
@@ -30,12 +39,19 @@ def show_lens(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple
     if slots[0] is slots[1]:
         st.caption("Both sides are the same model, so both predict the same. Choose two models to compare them.")
         return
-    _lens_section(conversation, slots, names)
+    _lens_section(conversation, slots, names, go)
 
 
 @st.fragment
-def _lens_section(conversation: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]) -> None:
+def _lens_section(
+    conversation: Conversation,
+    slots: tuple[Slot, Slot],
+    names: tuple[str, str],
+    go: Callable[[str, str], None],
+) -> None:
     with guard():
+        if st.session_state.pop("compare_went_on", False):
+            st.rerun()  # the click ran this part of the page alone
         last = conversation.exchanges[-1] if conversation.exchanges else None
         # Only answers of the two chosen models can be analysed.
         if last is None or last.names != names:
@@ -52,7 +68,8 @@ def _lens_section(conversation: Conversation, slots: tuple[Slot, Slot], names: t
             f"the mean divergence is **{number_text(found.mean_kl)}** nats per token. A stronger colour means a larger "
             f"difference between the predictions of the {SIDES[student]} and the {SIDES[teacher]} model."
         )
-        lens_view(found, names=(names[teacher], names[student]), key="compare_lens")
+        shown = (names[teacher], names[student])
+        lens_view(found, names=shown, key="compare_lens", go=go if side is not None else None)
         if found.left_out:
             st.caption(f"The last {found.left_out} tokens of the text are not included.")
 

@@ -45,8 +45,8 @@ class Desk:
         self.course = open_course(self._load)
 
     def ask(self, key: str, positions: Positions | None, moment: float = MOMENT) -> dict[str, Any]:
-        """A lesson (``positions`` None) or a scene, as JSON: {"lesson": ...}, {"scene": ...}, {"progress": ...} if it
-        is still being computed after ``moment`` seconds, or {"error": a sentence}."""
+        """A lesson (``positions`` None) or a scene with its lesson, as JSON: {"lesson": ...}, {"scene": ..., "lesson":
+        ...}, {"progress": ...} if it is still being computed after ``moment`` seconds, or {"error": a sentence}."""
         where = (key, positions)
         with self._mutex:
             job = self._jobs.get(where)
@@ -64,12 +64,12 @@ class Desk:
         """Compute one part. Its job is forgotten at the end: the course itself keeps what it has computed."""
         key, positions = where
         try:
-            for job.progress in self.course.prepare(key):
+            steps = self.course.prepare(key) if positions is None else self.course.watch(key)
+            for job.progress in steps:
                 if time.monotonic() - job.asked > PATIENCE:
                     return
-            lesson = self.course.lesson(key)
-            part = lesson if positions is None else self.course.scene(key, positions)
-            job.result = {"lesson" if positions is None else "scene": asdict(part)}
+            shown = {} if positions is None else {"scene": asdict(self.course.scene(key, positions))}
+            job.result = shown | {"lesson": asdict(self.course.lesson(key))}
         except LbllmError as error:
             text = labels_alone(str(error))
             job.result = {"error": text[:1].upper() + text[1:]}

@@ -46,8 +46,8 @@ function start(parentElement, facts) {
     }
     if (still) state.wanted = null;
     if (error) state.course.bringError(key, positions, error);
-    else if (lesson) state.course.bringLesson(lesson);
-    else state.course.bringScene(key, positions, scene);
+    else if (scene) state.course.bringScene(key, positions, scene, lesson);
+    else state.course.bringLesson(lesson);
     state.next();
   };
   const host = {

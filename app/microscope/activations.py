@@ -24,32 +24,57 @@ from lbllm.microscope.activations import (
 )
 from lbllm.microscope.address import Address
 from lbllm.microscope.microscope import Microscope
-from lbllm.microscope.pair import Pair
+from lbllm.microscope.pair import Pair, Side
 
 PARTS = {"activations": "Inputs of the layer", "keys": "Keys", "values": "Values"}
+SIDES: dict[Side, str] = {"student": "In the student", "teacher": "In the teacher"}
 _KEPT = "inspect_activations"
+_MOST_STEPS = 32  # that can be told apart in a picture
 _COLOURWAY = [COLOURS[name] for name in ("student", "ptq", "aar", "e2e", "bad", "bitmap", "other")]
 
 
 def show_activations(pair: Pair, scope: Microscope, at: Address, text: str, view: str) -> None:
     """Inputs, keys or values at the place that is chosen. Raises LbllmError."""
-    st.segmented_control(
-        "What is shown",
-        list(PARTS),
-        required=True,
-        key=state.bound("part", view),
-        format_func=PARTS.__getitem__,
-        on_change=_part,
-        label_visibility="collapsed",
-    )
+    with st.container(horizontal=True, key="inspect_parts"):
+        st.segmented_control(
+            "What is shown",
+            list(PARTS),
+            required=True,
+            key=state.bound("part", view),
+            format_func=PARTS.__getitem__,
+            on_change=_part,
+            label_visibility="collapsed",
+        )
+        if view == "activations":
+            _pick_side()
     if at.block is None or (view == "activations" and at.layer is None):
         st.markdown("Choose a layer on the map." if view == "activations" else "Choose a block on the map.")
         return
     if view == "activations":
-        _inputs(_layer_inputs(pair, scope, at, text))
+        # The chart says in its stamp which layer it shows.
+        number = at.block * len(scope.layers) + scope.layers.index(at.layer or "")
+        _inputs(_layer_inputs(pair, scope, at, text), number)
         return
     found = _block_cache(pair, scope, at.block, text)
     _cache_part(found, found.keys if view == "keys" else found.values, PARTS[view])
+
+
+def _side() -> Side:
+    """Whose inputs the address names; anything else is the student."""
+    return "teacher" if state.value("side") == "teacher" else "student"
+
+
+def _pick_side() -> None:
+    st.segmented_control(
+        "Whose inputs",
+        list(SIDES),
+        required=True,
+        key=state.bound("side", _side()),
+        format_func=SIDES.__getitem__,
+        on_change=state.taken,
+        args=("side",),
+        label_visibility="collapsed",
+    )
 
 
 def _part() -> None:
@@ -59,11 +84,12 @@ def _part() -> None:
 def _layer_inputs(pair: Pair, scope: Microscope, at: Address, text: str) -> ActivationView:
     assert at.block is not None
     assert at.layer is not None
-    key = (scope.fingerprint, scope.teacher_name, at.block, at.layer, text)
+    side = _side()
+    key = (scope.fingerprint, scope.teacher_name, at.block, at.layer, text, side)
     kept = st.session_state.get(_KEPT)
     if kept is None or kept[0] != key:
-        with st.spinner("The student reads the sentence"), click():
-            kept = st.session_state[_KEPT] = key, activations(pair, at.block, at.layer, text)
+        with st.spinner(f"The {side} reads the sentence"), click():
+            kept = st.session_state[_KEPT] = key, activations(pair, at.block, at.layer, text, side=side)
     found: ActivationView = kept[1]
     return found
 
@@ -78,7 +104,7 @@ def _block_cache(pair: Pair, scope: Microscope, block: int, text: str) -> CacheV
     return found
 
 
-def _inputs(view: ActivationView) -> None:
+def _inputs(view: ActivationView, number: int) -> None:
     trials = (view.quantizer,) if view.quantizer is not None else view.trials
     figures = [(f"{number_text(100 * one.error)} %", f"error with {one.name}") for one in trials]
     if view.peaks:
@@ -87,15 +113,15 @@ def _inputs(view: ActivationView) -> None:
     show_figures(*figures)
     st.caption(plain(view.words))
     grid = _widest(trials[0].ranges) if trials else None
-    payload = encode(spread_figure(view.spread, grid), label="Inputs of the layer, with the steps of the quantizer")
-    live_chart(payload, key="inspect_spread")
-    for number, one in enumerate(trials):
-        st.caption(_quantizer_words(one, view.pieces, drawn=number == 0))
-    payload = encode(maxima_figure(list(view.maxima), view), label="Largest input of each channel")
+    label = f"Inputs of the layer {view.layer} of block {view.block + 1}, with the steps of the quantizer"
+    live_chart(encode(spread_figure(view.spread, grid), label=label, stamp=number), key="inspect_spread")
+    for place, one in enumerate(trials):
+        st.caption(_quantizer_words(one, view.pieces, drawn=place == 0))
+    payload = encode(maxima_figure(list(view.maxima), view), label="Largest input of each channel", stamp=number)
     live_chart(payload, key="inspect_maxima")
     if view.peaks:
         said = "; ".join(
-            f"channel {peak.channel} at token {peak.token} {peak.piece!r}: {number_text(peak.value)}"
+            f"channel {peak.channel} at {_token_words(peak.token, view.pieces)}: {number_text(peak.value)}"
             for peak in view.peaks[:3]
         )
         st.caption(plain(f"The largest inputs: {said}."))
@@ -105,12 +131,17 @@ def _widest(ranges: tuple[Range, ...]) -> Range | None:
     return max(ranges, key=lambda one: one.high - one.low, default=None)
 
 
+def _token_words(token: int, pieces: tuple[str, ...]) -> str:
+    """A token of the sentence, counted from 1 as in the lessons."""
+    return f"token {token + 1} “{pieces[token].strip()}”"
+
+
 def _quantizer_words(one: Quantizer, pieces: tuple[str, ...], *, drawn: bool) -> str:
     grid = _widest(one.ranges) if drawn else None
     where = ""
     if grid is not None and one.token < len(pieces):
         where = (
-            f" The steps drawn are those of token {one.token} {pieces[one.token]!r}, channels {grid.first} to "
+            f" The steps drawn are those of {_token_words(one.token, pieces)}, channels {grid.first} to "
             f"{grid.last}: {len(grid.values)} values from {number_text(grid.values[0])} to "
             f"{number_text(grid.values[-1])}."
         )
@@ -121,14 +152,22 @@ def _quantizer_words(one: Quantizer, pieces: tuple[str, ...], *, drawn: bool) ->
 
 
 def _cache_part(view: CacheView, part: CachePart, name: str) -> None:
-    most = max(max(row) for row in part.maxima)
-    head = next(number for number, row in enumerate(part.maxima) if max(row) == most)
+    row, grid = part.maxima[part.head], part.grid
     show_figures(
         (f"{number_text(100 * part.error)} %", f"error of the {name.lower()}"),
-        (number_text(most), f"largest value, head {head}, channel {part.maxima[head].index(most)}"),
+        (number_text(max(row)), f"largest value, head {part.head}, channel {row.index(max(row))}"),
     )
     st.caption(plain(view.words))
-    live_chart(encode(spread_figure(part.spread, None), label=f"{name} of the block"), key="inspect_spread")
+    drawn = grid is not None and len(grid.values) <= _MOST_STEPS
+    label = f"{name} of block {view.block + 1}" + (", with the steps of the cache" if drawn else "")
+    live_chart(encode(spread_figure(part.spread, grid if drawn else None), label=label), key="inspect_spread")
+    if drawn and grid is not None:
+        st.caption(
+            plain(
+                f"The steps drawn are those of {_token_words(part.token, view.pieces)} in head {part.head}: "
+                f"{len(grid.values)} values from {number_text(grid.values[0])} to {number_text(grid.values[-1])}."
+            )
+        )
     heads = [
         {
             "type": "scatter",

@@ -160,15 +160,13 @@ def _effect(pair: Pair, scope: Microscope, choice: Choice, text: str) -> Effect:
 
 
 def _show(found: Effect, name: str, change: Change) -> None:
-    share = f"{100 * abs(found.returned):.3g} %"
+    share, words = abs(found.returned), "of it is added" if found.returned < 0 else "of it is taken away"
     if change.kind in ("only", "first"):
-        share, words = f"{100 * (1 - found.returned):.3g} %", "of the student's"
-    else:
-        words = "of it is added" if found.returned < 0 else "of it is taken away"
+        share, words = 1 - found.returned, "of the student's"
     show_figures(
         (number_text(found.hybrid.kl), "nats a token from the teacher"),
         (number_text(found.student.kl), "the student as it is"),
-        (share, words),
+        (f"{100 * share:{',.0f' if share >= 1 else '.3g'}} %", words),
     )
     models = [
         _column("teacher", "Teacher", found.teacher),
@@ -233,9 +231,12 @@ def _column(kind: str, name: str, reading: Reading) -> dict[str, object]:
 def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str) -> None:
     """All three answers to the sentence, written one after the other when they are asked for."""
     models = [("Teacher", FirstBlocks(0)), (name, choice), ("Student", FirstBlocks(pair.blocks))]
+    who = ("The teacher", "The changed model", "The student")
     kept: dict[tuple[object, ...], str] = st.session_state.setdefault("inspect_answers", {})
     keys = [(scope.fingerprint, scope.teacher_name, one, text) for _, one in models]
-    asked = st.button("Let all three answer", key="inspect_answer", icon=":material/chat:")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        asked = st.button("Let all three answer", key="inspect_answer", icon=":material/chat:")
+        beside = st.container(width="content")
     if not asked and not any(key in kept for key in keys[1:2]):
         return
     places = []
@@ -244,13 +245,14 @@ def _answers(pair: Pair, scope: Microscope, choice: Choice, name: str, text: str
         places.append(column.empty())
         if key in kept:
             places[-1].html(words_html(kept[key]))
-    for (_, one), key, place in zip(models, keys, places, strict=True):
+    for (_, one), key, place, writer in zip(models, keys, places, who, strict=True):
         if key in kept:
             continue
         written = ""
-        for piece in _pieces(pair, one, text):
-            written += piece
-            place.html(words_html(f"{written} ▌"))
+        with beside, st.spinner(f"{writer} answers"):
+            for piece in _pieces(pair, one, text):
+                written += piece
+                place.html(words_html(f"{written} ▌"))
         kept[key] = written
         place.html(words_html(written or "No text."))
 

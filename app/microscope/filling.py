@@ -19,6 +19,8 @@ PATIENCE = 5.0
 Cell = tuple[int, str]
 # (block, layer), and for each colour that the work knows its value there.
 Step = tuple[Cell, dict[str, float | None]]
+# The steps of a block.
+Work = Callable[[int], Iterator[Step]]
 # One step of one map at a time.
 _TURN = threading.Lock()
 
@@ -67,44 +69,55 @@ class Filling:
         self.done = False
         self.error = ""
         self._seen = 0.0
+        self._first: int | None = None
         self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()
 
-    def look(self, work: Callable[[set[int]], Iterator[Step]]) -> None:
-        """Say that somebody looks: begins or continues the work. ``work`` gets the blocks that are already there."""
+    def look(self, work: Work, blocks: int, first: int | None = None) -> None:
+        """Say that somebody looks: begins or continues the work on a map of so many ``blocks``, of which ``first`` is
+        looked at most."""
         with self._mutex:
-            self._seen = time.monotonic()
+            self._seen, self._first = time.monotonic(), first
             if self.done or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(target=self._fill, args=(work,), name="lbllm-map", daemon=True)
+            self._thread = threading.Thread(target=self._fill, args=(work, blocks), name="lbllm-map", daemon=True)
             self._thread.start()
 
     def again(self) -> None:
         """Forget an error, so that the next look tries the rest once more."""
         self.error, self.done = "", False
 
-    def _fill(self, work: Callable[[set[int]], Iterator[Step]]) -> None:
-        last: int | None = None
+    def _next(self, blocks: int) -> int | None:
+        """The block to compute now: the one that is looked at, or the first that is not known."""
+        if self._first is not None and self._first not in self.blocks:
+            return self._first
+        return next((block for block in range(blocks) if block not in self.blocks), None)
+
+    def _fill(self, work: Work, blocks: int) -> None:
         try:
-            steps = work(set(self.blocks))
-            while time.monotonic() - self._seen < PATIENCE:
-                with _TURN:
-                    _CLICKS.wait(PATIENCE)
-                    found = next(steps, None)
-                if found is None or (last is not None and found[0][0] != last):
-                    self.blocks |= {last} if last is not None else set()
-                if found is None:
-                    self.done = True
-                    return
-                cell, values = found
-                last = cell[0]
-                for colour, value in values.items():
-                    self.values.setdefault(colour, {})[cell] = value
+            while (block := self._next(blocks)) is not None:
+                steps, found = work(block), True
+                while found:
+                    if time.monotonic() - self._seen > PATIENCE:
+                        return
+                    with _TURN:
+                        _CLICKS.wait(PATIENCE)
+                        found = self._step(steps)
+                self.blocks = self.blocks | {block}
+            self.done = True
         except LbllmError as error:
             self.error, self.done = str(error), True
         except Exception as error:
             # No caller of this thread could catch it.
             self.error, self.done = f"the map can't be computed ({type(error).__name__}: {error})", True
+
+    def _step(self, steps: Iterator[Step]) -> bool:
+        """Take one step of the work on a block; whether there was one."""
+        for cell, values in steps:
+            for colour, value in values.items():
+                self.values.setdefault(colour, {})[cell] = value
+            return True
+        return False
 
 
 @st.cache_resource(max_entries=24, show_spinner=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,7 +11,7 @@ import streamlit as st
 
 from app.components.microscope_view import map_view
 from app.microscope import state
-from app.microscope.filling import Cell, Filling, Step, filling
+from app.microscope.filling import Cell, Filling, Step, Work, filling
 from app.view import guard, number_text, sentence
 from lbllm.microscope.address import Address
 from lbllm.microscope.costs import costs
@@ -82,7 +82,7 @@ class Map:
     name: str
     about: str
     filling: Filling
-    work: Callable[[set[int]], Iterator[Step]]
+    work: Work
 
     def known(self) -> dict[Cell, float]:
         """All values that are known."""
@@ -93,21 +93,21 @@ class Map:
 def map_of_files(scope: Microscope, name: MetricName) -> Map:
     """The map of a metric that comes from the files."""
 
-    def work(known: set[int]) -> Iterator[Step]:
-        for block, row in scope.overview(name):
-            for layer, value in zip(scope.layers, row, strict=True):
-                yield (block, layer), {name: value}
+    overview = scope.overview(name)
+
+    def work(block: int) -> Iterator[Step]:
+        for layer, value in zip(scope.layers, overview.row(block), strict=True):
+            yield (block, layer), {name: value}
 
     own = filling(scope.fingerprint, scope.teacher_name, name)
-    return Map(scope, COLOURS[name], name, scope.overview(name).about, own, work)
+    return Map(scope, COLOURS[name], name, overview.about, own, work)
 
 
 def map_on_text(scope: Microscope, name: str, pair: Pair, text: str) -> Map:
     """The map of what each layer costs on a text."""
 
-    def work(known: set[int]) -> Iterator[Step]:
-        rest = [block for block in range(pair.blocks) if block not in known]
-        for cost in costs(pair, text, blocks=rest):
+    def work(block: int) -> Iterator[Step]:
+        for cost in costs(pair, text, blocks=[block]):
             yield (cost.block, cost.layer), {"cost": cost.kl, "output": cost.output_error}
 
     own = filling(scope.fingerprint, scope.teacher_name, "on text", text)
@@ -132,7 +132,7 @@ def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "
 @st.fragment(run_every=0.5)
 def _growing(shown: Map, at: Address) -> None:
     with guard():
-        shown.filling.look(shown.work)
+        shown.filling.look(shown.work, shown.scope.blocks, at.block)
         state.follow()
         if shown.filling.done:
             st.rerun()

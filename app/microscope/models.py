@@ -33,7 +33,7 @@ def pick_model() -> None:
         "Checkpoint",
         list(dict.fromkeys([*offered, chosen])),
         key=state.bound("model", chosen),
-        format_func=lambda value: offered[value].label if value in offered else str(value),
+        format_func=lambda value: offered[value].title if value in offered else str(value),
         accept_new_options=True,
         on_change=_picked,
         args=("model",),
@@ -120,7 +120,8 @@ def pair(scope: Microscope, name: str) -> Pair | None:
     if not visits.visit().models.issuperset(names):
         load_button(names)
         return None
-    slots = hold(names, _SLOTS)
+    with st.spinner("Loading both models"):
+        slots = hold(names, _SLOTS)
     if not all(slot.over for slot in slots):
         _loading(slots)
         return None

@@ -6,6 +6,7 @@ at               block/layer/row/group, see ``lbllm.microscope.address``; blocks
 colour           what the map shows
 view             weights, activations or change
 text             the sentence
+side             whose inputs: student or teacher
 change           what is changed: dense:layer, only:block, first:12, levels:-0.1,0,0.1,0.2, bits:4
 """
 
@@ -24,6 +25,7 @@ DEFAULTS: dict[str, str] = {
     "colour": "error",
     "view": "weights",
     "text": "The sky is blue because",
+    "side": "student",
     "change": "dense:layer",
 }
 # The address of a page has room for a paragraph.

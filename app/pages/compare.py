@@ -57,14 +57,17 @@ def asked() -> None:
 
 
 def regenerate() -> None:
-    """Answer the last prompt once more, each side with its next seed: the same one would write the same again."""
+    """Answer the last prompt once more, from the same beginning, each side with its next seed: the same one would
+    write the same again."""
     slots, titles = st.session_state["compare_ready"]
     *both, timed = current()
-    seeds = [own.seed + 1 for own in conversation().exchanges[-1].settings]
+    last = conversation().exchanges[-1]
+    seeds = [own.seed + 1 for own in last.settings]
     prompt = conversation().drop_last()
     left, right = (own.model_copy(update={"seed": seed}) for own, seed in zip(both, seeds, strict=True))
     names = contenders(titles, (both[0], both[1]))
-    conversation().ask(prompt, slots, names, (left, right), timed=timed)
+    again = conversation().ask(prompt, slots, names, (left, right), timed=timed, begun=last.begun)
+    again.before = last.before
 
 
 def stop() -> None:
@@ -88,6 +91,19 @@ def ask_edited() -> None:
     if text:
         conversation().drop_last()
         ask(text)
+
+
+def go_on(begun: str, token: str) -> None:
+    """Let both models answer the last prompt from the beginning ``begun`` and the ``token`` after it."""
+    ready = st.session_state.get("compare_ready")
+    if ready is not None and not conversation().running:
+        st.session_state["compare_went_on"] = True
+        conversation().go_on(begun + token, ready[0], timed=current()[2])
+
+
+def back() -> None:
+    """Bring back the answers from before a token was chosen in the lens."""
+    conversation().back()
 
 
 def clear() -> None:
@@ -219,7 +235,7 @@ def actions(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]
     exchange = talk.exchanges[-1]
     left, right = exchange.answers
     if left.text and right.text:
-        st.markdown(difference_text(left.text, right.text))
+        st.markdown(difference_text(left.text, right.text, exchange.begun))
         show_votes(exchange)
     with st.container(horizontal=True):
         st.button(
@@ -229,6 +245,14 @@ def actions(talk: Conversation, slots: tuple[Slot, Slot], names: tuple[str, str]
             help="Answer again, with the next seed.",
             on_click=regenerate,
         )
+        if exchange.before is not None:
+            st.button(
+                "Back",
+                icon=":material/undo:",
+                key="compare_back",
+                help="Bring back the answers from before a token was chosen in the lens.",
+                on_click=back,
+            )
         st.button("Clear", icon=":material/delete:", key="compare_clear", on_click=clear)
         st.download_button(
             "Save as page",
@@ -291,7 +315,7 @@ def page() -> None:
                 actions(talk, slots, names)
     if slots is not None:
         with lens.container():
-            show_lens(talk, slots, names)
+            show_lens(talk, slots, names, go_on)
 
 
 with guard():

@@ -29,7 +29,7 @@ def page() -> None:
     st.html(STYLE)
     state.arrive()
     with st.container(key="inspect_top"):
-        first, second, third, last = st.columns([5, 4, 4, 6], vertical_alignment="bottom")
+        first, second, third, last = st.columns([6, 4, 5, 5], vertical_alignment="bottom")
         with first:
             models.pick_model()
         with second:

@@ -135,9 +135,10 @@ def _controls() -> DeltaGenerator:
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
-    for column, setting in zip(st.columns([4, 5, 4], vertical_alignment="bottom"), shown.ACTIVATIONS, strict=True):
-        with column:
-            control(setting)
+    for pair in (shown.ACTIVATIONS[:2], shown.ACTIVATIONS[2:]):
+        for column, setting in zip(st.columns([4, 5], vertical_alignment="bottom"), pair, strict=True):
+            with column:
+                control(setting)
     text, tokens = st.columns([8, 5])
     with text:
         corpus_picker()

@@ -116,6 +116,16 @@ def show_unknown(name: str, message: str) -> None:
         st.caption(plain(f"{count_text(entry.parameters)} parameters. Licence: {entry.licence}.{note}"))
 
 
+def _cache_words(result: Estimate) -> str:
+    cache = result.cache
+    if cache is None:
+        return ""
+    return (
+        f" In a chat the KV cache of {cache.tokens:,} tokens takes {size_text(cache.nbytes)}, {cache.bits:.2f} bits "
+        "for each key or value, with their ranges and with what stays in 16 bits."
+    )
+
+
 def show_figures(config: RunConfig, result: Estimate) -> None:
     """Show bits, disk, memory and time as large numbers."""
     stages = {stage_number(stage): seconds for stage, seconds in result.stage_seconds.items()}
@@ -134,7 +144,8 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             "On disk",
             size_text(result.disk_bytes),
             f"in 16 bits: {size_text(_in_16_bits(result))}",
-            f"The whole file, {against_16_bits(result.disk_bytes, result.parameters)}, embeddings included.",
+            f"The whole file, {against_16_bits(result.disk_bytes, result.parameters)}, embeddings included."
+            + _cache_words(result),
         ),
         (
             "Memory of the run",

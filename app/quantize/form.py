@@ -19,7 +19,17 @@ import pandas
 import streamlit as st
 
 from app.paths import corpus_name, named_by_run, start_name, teacher_name
-from app.quantize.settings import ACT_BITS, ACTIVATIONS, FORMAT, KV_BITS, STAGE_SETTING, WIDGETS, Setting
+from app.quantize.settings import (
+    ACT_BITS,
+    ACTIVATIONS,
+    FORMAT,
+    KV_BITS,
+    KV_FIRST,
+    KV_GROUP,
+    STAGE_SETTING,
+    WIDGETS,
+    Setting,
+)
 from app.view import store
 from lbllm.config import (
     DEFAULT_PRESET,
@@ -36,7 +46,7 @@ from lbllm.errors import ConfigError, LbllmError
 from lbllm.pipeline.start import settings_to_go_on
 from lbllm.presets import PRESETS
 from lbllm.runs.store import Run
-from lbllm.sections import PAPER_STAGES, STAGES, LayerOverride
+from lbllm.sections import PAPER_STAGES, STAGES, WHOLE_ROW, LayerOverride
 
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 EDITED, NAME_KEY, METHODS_KEY = "quantize edited table", "quantize name", "quantize preview methods"
@@ -221,8 +231,12 @@ def not_read(setting: Setting) -> str | None:
     quantized = "aar" in stages or (continues() and not free_to_lower())
     if setting.path == "stream_dtype" and not set(PAPER_STAGES) & {*stages}:
         return "Stage 4 takes the whole model at once."
-    if setting in ACTIVATIONS and not quantized:
+    if setting in (*ACTIVATIONS, KV_FIRST) and not quantized:
         return "Stage 3, which quantizes activations and KV cache, is not among the chosen stages."
+    if setting in (KV_GROUP, KV_FIRST) and st.session_state[KV_BITS.key] == 16:
+        return "A KV cache in 16 bits has no ranges."
+    if setting == KV_FIRST and st.session_state[KV_GROUP.key] == WHOLE_ROW:
+        return "A KV cache with a range for each token keeps none of them in 16 bits."
     if setting.path == "e2e.lr_act" and not quantized:
         return "Without stage 3 there are no clips."
     if setting.path == "wat.lr_bitmap" and st.session_state["quantize wat.bitmap"] == "coupled":

@@ -58,12 +58,19 @@ def size_label(group_size: int) -> str:
     return "row" if group_size == WHOLE_ROW else str(group_size)
 
 
+def tokens_label(group_size: int) -> str:
+    """A group of tokens in words."""
+    return "token" if group_size == WHOLE_ROW else str(group_size)
+
+
 FORMAT = Setting("quant.format", show=FORMAT_NAMES.__getitem__)
 GROUP_SIZE = Setting("quant.group_size", (16, 32, 64, 128, WHOLE_ROW), size_label)
 PARAM_BITS = Setting("quant.param_bits")
 ACT_BITS = Setting("quant.act_bits")
 KV_BITS = Setting("quant.kv_bits")
-ACTIVATIONS = (ACT_BITS, Setting("quant.act_group_size", (32, 64, WHOLE_ROW), size_label), KV_BITS)
+KV_GROUP = Setting("quant.kv_group_size", (32, 64, WHOLE_ROW), tokens_label)
+KV_FIRST = Setting("quant.kv_first", step=1)
+ACTIVATIONS = (ACT_BITS, Setting("quant.act_group_size", (32, 64, WHOLE_ROW), size_label), KV_BITS, KV_GROUP)
 # Of a run from the teacher; one from a checkpoint has those of CONTINUATIONS.
 STAGE_CHOICES = (*(STAGES[:count] for count in (1, 2, 3)), (*STAGES[:2], STAGES[3]), STAGES)
 STAGE_SETTING = Setting("stages", STAGE_CHOICES, stage_numbers, menu=True)
@@ -76,6 +83,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("seed", step=_COUNT),
         Setting("device", devices()),
         Setting("stream_dtype"),
+        KV_FIRST,
     ),
     stage_name("ptq"): (
         Setting("ptq.tokens", step=_TOKENS),

@@ -7,6 +7,7 @@
     job = client.submit("Why is the sky blue?", blind=True, secret=secret, api_name="/ask")
     for seen in job: ...                                    # every change: position in the queue, both answers so far
     client.predict("left", secret, api_name="/vote")        # left, right, tie, both bad; reveals which model was which
+    client.predict("Why is the sky blue?", "The sky", api_name="/next")     # what each model expects after "The sky"
     client.predict(secret, api_name="/stop"); client.predict(api_name="/tally"); client.predict(api_name="/about")
 
 A refusal (too long, too often, full queue) is raised there with the message that the page shows. Whoever asks with the
@@ -78,6 +79,20 @@ def add(showcase: Showcase) -> None:
                 async for seen in turn:
                     yield _document(seen)
 
+    def next_(prompt: str, request: gr.Request, begun: str = "", secret: str = "") -> list[dict[str, Any]]:
+        """What both models find likeliest next in their answer to a question, of which "begun" is written already: for
+        the teacher, then for the binarized model, "name" and "tokens", each with "text" and "probability". It counts as
+        a question."""
+        with _refusals():
+            if not isinstance(prompt, str) or not isinstance(begun, str):
+                raise _error("prompt and begun must be texts.")
+            address = request.client.host if request.client else ""
+            found = showcase.next(visitor(request, secret), address, prompt, begun)
+            return [
+                {"name": name, "tokens": [{"text": one.text, "probability": one.probability} for one in tokens]}
+                for name, tokens in zip(showcase.names, found, strict=True)
+            ]
+
     def stop(request: gr.Request, secret: str = "") -> bool:
         """Stop your answers, or leave the queue; return whether there was anything to stop. Give the secret that you
         asked with, if you did."""
@@ -110,6 +125,7 @@ def add(showcase: Showcase) -> None:
         }
 
     api(ask, api_name="ask", concurrency_limit=None)
+    api(next_, api_name="next", queue=False)
     for endpoint in (stop, vote, tally, about):
         api(endpoint, api_name=endpoint.__name__, queue=False)
 

@@ -17,8 +17,9 @@ from lbllm.chat.stream import Messages
 class Exchange:
     """One prompt and its two answers, by the models ``names`` with ``settings``.
 
-    ``lens``: the last lens over one of the answers, with the names of teacher and student. ``time``: seconds since the
-    epoch.
+    ``begun``: the beginning that both answers were given; ``before``: the exchange that this one went on from, with its
+    own answers. ``lens``: the last lens over one of the answers, with the names of teacher and student. ``time``:
+    seconds since the epoch.
     """
 
     prompt: str
@@ -26,6 +27,8 @@ class Exchange:
     settings: tuple[ChatSettings, ChatSettings]
     duel: Duel
     lens: tuple[Lens, tuple[str, str]] | None = None
+    begun: str = ""
+    before: Exchange | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     time: float = field(default_factory=time.time)
 
@@ -63,15 +66,39 @@ class Conversation:
         settings: tuple[ChatSettings, ChatSettings],
         *,
         timed: bool = False,
+        begun: str = "",
     ) -> Exchange:
-        """Start both models' answers to a prompt and return the exchange at once."""
+        """Start both models' answers to a prompt, both from the beginning ``begun``; return the exchange at once."""
         left, right = (
-            Side(slots[side], _messages(self.exchanges, side, prompt, names[side], settings[side]), settings[side])
+            Side(
+                slots[side],
+                _messages(self.exchanges, side, prompt, names[side], settings[side]),
+                settings[side],
+                begun,
+            )
             for side in (0, 1)
         )
-        exchange = Exchange(prompt, names, settings, Duel((left, right), timed=timed))
+        exchange = Exchange(prompt, names, settings, Duel((left, right), timed=timed), begun=begun)
         self.exchanges.append(exchange)
         return exchange
+
+    def go_on(self, begun: str, slots: tuple[Slot, Slot], *, timed: bool = False) -> Exchange:
+        """Let both models answer the last prompt again, with the same settings, from the beginning ``begun``.
+
+        The new exchange takes the place of the last one, and ``back`` brings that one back.
+        """
+        before = self.exchanges.pop()
+        before.duel.stop()
+        exchange = self.ask(before.prompt, slots, before.names, before.settings, timed=timed, begun=begun)
+        exchange.before = before
+        return exchange
+
+    def back(self) -> None:
+        """Bring back the exchange that the last one went on from; without one, nothing happens."""
+        last = self.exchanges[-1]
+        if last.before is not None:
+            last.duel.stop()
+            self.exchanges[-1] = last.before
 
     def drop_last(self) -> str:
         """Stop and remove the last exchange; return its prompt."""

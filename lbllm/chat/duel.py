@@ -54,11 +54,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Side:
-    """The model, the conversation so far (the prompt is last) and the settings of one side."""
+    """The model, the conversation so far (the prompt is last) and the settings of one side; ``begun``: the beginning of
+    the answer, which the model goes on from."""
 
     slot: Slot
     messages: Messages
     settings: ChatSettings
+    begun: str = ""
 
 
 def visible_messages(loaded: Loaded, messages: Messages, settings: ChatSettings) -> Messages:
@@ -125,6 +127,7 @@ class Duel:
             bpw=loaded.bpw,
             packed=loaded.packed,
             completes=not (loaded.is_chat and settings.template),
+            text=side.begun,
         )
         pieces = stream(
             loaded.model,
@@ -136,6 +139,7 @@ class Duel:
             repetition_penalty=settings.repetition_penalty,
             seed=settings.seed,
             template=settings.template,
+            begun=side.begun,
             stop=self._stop,
         )
         for piece in pieces:

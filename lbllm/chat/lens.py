@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lbllm.chat.stream import Messages, prompt_ids, room_for
+from lbllm.chat.stream import Messages, answer_ids, prompt_ids, room_for
 from lbllm.errors import ModelError
 from lbllm.json_input import replaced
 from lbllm.models.tokens import check_ids
@@ -30,10 +30,12 @@ STEPS: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that a model expected next, as text, and its probability."""
+    """A token that a model expected next, as text, and its probability. ``special``: it is no text, but ends an answer
+    or has another meaning of its own, or is a part of a character."""
 
     text: str
     probability: float
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Lens:
 
     tokens: tuple[LensToken, ...]
     left_out: int
+
+    def begun(self, number: int, text: str) -> str:
+        """The text before a token, with ``text`` in the token's place."""
+        return "".join(token.text for token in self.tokens[:number]) + text
 
     @property
     def mean_kl(self) -> float:
@@ -154,6 +160,28 @@ def lens(
     return Lens(tuple(tokens), own.shape[1] - kept.shape[1])
 
 
+@torch.inference_mode()
+def next_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    begun: str = "",
+    template: bool = True,
+) -> tuple[Candidate, ...]:
+    """Return the ``TOP`` tokens that a model finds likeliest next in its answer to ``messages``, of which ``begun`` is
+    written already; the probabilities are those of the model itself, before temperature and penalty.
+
+    Raises ModelError for an empty prompt, or one that fills the context.
+    """
+    ids = answer_ids(tokenizer, messages, begun, template=template)
+    check_ids(model, tokenizer, ids)
+    if room_for(model, ids.shape[1]) < 0:
+        raise ModelError(f"the text has {ids.shape[1]} tokens, more than the model's context holds; shorten it")
+    logits = model(input_ids=ids.to(model.device), logits_to_keep=1, use_cache=False).logits[0, -1]
+    return likeliest(tokenizer, torch.log_softmax(logits.float(), dim=-1))
+
+
 def first_difference(left: str, right: str) -> int | None:
     """Return the position, in both texts, at which the first different word begins; None if the texts are equal.
 
@@ -183,9 +211,11 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor, count: int) -> Tenso
 def likeliest(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> tuple[Candidate, ...]:
     """Return the ``TOP`` likeliest tokens of log-probabilities (vocabulary,), the likeliest first."""
     values, ids = row.topk(min(TOP, len(row)))
+    texts = [str(tokenizer.decode([token])) for token in ids.tolist()]
+    special = set(tokenizer.all_special_ids)
     return tuple(
-        Candidate(str(tokenizer.decode([token])), probability)
-        for token, probability in zip(ids.tolist(), values.exp().tolist(), strict=True)
+        Candidate(text, probability, token in special or not text or "\ufffd" in text)
+        for text, token, probability in zip(texts, ids.tolist(), values.exp().tolist(), strict=True)
     )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lbllm.chat.duel import Answer, Duel, Side
+from lbllm.chat.lens import Candidate, next_tokens
 from lbllm.chat.pool import ModelPool, Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.settings import ChatSettings
@@ -36,6 +37,7 @@ from lbllm.places import home
 from lbllm.runs.store import RunStore
 
 _REMEMBERED = 1000
+_CHARS_A_TOKEN = 8  # more than a token has on average in any language
 SECRET_CHARS = (16, 200)
 TurnState = Literal["waiting", "answering", "over"]
 
@@ -145,6 +147,7 @@ class Showcase:
         self._line: deque[Turn] = deque()
         self._turns: dict[tuple[str, str], Turn] = {}
         self._mutex = threading.RLock()
+        self._reading = threading.Lock()
         self._serving = False
         self._count = 0
         self._visitor_rate = RateLimit(self.limits.per_minute, 60)
@@ -172,14 +175,7 @@ class Showcase:
         Raises VisitorError if the question is empty or too long, the visitor asks too often or has one in the line,
         or the line is full.
         """
-        # JSON can contain a lone surrogate, which a tokenizer does not accept.
-        prompt = replaced(prompt).strip()
-        if not prompt:
-            raise VisitorError("The question is empty. Write one, or choose an example.")
-        if len(prompt) > self.limits.prompt_chars:
-            raise VisitorError(
-                f"The question has {len(prompt):,} characters; {self.limits.prompt_chars:,} are allowed. Shorten it."
-            )
+        prompt = self._checked(prompt)
         with self._mutex:
             last = self._turns.get(visitor.key)
             if last is not None and not last.over:
@@ -198,6 +194,41 @@ class Showcase:
                 self._serving = True
                 threading.Thread(target=self._serve, name="lbllm-showcase", daemon=True).start()
         return turn
+
+    def next(
+        self, visitor: Visitor, address: str, prompt: str, begun: str = ""
+    ) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+        """What the teacher and the binarized model find likeliest next in their answer to a question, of which
+        ``begun`` is written already. It counts as a question, and one is computed at a time.
+
+        Raises VisitorError as ``ask``, for a beginning that is too long, and while the models are being loaded.
+        """
+        prompt = self._checked(prompt)
+        begun = replaced(begun)
+        most = _CHARS_A_TOKEN * self.limits.answer_tokens
+        if len(begun) > most:
+            raise VisitorError(f"The beginning has {len(begun):,} characters; {most:,} are allowed. Shorten it.")
+        if not self.ready:
+            raise VisitorError("The models are being loaded. Try again in a minute.")
+        with self._mutex:
+            self._check_rate(visitor, address)
+        messages = [{"role": "user", "content": prompt}]
+        with self._reading:
+            first, second = (
+                next_tokens(slot.loaded.model, slot.loaded.tokenizer, messages, begun=begun) for slot in self.slots
+            )
+        return first, second
+
+    def _checked(self, prompt: str) -> str:
+        # JSON can contain a lone surrogate, which a tokenizer does not accept.
+        prompt = replaced(prompt).strip()
+        if not prompt:
+            raise VisitorError("The question is empty. Write one, or choose an example.")
+        if len(prompt) > self.limits.prompt_chars:
+            raise VisitorError(
+                f"The question has {len(prompt):,} characters; {self.limits.prompt_chars:,} are allowed. Shorten it."
+            )
+        return prompt
 
     def seen(self, turn: Turn) -> Seen:
         """The turn as it is now."""

@@ -82,6 +82,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, templa
     return ids
 
 
+def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, begun: str, *, template: bool = True) -> Tensor:
+    """Return the token ids (1, T), int64, of ``prompt_text`` and of ``begun``, the beginning of the answer to it.
+    Raises ModelError if the prompt has no tokens."""
+    given = tokenizer(replaced(begun), add_special_tokens=False)["input_ids"] if begun else []
+    return torch.cat([prompt_ids(tokenizer, messages, template=template), torch.tensor([given], dtype=torch.long)], 1)
+
+
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,17 +100,20 @@ def stream(
     repetition_penalty: float = REPETITION_PENALTY,
     seed: int = 0,
     template: bool = True,
+    begun: str = "",
     stop: threading.Event | None = None,
 ) -> Iterator[ChatPiece]:
     """Yield the model's answer to ``messages`` in pieces; the last piece has the final measurements and maybe no text.
 
     ``temperature`` 0 is greedy decoding. ``repetition_penalty`` above 1 makes tokens less likely that the answer (not
-    the prompt) already contains. With ``template`` off, a chat model continues the plain text. Setting ``stop``, or
-    closing the iterator, ends generation after the current token. An answer ends at the context length at the latest.
-    The model's own generation settings count where they fit a chat (``chat_generation``). Raises ModelError if the
-    prompt fills the context.
+    the prompt) already contains. ``begun``: the beginning of the answer, which the model goes on from; it is in none of
+    the pieces and counts for none of the measurements. With ``template`` off, a chat model continues the plain text.
+    Setting ``stop``, or closing the iterator, ends generation after the current token. An answer ends at the context
+    length at the latest. The model's own generation settings count where they fit a chat (``chat_generation``). Raises
+    ModelError if the prompt fills the context.
     """
-    ids = prompt_ids(tokenizer, messages, template=template)
+    ids = answer_ids(tokenizer, messages, begun, template=template)
+    before = prompt_ids(tokenizer, messages, template=template).shape[1]
     check_ids(model, tokenizer, ids)
     ids = ids.to(model.device)
     room = room_for(model, ids.shape[1])
@@ -117,7 +127,7 @@ def stream(
     pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
     processors = LogitsProcessorList()
     if repetition_penalty > 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=ids.shape[1]))
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=before))
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_p < 1:
@@ -136,7 +146,7 @@ def stream(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 tokenizer=tokenizer,  # for stop strings
-                streamer=_Pieces(tokenizer, pieces, settings),
+                streamer=_Pieces(tokenizer, pieces, settings, ids[0, before:].tolist()),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
                 generation_config=settings,
@@ -188,10 +198,14 @@ class _Pieces(BaseStreamer):
         tokenizer: PreTrainedTokenizerBase,
         pieces: queue.SimpleQueue[ChatPiece | BaseException | None],
         settings: GenerationConfig,
+        given: list[int],
     ) -> None:
         self.tokenizer = tokenizer
         self.pieces = pieces
         self.settings: Any = settings
+        # Some tokenizers write a token without its space where no token stands before it.
+        self.given = given[-4:]
+        self.skipped = len(self._text(self.given))
         self.tokens: list[int] | None = None
         self.written = 0
         self.started = time.monotonic()
@@ -205,17 +219,20 @@ class _Pieces(BaseStreamer):
         if not self.tokens:
             self.first = self.latest
         self.tokens.extend(value.reshape(-1).tolist())
-        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        text = self._text(self.given + self.tokens)[self.skipped :]
         complete = text.rstrip("\ufffd")
         if len(complete) > self.written:
             self._write(complete)
 
     def end(self) -> None:
         tokens = self.tokens or []
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = self._text(self.given + tokens)[self.skipped :]
         ended = tokens[-1:] == [] or tokens[-1] in (self.settings.eos_token_id or ())
         ended = ended or any(string in text for string in self.settings.stop_strings or ())
         self._write(text, cut=not ended and len(tokens) >= self.settings.max_new_tokens)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _write(self, text: str, *, cut: bool = False) -> None:
         count = len(self.tokens or [])

@@ -124,6 +124,7 @@ class FusedForward:
             attention.config.num_key_value_heads,
             attention.scaling,
             self.decoder.norm.variance_epsilon,
+            *cache[0].groups,
         )
         for layer in cache:
             layer.length += 1
@@ -226,7 +227,7 @@ class FusedForward:
         if len(layers) != len(blocks) or not self._is_untouched():
             return None
         for layer in layers:
-            if not isinstance(layer, PackedKVLayer) or layer.length == 0:
+            if not isinstance(layer, PackedKVLayer) or layer.length == 0 or layer.groups != layers[0].groups:
                 return None
         length = layers[0].length
         # A head of odd length leaves half a byte, and a batch has more than one sequence.

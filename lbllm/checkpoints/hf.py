@@ -46,8 +46,9 @@ from lbllm.json_input import shortened
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
 from lbllm.models.experts import split_experts
 from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tied_weights
-from lbllm.quant.kv_cache import KVLayer, PackedKVLayer, with_bits
-from lbllm.quant.model_cache import KeepBits, leave_no_cache
+from lbllm.quant.kv_attention import attend_in_groups
+from lbllm.quant.kv_cache import KVFormat
+from lbllm.quant.model_cache import KeepBits, kv_maker, leave_no_cache
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
 
@@ -96,7 +97,7 @@ class LbllmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(kwargs.get("checkpoint_files") or ())
-        attach_kv_cache(model, self.quantization_config.format.kv_bits)
+        attach_kv_cache(model, KVFormat.of(self.quantization_config.format))
         split_experts(model)
         with torch.device("meta"):
             replace_layers(model, self.quantization_config.format)
@@ -147,17 +148,26 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
             block.set_submodule(name, packed)
 
 
-def attach_kv_cache(model: PreTrainedModel, bits: int, kind: KVLayer = PackedKVLayer) -> None:
-    """Make the model keep its KV cache in ``bits`` bits, no matter who creates the cache: generate(), a caller, or a
+def attach_kv_cache(model: PreTrainedModel, kv: KVFormat, *, training: bool = False) -> None:
+    """Make the model keep its KV cache in this format, no matter who creates the cache: generate(), a caller, or a
     plain forward call of the model or of its decoder without the head. Call it before the layers are replaced.
 
-    A model without a KV cache stays as it is. Raises ConfigError for a cache that can't keep these bits.
+    ``training``: the cache keeps nothing, and its rounding has gradients. A model without a KV cache stays as it is.
+    Raises ConfigError for a cache or an attention that can't keep the format.
     """
-    decoder = _cache_holder(model) if bits < 16 else None
-    if decoder is None:
-        return
+    decoder = _cache_holder(model) if kv.bits < 16 else None
+    if decoder is not None:
+        keep_bits(model, decoder, kv, training=training)
+
+
+def keep_bits(model: PreTrainedModel, decoder: nn.Module, kv: KVFormat, *, training: bool = False) -> None:
+    """``attach_kv_cache`` for the module of a model that every pass with a cache goes through; ``kv`` has less than 16
+    bits."""
+    if kv.in_groups:
+        attend_in_groups(model)
     names = list(inspect.signature(decoder.forward).parameters)
-    decoder.register_forward_pre_hook(KeepBits(with_bits(kind, bits), names, model.config), with_kwargs=True)
+    hook = KeepBits(kv_maker(kv, training=training), names, model.config)
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(leave_no_cache, with_kwargs=True)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lbllm.quant import kv_attention
 from lbllm.quant.packed_layer import PackedLinear
 
 NAMES = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -36,7 +37,7 @@ _EVERYWHERE = (
     torch_module._global_backward_pre_hooks,
 )
 _CALL = nn.Module.__call__
-_ATTENTION = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in ("sdpa", "eager")}
+_ATTENTION = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in ("sdpa", "eager", kv_attention.NAME)}
 
 
 class Structure:

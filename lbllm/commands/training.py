@@ -199,6 +199,11 @@ def _estimate_table(config: RunConfig, result: Estimate) -> Table:
     grid.add_row("binarized weights", f"{result.weights:,} at {result.bpw:.3f} bits each, parameters included")
     grid.add_row("kept dense", f"{result.dense_weights:,}")
     grid.add_row("checkpoint", f"{size(result.disk_bytes)}, {against_16_bits(result.disk_bytes, result.parameters)}")
+    if result.cache is not None:
+        grid.add_row(
+            "KV cache",
+            f"{size(result.cache.nbytes)} for {result.cache.tokens:,} tokens, {result.cache.bits:.2f} bits per value",
+        )
     states = "in files on disk" if result.needs.streams == "disk" else "in memory"
     grid.add_row("peak memory", f"{size(result.memory_bytes)}, hidden states {states}")
     if result.needs.gpu:

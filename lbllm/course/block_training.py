@@ -69,8 +69,9 @@ def nearest(layer: BinaryLinear, latent: Tensor) -> tuple[Tensor, Tensor]:
 class Training:
     """A few steps of stage 2 on a block of the checkpoint's teacher, in the checkpoint's format.
 
-    ``run`` does them. Then ``snapshots`` has one before the first of ``steps`` steps and one after each, ``tokens`` is
-    the length of the text that they learn from, and ``formats`` has the block's binarized layers.
+    ``read`` takes the block with its inputs, ``begin`` binarizes it, ``run`` does the steps. ``snapshots`` has one from
+    ``begin`` and one after each of ``steps`` steps, ``tokens`` is the length of the text that they learn from, and
+    ``formats`` has the block's binarized layers.
     """
 
     ERROR, CHANGED = dotted(block_error), dotted(share_changed)
@@ -95,53 +96,62 @@ class Training:
         wat = self.config.wat
         return wat.epochs * -(-wat.tokens // wat.batch_tokens)
 
-    def run(self) -> Iterator[Snapshot]:
-        """Train, and yield a snapshot before the first step and after each step. Raises LbllmError."""
+    def read(self) -> None:
+        """Run the teacher on a text as far as the block. Raises LbllmError."""
         loaded, config = self._data.teacher, self.config
         # A copy that shares all weights: the modules of the loaded model get no hooks, others use them.
         copied = share_copy(loaded.model)
-        sample = take_block(config, self.number, Teacher(config.model, copied, loaded.tokenizer, "", ""))
+        self._sample = take_block(config, self.number, Teacher(config.model, copied, loaded.tokenizer, "", ""))
+
+    def begin(self) -> None:
+        """Give the block levels and bits (stage 1), and keep the first snapshot. Raises LbllmError."""
+        config, sample = self.config, self._sample
         start = initialize(sample, config, config.quant.format, config.quant.group_size)
         length = sample.inputs.shape[1]
         batch = max(1, BATCH_TOKENS // length)
         per_epoch = -(-len(sample.inputs) // batch)
         epochs = max(1, round(STEPS / per_epoch))
-        settings = config.wat.model_copy(update={"epochs": epochs, "batch_tokens": batch * length})
+        self._settings = config.wat.model_copy(update={"epochs": epochs, "batch_tokens": batch * length})
         self.steps, self.tokens, self.formats = epochs * per_epoch, len(sample.inputs) * length, start.formats
-        block = restore(sample.block, start.formats, start.tensors, config.quant.tail_steps)
-        layers = binary_layers(block)
-        latents = {name: start.tensors[f"{name}.latent"] for name in layers}
-        before = {name: nearest(layer, latents[name])[0] for name, layer in layers.items()}
+        self._block = restore(sample.block, start.formats, start.tensors, config.quant.tail_steps)
+        self._layers = binary_layers(self._block)
+        self._latents = {name: start.tensors[f"{name}.latent"] for name in self._layers}
+        self._before = {name: nearest(layer, self._latents[name])[0] for name, layer in self._layers.items()}
+        self.snapshots = [self._look(0, None, self._latents)]
 
-        def look(step: int, loss: float | None, latents: dict[str, Tensor]) -> Snapshot:
-            probe = sample.probe_inputs, sample.probe_targets
-            error = block_error(block, *probe, sample.call, len(sample.probe_inputs))
-            found = {name: nearest(layer, latents[name]) for name, layer in layers.items()}
-            changed = share_changed(before.values(), (found[name][0] for name in before))
-            index, levels = found[self._layer]
-            rows = (latents[self._layer][:ROWS].float().clone(), levels[:ROWS].float().clone(), index[:ROWS].clone())
-            self.snapshots.append(Snapshot(step, loss, error, changed, *rows))
-            return self.snapshots[-1]
+    def _look(self, step: int, loss: float | None, latents: dict[str, Tensor]) -> Snapshot:
+        sample = self._sample
+        probe = sample.probe_inputs, sample.probe_targets
+        error = block_error(self._block, *probe, sample.call, len(sample.probe_inputs))
+        found = {name: nearest(layer, latents[name]) for name, layer in self._layers.items()}
+        changed = share_changed(self._before.values(), (found[name][0] for name in self._before))
+        index, levels = found[self._layer]
+        rows = (latents[self._layer][:ROWS].float().clone(), levels[:ROWS].float().clone(), index[:ROWS].clone())
+        return Snapshot(step, loss, error, changed, *rows)
 
-        yield look(0, None, latents)
+    def run(self) -> Iterator[Snapshot]:
+        """Train, and yield a snapshot after each step; afterwards only the snapshots are kept. Raises LbllmError."""
+        sample = self._sample
         training = wat_block(
-            block,
+            self._block,
             sample.call,
             sample.inputs,
             sample.targets,
-            latents,
-            settings,
-            seed=config.seed,
+            self._latents,
+            self._settings,
+            seed=self.config.seed,
             autocast=contextlib.nullcontext,
         )
         for step in training:
-            now = {name: layer.latent.detach() for name, layer in layers.items() if layer.latent is not None}
-            yield look(step.step, step.loss, now)
+            now = {name: layer.latent.detach() for name, layer in self._layers.items() if layer.latent is not None}
+            self.snapshots.append(self._look(step.step, step.loss, now))
+            yield self.snapshots[-1]
+        del self._sample, self._block, self._layers, self._latents, self._before
 
     @property
     def address(self) -> Address:
         """The group that is shown: of the full groups in the rows that were kept, the one in which most weights have
-        another level at the end."""
+        another level now than at step 0."""
         length = self._length
         full = self.snapshots[0].index.shape[1] // length
         first, last = (to_groups(one.index, length)[:, :full] for one in (self.snapshots[0], self.snapshots[-1]))
@@ -152,16 +162,16 @@ class Training:
     def _length(self) -> int:
         return group_length(self.formats[self._layer].group_size, self.snapshots[0].index.shape[1])
 
-    def group(self, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
-        """The latent weights (g,) of the group that is shown, its levels (K,) and the index (g,) of each weight's."""
-        at = self.address
+    def group(self, snapshot: Snapshot, at: Address) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent weights (g,) of a group in the rows that were kept, its levels (K,) and the index (g,) of each
+        weight's."""
         assert at.row is not None
         assert at.group is not None
         part = slice(at.group * self._length, (at.group + 1) * self._length)
         return snapshot.latent[at.row, part], snapshot.levels[at.row, at.group], snapshot.index[at.row, part]
 
-    def group_ends(self) -> tuple[float, float]:
+    def group_ends(self, at: Address) -> tuple[float, float]:
         """The ends of an axis for the group in all snapshots."""
-        values = torch.cat([torch.cat(self.group(one)[:2]) for one in self.snapshots])
+        values = torch.cat([torch.cat(self.group(one, at)[:2]) for one in self.snapshots])
         low, high = float(values.min()), float(values.max())
         return low - 0.05 * (high - low), high + 0.05 * (high - low)

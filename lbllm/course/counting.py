@@ -111,6 +111,12 @@ def file_bits(count: Estimate) -> float:
     return 8 * count.disk_bytes / count.parameters
 
 
+def file_bits_with(count: Estimate, times: int) -> float:
+    """The same of a file with ``times`` as many binarized weights, and all others as they are."""
+    binarized = sum(count.parts[part] for part in (*PLANES, *PARAMETERS))
+    return 8 * (count.disk_bytes + (times - 1) * binarized) / (count.parameters + (times - 1) * count.weights)
+
+
 def dense_bits(count: Estimate) -> float:
     """The bits of all other parts of a file for each weight that is not binarized."""
     others = sum(size for part, size in count.parts.items() if part not in (*PLANES, *PARAMETERS))

@@ -4,6 +4,7 @@ course = Course.open("shipped")
 course.outline                          keys and titles, known at once
 for step in course.prepare("one-bit"): ...       what takes more than a moment, with its progress
 course.lesson("one-bit")                texts, questions, dials
+for step in course.watch("one-bit"): ...         what is watched after the guess
 course.scene("one-bit", (3,))           what is shown there
 course.document()                       everything, for a site that needs no server
 """
@@ -31,8 +32,8 @@ class Course:
     def __init__(self, data: CourseData, makers: tuple[type[LessonMaker], ...] = LESSONS) -> None:
         self.data = data
         self._makers = {maker.key: maker(data) for maker in makers}
-        self._steps: dict[str, Iterator[Progress]] = {}
-        self._prepared: set[str] = set()
+        self._steps: dict[tuple[str, str], Iterator[Progress]] = {}
+        self._over: set[tuple[str, str]] = set()
         self._lessons: dict[str, Lesson] = {}
         self._scenes: dict[tuple[str, Positions], Scene] = {}
         self._turn = threading.RLock()
@@ -64,38 +65,48 @@ class Course:
     def prepared(self, key: str) -> bool:
         """Whether ``lesson`` returns without a long computation."""
         self._maker(key)
-        return key in self._prepared
+        return (key, "prepare") in self._over
 
     def prepare(self, key: str) -> Iterator[Progress]:
         """Compute what the lesson needs, and yield how far it is; nothing to yield if that is done.
 
         Who stops reading leaves the rest to the next reader; two readers at once share the work. Raises LbllmError.
         """
-        maker = self._maker(key)
+        yield from self._read(key, "prepare", self._maker(key).prepare)
+
+    def watch(self, key: str) -> Iterator[Progress]:
+        """The same for what is watched after the guess: then the lesson is complete, and its scenes can be shown."""
+        yield from self.prepare(key)
+        yield from self._read(key, "watch", self._maker(key).watch)
+
+    def _read(self, key: str, part: str, begin: Callable[[], Iterator[Progress]]) -> Iterator[Progress]:
         while True:
             with self._turn:
-                if key in self._prepared:
+                if (key, part) in self._over:
                     return
-                steps = self._steps.setdefault(key, maker.prepare())
+                if (key, part) not in self._steps:
+                    self._steps[key, part] = begin()
                 try:
-                    progress = next(steps, None)
+                    progress = next(self._steps[key, part], None)
                 except BaseException:
-                    del self._steps[key]  # it starts anew when it is asked for again
+                    del self._steps[key, part]  # it starts anew when it is asked for again
                     raise
                 if progress is None:
-                    self._prepared.add(key)
+                    self._over.add((key, part))
                     return
             yield progress
 
     def lesson(self, key: str) -> Lesson:
-        """A lesson by its key. Raises ConfigError for an unknown key, LbllmError."""
+        """A lesson by its key, complete if what is watched in it is over. Raises ConfigError for an unknown key,
+        LbllmError."""
         maker = self._maker(key)
         for _ in self.prepare(key):
             pass
         with self._turn:
-            if key not in self._lessons:
-                self._lessons[key] = maker.lesson()
-            return self._lessons[key]
+            known = self._lessons.get(key)
+            if known is None or (not known.complete and (key, "watch") in self._over):
+                known = self._lessons[key] = maker.lesson()
+            return known
 
     def scene(self, key: str, positions: Positions) -> Scene:
         """A lesson's scene at these positions of its dials. Raises ConfigError if a position is not on its dial,
@@ -106,6 +117,8 @@ class Course:
             raise ConfigError(
                 f"lesson {key}: there is no position {list(positions)}; its dials have {counts} positions each"
             )
+        for _ in self.watch(key):
+            pass
         with self._turn:
             if (key, positions) not in self._scenes:
                 self._scenes[key, positions] = self._makers[key].scene(positions)
@@ -119,6 +132,8 @@ class Course:
         """
         lessons = []
         for key in self._makers:
+            for _ in self.watch(key):
+                pass
             lesson = self.lesson(key)
             scenes = {position_key(where): asdict(self.scene(key, where)) for where in lesson.positions()}
             lessons.append(asdict(lesson) | {"scenes": scenes})

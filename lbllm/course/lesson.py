@@ -47,6 +47,13 @@ def computed(label: str, form: str, formula: str, function: Callable[..., Any], 
     return Figure(label, value, form.format(value), formula, dotted(function))
 
 
+def worse_than_none(error: float) -> str:
+    """A sentence for a relative error of weights above 1, with a space before it; empty for others."""
+    if error <= 1:
+        return ""
+    return f" More than {1:.0%} is worse than no weights at all: with zeros in their place it would be {1:.0%}."
+
+
 def dotted(function: Callable[..., Any]) -> str:
     """The name under which a function, class or method can be imported: "lbllm.quant.levels.fit_levels"."""
     return f"{function.__module__}.{function.__qualname__}"
@@ -82,11 +89,12 @@ class Dial:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with a right option (its position), and the reason for it."""
+    """A question with a right option (its position), and the reason for it. ``right`` is None, and ``because`` empty,
+    as long as nobody can know: what the question is about happens after the answer."""
 
     text: str
     options: tuple[str, ...]
-    right: int
+    right: int | None
     because: str
 
 
@@ -108,15 +116,15 @@ def number_question(text: str, right: float, wrong: Sequence[float], form: str, 
 @dataclass(frozen=True)
 class Lesson:
     """A lesson without its scenes. ``idea``: two sentences; ``guess``: asked and scored before the first scene is
-    shown; ``check``: asked at the end; ``inspect``: the address of what the lesson is about, for the page Inspect, or
-    empty."""
+    shown; ``check``: asked at the end, None as long as ``LessonMaker.watch`` has not ended; ``inspect``: the address of
+    what the lesson is about, for the page Inspect, or empty."""
 
     key: str
     title: str
     idea: str
     guess: Question
     dials: tuple[Dial, ...]
-    check: Question
+    check: Question | None
     inspect: str = ""
 
     def positions(self) -> Iterator[Positions]:
@@ -127,6 +135,11 @@ class Lesson:
     def start(self) -> Positions:
         """The positions of the dials at the beginning."""
         return tuple(dial.start for dial in self.dials)
+
+    @property
+    def complete(self) -> bool:
+        """Whether both questions have their answers."""
+        return self.check is not None and None not in (self.guess.right, self.check.right)
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ class LessonMaker(ABC):
     """Makes one lesson from a checkpoint and its teacher. ``title`` has no numbers, so it is known without computing.
 
     What a lesson computes it keeps, so that another scene is fast. ``Course`` calls ``prepare`` to its end before
-    ``lesson``, and ``lesson`` before ``scene``; one thread at a time.
+    ``lesson``, and ``watch`` to its end before ``scene``; one thread at a time.
     """
 
     key: ClassVar[str]
@@ -153,6 +166,11 @@ class LessonMaker(ABC):
 
     def prepare(self) -> Iterator[Progress]:
         """Compute what takes more than a moment, and yield how far it is. Raises LbllmError."""
+        return iter(())
+
+    def watch(self) -> Iterator[Progress]:
+        """Compute what the reader watches after the guess, and yield how far it is. Then ``lesson`` is complete. Raises
+        LbllmError."""
         return iter(())
 
     @abstractmethod

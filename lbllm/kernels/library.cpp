@@ -19,7 +19,7 @@ TORCH_LIBRARY(lbllm, m) {
   m.def(
       "decode(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] norms, Tensor[] words, Tensor[] params, "
       "Tensor?[] scales, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, Tensor(a!)[] cache, "
-      "int position, int heads, int kv_heads, float scaling, float epsilon) -> Tensor");
+      "int position, int heads, int kv_heads, float scaling, float epsilon, int group_size=0, int first=0) -> Tensor");
   m.def("quantize_activations(Tensor x, float knee, float clip_low, float clip_high, int bits, int tail) -> Tensor");
   m.def(
       "quantize_activations_backward(Tensor grad, Tensor x, float knee, float clip_low, float clip_high, int bits, "

@@ -290,19 +290,21 @@ std::tuple<Tensor, Tensor> forward_kl(const Tensor& student, const Tensor& teach
 // each block those of the layers q, k, v, o, gate, up, down. `quantizers`: six numbers per layer, namely bits (0: no
 // quantization), tail, knee, the two clips, and how many features share a range. `cache`: for each block codes and
 // scales of the keys, then of the values, with room for a token at `position`; with 16 bits float16 values and empty
-// scales.
+// scales. With a `group_size` above 0, six: keys have ranges over groups of so many tokens, and the last two hold float16
+// keys and values of the `first` tokens and of the unfinished group.
 Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at::TensorList norms,
               at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<Tensor>> scales,
               at::ArrayRef<std::optional<Tensor>> biases, at::ArrayRef<double> quantizers,
               at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-              int64_t heads, int64_t kv_heads, double scaling, double epsilon) {
+              int64_t heads, int64_t kv_heads, double scaling, double epsilon, int64_t group_size, int64_t first) {
   const int64_t size = hidden.numel(), dim = cosine.size(-1);
-  const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS;
-  TORCH_CHECK(blocks > 0 && words.size() == layers && params.size() == layers && scales.size() == layers &&
-                  biases.size() == layers && quantizers.size() == 6 * layers && columns.size() == layers &&
-                  lengths.size() == layers && cache.size() == 4 * blocks &&
+  const size_t blocks = words.size() / LAYERS, layers = blocks * LAYERS, parts = group_size ? 6 : 4;
+  const Groups groups{group_size, first};
+  TORCH_CHECK(group_size >= 0 && first >= 0 && blocks > 0 && words.size() == layers && params.size() == layers &&
+                  scales.size() == layers && biases.size() == layers && quantizers.size() == 6 * layers &&
+                  columns.size() == layers && lengths.size() == layers && cache.size() == parts * blocks &&
                   (norms.size() == 2 * blocks + 1 || norms.size() == 4 * blocks + 1),
-              "decode: seven layers, two or four norms and four tensors of cache a block, and one norm more are "
+              "decode: seven layers, two or four norms and four or six tensors of cache a block, and one norm more are "
               "expected");
   TORCH_CHECK(hidden.scalar_type() == at::kFloat && hidden.is_contiguous() && size == columns[0],
               "decode: one token is expected, contiguous float32");
@@ -359,18 +361,29 @@ Tensor decode(const Tensor& hidden, const Tensor& cosine, const Tensor& sine, at
       TORCH_CHECK(at[k].columns == sizes[k][0] && at[k].rows == sizes[k][1],
                   "decode: the layers' sizes don't fit each other");
     for (int which = 0; which < 2; ++which) {
-      const Tensor &codes = cache[4 * b + 2 * which], &scale = cache[4 * b + 2 * which + 1];
-      const bool halves = codes.scalar_type() == at::kHalf;
+      const Tensor &codes = cache[parts * b + 2 * which], &scale = cache[parts * b + 2 * which + 1];
+      const bool halves = codes.scalar_type() == at::kHalf, by_channel = group_size && which == 0;
       const int bits = halves ? 16 : codes.size(-1) == dim ? 8 : 4;
+      const int64_t needed = group_size ? groups.encoded(position) : position + 1;
       TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && (halves || codes.scalar_type() == at::kByte) &&
                       scale.scalar_type() == at::kHalf && codes.dim() == 4 && codes.size(0) == 1 &&
-                      codes.size(1) == kv_heads && codes.size(2) > position &&
-                      codes.size(3) == (bits == 4 ? dim / 2 : dim) && scale.dim() == 4 &&
-                      scale.size(1) == kv_heads && scale.size(2) == codes.size(2) &&
-                      scale.size(3) == (halves ? 0 : 2),
+                      codes.size(1) == kv_heads && codes.size(2) >= needed &&
+                      codes.size(3) == (bits == 4 ? dim / 2 : dim) && scale.dim() == (by_channel ? 5 : 4) &&
+                      scale.size(1) == kv_heads &&
+                      (by_channel ? codes.size(2) == scale.size(2) * group_size && scale.size(3) == 2 &&
+                                        scale.size(4) == dim
+                                  : scale.size(2) == codes.size(2) && scale.size(3) == (halves ? 0 : 2)),
                   "decode: the cache has no room, or another shape");
-      block.kept[which] = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()),
-                           codes.size(2), dim};
+      Cache& kept = block.kept[which];
+      kept = {bits, codes.data_ptr(), reinterpret_cast<uint16_t*>(scale.data_ptr<at::Half>()), codes.size(2), dim};
+      if (group_size) {
+        const Tensor& recent = cache[parts * b + 4 + which];
+        TORCH_CHECK(!halves && recent.is_contiguous() && recent.scalar_type() == at::kHalf &&
+                        recent.sizes() == at::IntArrayRef({1, kv_heads, first + group_size, dim}),
+                    "decode: the tokens in 16 bits have another shape");
+        kept.groups = groups, kept.by_channel = by_channel;
+        kept.halves = reinterpret_cast<uint16_t*>(recent.data_ptr<at::Half>());
+      }
     }
   }
   const float* last = norm_at(norms.size() - 1, size);

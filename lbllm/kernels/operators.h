@@ -34,6 +34,6 @@ at::Tensor decode(const at::Tensor& hidden, const at::Tensor& cosine, const at::
                   at::TensorList words, at::TensorList params, at::ArrayRef<std::optional<at::Tensor>> scales,
                   at::ArrayRef<std::optional<at::Tensor>> biases, at::ArrayRef<double> quantizers,
                   at::IntArrayRef columns, at::IntArrayRef lengths, at::TensorList cache, int64_t position,
-                  int64_t heads, int64_t kv_heads, double scaling, double epsilon);
+                  int64_t heads, int64_t kv_heads, double scaling, double epsilon, int64_t group_size, int64_t first);
 
 }  // namespace lbllm

@@ -23,11 +23,13 @@ from lbllm.checkpoints.find import find_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
+from lbllm.measure.cache_size import CacheSize, cache_size
 from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, active_experts, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported, decoder_blocks
 from lbllm.models.experts import expert_count
 from lbllm.models.teacher import skeleton
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.plan import bits_per_weight, block_formats, layer_bits
 from lbllm.runs.store import Run
@@ -71,7 +73,8 @@ class Estimate:
     ``bpw``: stored bits per binarized weight, with group parameters. ``disk_bytes``: the size of the checkpoint's
     weights, the sum of ``parts``. ``needs``: what the run needs of memory and disk. ``seconds``: the
     sum of ``stage_seconds`` and ``other_seconds``, which are those before, between and after the stages. ``weights``:
-    the number of binarized weights. ``dense_weights``: the number of all other parameters. ``experts``: of a mixture.
+    the number of binarized weights. ``dense_weights``: the number of all other parameters. ``cache``: the KV cache of
+    the finished model; None where that is not known. ``experts``: of a mixture.
     """
 
     bpw: float
@@ -84,6 +87,7 @@ class Estimate:
     weights: int
     dense_weights: int
     blocks: int
+    cache: CacheSize | None
     experts: ExpertsShare | None = None
 
     @property
@@ -134,6 +138,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
         weights=weights,
         dense_weights=model.num_parameters() - weights,
         blocks=len(blocks),
+        cache=cache_size(model.config, KVFormat.of(quant)),
         experts=_experts(config, model, layers, rate, sum(seconds.values())),
     )
 

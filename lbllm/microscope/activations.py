@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lbllm.microscope.mixed_cache import kept_bits, release
 from lbllm.microscope.pair import Pair, Side, Text
 from lbllm.microscope.passes import Passes, view
 from lbllm.quant.activations import ActivationGrid, ActQuantizer, Codes, decode
-from lbllm.quant.kv_cache import decode_kv, encode_kv, fake_quant_kv
+from lbllm.quant.kv_cache import KVFormat, decode_kv, encode_kv, fake_quant_kv
+from lbllm.quant.kv_groups import GroupedKVLayer, fake_quant_text
 from lbllm.quant.levels import group_length, spans
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import ACT_GROUP_SIZE, WHOLE_ROW
@@ -109,7 +110,9 @@ class ActivationView:
 class CachePart:
     """Keys or values (heads, T, head_dim), float32, of a block: ``states``, and ``stored``, as the cache gives them
     back. ``maxima`` (heads, head_dim): the largest absolute value of each channel. ``error``: relative, squared.
-    ``low`` and ``step`` (heads, T): the grid of each token and head, value = low + step * code."""
+    ``low`` and ``step``: the grids, value = low + step * code; (heads, T), one for each token and head, or for keys in
+    groups (heads, groups, head_dim). ``head`` and ``token``: where the largest value is; ``grid``: all values that can
+    be stored there, None in a cache with groups, where that may be a token in 16 bits."""
 
     states: Tensor
     stored: Tensor
@@ -118,6 +121,9 @@ class CachePart:
     error: float
     low: Tensor
     step: Tensor
+    head: int
+    token: int
+    grid: Range | None
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def activations(
         _peaks(inputs, pieces),
         quantizer,
         tuple(trials),
-        _words(layer, student, quantizer),
+        _words(layer, side, student, quantizer),
     )
 
 
@@ -180,21 +186,28 @@ def cache(pair: Pair, block: int, text: Text) -> CacheView:
     ids, _ = pair.ids(text)
     known, made = pair.states("student", ids), view(pair.student.model)
     hooked = kept_bits(pair)
-    bits = 16
+    kv = KVFormat(16)
     if hooked is not None:
         release(made.get_submodule(hooked[0]))
-        bits = hooked[1].layer_class.bits
-    shown = 4 if bits == 16 else bits
-    recorder = _Recorder(made.config, bits)
+        kv = hooked[1].kv
+    recorder = _Recorder(made.config, kv)
     if "past_key_values" in inspect.signature(made.forward).parameters:
         Passes(made, pair.path).until(ids, known, block, known.inputs[block], block + 1, past_key_values=recorder)
     if recorder.states is None:
         raise ConfigError(f"block {block} keeps no keys and values of its own; choose another block")
-    keys, values = (_cache_part(states[0].float(), shown) for states in recorder.states)
-    words = f"The cache keeps keys and values in {bits} bits, with a range for each token and head."
-    if bits == 16:
+    words = f"The cache keeps keys and values in {kv.bits} bits, with a range for each token and head."
+    if kv.bits == 16:
         words = "The cache keeps keys and values as they are (KV16). Shown is what 4 bits would make of them."
-    return CacheView(block, bits, tuple(pieces_of(pair.tokenizer, ids[0].tolist())), keys, values, words)
+    if kv.in_groups:
+        words = (
+            f"The cache keeps keys and values in {kv.bits} bits: keys with a range for each channel over "
+            f"{kv.group_size} tokens, values with one for each token. The first {kv.first} and those after the last "
+            "whole group keep 16 bits. Shown is what the last token sees."
+        )
+        keys, values = _grouped_parts(recorder.states, kv)
+    else:
+        keys, values = (_cache_part(states[0].float(), 4 if kv.bits == 16 else kv.bits) for states in recorder.states)
+    return CacheView(block, kv.bits, tuple(pieces_of(pair.tokenizer, ids[0].tolist())), keys, values, words)
 
 
 def layer_inputs_on(pair: Pair, side: Side, ids: Tensor, block: int, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -227,11 +240,11 @@ class _Watched(nn.Module):
 
 
 class _Recorder(DynamicCache):
-    """A cache that notes the keys and values of its first call, and gives them back as ``bits`` would keep them."""
+    """A cache that notes the keys and values of its first call, and gives them back as this format keeps them."""
 
-    def __init__(self, config: PreTrainedConfig, bits: int) -> None:
+    def __init__(self, config: PreTrainedConfig, kv: KVFormat) -> None:
         super().__init__(config=config)
-        self.bits = bits
+        self.kv = kv
         self.states: tuple[Tensor, Tensor] | None = None
 
     def update(
@@ -240,9 +253,11 @@ class _Recorder(DynamicCache):
         """Return keys and values (1, heads, T, head_dim)."""
         if self.states is None:
             self.states = key_states.detach(), value_states.detach()
-        if self.bits == 16:
+        if self.kv.bits == 16:
             return key_states, value_states
-        return fake_quant_kv(key_states, self.bits), fake_quant_kv(value_states, self.bits)
+        if self.kv.in_groups:
+            return fake_quant_text(key_states, value_states, self.kv)
+        return fake_quant_kv(key_states, self.kv.bits), fake_quant_kv(value_states, self.kv.bits)
 
 
 @torch.no_grad()
@@ -302,13 +317,41 @@ def _peaks(inputs: Tensor, pieces: tuple[str, ...]) -> tuple[Peak, ...]:
 
 def _cache_part(states: Tensor, bits: int) -> CachePart:
     codes, scale = encode_kv(states, bits)
-    stored = decode_kv(codes, scale, torch.float32)
     low, step = scale.float().unbind(-1)
+    part = _compared(states, decode_kv(codes, scale, torch.float32), low, step)
+    bottom, top = states[part.head, part.token].aminmax()
+    every = torch.arange(2**bits, dtype=torch.uint8, device=low.device)
+    values = decode_kv(every, scale[part.head, part.token], torch.float32)
+    return replace(part, grid=Range(0, states.shape[-1] - 1, float(bottom), float(top), tuple(values.tolist())))
+
+
+def _grouped_parts(states: tuple[Tensor, Tensor], kv: KVFormat) -> tuple[CachePart, CachePart]:
+    layer = GroupedKVLayer(kv)
+    layer.update(states[0].float(), states[1].float())
+    keys, values = layer.stores
+    assert keys is not None
+    assert values is not None
+    low, step = keys[1][0].float().unbind(-2)
+    token_low, token_step = values[1][0].float().unbind(-1)
+    stored = [part[0] for part in layer.decoded()]
+    return (
+        _compared(states[0][0].float(), stored[0], low, step),
+        _compared(states[1][0].float(), stored[1], token_low, token_step),
+    )
+
+
+def _compared(states: Tensor, stored: Tensor, low: Tensor, step: Tensor) -> CachePart:
     maxima = tuple(tuple(row) for row in states.abs().amax(1).tolist())
-    return CachePart(states, stored, _spread(states), maxima, relative_error(states, stored), low, step)
+    _, tokens, width = states.shape
+    head, token = divmod(int(states.abs().argmax()) // width, tokens)
+    error = relative_error(states, stored)
+    return CachePart(states, stored, _spread(states), maxima, error, low, step, head, token, None)
 
 
-def _words(name: str, student: nn.Module, quantizer: Quantizer | None) -> str:
+def _words(name: str, side: Side, student: nn.Module, quantizer: Quantizer | None) -> str:
+    if side == "teacher":
+        whose = "4 bits would" if quantizer is None else f"the student's quantizer ({quantizer.name}) would"
+        return f"The teacher does not quantize the inputs of {name}. Shown is what {whose} make of them."
     if quantizer is not None:
         return f"The inputs of {name} are quantized: {quantizer.name}."
     why = "are not quantized (A16)" if isinstance(student, PackedLinear) else "are not quantized: the layer is dense"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,11 @@ from lbllm.chat.settings import ChatSettings
 from lbllm.chat.stream import ChatPiece, Messages, stream
 from lbllm.microscope.hybrid import Choice, FirstBlocks, first_change, hybrid, started_from
 from lbllm.microscope.pair import Pair, Side, Text
-from lbllm.microscope.passes import Passes, States, view
+from lbllm.microscope.passes import KEPT, Passes, States, view
+from lbllm.models.tokens import embedding_rows
 
 ROWS = 16  # rows of logits that exist at the same time
+SHORT = KEPT // 2  # bytes of a text's log-probabilities that are kept
 
 
 @dataclass(frozen=True)
@@ -115,22 +117,40 @@ def _loaded_reading(pair: Pair, side: Side, ids: Tensor) -> Reading:
 
 def _reading(pair: Pair, ids: Tensor, passes: Passes, known: States, last: Tensor) -> Reading:
     """What a model makes of token ids (1, T) if its last block gives ``last`` (1, T, hidden)."""
-    of_teacher = pair.states("teacher", ids)
-    teacher = Passes(view(pair.teacher.model), pair.path)
+    teacher = _of_teacher(pair, ids)
     kl: list[float] = []
     losses: list[Tensor] = []
-    for start in range(0, ids.shape[1], ROWS):
-        rows = slice(start, min(start + ROWS, ids.shape[1]))
-        log_p, log_q = (
-            torch.log_softmax(one.logits(ids, states, hidden, rows), -1)
-            for one, states, hidden in ((teacher, of_teacher, of_teacher.last), (passes, known, last))
-        )
-        kl += token_kl(log_p, log_q)
+    for rows in _parts(ids):
+        log_q = torch.log_softmax(passes.logits(ids, known, last, rows), -1)
+        kl += token_kl(teacher(rows), log_q)
         targets = ids[0, rows.start + 1 : rows.stop + 1].to(log_q.device)
         losses.append(-log_q[: len(targets)].gather(1, targets[:, None])[:, 0])
     kl = kl[: ids.shape[1] - 1]
     perplexity = float(torch.cat(losses).double().mean().exp())
     return Reading(sum(kl) / len(kl), tuple(kl), perplexity, likeliest(pair.tokenizer, log_q[-1]))
+
+
+def _parts(ids: Tensor) -> list[slice]:
+    """The rows of logits that are computed at once."""
+    return [slice(start, min(start + ROWS, ids.shape[1])) for start in range(0, ids.shape[1], ROWS)]
+
+
+def _of_teacher(pair: Pair, ids: Tensor) -> Callable[[slice], Tensor]:
+    """The teacher's log-probabilities (rows, vocabulary) of the rows of token ids (1, T). Those of a short text are
+    kept for the next choice."""
+    known, passes = pair.states("teacher", ids), Passes(view(pair.teacher.model), pair.path)
+
+    def computed(rows: slice) -> Tensor:
+        return torch.log_softmax(passes.logits(ids, known, known.last, rows), -1)
+
+    if 4 * ids.shape[1] * embedding_rows(pair.teacher.model) > SHORT:
+        return computed
+    kept = pair.memo.get(
+        ("log-probabilities", *ids[0].tolist()),
+        lambda: torch.cat([computed(rows) for rows in _parts(ids)]),
+        lambda found: found.nbytes,
+    )
+    return lambda rows: kept[rows]
 
 
 def token_kl(log_p: Tensor, log_q: Tensor) -> list[float]:

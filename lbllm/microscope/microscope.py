@@ -115,7 +115,8 @@ class Microscope:
             return found
         if not 0 <= found.block < self.blocks:
             raise ConfigError(
-                f"{self.title} has no block {found.block} in an address: they are counted from 0 to {self.blocks - 1}"
+                f"there is no block {found.block} in {self.title}: addresses count its blocks from 0 to "
+                f"{self.blocks - 1}"
             )
         if found.layer is None:
             return found
@@ -160,7 +161,8 @@ class Microscope:
         if the teacher's file has changed."""
         place = self._layer(address)
         assert place.block is not None
-        return _weight(self._teacher.block(place.block), place)
+        assert place.layer is not None
+        return _weight(self._teacher.part(place.block, place.layer), place)
 
     def overview(self, metric: MetricName) -> Overview:
         """The map of a metric; nothing is computed before it is read. Raises ConfigError if there is no such metric."""

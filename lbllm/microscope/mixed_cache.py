@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from lbllm.errors import ConfigError
 from lbllm.microscope.pair import Pair
+from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.model_cache import KeepBits, kept_layers, leave_no_cache
 
 
@@ -40,6 +41,8 @@ def keep_bits_of(pair: Pair, made: PreTrainedModel, packed: Sequence[bool]) -> N
     holder = made.get_submodule(name)
     release(holder)
     if any(packed):
+        if hook.kv.in_groups:
+            attend_in_groups(made)
         holder.register_forward_pre_hook(_KeepMixed(hook, packed), with_kwargs=True)
         holder.register_forward_hook(leave_no_cache, with_kwargs=True)
 

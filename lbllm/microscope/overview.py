@@ -76,7 +76,11 @@ class Overview:
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         for block in range(self._blocks):
-            yield block, self._row(block)
+            yield block, self.row(block)
+
+    def row(self, block: int) -> Row:
+        """The values of one block."""
+        return self._row(block)
 
     @property
     def values(self) -> list[Row]:

@@ -24,8 +24,8 @@ from lbllm.quant.packed_layer import PackedLinear
 
 # Bytes of hidden states that a pair keeps.
 KEPT = 2**24
-# Results that are kept in any case: hidden states and readings of two models.
-_ALWAYS = 4
+# Results that are kept in any case: hidden states and readings of two models, and the teacher's log-probabilities.
+_ALWAYS = 5
 # A loaded packed model has these as attributes of its own; they would lead from a view back to it.
 _BOUND = ("forward", "save_pretrained")
 T = TypeVar("T")

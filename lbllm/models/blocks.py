@@ -192,6 +192,9 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall, cache: Any = No
     """Return the block's output (b, T, hidden) for hidden states (b, T, hidden); ``cache`` replaces the KV cache of a
     block that has one."""
     if cache is not None:
+        prepare = getattr(cache, "prepare", None)
+        if prepare is not None:
+            prepare(block)
         names = inspect.signature(block.forward).parameters
         name = next((name for name in ("past_key_values", "layer_past", "past_key_value") if name in names), None)
         call = call if name is None else call | {name: cache}

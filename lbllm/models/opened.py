@@ -135,15 +135,23 @@ class _Opened:
                     inside = experts.get_submodule(str(expert)).named_parameters()
                     files |= {f"{path}.{expert}.{name}": file for name, _ in inside}
         return BlockModel(
-            self._model, self._block, device=self._device, matrices=self._matrices, read=self._read, files=files
+            self._model,
+            self._block,
+            device=self._device,
+            matrices=self._matrices,
+            read=self._read,
+            files=files,
+            part=self._block,
         )
 
-    def _block(self, number: int) -> nn.Module:
+    def _block(self, number: int, layer: str | None = None) -> nn.Module:
+        """A block; if ``layer`` has tensors of its own, these alone are read."""
         if self._made > TRIM_BYTES:
             memory.trim()
             self._made = 0
         block: nn.Module = share_copy(self._templates[number])
-        for name, tensor in _named_tensors(block):
+        tensors = _named_tensors(block)
+        for name, tensor in [one for one in tensors if one[0].startswith(f"{layer}.")] or tensors:
             full = f"{self._path}.{number}.{name}"
             if full in self._stored:
                 value = self._read(full)

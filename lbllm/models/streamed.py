@@ -55,7 +55,8 @@ class BlockModel:
     ``model``: its modules; what is neither part of a block nor one of ``matrices`` is in memory. ``make(number)``
     returns a block with its weights, on ``device``. ``matrices``: the names of embeddings and output head in ``model``
     if they are not in memory. ``read(name, rows)`` then returns some of their rows in float32. ``files``: the name of
-    the file of each parameter, where it has one.
+    the file of each parameter, where it has one. ``part(number, layer)`` returns a block of which only one layer has to
+    have its weights.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class BlockModel:
         matrices: dict[str, tuple[int, ...]] | None = None,
         read: Callable[[str, Rows], Tensor] | None = None,
         files: dict[str, str] | None = None,
+        part: Callable[[int, str], nn.Module] | None = None,
     ) -> None:
         self.model, self.block, self.device = model, make, device
+        self.part = part or (lambda number, layer: make(number))
         self.matrices, self._read, self.files = matrices or {}, read, files or {}
         self.path, self.blocks = decoder_blocks(model)
         # How much a block returns beside the hidden states, by number: those that have run and return a tuple.

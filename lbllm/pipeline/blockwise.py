@@ -21,8 +21,8 @@ from lbllm.models.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.models.calls import BlockCall
 from lbllm.models.experts import silent
+from lbllm.pipeline.beside import Beside
 from lbllm.pipeline.context import RunContext, step_count, step_metric
 from lbllm.pipeline.mixtures import (
     TaughtExperts,
@@ -35,7 +35,8 @@ from lbllm.pipeline.mixtures import (
     search_experts,
     train_experts,
 )
-from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.kv_cache import KVFormat
+from lbllm.quant.kv_groups import training_cache
 from lbllm.ranks import Share
 from lbllm.sections import Origin, Stage
 from lbllm.stages.aar import aar_block, add_quantizers
@@ -64,11 +65,10 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
         yield StageDone(stage=stage, seconds=time.perf_counter() - began)  # no later stage reads the streams
         return
     sequences = share.of(sequences)
-    bits = run.config.quant.kv_bits
-    cache = TrainingCache(bits) if stage == "aar" and bits < 16 else None
+    cache = training_cache(KVFormat.of(run.config.quant)) if stage == "aar" else None
     targets = _first_stream(run, sequences)
     inputs = run.streams.empty(*targets.shape).copy_(targets)
-    beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
+    beside = Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
     for number in range(run.blocks):
         run.check()
         state, student = run.store.load(stage, number), None
@@ -116,7 +116,7 @@ class _Taught:
 
 
 def _teach(
-    run: RunContext, stage: Stage, number: int, stream: Tensor, share: Share, beside: _Beside | None, *, done: bool
+    run: RunContext, stage: Stage, number: int, stream: Tensor, share: Share, beside: Beside | None, *, done: bool
 ) -> _Taught:
     """Let the teacher's stream pass a block; it then holds the block's targets. ``done``: the block is finished."""
     block = run.teacher.block(number)
@@ -137,45 +137,6 @@ def _teach(
             "these texts before anything is binarized; its weights may be damaged, give another copy of the model"
         )
     return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share, experts)
-
-
-class _Beside:
-    """The held-out tokens on their way through a stage, beside those that it trains on.
-
-    Their streams (n, T, hidden) are the teacher's and the student's, as in ``run_stage``. They end where the time to
-    measure is used up.
-    """
-
-    def __init__(self, run: RunContext, cache: Any) -> None:
-        assert run.held_out is not None
-        self._run, self._cache, self._tokens = run, cache, run.held_out
-        self._at: HeldOut | None = None
-        with self._tokens.budget.timed():
-            first = torch.cat(list(run.teacher.first_inputs(self._tokens.ids, run.batch)))
-        self._streams: tuple[Tensor, Tensor] | None = (first, first)
-
-    def enter(self, number: int, block: nn.Module) -> HeldOut | None:
-        """Return the held-out tokens before the teacher's block; None if there is no time left to measure them."""
-        self._at = None
-        if self._streams is not None and self._tokens.budget.allows(self._tokens.budget.cost):
-            student, teacher = self._streams
-            call = self._tokens.calls[number]
-            with self._tokens.budget.timed():
-                targets = self._pass(block, teacher, call)
-            self._at = HeldOut(student, targets, call, self._tokens.budget)
-        return self._at
-
-    def leave(self, student: nn.Module) -> None:
-        """Go on to the next block through a finished student's block."""
-        at, self._streams = self._at, None
-        if at is not None:
-            with self._tokens.budget.timed():
-                self._streams = self._pass(student, at.inputs, at.call, self._cache), at.targets
-
-    @torch.no_grad()
-    def _pass(self, block: nn.Module, stream: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
-        with self._run.autocast():
-            return run_block(block, stream, call, cache).float()
 
 
 def _first_stream(run: RunContext, sequences: Tensor) -> Tensor:
@@ -326,7 +287,7 @@ def _train(
                 inputs,
                 config.aar,
                 tail=quant.tail_steps,
-                kv_bits=quant.kv_bits,
+                cache=cache,
                 batch=run.batch,
                 share=taught.share,
             )
@@ -344,7 +305,7 @@ def _train(
             inputs,
             targets,
             config.aar,
-            kv_bits=quant.kv_bits,
+            cache=cache,
             seed=seed,
             autocast=run.autocast,
             held_out=taught.held_out,

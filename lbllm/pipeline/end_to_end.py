@@ -22,7 +22,8 @@ from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.mixtures import share_quantizers
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.quant.kv_attention import attend_in_groups
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.sections import Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import PROBE_TOKENS, binary_layers
@@ -148,7 +149,7 @@ def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple
     """
     quant = run.config.precision(stage)
     student: PreTrainedModel = share_copy(teacher.model)
-    attach_kv_cache(student, quant.kv_bits, TrainingKVLayer)
+    attach_kv_cache(student, KVFormat.of(quant), training=True)
     _, student_blocks = decoder_blocks(student)
     (hidden,) = teacher.first_inputs(run.corpus.sequences[:1], 1)
     blocks: list[nn.Module] = []
@@ -165,6 +166,8 @@ def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple
             for name in names:
                 if name in layers and (quantizer := layers[name].quantizer) is not None:
                     layers[name].quantizer = shared.setdefault(quantizer.bits, quantizer)
+        if KVFormat.of(quant).in_groups:
+            attend_in_groups(restored)
         student_blocks[number] = restored
         blocks.append(restored)
     return student, blocks

@@ -18,6 +18,8 @@ from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_attention import attend_in_groups
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
 from lbllm.sections import Origin, QuantConfig
@@ -61,7 +63,7 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
     """``stage_model``, computed one block at a time."""
     quant, store = config.precision(stage), BlockStore(folder, None)
     model: PreTrainedModel = share_copy(teacher.model)
-    attach_kv_cache(model, quant.kv_bits)
+    attach_kv_cache(model, KVFormat.of(quant))
     inside = f"{teacher.path}."
     for name, module in model.named_modules():
         if not name.startswith(inside):
@@ -74,6 +76,8 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
         experts = store.experts(stage, number)
         block = restore(teacher.block(number), formats[number], state.tensors, quant.tail_steps, experts, packed=True)
         del state
+        if KVFormat.of(quant).in_groups:
+            attend_in_groups(block)
         return packed_block(block, quant.tail_steps, torch.float32).eval()
 
     def read(name: str, rows: Rows) -> Tensor:

@@ -39,6 +39,8 @@ from lbllm.pipeline.end_to_end import run_end_to_end
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.pipeline.packed_model import save_checkpoint, stage_blocks
 from lbllm.pipeline.start import checkpoint_blocks
+from lbllm.quant.kv_attention import attend_in_groups
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.plan import bits_per_weight, block_formats
 from lbllm.ranks import Share
 from lbllm.runs.store import Request
@@ -78,6 +80,8 @@ def run(
     if ranks.count() > 1 and any(experts_of(block) is not None for block in model.blocks):
         raise ConfigError(f"{config.model} has experts, whose training several processes can't share yet; use one")
     check_length(model.model, config.seq_len, setting_name("seq_len"))
+    if KVFormat.of(config.precision(config.stages[-1])).in_groups:
+        attend_in_groups(model.model)  # refuses a model that can't, before any stage
     _, blocks, formats = block_formats(model.model, config.quant)
     held_out = _held_out(config, opened.tokenizer) if corpus is None else None
     corpus = corpus or load_corpus(

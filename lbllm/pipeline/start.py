@@ -23,7 +23,7 @@ from lbllm.models.weights import row_parts
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
-from lbllm.sections import ACT_GROUP_SIZE, LayerFormat, QuantConfig
+from lbllm.sections import ACT_GROUP_SIZE, KV_GROUP_SIZE, LayerFormat, QuantConfig
 from lbllm.stages.block_state import grid_tensors
 from lbllm.stages.block_store import BlockStore
 
@@ -154,7 +154,7 @@ def settings_to_go_on(start: str) -> dict[str, Any]:
     found = _stated(checkpoint.stated / "config.json")
     quant = found.model_dump(mode="json")  # with what it doesn't state: it is no preset's
     if found.weights_alone:  # how activations are quantized is open still
-        quant["act_group_size"] = ACT_GROUP_SIZE
+        quant |= {"act_group_size": ACT_GROUP_SIZE, "kv_group_size": KV_GROUP_SIZE}
     document = {"start": checkpoint.name, "stages": list(FROM_CHECKPOINT), "quant": quant}
     try:
         return document | {"model": teacher_of(checkpoint)}

@@ -1,27 +1,68 @@
 """Quantize and store the KV cache: asymmetric, with one range per token and head.
 
+KVFormat                                       how many bits, and which values share a range
 PackedKVLayer, HalfKVLayer, TrainingKVLayer    the cache of one layer of a transformers cache
 with_bits(kind, bits)                          the class of that kind which keeps so many bits
 
-``lbllm.quant.model_cache`` gives such layers to the cache of a whole model.
+``lbllm.quant.kv_groups`` has the layers whose keys have ranges over groups of tokens; ``lbllm.quant.model_cache`` gives
+layers to the cache of a whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from lbllm.errors import ConfigError
 from lbllm.quant.activations import RoundThrough
+from lbllm.sections import WHOLE_ROW, QuantConfig
 
 
-def _kv_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return minimum and step (..., 1) of each vector of x (..., head_dim): float32, rounded to float16 values."""
-    low, high = x.detach().float().aminmax(dim=-1, keepdim=True)
+@dataclass(frozen=True)
+class KVFormat:
+    """The format of a KV cache: ``bits`` of each value, and what shares a range.
+
+    ``group_size``: -1, each token and head of keys and values has a range. Else keys have a range for each channel over
+    so many tokens, and the ``first`` tokens and those after the last whole group stay in 16 bits
+    (``lbllm.quant.kv_groups``).
+    """
+
+    bits: int
+    group_size: int = WHOLE_ROW
+    first: int = 0
+
+    @classmethod
+    def of(cls, quant: QuantConfig) -> Self:
+        """The cache of a model in this format."""
+        return cls(quant.kv_bits, quant.kv_group_size, quant.kv_first)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether the keys have ranges over groups of tokens."""
+        return self.bits < 16 and self.group_size != WHOLE_ROW
+
+    def settled(self, position: int) -> int:
+        """Of the tokens before ``position`` (0 is the first) those whose form no longer changes, as the token there
+        sees them: the ``first`` ones and all whole groups."""
+        return self.first + max(0, (position - self.first) // self.group_size) * self.group_size
+
+    def bits_per_value(self, head_dim: int, tokens: int) -> float:
+        """The bits that a key or value takes on average, with its ranges, when the cache holds so many tokens."""
+        if not self.in_groups:
+            return float(self.bits) + (32 / head_dim if self.bits < 16 else 0)
+        groups = (self.settled(tokens - 1) - self.first) / tokens
+        ranges = (32 / head_dim + 32 / self.group_size) / 2
+        return 16 * (1 - groups) + (self.bits + ranges) * groups
+
+
+def kv_grid(x: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Return minimum and step of x along ``dim``, which has length 1 then: float32, rounded to float16 values."""
+    low, high = x.detach().float().aminmax(dim=dim, keepdim=True)
     low = low.half().float()
     return low, ((high - low) / (2**bits - 1)).half().float().clamp_min(2.0**-22)
 
@@ -34,9 +75,23 @@ def encode_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 16:
         end = torch.finfo(torch.float16).max
         return x.clamp(-end, end).half(), x.new_empty(*x.shape[:-1], 0, dtype=torch.float16)
-    low, step = _kv_grid(x, bits)
+    low, step = kv_grid(x, bits)
     codes = ((x.float() - low) / step).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), torch.cat((low, step), -1).half()
+
+
+def joined_codes(codes: Tensor, bits: int) -> Tensor:
+    """Put two codes of 4 bits into a byte: (..., head_dim) to (..., ceil(head_dim / 2)); the even column is in the
+    lower half. Codes of other bits stay."""
+    if bits != 4:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def separate_codes(codes: Tensor, bits: int, head_dim: int) -> Tensor:
+    """The inverse of ``joined_codes``."""
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :head_dim] if bits == 4 else codes
 
 
 def decode_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,7 +107,7 @@ def fake_quant_kv(x: Tensor, bits: int) -> Tensor:
     if bits == 16:
         end = torch.finfo(torch.float16).max
         return x.clamp(-end, end).half().to(x.dtype)
-    low, step = _kv_grid(x, bits)
+    low, step = kv_grid(x, bits)
     scaled = ((x.float() - low) / step).clamp(0, 2**bits - 1)
     return (RoundThrough.apply(scaled) * step + low).to(x.dtype)
 
@@ -63,6 +118,9 @@ class TrainingCache:
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
+
+    def prepare(self, block: nn.Module) -> None:
+        """Make a block read what this cache returns; called before the block runs."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return fake-quantized keys and values (batch, heads, tokens, head_dim)."""
@@ -128,7 +186,7 @@ class PackedKVLayer(DynamicLayer):
     that they have in training; those of earlier calls are stored without one, so a call that would need it is refused.
     """
 
-    bits = 4
+    bits: int = 4
     AHEAD = 64  # when the cache is full, allocate space for at least this many more tokens
 
     def __init__(self, **kwargs: Any) -> None:
@@ -137,6 +195,11 @@ class PackedKVLayer(DynamicLayer):
         self.rooms: list[tuple[Tensor, Tensor] | None] = [None, None]
         self.length = 0
         self.followed = False  # whether a stored token's states were part of a graph
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Tokens of a group, and first tokens in 16 bits, for the decode operator; 0 and 0 without groups."""
+        return 0, 0
 
     @property
     def stores(self) -> list[tuple[Tensor, Tensor] | None]:
@@ -161,6 +224,28 @@ class PackedKVLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        follows = self._follows(key_states, value_states)
+        unpacked = []
+        length = self.length + key_states.shape[-2]
+        # With 16 bits the first call uses the exact states: a text that is read in one pass may never use its cache.
+        exact = self.bits == 16 and self.length == 0
+        for which, states in enumerate((key_states, value_states)):
+            codes, scale = encode_kv(states.detach(), self.bits)
+            codes = joined_codes(codes, self.bits)
+            room = self._room(which, (codes, scale))
+            for place, new in zip(room, (codes, scale), strict=True):
+                place[..., self.length : length, :] = new
+            stop = self.length if follows else length
+            codes, scale = (place[..., :stop, :] for place in room)
+            known = decode_kv(separate_codes(codes, self.bits, self.head_dims[which]), scale, self.dtype)
+            if follows:
+                known = torch.cat((known, fake_quant_kv(states, self.bits).to(self.dtype)), -2)
+            unpacked.append(states if exact else known)
+        self.length = length
+        return unpacked[0], unpacked[1]
+
+    def _follows(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Return whether new states are part of a graph. Raises ConfigError if a gradient to earlier ones is wanted."""
         follows = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if torch.is_grad_enabled() and self.followed and self.length:
             raise ConfigError(
@@ -168,28 +253,7 @@ class PackedKVLayer(DynamicLayer):
                 "pass all tokens in one call, or call with torch.no_grad()"
             )
         self.followed = follows or (self.followed and self.length > 0)
-        unpacked = []
-        length = self.length + key_states.shape[-2]
-        # With 16 bits the first call uses the exact states: a text that is read in one pass may never use its cache.
-        exact = self.bits == 16 and self.length == 0
-        for which, states in enumerate((key_states, value_states)):
-            codes, scale = encode_kv(states.detach(), self.bits)
-            if self.bits == 4:
-                codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
-                codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-            room = self._room(which, (codes, scale))
-            for place, new in zip(room, (codes, scale), strict=True):
-                place[..., self.length : length, :] = new
-            stop = self.length if follows else length
-            codes, scale = (place[..., :stop, :] for place in room)
-            if self.bits == 4:
-                codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., : self.head_dims[which]]
-            known = decode_kv(codes, scale, self.dtype)
-            if follows:
-                known = torch.cat((known, fake_quant_kv(states, self.bits).to(self.dtype)), -2)
-            unpacked.append(states if exact else known)
-        self.length = length
-        return unpacked[0], unpacked[1]
+        return follows
 
     def _room(self, which: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the tensors of keys (0) or values (1), with space for the tokens of ``new`` after the present ones."""
@@ -206,7 +270,7 @@ class PackedKVLayer(DynamicLayer):
             self.rooms[which] = room = made[0], made[1]
         return room
 
-    def next_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def next_token(self) -> tuple[Tensor, ...]:
         """Return codes and scales of keys, then of values, with space for one token at index ``length``.
 
         The caller writes the token there and adds 1 to ``length``. The cache must hold at least one token.
@@ -217,7 +281,7 @@ class PackedKVLayer(DynamicLayer):
             if room[0].shape[-2] == self.length:
                 room = self._room(which, (room[0][..., :1, :], room[1][..., :1, :]))
             parts += room
-        return parts[0], parts[1], parts[2], parts[3]
+        return tuple(parts)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens in the cache."""

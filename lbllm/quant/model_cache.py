@@ -9,6 +9,7 @@ passing_cache               a cache that keeps nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -28,14 +29,43 @@ from transformers.cache_utils import (
 
 from lbllm.config import setting_name
 from lbllm.errors import ConfigError
+from lbllm.quant.kv_attention import check_read
 from lbllm.quant.kv_cache import (
+    KVFormat,
     KVLayer,
     PackedKV8Layer,
     PackedKVLayer,
     PassingKVLayer,
     TrainingKV8Layer,
     TrainingKVLayer,
+    with_bits,
 )
+from lbllm.quant.kv_groups import GroupedKVLayer, TrainingGroupedKVLayer
+
+
+@dataclass(frozen=True)
+class GroupedLayers:
+    """Makes layers of a cache whose keys have ranges over groups of tokens; ``training``: those that keep nothing."""
+
+    kv: KVFormat
+    training: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a key or value in a group."""
+        return self.kv.bits
+
+    def __call__(self) -> GroupedKVLayer | TrainingGroupedKVLayer:
+        """Return an empty layer."""
+        return TrainingGroupedKVLayer(self.kv) if self.training else GroupedKVLayer(self.kv)
+
+    def hybrid(self, number_of_states: int) -> _Hybrid:
+        """Return an empty layer that has other states, too."""
+        kind = TrainingHybridGroupedKVLayer if self.training else HybridGroupedKVLayer
+        return kind(self.kv, number_of_states=number_of_states)
+
+
+KVMaker = KVLayer | GroupedLayers  # makes a layer with keys and values
 
 
 class _Hybrid(LinearAttentionLayer):
@@ -44,8 +74,8 @@ class _Hybrid(LinearAttentionLayer):
     is_compileable = False  # the keys and values grow
     attention: ClassVar[type[DynamicLayer]]
 
-    def __init__(self, number_of_states: int = 1, **kwargs: Any) -> None:
-        self.attention.__init__(self, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *formats: KVFormat, number_of_states: int = 1, **kwargs: Any) -> None:
+        self.attention.__init__(self, *formats, **kwargs)  # type: ignore[arg-type]
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -95,6 +125,18 @@ class TrainingHybridKV8Layer(_Hybrid, TrainingKV8Layer):  # type: ignore[misc, o
     attention = TrainingKV8Layer
 
 
+class HybridGroupedKVLayer(_Hybrid, GroupedKVLayer):  # type: ignore[misc, override]
+    """``GroupedKVLayer`` beside other states."""
+
+    attention = GroupedKVLayer
+
+
+class TrainingHybridGroupedKVLayer(_Hybrid, TrainingGroupedKVLayer):  # type: ignore[misc, override]
+    """``TrainingGroupedKVLayer`` beside other states."""
+
+    attention = TrainingGroupedKVLayer
+
+
 _HYBRID: dict[KVLayer, type[_Hybrid]] = {
     PackedKVLayer: HybridKVLayer,
     PackedKV8Layer: HybridKV8Layer,
@@ -103,8 +145,16 @@ _HYBRID: dict[KVLayer, type[_Hybrid]] = {
 }
 
 
+def kv_maker(kv: KVFormat, *, training: bool = False) -> KVMaker:
+    """Return what makes a layer of a cache with less than 16 bits; ``training``: one that keeps nothing and has
+    gradients. All can be pickled."""
+    if not kv.in_groups:
+        return with_bits(TrainingKVLayer if training else PackedKVLayer, kv.bits)
+    return GroupedLayers(kv, training)
+
+
 def kept_layers(
-    config: PreTrainedConfig, kind: KVLayer
+    config: PreTrainedConfig, kind: KVMaker
 ) -> list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer]:
     """Return the layers of an empty cache of a model: those with keys and values are of ``kind``.
 
@@ -113,10 +163,12 @@ def kept_layers(
     return [_kept(layer, kind) for layer in DynamicCache(config=config).layers]
 
 
-def _kept(layer: Any, kind: KVLayer) -> Any:
+def _kept(layer: Any, kind: KVMaker) -> Any:
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return kind()
     if type(layer) in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+        if isinstance(kind, GroupedLayers):
+            return kind.hybrid(layer.number_of_states)
         return _HYBRID[kind](number_of_states=layer.number_of_states)
     if type(layer) in (LinearAttentionLayer, DummyLayer):
         return layer
@@ -145,13 +197,13 @@ def passing_cache() -> DynamicCache:
 
 
 class KeepBits:
-    """A forward pre-hook of a decoder: its KV cache keeps its entries in layers of ``layer_class``.
+    """A forward pre-hook of a decoder: its KV cache keeps its entries in layers that ``layer_class`` makes.
 
     ``names`` are the parameters of the decoder's forward, in order; ``config`` is that of the model. Raises ConfigError
     for a cache with layers of a kind that is not known.
     """
 
-    def __init__(self, layer_class: KVLayer, names: Sequence[str], config: PreTrainedConfig) -> None:
+    def __init__(self, layer_class: KVMaker, names: Sequence[str], config: PreTrainedConfig) -> None:
         self.layer_class, self.names, self.config = layer_class, list(names), config
         self.alone = keeps_attention_alone(config)
         kept_layers(config, layer_class)
@@ -176,18 +228,29 @@ class KeepBits:
             self._fill(cache)
         return (), kwargs
 
+    @property
+    def kv(self) -> KVFormat:
+        """The format of the cache."""
+        made = self.layer_class
+        return made.kv if isinstance(made, GroupedLayers) else KVFormat(made.bits)
+
     def _fill(self, cache: DynamicCache) -> DynamicCache:
         """Give an empty cache its layers; where there are keys and values alone, it makes them itself."""
-        cache.layers = [] if self.alone else kept_layers(self.config, self.layer_class)
-        cache.layer_class_to_replicate = self.layer_class if self.alone else None
+        if self.alone and not isinstance(self.layer_class, GroupedLayers):
+            cache.layers, cache.layer_class_to_replicate = [], self.layer_class
+        else:
+            cache.layers, cache.layer_class_to_replicate = kept_layers(self.config, self.layer_class), None
         return cache
 
 
 def leave_no_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A forward hook of a decoder: without ``use_cache`` the output holds no cache.
 
-    A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one.
+    A caller without a cache feeds all tokens again, so the next pass must not get the cache of this one. Raises
+    ConfigError if attention did not read the cache as it keeps it.
     """
+    for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+        check_read(getattr(layer, "seen", None))
     if kwargs.get("use_cache") is False and getattr(output, "past_key_values", None) is not None:
         output.past_key_values = None
 

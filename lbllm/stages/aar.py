@@ -18,7 +18,6 @@ from lbllm import ranks
 from lbllm.models.blocks import layer_inputs
 from lbllm.models.calls import BlockCall
 from lbllm.quant.activations import ActQuantizer, decode, encode, make_grid
-from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import from_groups
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.ranks import Share
@@ -68,17 +67,16 @@ def add_quantizers(
     config: AarConfig,
     *,
     tail: int,
-    kv_bits: int,
+    cache: Any = None,
     batch: int,
     share: Share | None = None,
 ) -> None:
     """Add a quantizer with searched knee and clips to each layer of a block, in the order in which the block uses them.
 
     Layers with the same input and the same bits share a quantizer. ``sharing``: the layers' names grouped by input, as
-    returned by ``shared_inputs``.
+    returned by ``shared_inputs``. ``cache`` replaces the block's KV cache (``training_cache``).
     """
     layers = binary_layers(block)
-    cache = TrainingCache(kv_bits) if kv_bits < 16 else None
     tokens = (share or Share(len(inputs))).of_first(max(1, -(-config.search_tokens // inputs.shape[1])))
     for names in sharing:
         for bits in sorted({layers[name].fmt.act_bits for name in names if name in layers}):
@@ -111,7 +109,7 @@ def aar_block(
     targets: Tensor,
     config: AarConfig,
     *,
-    kv_bits: int,
+    cache: Any = None,
     seed: int,
     autocast: Any,
     held_out: HeldOut | None = None,
@@ -119,7 +117,8 @@ def aar_block(
 ) -> Iterator[Step]:
     """Run stage 3 on a block of frozen ``BinaryLinear`` layers with quantizers; yields each training step.
 
-    ``inputs`` and ``targets`` are (n, T, hidden). Knees and clips stay in their ranges.
+    ``inputs`` and ``targets`` are (n, T, hidden); ``cache`` replaces the block's KV cache. Knees and clips stay in
+    their ranges.
     """
     groups: list[dict[str, Any]] = []
     for layer in binary_layers(block).values():
@@ -134,7 +133,7 @@ def aar_block(
         config,
         lr_act=config.lr_act,
         loss_kind=config.loss,
-        kv_bits=kv_bits,
+        cache=cache,
         seed=seed,
         autocast=autocast,
         held_out=held_out,

@@ -49,6 +49,8 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["start"]  # runs of the time before there was such a setting are resumed, too
     if config.quant.act_group_size == WHOLE_ROW:
         del document["quant"]["act_group_size"]
+    if config.quant.kv_group_size == WHOLE_ROW:
+        del document["quant"]["kv_group_size"], document["quant"]["kv_first"]
     if config.stream_dtype == "float32":
         del document["stream_dtype"]
     if config.aar.loss == "relative":

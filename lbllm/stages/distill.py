@@ -16,7 +16,6 @@ from lbllm import ranks
 from lbllm.models.blocks import device_of, entering, run_batches, run_block
 from lbllm.models.calls import BlockCall
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.kv_cache import TrainingCache
 from lbllm.quant.levels import polarization
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.ranks import Share
@@ -125,7 +124,7 @@ def distill(
     seed: int,
     autocast: Any,
     lr_act: float = 0.0,
-    kv_bits: int = 16,
+    cache: Any = None,
     held_out: HeldOut | None = None,
     share: Share | None = None,
 ) -> Iterator[Step]:
@@ -133,8 +132,8 @@ def distill(
     the stage's sequences, and a step is that of one process with all of them.
 
     ``groups`` are AdamW's parameter groups with base learning rates. The quantizers of the block's layers train with
-    them, at the rate ``lr_act``. The KV cache has ``kv_bits``. Some steps also measure the loss on ``held_out``. If the
-    loss of a step is not finite, the step is yielded but not applied, and the training ends.
+    them, at the rate ``lr_act``. ``cache`` replaces the block's KV cache. Some steps also measure the loss on
+    ``held_out``. If the loss of a step is not finite, the step is yielded but not applied, and the training ends.
     """
     if not groups:
         return  # a block that stays dense has nothing to train
@@ -142,7 +141,6 @@ def distill(
     quantizers = quantizers_of(layers)
     if quantizers:
         groups = [*groups, {"params": [quantizer.act for quantizer in quantizers], "lr": lr_act}]
-    cache = TrainingCache(kv_bits) if kv_bits < 16 else None
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-10, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
     batch = max(1, config.batch_tokens // inputs.shape[1])

@@ -29,6 +29,7 @@ from lbllm.microscope.hybrid import Bits, Dense, FirstBlocks, Only
 from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.pair import Pair
 from tests.helpers import ROOT
+from tests.helpers.cases import cases
 from tests.helpers.tiny_models import save_tiny
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher
 from tests.helpers.waiting import wait_until
@@ -187,6 +188,9 @@ def test_activations_and_the_cache_on_the_sentence(opened: Open) -> None:
     page = loaded(opened(at="0/mlp.up_proj", view="activations", text=TEXT))
     assert "error with" in written(page)
     assert "largest inputs: channel" in written(page)
+    page.button_group(key="inspect_side").set_value("teacher").run()
+    assert page.query_params["side"] == "teacher"
+    assert "The teacher does not quantize the inputs of mlp.up_proj" in written(page)
     page.button_group(key="inspect_part").set_value("keys").run()
     assert not page.exception
     assert page.query_params["view"] == "keys"
@@ -273,6 +277,7 @@ def test_the_page_is_found_again_as_it_was_left(opened: Open) -> None:
 
 
 @given(st.integers(0, 89), st.integers(0, 2), st.booleans())
+@cases(50)
 def test_the_window_has_its_group_and_its_mark(scope: Microscope, row: int, group: int, opened: bool) -> None:
     layer = scope.layer("0/mlp.up_proj")
     data: dict[str, Any] = tiles_data(layer, row, group, group * layer.length, opened=opened)
@@ -317,35 +322,35 @@ def test_short_names_of_layers_differ() -> None:
 
 def test_a_map_fills_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "PATIENCE", 0.3)
-    begun: list[set[int]] = []
+    begun: list[int] = []
 
-    def work(known: set[int]) -> Iterator[Step]:
-        begun.append(known)
-        for block in range(40):
-            if block not in known:
-                time.sleep(0.05)
-                yield (block, "a"), {"error": float(block)}
+    def work(block: int) -> Iterator[Step]:
+        begun.append(block)
+        time.sleep(0.05)
+        yield (block, "a"), {"error": float(block)}
 
     found = Filling()
-    found.look(work)
+    found.look(work, 40)
     wait_until(lambda: found.blocks, seconds=10)
     time.sleep(0.8)
     stopped = len(found.blocks)
-    assert 0 < stopped < 40
-    found.look(work)
+    assert 0 < stopped < 30
+    # The block that is looked at comes first.
     monkeypatch.setattr(background, "PATIENCE", 60)
+    count = len(begun)
+    found.look(work, 40, 30)
     wait_until(lambda: found.done, seconds=20)
-    assert len(begun) == 2
-    assert begun[1] >= set(range(stopped - 1))
+    assert begun[count] == 30
+    assert len(begun) - 40 <= 1  # at most the block in which it stopped is begun twice
     assert found.values["error"] == {(block, "a"): float(block) for block in range(40)}
 
 
 def test_an_error_ends_a_map_with_its_sentence() -> None:
-    def work(known: set[int]) -> Iterator[Step]:
+    def work(block: int) -> Iterator[Step]:
         raise ModelError("the teacher is gone")
         yield
 
     found = Filling()
-    found.look(work)
+    found.look(work, 40)
     wait_until(lambda: found.done, seconds=10)
     assert found.error == "the teacher is gone"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -13,7 +13,7 @@ from app.learn import desk as desks
 from app.learn.desk import Desk
 from lbllm.chat.pool import Loaded, ModelPool
 from lbllm.course.course import Course
-from lbllm.course.lesson import LessonMaker, Progress
+from lbllm.course.lesson import Lesson, LessonMaker, Progress
 from lbllm.errors import ModelError
 from tests.helpers.sample_course import LESSONS, sample_course
 from tests.helpers.waiting import wait_until
@@ -46,7 +46,35 @@ def slow(go: threading.Event, steps: list[int]) -> type[LessonMaker]:
 def test_an_answer_is_what_the_course_computes() -> None:
     desk, course = open_desk(*LESSONS), sample_course()
     assert desk.ask("line", None) == {"lesson": asdict(course.lesson("line"))}
-    assert desk.ask("line", (1, 1)) == {"scene": asdict(course.scene("line", (1, 1)))}
+    assert desk.ask("line", (1, 1)) == {
+        "scene": asdict(course.scene("line", (1, 1))),
+        "lesson": asdict(course.lesson("line")),
+    }
+
+
+def test_what_is_watched_is_computed_for_a_scene_and_completes_the_lesson() -> None:
+    go = threading.Event()
+
+    class Watched(LessonMaker):
+        key, title = "watched", "Watched"
+        scene = LESSONS[2].scene
+
+        def watch(self) -> Iterator[Progress]:
+            while not go.wait(0.01):
+                yield Progress(0.5, "It happens now")
+
+        def lesson(self) -> Lesson:
+            made = LESSONS[2](self.data).lesson()
+            return made if go.is_set() else replace(made, guess=replace(made.guess, right=None), check=None)
+
+    desk = open_desk(Watched)
+    assert desk.ask("watched", None, 20.0)["lesson"]["check"] is None
+    soon(lambda: desk.ask("watched", (), 0.0).get("progress", {}).get("say") == "It happens now")
+    go.set()
+    answer = desk.ask("watched", (), 20.0)
+    assert answer["scene"]["figures"]
+    assert answer["lesson"] == desk.ask("watched", None)["lesson"]
+    assert answer["lesson"]["guess"]["right"] is not None
 
 
 def test_what_takes_long_says_how_far_it_is_and_holds_up_no_other_lesson() -> None:

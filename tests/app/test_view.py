@@ -29,6 +29,9 @@ from app.view import count_text, number_text, path_text, plain, size_text, time_
         (number_text(math.nan), "not a number"),
         (number_text(math.inf), "infinite"),
         (number_text(-0.01234), "-0.0123"),
+        (number_text(0.5), "0.500"),
+        (number_text(0.0), "0"),
+        (number_text(280.25), "280.2"),
     ],
 )
 def test_as_people_read_it(shown: str, text: str) -> None:

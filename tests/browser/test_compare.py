@@ -118,6 +118,18 @@ def test_ask_stop_look_vote_save(
     expect(other.get_by_text("The right answer is better")).to_be_visible()
     other.close()
 
+    # A token that was expected instead: both go on from there, and the old answers come back.
+    tokens.nth(2).focus()
+    other_token = panel.locator(".student [role='button']").last
+    other_token.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("as chosen in the lens")).to_be_visible(timeout=LOADING)
+    left, right = answers(page)
+    assert left.split()[0] == right.split()[0]
+    assert [left, right] != before
+    page.get_by_role("button", name="Back").click()
+    wait_until(lambda: answers(page) == before)
+
     # No sideways scrolling, at either size.
     for width, height in ((1280, 720), (1920, 1080)):
         page.set_viewport_size({"width": width, "height": height})

@@ -25,7 +25,7 @@ def open_place(page: Page, server: Server, query: str = "") -> None:
 
 def fits(page: Page) -> bool:
     wide = page.get_by_test_id("stMain").evaluate("node => node.scrollWidth <= node.clientWidth")
-    return bool(wide and page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+    return bool(wide and page.evaluate("document.documentElement.scrollWidth <= Math.min(innerWidth, screen.width)"))
 
 
 def test_from_the_map_to_a_bit_by_keys_and_by_a_link(

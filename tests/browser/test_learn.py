@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
-from lbllm.course.export import export_course
+from lbllm.course.export import export_course, facts, renderer, style
 from lbllm.course.lessons import LESSONS
 from tests.browser.conftest import Server
 from tests.helpers.sample_course import CHECK, FINGERPRINT, GUESS, TITLE, sample_course
@@ -46,7 +47,8 @@ def scene(page: Page) -> Locator:
 
 
 def fits(page: Page) -> bool:
-    return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+    # A phone shows a page that is too wide in a wider window.
+    return bool(page.evaluate("document.documentElement.scrollWidth <= Math.min(innerWidth, screen.width)"))
 
 
 def test_a_lesson_by_keys_and_its_progress(page: Page, site: str) -> None:
@@ -124,6 +126,7 @@ def test_the_whole_course_on_a_projector_and_its_score(page: Page, site: str) ->
         expect(page.get_by_text("How each figure is computed")).to_be_visible()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("2")
+        assert lesson.check is not None
         expect(page.get_by_text(lesson.check.because)).to_be_visible()
         page.keyboard.press("ArrowRight")
     count = len(course.outline)
@@ -150,6 +153,42 @@ def test_it_opens_from_a_disk_and_where_storage_is_refused(context: BrowserConte
     (folder / "grid.js").rename(folder / "data" / "grid.js")
     page.get_by_role("button", name="Try again").click()
     expect(page.get_by_text(GUESS.text)).to_be_visible()
+
+
+def test_what_happens_after_the_guess_is_watched_and_then_scored(page: Page) -> None:
+    """A host that a test plays: it brings what the workbench brings while a block trains."""
+    course = sample_course()
+    whole, scene_of = asdict(course.lesson("curve")), asdict(course.scene("curve", (0,)))
+    before = whole | {"guess": whole["guess"] | {"right": None, "because": ""}, "check": None}
+    page.set_content(f"<style>{style()}</style><div id=course></div>")
+    page.add_script_tag(content=f"{renderer()}\nwindow.Course = Course;")
+    page.evaluate(
+        """facts => {
+            window.asked = [];
+            const host = {address: key => `#${key}`, opened() {}, ask: (...what) => window.asked.push(what)};
+            window.course = new Course(document.getElementById("course"), facts, host);
+            course.show("curve");
+        }""",
+        facts(course),
+    )
+    page.evaluate("lesson => course.bringLesson(lesson)", before)
+    expect(page.get_by_text(GUESS.text)).to_be_visible()
+    # Nothing happens before the guess, and then no option is called right or wrong.
+    assert page.evaluate("asked") == [["curve", None]]
+    page.keyboard.press("1")
+    assert page.evaluate("asked.at(-1)") == ["curve", [0]]
+    expect(page.get_by_text("Nobody knows yet")).to_be_visible()
+    expect(page.locator(".option.right, .option.wrong")).to_have_count(0)
+    for step in range(2):
+        progress = {"share": step / 2, "say": f"Step {step}.", "pictures": scene_of["pictures"]}
+        page.evaluate("progress => course.bringProgress('curve', [0], progress)", progress)
+        expect(page.get_by_role("status")).to_have_text(f"Step {step}.")
+        expect(page.locator("figure svg[role=img]").first).to_be_visible()
+    expect(page.get_by_text(CHECK.text)).to_have_count(0)
+    page.evaluate("([scene, lesson]) => course.bringScene('curve', [0], scene, lesson)", [scene_of, whole])
+    expect(page.get_by_text(f"Not quite: {GUESS.options[1]}")).to_be_visible()
+    expect(page.get_by_text(CHECK.text)).to_be_visible()
+    expect(page.get_by_text("Step 1.")).to_have_count(0)
 
 
 @screens(Screen(*PHONE, "dark"))

@@ -249,6 +249,34 @@ def test_each_model_remembers_its_own_answers(folders: dict[str, str]) -> None:
     assert not talk.running
 
 
+def test_both_go_on_from_a_chosen_beginning_and_the_old_answers_come_back(folders: dict[str, str]) -> None:
+    pool = ModelPool()
+    slots = (ready(pool.get(folders["chat"])), ready(pool.get(folders["packed"])))
+    talk = Conversation()
+    first = talk.ask("One?", slots, ("a", "b"), (SHORT, SHORT))
+    finished(first.duel)
+    second = talk.go_on("Paris is", slots)
+    finished(second.duel)
+    assert talk.exchanges == [second]
+    assert talk.messages(second, 0) == [{"role": "user", "content": "One?"}]
+    for slot, found in zip(slots, second.answers, strict=True):
+        alone = stream(
+            slot.loaded.model,
+            slot.loaded.tokenizer,
+            [{"role": "user", "content": "One?"}],
+            max_new_tokens=12,
+            temperature=1.0,
+            seed=SHORT.seed,
+            begun="Paris is",
+        )
+        assert found.text == "Paris is" + "".join(piece.text for piece in alone)
+        assert found.tokens <= 12
+    talk.back()
+    assert talk.exchanges == [first]
+    talk.back()
+    assert talk.exchanges == [first]
+
+
 def test_a_model_without_template_goes_on_with_the_prompt_alone(folders: dict[str, str]) -> None:
     pool = ModelPool()
     chat, base = ready(pool.get(folders["chat"])), ready(pool.get(folders["base"]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -19,6 +20,7 @@ from app.showcase.page import serve
 from lbllm.chat.pool import Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.showcase import Limits, Showcase, Turn, Visitor, VisitorError, open_showcase
+from lbllm.chat.stream import answer_ids
 from lbllm.chat.votes import VoteStore
 from lbllm.checkpoints.find import find_checkpoint
 from lbllm.commands.main import main
@@ -366,6 +368,23 @@ def test_ask_and_vote_through_the_client(address: str) -> None:
     shown = visitor.predict("tie", SECRET, api_name="/vote")
     assert sorted(shown["names"]) == sorted(NAMES)
     assert client(address).predict(api_name="/tally") == {NAMES[0]: 0, NAMES[1]: 0, "tie": 1, "both bad": 0}
+
+
+def test_what_both_expect_next_through_the_client(address: str, slots: tuple[Slot, Slot]) -> None:
+    found = client(address).predict(QUESTION, "The capital", api_name="/next")
+    assert [one["name"] for one in found] == list(NAMES)
+    for one, slot in zip(found, slots, strict=True):
+        model, tokenizer = slot.loaded.model, slot.loaded.tokenizer
+        ids = answer_ids(tokenizer, [{"role": "user", "content": QUESTION}], "The capital")
+        with torch.no_grad():
+            probabilities = model(input_ids=ids).logits[0, -1].double().softmax(-1)
+        expected = probabilities.topk(len(one["tokens"]))
+        assert [token["text"] for token in one["tokens"]] == [tokenizer.decode([i]) for i in expected.indices]
+        assert [token["probability"] for token in one["tokens"]] == pytest.approx(expected.values.tolist(), rel=1e-3)
+    with pytest.raises(AppError, match="201 characters; 200"):
+        client(address).predict("x" * 201, api_name="/next")
+    with pytest.raises(AppError, match="The beginning has 161 characters; 160"):
+        client(address).predict(QUESTION, "x" * 161, api_name="/next")
 
 
 def test_refusals_reach_the_client_as_they_are(address: str) -> None:

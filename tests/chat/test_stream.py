@@ -47,6 +47,22 @@ def test_what_the_answer_has_already_becomes_less_likely() -> None:
     assert found != answer(temperature=0.0)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_answer_goes_on_from_its_beginning(architecture: str) -> None:
+    model: Any
+    model, tokenizer = tiny(architecture)
+    begun = "The capital city"
+    ids = torch.cat(
+        [prompt_ids(tokenizer, QUESTION), tokenizer(begun, add_special_tokens=False, return_tensors="pt")["input_ids"]],
+        1,
+    )
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    expected = str(tokenizer.decode(output[0, -20:], skip_special_tokens=True))
+    assert begun + answer(architecture, temperature=0.0, begun=begun) == begun + expected
+    # What the beginning has already counts as written by the answer.
+    assert answer(architecture, temperature=0.0, begun=begun, repetition_penalty=9.0) != expected
+
+
 def test_pieces_carry_measurements() -> None:
     model, tokenizer = tiny("llama")
     pieces = list(stream(model, tokenizer, QUESTION, max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0))

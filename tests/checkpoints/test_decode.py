@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "keys and values in 16 bits": ("llama", {"act_bits": 16, "kv_bits": 16}),
     "keys and values in 16 bits, norms of them": ("qwen3", {"kv_bits": 16}),
     "keys and values in 8 bits": ("qwen2", {"kv_bits": 8}),
+    "keys in groups of 16 tokens": ("llama", {"kv_group_size": 16, "kv_first": 2}),
     "ranges of 24 inputs": ("qwen2", {"act_group_size": 24, "param_bits": 4}),
     "ranges of 32 inputs, 8 bits": ("llama", {"act_group_size": 32, "act_bits": 8}),
     "whole tiles": ("llama", EVEN),

@@ -172,6 +172,7 @@ def test_a_number_that_json_does_not_have_is_named_with_its_place(value: float) 
 def test_options_of_a_number_differ_as_shown_and_one_is_right(right: float, wrong: list[float]) -> None:
     question = number_question("How much?", right, wrong, "{:.2%}", "So.")
     assert len(question.options) == len(set(question.options)) == 3
+    assert question.right is not None
     assert question.options[question.right] == f"{right:.2%}"
     values = [float(option.rstrip("%")) for option in question.options]
     assert values == sorted(values)

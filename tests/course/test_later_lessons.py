@@ -15,7 +15,7 @@ from lbllm.checkpoints.find import open_model
 from lbllm.course.block_training import Training
 from lbllm.course.data import CourseData
 from lbllm.course.inputs import even_quantizer, knee_quantizer, largest_channels, read_layers, round_apart
-from lbllm.course.lesson import Figure, LessonMaker, Scene
+from lbllm.course.lesson import Figure, LessonMaker, Question, Scene
 from lbllm.course.lessons import LESSONS
 from lbllm.course.lessons.answers import ANSWER, SENTENCES, Answers
 from lbllm.course.lessons.block_by_block import BlockByBlock
@@ -23,6 +23,8 @@ from lbllm.course.lessons.counting_bits import CountingBits
 from lbllm.course.lessons.knee import Knee
 from lbllm.course.lessons.massive_activations import MassiveActivations
 from lbllm.measure.preview import initialize, take_block
+from lbllm.microscope.effect import effect
+from lbllm.microscope.hybrid import Only
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, run_block
 from lbllm.models.teacher import load_teacher
 from lbllm.sections import WHOLE_ROW
@@ -44,6 +46,13 @@ def lessons(data: CourseData) -> dict[str, LessonMaker]:
 
 def figure(scene: Scene, beginning: str) -> Figure:
     return next(one for one in scene.figures if one.label.startswith(beginning))
+
+
+def right(question: Question | None) -> str:
+    """The right option."""
+    assert question is not None
+    assert question.right is not None
+    return question.options[question.right]
 
 
 def picture(scene: Scene, kind: str) -> dict:
@@ -83,11 +92,12 @@ def test_massive_activations(data: CourseData, lessons: dict[str, LessonMaker]) 
         assert error.value == pytest.approx(output_error(worst.weight, worst.inputs, rounded), rel=1e-3)
         rest = [channel for channel in range(worst.inputs.shape[1]) if channel not in gone]
         zeros = (rounded[:, rest] == 0).double().mean() - (worst.inputs[:, rest] == 0).double().mean()
-        assert figure(scene, "Inputs that become zero").value == pytest.approx(float(zeros), abs=1e-6)
-        token = worst.inputs[int(worst.inputs.abs().amax(-1).argmax()), rest].double()
+        assert figure(scene, "Rounded inputs").value == pytest.approx(float(zeros), abs=1e-6)
+        ratios = worst.inputs.abs().amax(-1) / worst.inputs.abs().median(-1).values
+        token = worst.inputs[int(ratios.argmax()), rest].double()
         span = max(float(token.max()), 0.0) - min(float(token.min()), 0.0)
         assert figure(scene, "Distance").value == pytest.approx(span / 15, rel=1e-5)
-        assert all(figure.text in scene.say for figure in (error, figure(scene, "Inputs that become zero")))
+        assert all(figure.text in scene.say for figure in (error, figure(scene, "Rounded inputs")))
         bars = picture(scene, "bars")["series"]
         assert sum(value is not None for value in bars[1]["values"]) == apart
 
@@ -106,8 +116,7 @@ def test_knee(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
     assert curve["mark"] == 2
     np.testing.assert_allclose(curve["series"][0]["y"], 100 * np.array(whole), rtol=1e-3)
     assert [one["name"] for one in curve["series"]] == list(sizes)
-    guess = lesson.lesson().guess
-    assert guess.options[guess.right] == f"{KNEES[int(np.argmin(whole))]:.0%}"
+    assert right(lesson.lesson().guess) == f"{KNEES[int(np.argmin(whole))]:.0%}"
     shortest = lesson.scene((3, len(sizes) - 1))
     assert sizes[-1] == "16"
     assert figure(shortest, "Error").value == pytest.approx(
@@ -140,6 +149,8 @@ def test_counted_bits_are_those_in_the_file(data: CourseData, lessons: dict[str,
     assert figure(scene, "Bits per binarized weight").value == pytest.approx(8 * (planes + levels) / weights)
     assert figure(scene, "Bits of the whole file").value == pytest.approx(8 * len(raw) / teacher.num_parameters())
     assert f"{len(raw):,}" in scene.say
+    larger = 8 * (len(raw) + 9 * (planes + levels)) / (teacher.num_parameters() + 9 * weights)
+    assert right(lesson.lesson().check) == f"{larger:.2f}"
     assert sum(picture(scene, "bars")["series"][0]["values"]) == pytest.approx(
         8 * (planes + levels) / weights, rel=1e-4
     )
@@ -168,6 +179,8 @@ def test_levels_of_all_groups(data: CourseData, lessons: dict[str, LessonMaker])
 def test_a_block_trains(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
     lesson = lessons["block-by-block"]
     training = Training(data, 1)
+    training.read()
+    training.begin()
     config = training.config
     sample = take_block(config, 1)
     start = initialize(sample, config, data.quant.format, data.quant.group_size)
@@ -177,7 +190,8 @@ def test_a_block_trains(data: CourseData, lessons: dict[str, LessonMaker]) -> No
         clean = run_block(sample.block, sample.probe_inputs, sample.call)
     torch.testing.assert_close(clean, sample.probe_targets)
     assert figure(lesson.scene((0,)), "Weights with another level").value == 0
-    snapshots = list(training.run())
+    assert [one.step for one in training.run()] == list(range(1, training.steps + 1))
+    snapshots = training.snapshots
     curve = picture(lesson.scene((training.steps,)), "curve")
     np.testing.assert_allclose(curve["series"][0]["y"], [100 * one.error for one in snapshots], rtol=1e-3)
     assert curve["series"][1]["y"][0] is None
@@ -186,6 +200,29 @@ def test_a_block_trains(data: CourseData, lessons: dict[str, LessonMaker]) -> No
     changed = figure(lesson.scene((training.steps,)), "Weights with another level")
     assert 0 < changed.value < 0.5
     assert not any(module._forward_pre_hooks for module in data.teacher.model.modules())
+    guess = lesson.lesson().guess
+    assert guess.right == min(int(3 * last.value / first.value), 2)
+    assert f"{last.value / first.value:.0%} of it is left" in guess.because
+
+
+def test_a_training_is_guessed_before_it_begins(data: CourseData) -> None:
+    maker = BlockByBlock(data)
+    list(maker.prepare())
+    before = maker.lesson()
+    assert (before.guess.right, before.guess.because, before.check) == (None, "", None)
+    steps = list(maker.watch())
+    after = maker.lesson()
+    assert after.complete
+    assert (after.guess.text, after.guess.options, after.dials) == (
+        before.guess.text,
+        before.guess.options,
+        before.dials,
+    )
+    # The curve grows, and then a group is seen, always the same one.
+    known = [sum(y is not None for y in step.pictures[0].data["series"][0]["y"]) for step in steps]
+    assert known == list(range(1, len(after.dials[0].values) + 1))
+    assert len({step.pictures[1].label for step in steps if len(step.pictures) > 1}) == 1
+    assert len(steps[-1].pictures) == 2
 
 
 def test_the_group_that_is_shown_moves(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
@@ -214,8 +251,9 @@ def test_answers(data: CourseData, lessons: dict[str, LessonMaker], tmp_path: Pa
     assert figure(first, "KL").value == pytest.approx(0, abs=1e-6)
     assert figure(last, "KL").value == pytest.approx(kl, rel=1e-3)
     assert figure(last, "Probability").value == pytest.approx(float(q[-1].exp().max()), rel=1e-3)
-    guess = lesson.lesson().guess
-    assert guess.options[guess.right] == f"“{str(tokenizer.decode([int(q[-1].argmax())])).strip() or '␣'}”"
+    assert right(lesson.lesson().guess) == f"“{str(tokenizer.decode([int(q[-1].argmax())])).strip() or '␣'}”"
+    alone = sum(effect(data.pair, Only(number), SENTENCES[0]).hybrid.kl for number in range(2))
+    assert right(lesson.lesson().check) == f"{alone:.2f}"
     rows = picture(last, "table")["rows"]
     assert [row[0] for row in rows] == ["0 of 2", "2 of 2"]
     assert ANSWER.temperature == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.models.blocks import capture_calls, decoder_blocks, first_inputs, linear_layers, share_copy, shared_inputs
-from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.quant.kv_cache import KVFormat, TrainingCache
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import AarConfig, E2eConfig, LayerFormat, WatConfig
 from lbllm.stages import aar
@@ -79,8 +79,10 @@ def test_a_step_of_a_block_copies_its_loss_alone(stage: str, host: Host) -> None
     small: dict[str, Any] = {"tokens": 16, "epochs": STEPS, "batch_tokens": 16}
     if stage == "aar":
         config = AarConfig(**small, search_tokens=16)
-        add_quantizers(block, sharing, call, inputs, config, tail=3, kv_bits=4, batch=2)
-        steps = aar_block(block, call, inputs, targets, config, kv_bits=4, seed=0, autocast=bfloat16_autocast)
+        add_quantizers(block, sharing, call, inputs, config, tail=3, cache=TrainingCache(4), batch=2)
+        steps = aar_block(
+            block, call, inputs, targets, config, cache=TrainingCache(4), seed=0, autocast=bfloat16_autocast
+        )
     else:
         wat = WatConfig(**small, bitmap="relaxed" if "relaxed" in stage else "coupled")
         steps = wat_block(block, call, inputs, targets, latents, wat, seed=0, autocast=nullcontext)
@@ -93,7 +95,7 @@ def test_a_step_of_a_block_copies_its_loss_alone(stage: str, host: Host) -> None
 def test_a_step_of_the_whole_model_copies_its_loss_alone(host: Host) -> None:
     model, ids = model_there(), token_ids(2)[:, :9].to(DEVICE)
     student = share_copy(model)
-    attach_kv_cache(student, 4, TrainingKVLayer)
+    attach_kv_cache(student, KVFormat(4), training=True)
     block = decoder_blocks(student)[1][0]
     binarize(block)
     config = E2eConfig(tokens=18, epochs=STEPS, batch_tokens=18, feature_weight=0.5)

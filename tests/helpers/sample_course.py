@@ -98,9 +98,11 @@ def _stored(positions: Positions) -> list[Picture]:
 def _answer(positions: Positions) -> list[Picture]:
     tokens = [(word, value**2, "seen") for value, word in enumerate(["The", " sky", " is", "\n", " blue", HOSTILE])]
     rows = [["blue", "61.2%", "48.0%"], [HOSTILE, "3%", "–"]]
+    wide = ["Input", "Its value", "Weight", "Product", "Rounded weight", "Product then"]
     return [
         pictures.text("Differences", tokens, unit="nats"),
         pictures.table("Next words", ["word", "teacher", "student"], rows),
+        pictures.table("Products", wide, [["input 247", "-1.330", "-0.100", "0.1324", "-0.105", "0.1395"]]),
     ]
 
 

@@ -28,12 +28,17 @@ def tiny_data(folder: Path, stages: tuple[Stage, ...] = ("ptq", "wat"), **change
 
 
 def prepared(maker: LessonMaker) -> LessonMaker:
-    """The lesson after its preparation, whose progress must rise from 0 to 1 and say something."""
-    steps = list(maker.prepare())
-    shares = [step.share for step in steps]
-    assert shares == sorted(shares)
-    assert all(0 <= share <= 1 for share in shares)
-    assert all(step.say for step in steps)
+    """The lesson after all that it computes before its scenes, whose progress must rise from 0 to 1 and say
+    something. What it shows before the watching must be sound, too."""
+    for work in (maker.prepare, maker.watch):
+        steps = list(work())
+        shares = [step.share for step in steps]
+        assert shares == sorted(shares)
+        assert all(0 <= share <= 1 for share in shares)
+        assert all(step.say for step in steps)
+        lesson = maker.lesson()
+        assert lesson.guess.text.endswith("?")
+        assert lesson.complete or work == maker.prepare
     return maker
 
 
@@ -43,6 +48,7 @@ def check_lesson(maker: LessonMaker) -> None:
     assert (lesson.key, lesson.title) == (maker.key, maker.title)
     assert 1 <= lesson.idea.count(". ") + 1 <= 2
     for question in (lesson.guess, lesson.check):
+        assert question is not None
         check_question(question)
     places = list(lesson.positions())
     assert lesson.start in places
@@ -69,6 +75,7 @@ def check_question(question: Question) -> None:
     """The options differ, one of them is right, and there is a reason."""
     assert 2 <= len(question.options) <= 4
     assert len(set(question.options)) == len(question.options)
+    assert question.right is not None
     assert 0 <= question.right < len(question.options)
     assert question.text.endswith("?")
     assert question.because.endswith(".")

@@ -29,15 +29,15 @@ from lbllm.sections import LayerFormat, QuantConfig
 from tests.helpers.tiny_models import tiny
 
 
-def tiny_pair(
+def tiny_checkpoint(
     folder: Path, architecture: str, quant: QuantConfig, *, largest: int = 10**9, **changes: Any
 ) -> tuple[Path, Path]:
     """Write the model to ``folder``/teacher and its packed form to ``folder``/packed; returns both. ``largest``: bytes
     of a file of weights; ``changes``: as of ``save_tiny``."""
-    return pair_of(folder, *tiny(architecture, **changes), quant, largest=largest)
+    return checkpoint_of(folder, *tiny(architecture, **changes), quant, largest=largest)
 
 
-def pair_of(
+def checkpoint_of(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,7 +45,7 @@ def pair_of(
     *,
     largest: int = 10**9,
 ) -> tuple[Path, Path]:
-    """``tiny_pair`` of a model in memory, which becomes the packed one."""
+    """``tiny_checkpoint`` of a model in memory, which becomes the packed one."""
     teacher = folder / "teacher"
     model.save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)

@@ -14,6 +14,7 @@ from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.microscope.pair import Pair
 from lbllm.models.blocks import decoder_blocks, linear_weight
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.levels import LEVELS, assign, fit_levels, from_groups, group_length, levels_to_params, to_groups
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
@@ -31,7 +32,7 @@ def tiny_student(teacher: PreTrainedModel, **quant: Any) -> PreTrainedModel:
     """A packed student of a dense model: levels fitted to the weights, and norms a little apart from the teacher's."""
     settings = QuantConfig.model_validate({"group_size": 16, "act_group_size": 16} | quant)
     student = copy.deepcopy(teacher).requires_grad_(False)
-    attach_kv_cache(student, settings.kv_bits)
+    attach_kv_cache(student, KVFormat.of(settings))
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.ndim == 1:

@@ -135,6 +135,12 @@ def test_keys_and_values_are_those_of_the_cache(architecture: str, kv_bits: int)
         assert part.error == pytest.approx(float(error), rel=1e-6)
         assert part.maxima[1] == tuple(part.states[1].abs().amax(0).tolist())
         assert sum(part.spread.counts) == part.states.numel()
+        most = part.states[part.head, part.token]
+        assert part.grid is not None
+        assert float(most.abs().max()) == float(part.states.abs().max())
+        assert (part.grid.low, part.grid.high) == (float(most.min()), float(most.max()))
+        assert len(part.grid.values) == 2**bits
+        assert set(part.stored[part.head, part.token].tolist()) <= set(part.grid.values)
 
 
 def test_what_can_not_be_is_said(pair: Pair) -> None:

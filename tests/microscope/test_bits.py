@@ -16,7 +16,7 @@ from lbllm.microscope.layer import LayerView
 from lbllm.microscope.microscope import Microscope
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import LayerOverride, QuantConfig
-from tests.helpers.tiny_packed import tiny_pair
+from tests.helpers.tiny_packed import tiny_checkpoint
 
 # Rows of 48 and 90 weights: groups of 20 and 32 leave shorter last ones, 90 no whole number of bytes.
 FORMATS: dict[str, tuple[str, QuantConfig]] = {
@@ -49,7 +49,7 @@ class Made:
 @pytest.fixture(scope="module", params=FORMATS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     architecture, quant = FORMATS[request.param]
-    folder, teacher = tiny_pair(tmp_path_factory.mktemp("bits"), architecture, quant, largest=50_000)
+    folder, teacher = tiny_checkpoint(tmp_path_factory.mktemp("bits"), architecture, quant, largest=50_000)
     microscope = Microscope.open(str(folder), str(teacher))
     places = [
         f"{number}/{name}"

@@ -18,7 +18,7 @@ from lbllm.microscope.microscope import Microscope
 from lbllm.quant.levels import assign, fit_levels
 from lbllm.sections import LayerOverride, QuantConfig
 from tests.helpers.cases import cases
-from tests.helpers.tiny_packed import tiny_pair
+from tests.helpers.tiny_packed import tiny_checkpoint
 
 PLACES = ("0/mlp.up_proj", "1/mlp.down_proj")  # W(1+1); W1
 
@@ -26,7 +26,7 @@ PLACES = ("0/mlp.up_proj", "1/mlp.down_proj")  # W(1+1); W1
 @pytest.fixture(scope="module")
 def microscope(tmp_path_factory: pytest.TempPathFactory) -> Microscope:
     quant = QuantConfig(group_size=20, overrides={"*.down_proj": LayerOverride(format="w1")})
-    folder, teacher = tiny_pair(tmp_path_factory.mktemp("layer"), "llama", quant)
+    folder, teacher = tiny_checkpoint(tmp_path_factory.mktemp("layer"), "llama", quant)
     return Microscope.open(str(folder), str(teacher))
 
 

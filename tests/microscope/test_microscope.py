@@ -20,11 +20,13 @@ from lbllm.files import file_sha256
 from lbllm.microscope.address import Address
 from lbllm.microscope.microscope import KEPT, Microscope
 from lbllm.microscope.overview import METRICS
+from lbllm.models.streamed import Rows
+from lbllm.models.weights import StoredWeights
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import layer_bits
 from lbllm.sections import LayerOverride, QuantConfig
 from tests.helpers.tiny_models import save_tiny, tiny, tiny_tokenizer
-from tests.helpers.tiny_packed import pair_of, tiny_pair
+from tests.helpers.tiny_packed import checkpoint_of, tiny_checkpoint
 
 QUANT = QuantConfig(
     group_size=16, skip=("*.1.mlp.up_proj",), overrides={"*.down_proj": LayerOverride(format="w1", group_size=30)}
@@ -39,7 +41,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder, teacher = tiny_pair(tmp_path_factory.mktemp("scope"), "llama", QUANT)
+    folder, teacher = tiny_checkpoint(tmp_path_factory.mktemp("scope"), "llama", QUANT)
     return Made(folder, teacher, Microscope.open(str(folder), str(teacher)))
 
 
@@ -72,7 +74,7 @@ def test_what_is_known_of_the_pair(made: Made) -> None:
 
 
 def test_several_files_have_one_fingerprint(tmp_path: Path) -> None:
-    folder, teacher = tiny_pair(tmp_path, "llama", QuantConfig(group_size=16), largest=20_000)
+    folder, teacher = tiny_checkpoint(tmp_path, "llama", QuantConfig(group_size=16), largest=20_000)
     found = Microscope.open(str(folder), str(teacher))
     assert len(weights_sha256(folder)) > 3
     assert len(found.fingerprint) == 64
@@ -81,7 +83,9 @@ def test_several_files_have_one_fingerprint(tmp_path: Path) -> None:
 
 def test_layers_whose_names_in_files_are_others(tmp_path: Path) -> None:
     """Blocks that differ from each other, too: one has attention, one a state-space layer."""
-    folder, teacher = pair_of(tmp_path, tiny_of("nemotron_h"), tiny_tokenizer(chat=False), QuantConfig(group_size=16))
+    folder, teacher = checkpoint_of(
+        tmp_path, tiny_of("nemotron_h"), tiny_tokenizer(chat=False), QuantConfig(group_size=16)
+    )
     found = Microscope.open(str(folder), str(teacher))
     assert all(name.startswith("backbone.") for name in weights_of(folder) if name.endswith(".params"))
     rows, model = found.overview("error").values, lbllm.load(folder)[0]
@@ -99,6 +103,20 @@ def test_layers_whose_names_in_files_are_others(tmp_path: Path) -> None:
 
 def weights_of(folder: Path) -> set[str]:
     return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
+def test_of_the_teacher_only_the_layer_is_read(copied: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def noted(weights: StoredWeights, name: str, rows: Rows | None = None) -> torch.Tensor:
+        read.append(name)
+        return own(weights, name, rows)
+
+    own = StoredWeights.read
+    monkeypatch.setattr(StoredWeights, "read", noted)
+    weight = copied.microscope.original("0/mlp.up_proj")
+    assert read == ["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(weight, tiny("llama")[0].get_parameter("model.layers.0.mlp.up_proj.weight"))
 
 
 def test_a_dense_layer_still_has_its_teacher_s_weight(made: Made) -> None:
@@ -153,7 +171,7 @@ def test_addresses_that_lead_somewhere(made: Made, address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("2", "packed has no block 2 in an address: they are counted from 0 to 1"),
+        ("2", "there is no block 2 in packed: addresses count its blocks from 0 to 1"),
         ("0/mlp.up", r"block 0 of packed has no layer mlp\.up; its layers are self_attn\.q_proj, .*mlp\.down_proj"),
         ("0/mlp.up_proj/90", "0/mlp.up_proj has the rows 0 to 89; there is no row 90"),
         ("0/mlp.up_proj/89/3", "a row of 0/mlp.up_proj has the groups 0 to 2; there is no group 3"),

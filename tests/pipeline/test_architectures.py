@@ -22,7 +22,7 @@ from lbllm.measure.estimate import estimate
 from lbllm.models.blocks import decoder_blocks
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline.packed_model import stage_model
-from lbllm.quant.kv_cache import PackedKVLayer
+from lbllm.quant.kv_cache import KVFormat, PackedKVLayer
 from lbllm.quant.packed_layer import PackedLinear
 from tests.helpers.tiny_models import ARCHITECTURES, DENSE_ARCHITECTURES, save_tiny, tiny
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
@@ -182,7 +182,7 @@ def test_the_cache_alone_changes_little_and_eight_bits_less_than_four(architectu
     errors = {}
     for bits in (4, 8, 16):
         model, _ = tiny(architecture)
-        attach_kv_cache(model, bits)
+        attach_kv_cache(model, KVFormat(bits))
         errors[bits] = float((logits(model, ids) - whole).square().mean().sqrt() / whole.std())
     assert errors[16] == 0
     # 17 times finer steps; sliding windows and their masks are the same as without the cache.

@@ -333,7 +333,7 @@ def test_a_checkpoint_from_before_there_were_ranges_goes_on_with_one_a_token(
     folder = tmp_path / "first" / "checkpoint"
     document = json.loads((folder / "config.json").read_text())
     stated = document["quantization_config"]
-    assert stated["quant"].pop("act_group_size") == -1
+    assert [stated["quant"].pop(name) for name in ("act_group_size", "kv_group_size", "kv_first")] == [-1, -1, 1]
     stated["format_sha256"] = format_sha256(stated["quant"])
     del stated["seal"]  # which came later
     (folder / "config.json").write_text(json.dumps(document))

@@ -23,7 +23,8 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.quant.activations import CLIP_RANGE, KNEE_RANGE, ActQuantizer
-from lbllm.quant.kv_cache import TrainingCache
+from lbllm.quant.kv_cache import KVFormat, TrainingCache
+from lbllm.quant.kv_groups import training_cache
 from lbllm.sections import AarConfig, LayerFormat, PtqConfig
 from lbllm.stages.aar import CLIPS, KNEES, aar_block, add_quantizers, search_grid
 from lbllm.stages.distill import binary_layers, block_error
@@ -140,16 +141,32 @@ class Problem:
             self.student.set_submodule(name, layer)
 
     def add_quantizers(self, kv_bits: int = 4) -> None:
-        add_quantizers(self.student, self.sharing, self.call, self.inputs, CONFIG, tail=2, kv_bits=kv_bits, batch=32)
+        add_quantizers(
+            self.student,
+            self.sharing,
+            self.call,
+            self.inputs,
+            CONFIG,
+            tail=2,
+            cache=training_cache(KVFormat(kv_bits)),
+            batch=32,
+        )
 
     def train(self, config: AarConfig = CONFIG, kv_bits: int = 4) -> list[float]:
         steps = aar_block(
-            self.student, self.call, self.inputs, self.targets, config, kv_bits=kv_bits, seed=0, autocast=nullcontext
+            self.student,
+            self.call,
+            self.inputs,
+            self.targets,
+            config,
+            cache=training_cache(KVFormat(kv_bits)),
+            seed=0,
+            autocast=nullcontext,
         )
         return [step.loss for step in steps]
 
     def error(self, kv_bits: int = 4) -> float:
-        cache = TrainingCache(kv_bits) if kv_bits < 16 else None
+        cache = training_cache(KVFormat(kv_bits))
         return block_error(self.student, self.inputs, self.targets, self.call, 32, cache)
 
     def state(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from lbllm.models.blocks import decoder_blocks, share_copy
 from lbllm.models.teacher import Teacher
 from lbllm.pipeline import end_to_end
 from lbllm.pipeline.packed_model import stage_model
-from lbllm.quant.kv_cache import TrainingKVLayer
+from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.plan import block_formats
 from lbllm.quant.training_layer import BinaryLinear
 from lbllm.sections import Stage
@@ -72,7 +72,7 @@ def trained_student(folder: Path, teacher: Teacher) -> tuple[list[BinaryLinear],
     """The model after stage 3 of the run in ``folder`` with its layers in training."""
     settings = config()
     student: PreTrainedModel = share_copy(teacher.model)
-    attach_kv_cache(student, 4, TrainingKVLayer)
+    attach_kv_cache(student, KVFormat(4), training=True)
     _, student_blocks = decoder_blocks(student)
     _, blocks, formats = block_formats(teacher.model, settings.quant)
     store = BlockStore(folder, None)

@@ -10,6 +10,7 @@ All show the text of models as text nodes, never as HTML.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -34,8 +35,12 @@ def tabs_view(names: tuple[str, str], *, key: str) -> None:
     _tabs(key=key, data={"names": list(names)})
 
 
-def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
-    """Show a lens with its legend. It opens at the token with the largest divergence."""
+def lens_view(lens: Lens, *, names: tuple[str, str], key: str, go: Callable[[str, str], None] | None = None) -> None:
+    """Show a lens with its legend. It opens at the token with the largest divergence.
+
+    With ``go`` the expected tokens are buttons: it gets the text before the token and the text that was chosen in the
+    token's place, before the page runs again.
+    """
     known = [-1.0 if token.kl is None else token.kl for token in lens.tokens]
     data = {
         "names": names,
@@ -43,21 +48,30 @@ def lens_view(lens: Lens, *, names: tuple[str, str], key: str) -> None:
         "parted": "the models' most likely tokens differ",
         "legend": [(f"k{step}", label) for step, label in enumerate(step_labels())],
         "start": known.index(max(known)),
+        "go": go is not None,
         "tokens": [
             {
                 "text": token.text,
                 "kl": token.kl,
                 "step": token.step,
                 "agreed": token.agreed,
-                "teacher": [(candidate.text, candidate.probability) for candidate in token.teacher],
-                "student": [(candidate.text, candidate.probability) for candidate in token.student],
+                "teacher": [(one.text, one.probability, one.special) for one in token.teacher],
+                "student": [(one.text, one.probability, one.special) for one in token.student],
                 "p": token.teacher_probability,
                 "q": token.student_probability,
             }
             for token in lens.tokens
         ],
     }
-    _lens(key=key, data=data)
+
+    def chosen() -> None:
+        sent = st.session_state[key].get("go")
+        if sent is not None and go is not None:
+            number, side, rank = sent
+            token = lens.tokens[number]
+            go(lens.begun(number, ""), (token.teacher, token.student)[side][rank].text)
+
+    _lens(key=key, data=data, on_go_change=chosen)
 
 
 def _utf16(text: str, position: int) -> int:

@@ -3,14 +3,28 @@
 
 const STATE = Symbol("lens");
 
-function bars(kind, name, candidates, own, token) {
+// With ``go``, called with a row's number, a row whose token is a text is a button.
+function bars(kind, name, candidates, own, token, go) {
   const box = element("div", kind);
   const who = element("div", "who", name);
   who.append(element("span", "", `, this token ${percent(own)}`));
   box.append(who);
-  for (const [text, probability] of candidates) {
-    box.append(tokenRow(text, probability, text === token));
-  }
+  candidates.forEach(([text, probability, special], rank) => {
+    const row = tokenRow(text, probability, text === token);
+    if (go && !special) {
+      row.setAttribute("role", "button");
+      row.setAttribute("tabindex", "0");
+      row.setAttribute("aria-label", `Go on with ${shown(text)}, ${percent(probability)}`);
+      row.title = "Both models go on from here with this token";
+      row.addEventListener("click", () => go(rank));
+      row.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        go(rank);
+      });
+    }
+    box.append(row);
+  });
   return box;
 }
 
@@ -24,7 +38,7 @@ function create(parentElement) {
   text.dir = "auto";
   body.append(text, panel);
   parentElement.append(legend, body);
-  const state = { legend, text, panel, at: 0, data: null, drawn: null };
+  const state = { legend, text, panel, at: 0, data: null, drawn: null, send: null };
 
   state.choose = (number, focus) => {
     const nodes = text.children;
@@ -44,8 +58,10 @@ function create(parentElement) {
       return;
     }
     panel.append(element("div", "small", `Divergence ${token.kl.toFixed(token.kl < 0.1 ? 3 : 2)} nats`));
-    panel.append(bars("teacher", names[0], token.teacher, token.p, token.text));
-    panel.append(bars("student", names[1], token.student, token.q, token.text));
+    const go = (side) => (state.data.go ? (rank) => state.send([state.at, side, rank]) : null);
+    panel.append(bars("teacher", names[0], token.teacher, token.p, token.text, go(0)));
+    panel.append(bars("student", names[1], token.student, token.q, token.text, go(1)));
+    if (state.data.go) panel.append(element("div", "hint", "Click a token: both models go on from there."));
   };
   const number = (event) => {
     const node = event.target.closest?.(".token");
@@ -63,8 +79,9 @@ function create(parentElement) {
   return state;
 }
 
-export default function ({ parentElement, data }) {
+export default function ({ parentElement, data, setTriggerValue }) {
   const state = (parentElement[STATE] ??= create(parentElement));
+  state.send = (value) => setTriggerValue("go", value);
   const signature = JSON.stringify(data);
   if (signature === state.drawn) return;
   state.drawn = signature;

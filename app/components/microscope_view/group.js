@@ -4,7 +4,10 @@
 const AXIS = 104;
 const BAND = 76;
 
-function bars(values, index, low, high, wide, up) {
+// Two levels have the first and the last colour of four.
+const shade = (level, count) => (count === 2 ? 3 * level : level % 4);
+
+function bars(values, index, levels, low, high, wide, up) {
   const count = within(Math.ceil(2 * Math.sqrt(values.length)) + 4, 12, 60);
   const at = (value) => within(Math.floor(((value - low) / (high - low)) * count), 0, count - 1);
   const stacks = Array.from({ length: count }, () => []);
@@ -18,7 +21,7 @@ function bars(values, index, low, high, wide, up) {
     stack.forEach((number, floor) => {
       nodes.push(
         drawing("rect", {
-          class: `weight level${index[number] % 4}`,
+          class: `weight level${shade(index[number], levels.length)}`,
           "data-number": number,
           x: 20 + bin * width + 0.5,
           y: up ? AXIS - (floor + 1) * step : AXIS + floor * step + 0.75,
@@ -38,13 +41,13 @@ function picture(data, wide) {
   const [low, high] = [least - margin, most + margin];
   const x = (value) => 20 + ((value - low) / (high - low)) * (wide - 40);
   const svg = drawing("svg", { viewBox: `0 0 ${wide} ${2 * AXIS}`, role: "img", "aria-label": data.label });
-  svg.append(...bars(data.weights, data.index, low, high, wide, true));
-  if (data.before) svg.append(...bars(data.weights, data.before.index, low, high, wide, false));
+  svg.append(...bars(data.weights, data.index, data.levels, low, high, wide, true));
+  if (data.before) svg.append(...bars(data.weights, data.before.index, data.levels, low, high, wide, false));
   svg.append(drawing("line", { class: "axis", x1: 20, x2: wide - 20, y1: AXIS, y2: AXIS }));
   const marks = (levels, from, to, place, kind) => {
     let last = -Infinity;
     levels.forEach((level, number) => {
-      svg.append(drawing("line", { class: `mark ${kind} level${number % 4}`, x1: x(level), x2: x(level), y1: from, y2: to }));
+      svg.append(drawing("line", { class: `mark ${kind} level${shade(number, levels.length)}`, x1: x(level), x2: x(level), y1: from, y2: to }));
       // Two levels may lie too close to each other for two labels.
       if (x(level) - last < 56) return;
       last = x(level);

@@ -23,16 +23,16 @@ from lbllm.course.lesson import (
     number_question,
 )
 from lbllm.microscope.effect import Effect, answer, effect
-from lbllm.microscope.hybrid import FirstBlocks
+from lbllm.microscope.hybrid import FirstBlocks, Only
 
 SENTENCES = ("The capital of France is", "The sky is blue because", "A good friend is someone who")
-ALONE = (
-    "The error of a block goes into all blocks after it. They can make it larger or smaller, so it is not enough to "
-    "add up what each block does alone."
+LESS = (
+    "Together they do less harm than one by one: the binarized blocks have learned together, and the later ones "
+    "correct what the earlier ones do. The full model's blocks have not learned that."
 )
-TOGETHER = (
-    "The binarized blocks have learned together, and the later ones correct what the earlier ones do. The full model's "
-    "blocks have not learned that."
+MORE = (
+    "Together they do more harm than one by one: the error of a block goes into all blocks after it, and they make it "
+    "larger."
 )
 POSITIONS = 7  # of the dial of blocks, at most
 ANSWER = ChatSettings(temperature=0, max_new_tokens=24)
@@ -58,13 +58,16 @@ class Answers(LessonMaker):
             messages = [{"role": "user", "content": self.data.question}]
             pieces = answer(self._pair, FirstBlocks(count), messages, ANSWER)
             self._answers[count] = "".join(piece.text for piece in pieces)
-            part = (done + 1) / len(self._counts)
+            part = (done + 1) / (len(self._counts) + 1)
             yield Progress(part, f"{count} of {blocks} blocks are binarized.", (self._curve(0, None),))
+        yield Progress(part, "Each block is binarized alone.", (self._curve(0, None),))
+        places = [number for number, names in enumerate(self._pair.binarized) if names]
+        self._alone = [effect(self._pair, Only(number), SENTENCES[0]).hybrid.kl for number in places]
 
     def lesson(self) -> Lesson:
-        """The texts: the guess is on the next word, the check on how the divergence grows."""
+        """The texts: the guess is on the next word, the check on whether divergences add up."""
         blocks = self._pair.blocks
-        whole, half = self._effects[0, blocks], self._effects[0, self._counts[len(self._counts) // 2]]
+        whole = self._effects[0, blocks]
         teacher, student = whole.teacher.next, whole.student.next
         words = list(dict.fromkeys(word(one) for one in (student[0], *teacher, *student)))[:OPTIONS]
         options = sorted(words)
@@ -76,15 +79,15 @@ class Answers(LessonMaker):
             f"The binarized model says “{word(student[0])}” with {student[0].probability:.0%}. KL, the distance of "
             f"both models' probabilities, is {whole.student.kl:.2f} over the sentence; it is zero for equal models.",
         )
-        count = self._counts[len(self._counts) // 2]
-        share = half.hybrid.kl / max(whole.student.kl, 1e-12)
+        together, alone = whole.student.kl, sum(self._alone)
         check = number_question(
-            f"“{SENTENCES[0]}”: with all {blocks} blocks binarized, KL is {whole.student.kl:.2f}. How large is it, in "
-            f"percent of that, when only the first {count} blocks are binarized?",
-            share,
-            [count / blocks, count / blocks / 4],
-            "{:.0%}",
-            f"KL is {half.hybrid.kl:.2f} then. {TOGETHER if share > 1 else ALONE}",
+            f"“{SENTENCES[0]}”: with all blocks binarized, KL is {together:.2f}. Now only one block is binarized at a "
+            f"time, each of the {len(self._alone)} in its turn, and their KLs are added. What is the sum?",
+            alone,
+            [together, together / len(self._alone)],
+            "{:.2f}",
+            f"Alone, a block moves KL by {min(self._alone):.3f} to {max(self._alone):.3f}. "
+            f"{LESS if alone > together else MORE} So KLs do not add up.",
         )
         return Lesson(
             self.key,

@@ -13,6 +13,7 @@ from lbllm.course.counting import (
     code_bits,
     dense_bits,
     file_bits,
+    file_bits_with,
     part_bits,
     share_of_file,
     store_group,
@@ -38,6 +39,7 @@ from lbllm.sections import WHOLE_ROW, ParamBits
 from lbllm.units import against_16_bits, size
 
 SIZES = (8, 16, 32, 64, 128)
+LARGER = 10  # times as many binarized weights
 PARAM_BITS: tuple[ParamBits, ...] = (4, 8, 16)
 ROWS, DRAWN = 64, 64  # rows whose parameters share a grid, and weights of a group that are drawn
 NAMES = {
@@ -68,7 +70,7 @@ class CountingBits(LessonMaker):
         return self.data.quant.group_size, self.data.quant.param_bits
 
     def lesson(self) -> Lesson:
-        """The texts: the guess is on the whole file, the check on its largest part."""
+        """The texts: the guess is on the whole file, the check on that of a larger model."""
         own, planes = self._counts[self._own], code_bits(self.data.quant)
         whole = file_bits(own)
         guess = number_question(
@@ -105,17 +107,18 @@ class CountingBits(LessonMaker):
         )
 
     def _check(self, own: Estimate) -> Question:
-        parts = sorted((part for part, count in own.parts.items() if count), key=lambda part: -own.parts[part])
-        largest = parts[0]
-        # In the order of the file, so that the place of an option tells nothing.
-        options = [part for part in NAMES if part in parts[:4]]
-        return Question(
-            "Which part of this file is the largest?",
-            tuple(NAMES[part] for part in options),
-            options.index(largest),
-            f"It is {share_of_file(own, largest):.0%} of the file, {size(own.parts[largest])} of "
-            f"{size(own.disk_bytes)}. In larger models the embeddings are a smaller share, so their files come closer "
-            f"to the {own.bpw:.2f} bits of the binarized weights.",
+        here, larger = file_bits(own), file_bits_with(own, LARGER)
+        rest = 1 - sum(share_of_file(own, part) for part in (*PLANES, *PARAMETERS))
+        return number_question(
+            f"A larger model has {LARGER} times as many binarized weights in the same format, and as many others as "
+            f"this one, with {dense_bits(own):.0f} bits each. This file has {here:.2f} bits for each weight of the "
+            "model. How many has that of the larger model?",
+            larger,
+            [here, here / LARGER],
+            "{:.2f}",
+            f"Here the other weights take {rest:.0%} of the file. In the larger model they are a small share of all "
+            f"weights, so its file comes close to the {own.bpw:.2f} bits of a binarized weight; it can't come below "
+            "them.",
         )
 
     def scene(self, positions: Positions) -> Scene:

@@ -157,9 +157,10 @@ class Em(LessonMaker):
         return Lesson(
             self.key,
             self.title,
-            "The levels of a group are found by two steps in turn: in an E-step each weight takes the nearest level, "
-            "in an M-step each level moves to the mean of the weights that took it. The error falls until nothing "
-            "moves, and where it ends depends on where it starts.",
+            "The levels of a group are found by two steps in turn, which statistics calls expectation (E) and "
+            "maximization (M): in an E-step each weight takes the nearest level, in an M-step each level moves to the "
+            "mean of the weights that took it. The error falls until nothing moves, and where it ends depends on where "
+            "it starts.",
             guess,
             (Dial("step", "Step", tuple(names)), Dial("start", "Levels start", tuple(self.runs))),
             check,

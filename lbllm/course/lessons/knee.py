@@ -99,8 +99,9 @@ class Knee(LessonMaker):
         words = layer_words(self._layer.address)
         guess = number_question(
             f"{BITS} bits give {values} values. {body} of them are put close together around zero, the other "
-            f"{2 * self._tail} far apart towards both ends. What share of the range from the smallest to the largest "
-            f"input of a token should the {body} fine values cover, so that the output of {words} is best?",
+            f"{2 * self._tail} far apart towards both ends. Of all layers, {words} suffers most from evenly spaced "
+            f"values. What share of the range from the smallest to the largest input of a token should the {body} fine "
+            "values cover, so that its output is best?",
             best,
             [max(KNEES), 0.5],
             "{:.0%}",

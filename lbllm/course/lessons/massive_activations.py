@@ -58,8 +58,8 @@ class MassiveActivations(LessonMaker):
         spread = {id(layer): max(map(largest_to_median, layer.inputs)) for layer in layers}
         chosen = [most_affected(layers), *(pick(layers, key=lambda one: spread[id(one)]) for pick in (max, min))]
         self._layers = [one.cpu() for number, one in enumerate(chosen) if one not in chosen[:number]]
-        # The token with the largest input is the one that is shown.
-        self._tokens = [int(x.abs().amax(-1).argmax()) for x in self._inputs()]
+        # The token that is shown is the one whose largest input stands out most, as the picture of all tokens has it.
+        self._tokens = [max(range(len(x)), key=lambda n: largest_to_median(x[n])) for x in self._inputs()]
 
     def _inputs(self) -> list[torch.Tensor]:
         return [layer.inputs for layer in self._layers]
@@ -70,17 +70,17 @@ class MassiveActivations(LessonMaker):
         tokens, width = layer.inputs.shape
         zeros, distance = self._zeros(0, 0, BITS), self._step(0, 0, BITS)
         lost = self._error(0, 0, BITS)
-        median = layer.inputs.abs().median()
+        shown = layer.inputs[self._tokens[0]].abs()
         guess = number_question(
-            f"For each of the {tokens} tokens (pieces of words) of a text, {layer_words(layer.address)} gets {width} "
-            f"inputs, one in each of its channels. They are rounded to {values} evenly spaced values between the "
-            f"token's smallest and largest input, which takes {BITS} bits an input. What share of the inputs becomes "
-            "exactly zero?",
+            f"Of all layers, {layer_words(layer.address)} suffers most from what follows. For each of the {tokens} "
+            f"tokens (pieces of words) of a text it gets {width} inputs, one in each of its channels. They are rounded "
+            f"to {values} evenly spaced values between the token's smallest and largest input, which takes {BITS} bits "
+            "an input. What share of the inputs becomes exactly zero?",
             zeros.value,
             [1 / values, 0.5],
             "{:.0%}",
-            f"In the token with the largest input the values are {distance.text} apart, and what is nearer to zero "
-            f"than half of that becomes zero; but half of all inputs of the text are nearer to zero than {median:.2g}. "
+            f"In {self._token_words(0)} the values are {distance.text} apart, and what is nearer to zero than half of "
+            f"that becomes zero; but half of its inputs are nearer to zero than {shown.median():.2g}. "
             f"The layer's output gets an error of {lost.text}. {in_use(self.data)}",
         )
         count = computed("", "{:.0f}", "", channels_of_largest, layer.inputs)
@@ -116,6 +116,10 @@ class MassiveActivations(LessonMaker):
         width = min(x.shape[1] for x in self._inputs())
         return sum(count <= width // 2 for count in APART)
 
+    def _token_words(self, layer: int) -> str:
+        at = self._tokens[layer]
+        return f"token {at + 1}, “{self._pieces[at].strip()}”,"
+
     def _rounded(self, layer: int, apart: int, bits: int) -> torch.Tensor:
         x = self._inputs()[layer]
         return round_apart(x, even_quantizer(bits), largest_channels(x, apart))
@@ -127,7 +131,7 @@ class MassiveActivations(LessonMaker):
 
     def _zeros(self, layer: int, apart: int, bits: int) -> Figure:
         rest, x, rounded = self._others(layer, apart), self._inputs()[layer], self._rounded(layer, apart, bits)
-        label = "Inputs that become zero, of those that are rounded"
+        label = "Rounded inputs that become zero"
         return computed(label, "{:.0%}", ZEROS, share_of_zeros, x[:, rest], rounded[:, rest])
 
     def _step(self, layer: int, apart: int, bits: int) -> Figure:
@@ -144,7 +148,7 @@ class MassiveActivations(LessonMaker):
         number, apart, bits = positions[0], APART[positions[1]], (BITS, MORE_BITS)[positions[2]]
         layer, at = self._layers[number], self._tokens[number]
         rest = layer.inputs[at, self._others(number, apart)]
-        label = "Largest input that is rounded in this token: so many times the median, the one in the middle"
+        label = f"Largest input ÷ median, token {at + 1}"
         spread = computed(label, "{:,.0f}", MAX_TO_MEDIAN, largest_to_median, rest)
         zeros, error = self._zeros(number, apart, bits), self._error(number, apart, bits)
         channels = "the largest channel" if apart == 1 else f"the {apart} largest channels"
@@ -173,7 +177,9 @@ class MassiveActivations(LessonMaker):
     def _text(self, layer: LayerInputs) -> Picture:
         words = zip(self._pieces, layer.inputs, strict=True)
         tokens = [(piece, largest_to_median(x), f"channel {int(x.abs().argmax())}") for piece, x in words]
-        return pictures.text("Largest input of each token, as a multiple of the median", tokens, unit="times")
+        return pictures.text(
+            "Largest input of each token, of all channels, as a multiple of the median", tokens, unit="times"
+        )
 
     def _line(self, number: int, apart: int, bits: int) -> Picture:
         layer, at = self._layers[number], self._tokens[number]
@@ -187,5 +193,5 @@ class MassiveActivations(LessonMaker):
         index = [(values - rounded[c]).abs().argmin() if c in set(others) else None for c in shown]
         taken = [None if i is None else int(i) for i in index]
         notes = [f"channel {c}: {float(x[c]):.3g} becomes {float(rounded[c]):.3g}" for c in shown]
-        label = f"Inputs of token {at + 1}, “{self._pieces[at].strip()}”, from the smallest to the largest, and the "
+        label = f"Inputs of {self._token_words(number)} from the smallest to the largest, and the "
         return pictures.line(label + "values they can take", x[shown], values, taken, notes=notes)

@@ -10,7 +10,18 @@ from torch import Tensor
 from lbllm.course import pictures
 from lbllm.course.data import layer_words
 from lbllm.course.formulas import RELATIVE_ERROR, TWO_LEVELS
-from lbllm.course.lesson import Dial, Figure, Lesson, LessonMaker, Positions, Scene, computed, dotted, number_question
+from lbllm.course.lesson import (
+    Dial,
+    Figure,
+    Lesson,
+    LessonMaker,
+    Positions,
+    Scene,
+    computed,
+    dotted,
+    number_question,
+    worse_than_none,
+)
 from lbllm.microscope.hybrid import fitted
 from lbllm.microscope.layer import relative_error
 from lbllm.quant.levels import LEVELS, assign, fit_levels, levels_to_params, take_levels
@@ -64,8 +75,9 @@ class OneBit(LessonMaker):
         two, four = (self.error("", self.best(levels)) for levels in (2, LEVELS["w1+1"]))
         guess = number_question(
             f"One bit tells apart two values. So a group of {count} neighbouring weights shares two values, called "
-            "levels, and each weight is rounded to the nearer one. If the two levels are placed as well as possible, "
-            "how large is the error?",
+            f"levels, and each weight is rounded to the nearer one. An error of {0:.0%} means that no weight changes, "
+            f"{1:.0%} is what is left if all become zero. If the two levels are placed as well as possible, how large "
+            "is the error?",
             two.value,
             [four.value, one],
             "{:.1%}",
@@ -134,7 +146,7 @@ class OneBit(LessonMaker):
             f"Levels at {levels[0]:.3f} and {levels[1]:.3f} leave an error of {here.text}; the best two, at "
             f"{self.best(2)[0]:.3f} and {self.best(2)[1]:.3f}, leave {best.text}."
         )
-        return Scene((line, everywhere), (here, best, params), say)
+        return Scene((line, everywhere), (here, best, params), say + worse_than_none(here.value))
 
 
 def _marked(places: list[float], position: int) -> list[str]:

@@ -24,6 +24,7 @@ from lbllm.course.lesson import (
     computed,
     dotted,
     number_question,
+    worse_than_none,
 )
 from lbllm.course.stream import stream_inputs
 from lbllm.microscope.layer import relative_error
@@ -128,7 +129,7 @@ class WhatAWeightIs(LessonMaker):
     def scene(self, positions: Positions) -> Scene:
         bits, (word, inputs) = BITS[positions[0]], self._said[positions[1]]
         data, row, rounded = self.data, self.data.example_row, self.rounded(BITS[positions[0]])
-        exact, now = float(inputs @ row), float(inputs @ rounded)
+        exact, now, error = float(inputs @ row), float(inputs @ rounded), self.error(bits)
         weights = data.example_weights
         levels = even_levels(row[None], bits)[0]
         few = len(levels) <= _MOST_LEVELS
@@ -146,7 +147,7 @@ class WhatAWeightIs(LessonMaker):
         shape = data.example.original.shape
         stored = even_bits(shape[0], shape[1], Settings(WHOLE_ROW, bits))
         figures = (
-            self.error(bits),
+            error,
             Figure(
                 f"This layer, stored ({size(shape[0] * shape[1] * HALF / 8)} in {HALF} bits)",
                 stored,
@@ -159,6 +160,8 @@ class WhatAWeightIs(LessonMaker):
             f"For “{word}” this row gives {exact:+.3f}; with weights of {bits} {'bit' if bits == 1 else 'bits'}, so "
             f"{2**bits} different values, it gives {now:+.3f}."
         )
+        if error.value > 1:
+            say += f" The error of the weights is {error.text}.{worse_than_none(error.value)}"
         return Scene((line, self._products(inputs, row, rounded), self._places()), figures, say)
 
     def _places(self) -> Picture:

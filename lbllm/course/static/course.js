@@ -124,14 +124,15 @@ class Course {
     return { scene: scene ?? this.last.get(lesson.key), fresh: Boolean(scene) };
   }
 
-  // Ask the host for what is shown and not there yet. A scene is asked for before the guess, so that it does not wait.
+  // Ask the host for what is shown and not there yet. A scene is asked for before the guess, so that it does not wait,
+  // unless what is guessed happens after the guess: then the lesson has no check yet.
   need() {
     const { key } = this.state;
     if (key === null) return;
     const lesson = this.lessons.get(key);
     if (!lesson) {
       if (!this.errors.has(key)) this.host.ask(key, null);
-    } else {
+    } else if (lesson.check || this.answer("guess", key)) {
       const name = this.sceneName(key);
       if (!this.scenes.has(name) && !this.errors.has(name)) this.host.ask(key, this.positions(lesson));
     }
@@ -139,15 +140,27 @@ class Course {
 
   // --- what the host brings ---
 
-  bringLesson(lesson) {
+  // Keep a lesson; answers that were given before anybody could know are scored.
+  know(lesson) {
     this.lessons.set(lesson.key, lesson);
+    for (const kind of ["guess", "check"]) {
+      const answer = this.answer(kind, lesson.key);
+      const right = lesson[kind]?.right ?? null;
+      if (answer?.right === null && right !== null) this.memory.set(kind, lesson.key, { choice: answer.choice, right: answer.choice === right });
+    }
+  }
+
+  bringLesson(lesson) {
+    this.know(lesson);
     this.progress.delete(lesson.key);
     for (const [positions, scene] of Object.entries(lesson.scenes ?? {})) this.scenes.set(`${lesson.key}/${positions}`, scene);
     this.render();
     this.need();
   }
 
-  bringScene(key, positions, scene) {
+  // With its lesson, which may be complete now.
+  bringScene(key, positions, scene, lesson) {
+    if (lesson) this.know(lesson);
     this.scenes.set(this.sceneName(key, positions), scene);
     this.progress.delete(this.sceneName(key, positions));
     this.render();
@@ -176,7 +189,7 @@ class Course {
     const lesson = this.lessons.get(key);
     if (!lesson) return null;
     const kind = this.answer("guess", key) ? "check" : "guess";
-    if (this.answer(kind, key)) return null;
+    if (!lesson[kind] || this.answer(kind, key)) return null;
     const parts = partsOf(this, key);
     return !projector || parts[Math.min(part, parts.length - 1)] === kind ? kind : null;
   }
@@ -184,8 +197,10 @@ class Course {
   choose(kind, choice) {
     const lesson = this.lessons.get(this.state.key);
     if (!lesson || this.answer(kind, lesson.key) || choice >= lesson[kind].options.length) return;
-    this.memory.set(kind, lesson.key, { choice, right: choice === lesson[kind].right });
+    const { right } = lesson[kind];
+    this.memory.set(kind, lesson.key, { choice, right: right === null ? null : choice === right });
     this.render();
+    this.need();
     if (kind === "guess" && !this.state.projector) this.reveal();
   }
 
@@ -301,7 +316,8 @@ class Course {
   }
 }
 
-// The reader's answers, in the browser's storage; where it is refused, as long as the page is open.
+// The reader's answers, in the browser's storage; where it is refused, as long as the page is open. ``right`` is null
+// until it is known.
 class Memory {
   constructor(name) {
     this.name = name;
@@ -317,7 +333,7 @@ class Memory {
 
   get(kind, key) {
     const answer = this.answers[kind]?.[key];
-    return typeof answer?.right === "boolean" ? answer : null;
+    return typeof answer?.right === "boolean" || answer?.right === null ? answer : null;
   }
 
   set(kind, key, answer) {

@@ -4,9 +4,11 @@
 
 const PARTS = ["idea", "guess", "scene", "figures", "check"];
 
-// The parts that can be shown: the scene comes after the guess.
+// The parts that can be shown: the scene comes after the guess, and its figures and the check when it is there.
 function partsOf(course, key) {
-  return course.lessons.has(key) && course.answer("guess", key) ? PARTS : PARTS.slice(0, 2);
+  const lesson = course.lessons.get(key);
+  if (!lesson || !course.answer("guess", key)) return PARTS.slice(0, 2);
+  return lesson.check ? PARTS : PARTS.slice(0, 3);
 }
 
 function courseView(course) {
@@ -49,7 +51,7 @@ function stateOf(course, key) {
 
 function verdict(course, kind, key) {
   const answer = course.answer(kind, key);
-  return answer ? `${kind} ${answer.right ? "right" : "wrong"}` : "";
+  return answer ? `${kind} ${answer.right === null ? "made" : answer.right ? "right" : "wrong"}` : "";
 }
 
 function listView(course) {
@@ -59,8 +61,8 @@ function listView(course) {
   const cards = outline.map(([key, title], number) => {
     const marks = ["guess", "check"].map((kind) => {
       const answer = course.answer(kind, key);
-      const look = answer ? (answer.right ? "right" : "wrong") : "none";
-      return element("span", { class: `mark-${look}` }, `${answer ? (answer.right ? "✓" : "✗") : "○"} ${kind}`);
+      const look = answer && answer.right !== null ? (answer.right ? "right" : "wrong") : "none";
+      return element("span", { class: `mark-${look}` }, `${{ right: "✓", wrong: "✗", none: "○" }[look]} ${kind}`);
     });
     return element(
       "li",
@@ -106,7 +108,7 @@ function listView(course) {
 // How many guesses and checks were right.
 function score(course) {
   const rows = ["guess", "check"].map((kind) => {
-    const given = course.outline.map(([key]) => course.answer(kind, key)).filter(Boolean);
+    const given = course.outline.map(([key]) => course.answer(kind, key)).filter((answer) => answer && answer.right !== null);
     const right = given.filter((answer) => answer.right).length;
     const words = `${right} of ${given.length} ${{ guess: "guesses", check: "checks" }[kind]} right`;
     return element(
@@ -145,15 +147,15 @@ function lessonView(course, key) {
     lesson ? part("idea", element("p", { class: "lead" }, lesson.idea)) : waiting(course, key),
     lesson ? part("guess", question(course, "guess", lesson)) : null,
     guessed ? sceneView(course, lesson, part) : null,
-    guessed ? part("check", question(course, "check", lesson), number === course.outline.length - 1 && course.answer("check", key) ? end(course) : null) : null,
+    guessed && lesson.check ? part("check", question(course, "check", lesson), number === course.outline.length - 1 && course.answer("check", key) ? end(course) : null) : null,
     pager(course, number, parts),
   );
 }
 
 const end = (course) => element("div", { class: "end" }, element("h2", {}, "Your result"), score(course));
 
-// What is shown while a lesson is computed, or where it can't be.
-function waiting(course, key) {
+// What is shown while a lesson or its scene is computed, or where it can't be. ``lesson``: that of a scene.
+function waiting(course, key, lesson) {
   const error = course.errors.get(key);
   if (error)
     return element(
@@ -168,8 +170,8 @@ function waiting(course, key) {
     { class: "waiting" },
     element("p", { role: "status" }, say),
     element("progress", { max: 1, value: share, "aria-label": say }),
-    element("p", { class: "faint" }, "The first time, this is computed from the model; that can take a minute or longer."),
-    pictureFrames(pictures, "progress"),
+    lesson ? null : element("p", { class: "faint" }, "The first time, this is computed from the model; that can take a minute or longer."),
+    element("div", { class: "pictures" }, pictureFrames(pictures, "progress")),
   );
 }
 
@@ -179,9 +181,11 @@ function question(course, kind, lesson) {
   const { text: words, options, right, because } = lesson[kind];
   const answer = course.answer(kind, lesson.key);
   const asked = kind === course.askedNow();
+  const open = answer && right === null;
   const buttons = options.map((option, number) => {
-    const look = !answer ? "" : number === right ? " right" : number === answer.choice ? " wrong" : " other";
-    const note = !answer ? "" : number === right ? "✓ right" : number === answer.choice ? "✗ your answer" : "";
+    const mine = number === answer?.choice;
+    const look = !answer ? "" : number === right ? " right" : mine ? (open ? " mine" : " wrong") : " other";
+    const note = !answer ? "" : number === right ? "✓ right" : mine ? (open ? "your guess" : "✗ your answer") : "";
     return element(
       "button",
       {
@@ -198,7 +202,9 @@ function question(course, kind, lesson) {
     );
   });
   const label = `${kind}-text`;
-  const result = answer
+  const result = open
+    ? element("p", { class: "result" }, "Nobody knows yet: it is computed now. Watch it below.")
+    : answer
     ? element(
         "p",
         { class: answer.right ? "result right" : "result wrong" },
@@ -221,7 +227,7 @@ function sceneView(course, lesson, part) {
   const { scene, fresh } = course.shown(lesson);
   const link = lesson.inspect && course.host.inspect?.(lesson.inspect);
   const dials = lesson.dials.map((dial, number) => dialView(course, lesson, dial, number));
-  if (!scene) return part("scene", element("h2", {}, "Look"), ...dials, waiting(course, course.sceneName(lesson.key)));
+  if (!scene) return part("scene", element("h2", {}, lesson.check ? "Look" : "Watch"), waiting(course, course.sceneName(lesson.key), lesson));
   return element(
     "div",
     { class: fresh ? "look" : "look late", "aria-busy": String(!fresh) },
