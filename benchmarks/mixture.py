@@ -1,7 +1,7 @@
 """The embedded model as a mixture of experts, to binarize and to talk to.
 
     python -m benchmarks.mixture --minutes 120 --work out/mixture      continues where it was stopped
-    python -m lbllm quantize out/mixture/model --preset quick
+    python -m lbllm quantize --model out/mixture/model --preset quick
 
 Each MLP is cut along its features: those of most energy become an expert that is always on, the others four experts of
 features that are active together, of which a router chooses two for each token. A router starts as the regression of
@@ -90,7 +90,8 @@ def as_mixture(teacher: Teacher, text: Tensor) -> Any:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     same = {name: value for name, value in source.state_dict().items() if ".mlp." not in name}
     missing, unexpected = model.load_state_dict(same, strict=False)
-    assert not unexpected and all(".mlp." in name for name in missing)
+    assert not unexpected
+    assert all(".mlp." in name for name in missing)
     hidden = first_inputs(source, text, 4)
     calls, blocks = capture_calls(source, text[:1]), decoder_blocks(source)[1]
     for number, block in enumerate(blocks):
