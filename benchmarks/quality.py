@@ -31,233 +31,25 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
-from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.compared import OUTSIDE, OWN, Options, Row, measure, suffix
 from benchmarks.report import settings_of, write_report
-from lbllm.baselines.layer import Settings
-from lbllm.baselines.methods import METHODS, method, quantize_blocks
-from lbllm.checkpoints.find import find_checkpoint, find_teacher, open_teacher
-from lbllm.checkpoints.hf import load
-from lbllm.config import DEFAULT_MODEL, make_config
-from lbllm.errors import ConfigError, LbllmError
-from lbllm.events import RunStarted
-from lbllm.measure.perplexity import perplexity
-from lbllm.measure.zero_shot import task_names, zero_shot
-from lbllm.memory import peak_memory
-from lbllm.models.blocks import check_length, decoder_blocks, linear_layers
-from lbllm.models.teacher import Teacher, load_teacher
-from lbllm.pipeline.packed_model import stage_model
-from lbllm.pipeline.run import run
-from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.packed_layer import PackedLinear, named_groups
-from lbllm.sections import PAPER_STAGES
-from lbllm.texts.catalogue import parts
-from lbllm.texts.corpus import Corpus, load_corpus
-from lbllm.texts.windows import evaluation_tokens
+from lbllm.baselines.methods import METHODS
+from lbllm.checkpoints.find import find_checkpoint, find_teacher
+from lbllm.config import DEFAULT_MODEL
+from lbllm.errors import ConfigError
+from lbllm.measure.zero_shot import task_names
 
-OWN = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
-OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound", "gptqmodel": "GPTQModel"}
-ALL_WINDOWS = 128  # of a text without an end of its own
 # Keys of a measured row that are not its figures.
-ABOUT = ("label", "kind", "act_bits", "bits", "questions", "minutes", "memory_mb")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all rows share. ``window``: tokens of an evaluated window, ``limit``: how many of each text, ``act_bits``:
-    of the layers' inputs, for each time that a model without bits of its own is evaluated; ``act_group_size``: inputs
-    that share a range; ``param_bits``: of our own stages' group parameters."""
-
-    teacher: str
-    corpus: str
-    tokens: int
-    seq_len: int
-    damping: float
-    texts: tuple[str, ...]
-    window: int
-    limit: int | None
-    act_bits: tuple[int, ...]
-    act_group_size: int
-    param_bits: int
-    tasks: tuple[str, ...]
-    task_limit: int | None
-    outside: str | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the table. ``name``: a method's, or any name of a checkpoint."""
-
-    kind: Literal["teacher", "baseline", "own", "outside", "checkpoint"]
-    name: str
-    group_size: int = 0
-
-
-@dataclass(frozen=True)
-class Made:
-    """A model to evaluate. ``act_bits``: its own bits, 16 if activations are not quantized."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    label: str
-    bpw: float | None = None
-    minutes: float | None = None
-    memory: int | None = None
-    act_bits: int = 16
-
-
-def measure(row: Row, options: Options, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One model in this process: a row for each number of activation bits, as ``--out`` keeps it. Perplexities stand
-    under the names of their texts, accuracies with their standard errors under those of their tasks."""
-    made = make(row, options, report)
-    for setting, tokens in (("--window", options.window), ("--seq-len", options.seq_len)):
-        check_length(made.model, tokens, setting)
-    cost = {} if made.minutes is None else {"minutes": made.minutes}
-    cost |= {} if made.memory is None else {"memory_mb": round(made.memory / 1e6)}
-    rows: list[dict[str, Any]] = []
-    own_bits = row.kind in ("own", "checkpoint")
-    for act_bits in (made.act_bits,) if own_bits else options.act_bits:
-        rows.append({"label": made.label, "kind": row.kind, "act_bits": act_bits, "bits": made.bpw})
-        if act_bits < made.act_bits:
-            quantize_inputs(made.model, act_bits, options.act_group_size)
-        for text in options.texts:
-            report(f"perplexity on {text}{suffix(act_bits)}")
-            rows[-1][text] = perplexity(made.model, windows(text, made.tokenizer, options)).perplexity
-        scores = list(zero_shot(made.model, made.tokenizer, options.tasks, limit=options.task_limit))
-        for score in scores:
-            rows[-1] |= {score.task: score.accuracy, f"{score.task}_stderr": score.stderr}
-        if scores:
-            average = fmean(score.accuracy for score in scores)
-            rows[-1] |= {"average": average, "questions": options.task_limit}
-        rows[-1] |= cost
-    return rows
-
-
-def suffix(act_bits: int) -> str:
-    """What the name of a column says of activation bits."""
-    return "" if act_bits == 16 else f", A{act_bits}"
-
-
-def make(row: Row, options: Options, report: Callable[[str], None]) -> Made:
-    """The row's model, quantized now or read. Raises LbllmError."""
-    if row.kind == "checkpoint":
-        model, tokenizer = load(find_checkpoint(row.name).folder)
-        layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
-        for layer in layers:
-            layer.keep_dense(torch.float32)
-        stored: Any = model.config.quantization_config
-        quant = stored.quant
-        label = f"{Path(row.name)}, A{quant['act_bits']}KV{quant['kv_bits']}, {named_groups(layers)}"
-        return Made(model, tokenizer, label, bpw=stored.bpw, act_bits=quant["act_bits"])
-    teacher = open_teacher(options.teacher)
-    if row.kind == "teacher":
-        return Made(teacher.model, teacher.tokenizer, f"Teacher, {teacher.precision}")
-    corpus = load_corpus(options.corpus, teacher.tokenizer, seq_len=options.seq_len, tokens=options.tokens)
-    if corpus.tokens < options.tokens:
-        raise ConfigError(f"corpus {options.corpus} has {corpus.tokens} tokens for --tokens {options.tokens}")
-    began = time.perf_counter()
-    act_bits = 16
-    if row.kind == "baseline":
-        chosen = method(row.name)
-        settings = Settings(row.group_size, damping=options.damping)
-        label = chosen.name
-
-        def on_block(done: int, total: int) -> None:
-            report(f"{chosen.name}: block {done} of {total}")
-
-        bpw = quantize_blocks(teacher.model, corpus.sequences, chosen, settings, on_block=on_block).bpw
-        model = teacher.model
-    elif row.kind == "own":
-        label = f"Stages 1 to {row.name[-1]}" if row.name != "stage1" else "Stage 1"
-        if options.param_bits < 16:
-            label += f", {options.param_bits}-bit parameters"
-        model, bpw, act_bits = own_stages(row, options, teacher, corpus)
-    else:
-        label = OUTSIDE[row.name]
-        report(f"{label}: {options.outside}")
-        model, bpw, minutes, memory = outside(row, options, teacher, corpus.sequences)
-        return Made(model, teacher.tokenizer, f"{label}, group {row.group_size}", bpw, minutes, memory)
-    minutes = (time.perf_counter() - began) / 60
-    label = f"{label}, group {row.group_size}"
-    return Made(model, teacher.tokenizer, label, bpw, minutes, peak_memory(), act_bits)
-
-
-def own_stages(row: Row, options: Options, teacher: Teacher, corpus: Corpus) -> tuple[PreTrainedModel, float, int]:
-    """The model after this program's own stages, its bits per weight and activation bits."""
-    stages = OWN[row.name]
-    act_bits = 4 if "aar" in stages else 16
-    changes: dict[str, Any] = {"model": options.teacher, "corpus": options.corpus, "seq_len": options.seq_len}
-    changes["stages"] = stages
-    for stage in stages:
-        changes[stage] = {"tokens": options.tokens}
-    bits = {"param_bits": options.param_bits, "act_bits": act_bits, "kv_bits": act_bits}
-    bits["act_group_size"] = options.act_group_size
-    changes |= {"quant": {"group_size": row.group_size} | bits}
-    config = make_config("quick", changes)
-    with tempfile.TemporaryDirectory() as folder:
-        events = run(config, Path(folder), request=lambda: None, teacher=teacher, corpus=corpus)
-        started = [event for event in events if isinstance(event, RunStarted)]
-        return stage_model(config, Path(folder), stages[-1], teacher), started[0].bpw, act_bits
-
-
-def outside(
-    row: Row, options: Options, teacher: Teacher, sequences: Tensor
-) -> tuple[PreTrainedModel, float, float, int]:
-    """The dense model that another package leaves, its bits per weight, minutes and peak memory."""
-    script = Path(__file__).with_name("quality_outside.py")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        teacher.model.save_pretrained(folder / "teacher")
-        teacher.tokenizer.save_pretrained(folder / "teacher")
-        save_file({"input_ids": sequences}, folder / "tokens.safetensors")
-        path, _ = decoder_blocks(teacher.model)
-        command = [f"{options.outside}/bin/python", str(script), row.name, str(folder), path, str(row.group_size)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise LbllmError(f"{row.name} in {options.outside} failed: {last[0]}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        model = load_teacher(str(folder / "quantized")).model
-    return model, told["bpw"], told["seconds"] / 60, told["memory"]
-
-
-def quantize_inputs(model: PreTrainedModel, bits: int, group_size: int) -> None:
-    """Let the blocks' linear layers see their inputs in so many bits: with a range for each token, or for so many of
-    its features, asymmetric, even steps, no tails."""
-    quantizer = ActQuantizer(bits, tail=0, group_size=group_size)
-
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (quantizer(args[0]), *args[1:])
-
-    for block in decoder_blocks(model)[1]:
-        for layer in linear_layers(block).values():
-            layer.register_forward_pre_hook(hook)
-
-
-def windows(text: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> Tensor:
-    """Windows (n, T) of WikiText-2's test split, of a file, or of a corpus: of one that is calibrated on, the held-out
-    part."""
-    if text == "wikitext2" or Path(text).is_file():
-        return evaluation_tokens(text, tokenizer, seq_len=options.window, limit=options.limit)
-    tokens = (options.limit or ALL_WINDOWS) * options.window
-    part: Literal["heldout", "train"] = "heldout" if text in parts(options.corpus) else "train"
-    return load_corpus(text, tokenizer, seq_len=options.window, tokens=tokens, part=part).sequences
+ABOUT = ("label", "kind", "act_bits", "bits", "questions", "seed", "minutes", "memory_mb")
 
 
 def figures(row: dict[str, Any]) -> dict[str, str]:

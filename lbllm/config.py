@@ -46,8 +46,8 @@ FROM_CHECKPOINT: tuple[Stage, ...] = ("e2e",)
 TO_ACTIVATIONS: tuple[Stage, ...] = ("aar", "e2e")
 # What this run may change in the checkpoint's format: settings of QuantConfig, and those of a layer in ``overrides``.
 CONTINUATIONS: dict[tuple[Stage, ...], tuple[str, ...]] = {
-    FROM_CHECKPOINT: (*GROUP_SETTINGS, "overrides"),
-    TO_ACTIVATIONS: (*GROUP_SETTINGS, *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
+    FROM_CHECKPOINT: (*GROUP_SETTINGS, "embedding_bits", "overrides"),
+    TO_ACTIVATIONS: (*GROUP_SETTINGS, "embedding_bits", *ACTIVATION_BITS, *ACTIVATION_SETTINGS, "overrides"),
 }
 # Options of the command line that set a setting; --set takes any.
 OPTIONS = {

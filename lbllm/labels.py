@@ -57,6 +57,8 @@ def run_facts(config: RunConfig) -> dict[str, str]:
 
     facts = {"model": short(config.model), "quant": format_name(config, config.stages[-1])}
     facts |= {"quant.group_size": size(quant.group_size), "quant.param_bits": str(quant.param_bits)}
+    if quant.embedding_bits < 16:
+        facts["quant.embedding_bits"] = str(quant.embedding_bits)
     facts |= {"corpus": short(config.corpus), "tokens": f"{config.tokens:,}", "stages": stage_numbers(config.stages)}
     facts |= {"seed": str(config.seed)}
     if config.start is not None:

@@ -25,6 +25,7 @@ ACTIVATION_SETTINGS = ("act_group_size", "tail_steps", "kv_group_size", "kv_firs
 Format = Literal["w1+1", "w1"]
 Stage = Literal["ptq", "wat", "aar", "e2e"]
 ParamBits = Literal[4, 8, 16]
+EmbeddingBits = Literal[4, 6, 8, 16]
 BlockLoss = Literal["relative", "mse"]
 StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
@@ -119,6 +120,12 @@ class QuantConfig(Section):
         title="Bits of group parameters",
         description="Bits of each group parameter (alpha and mu), which give the levels of a group. Groups of 16 with "
         "4-bit parameters are as large as groups of 64 with 16-bit ones, and fit the weights much better.",
+    )
+    embedding_bits: EmbeddingBits = Field(
+        16,
+        title="Embedding bits",
+        description="Bits of the token embeddings and of the output head. 16: bfloat16. 8: as Q8_0 in a GGUF file, so "
+        "a teacher from such a file keeps its embeddings exactly. 6 and 4: a smaller file, at a small cost in quality.",
     )
     act_bits: Literal[4, 8, 16] = Field(
         4,

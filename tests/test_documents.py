@@ -40,6 +40,7 @@ COMMANDS = (
     "table",
     "export",
     "export-course",
+    "repack",
     "chat",
     "doctor",
     "models",

@@ -135,6 +135,7 @@ def _controls() -> DeltaGenerator:
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
+    control(shown.EMBEDDING_BITS)
     for pair in (shown.ACTIVATIONS[:2], shown.ACTIVATIONS[2:]):
         for column, setting in zip(st.columns([4, 5], vertical_alignment="bottom"), pair, strict=True):
             with column:

@@ -138,7 +138,7 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
             f"{result.bpw:.2f}",
             "parameters included",
             "All stored bits of the binarized layers, those of the group parameters included, divided by the number of "
-            "their weights. The rest of the model keeps 16 bits.",
+            "their weights. Embeddings and output head have the bits chosen for them, norms and all else 16.",
         ),
         (
             "On disk",

@@ -66,6 +66,7 @@ def tokens_label(group_size: int) -> str:
 FORMAT = Setting("quant.format", show=FORMAT_NAMES.__getitem__)
 GROUP_SIZE = Setting("quant.group_size", (16, 32, 64, 128, WHOLE_ROW), size_label)
 PARAM_BITS = Setting("quant.param_bits")
+EMBEDDING_BITS = Setting("quant.embedding_bits")
 ACT_BITS = Setting("quant.act_bits")
 KV_BITS = Setting("quant.kv_bits")
 KV_GROUP = Setting("quant.kv_group_size", (32, 64, WHOLE_ROW), tokens_label)
@@ -119,6 +120,6 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
     ),
 }
 WIDGETS = (
-    *(FORMAT, GROUP_SIZE, PARAM_BITS, *ACTIVATIONS, STAGE_SETTING, TOKENS),
+    *(FORMAT, GROUP_SIZE, PARAM_BITS, EMBEDDING_BITS, *ACTIVATIONS, STAGE_SETTING, TOKENS),
     *(setting for group in ADVANCED.values() for setting in group),
 )

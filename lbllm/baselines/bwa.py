@@ -3,8 +3,9 @@ W(1+1) with Hessian-weighted EM and compensation; the most important channels ha
 
 LBLLM's stage 1 is based on this method, so clustering and compensation are those of ``lbllm.stages.ptq``, without
 coordinate descent and alignment. The channels whose inputs have the most energy are separated. Groups consist of the
-other channels in their order. The 8-bit channels come last and absorb the remaining error. The method's binary
-activations are not included.
+other channels in their order. The 8-bit channels come last and absorb the remaining error. Their inputs keep 8 bits
+where the others have 4: they are the large ones, so in one range with the others they would leave these no steps. Of
+the method's activations only this is included, not that it splits the 4-bit ones into binary planes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def bwa(weight: Tensor, hessian: Tensor, settings: Settings) -> Quantized:
         bits += rows * (8 * (columns - inner) + HALF) + columns  # codes, one scale per row, a mask of the channels
     restored = torch.empty_like(value)
     restored[order] = value
-    return Quantized(restored.t().float().contiguous(), bits)
+    return Quantized(restored.t().float().contiguous(), bits, order[inner:])
 
 
 def eight_bits(channels: Tensor) -> Tensor:

@@ -19,21 +19,30 @@ HALF = 16  # bits of a stored scale, mean or minimum
 class Settings:
     """The settings of a method.
 
-    ``group_size``: columns that share scales, -1 for the whole row; BiLLM and ARB-LLM call it the block. ``bits``: for
-    RTN and GPTQ only, the other methods have fixed bits. ``damping``: relative to the mean of the Hessian's diagonal.
+    ``group_size``: columns that share scales, -1 for the whole row; BiLLM and ARB-LLM call it the block. ``damping``:
+    relative to the mean of the Hessian's diagonal. For RTN and GPTQ only, because the other methods have a fixed
+    format: ``bits``; ``symmetric``: the grid's zero is its middle; ``clip``: search each group's range. For GPTQ only:
+    ``act_order``, the columns with the largest inputs first.
     """
 
     group_size: int = 128
     bits: int = 2
     damping: float = 0.01
+    symmetric: bool = False
+    clip: bool = False
+    act_order: bool = False
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer's dequantized weight (out, in), float32, and ``bits``, the size of its stored form."""
+    """A layer's dequantized weight (out, in), float32, and ``bits``, the size of its stored form.
+
+    ``wide``: the input channels, int64, that keep 8 bits where the other inputs have 4.
+    """
 
     weight: Tensor
     bits: int
+    wide: Tensor | None = None
 
 
 def half(values: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +38,22 @@ from lbllm.stages.hessians import input_statistics
 
 @dataclass(frozen=True)
 class Method:
-    """A quantization method. ``name``: for display; ``calibrated``: whether the method uses the Hessian."""
+    """A quantization method. ``name``: for display; ``calibrated``: whether the method uses the Hessian; ``usual``: the
+    settings that it is used with, where they differ from the defaults."""
 
     name: str
     quantize: Callable[[Tensor, Tensor, Settings], Quantized]
     calibrated: bool = True
+    usual: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, **chosen: Any) -> Settings:
+        """The method's usual settings with other values for the ``chosen`` ones."""
+        return Settings(**{**self.usual, **chosen})
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method("Round to nearest", rtn, calibrated=False),
-    "gptq": Method("GPTQ", gptq),
+    "gptq": Method("GPTQ", gptq, usual={"clip": True, "act_order": True}),
     "billm": Method("BiLLM", billm),
     "arb-rc": Method("ARB-RC", partial(arb, column_groups=False)),
     "arb": Method("ARB-LLM (RC, CGB)", arb),
@@ -56,15 +63,19 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class StoredLayer:
-    """The size of the quantized layers: stored ``bits`` for the number of ``weights``."""
+    """The size of the quantized layers: stored ``bits`` for the number of ``weights``. ``wide``: ``Quantized.wide`` of
+    the layers that have such channels, by the layer's full name."""
 
     bits: int = 0
     weights: int = 0
+    wide: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, layer: Quantized) -> None:
+    def add(self, name: str, layer: Quantized) -> None:
         """Add a layer's bits and weights."""
         self.bits += layer.bits
         self.weights += layer.weight.numel()
+        if layer.wide is not None:
+            self.wide[name] = layer.wide
 
     @property
     def bpw(self) -> float:
@@ -121,9 +132,10 @@ def quantize_blocks(
         hessian = torch.zeros(0)
 
         def quantize(name: str, layer: nn.Module, hessian: Tensor, number: int = number) -> None:
-            result = quantize_layer(f"{path}.{number}.{name}", linear_weight(layer), hessian, chosen, settings)
+            full = f"{path}.{number}.{name}"
+            result = quantize_layer(full, linear_weight(layer), hessian, chosen, settings)
             set_linear_weight(layer, result.weight)
-            stored.add(result)
+            stored.add(full, result)
 
         with silent(block):
             for names in shared_inputs(block, hidden[:1], call):

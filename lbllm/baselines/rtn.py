@@ -1,6 +1,7 @@
 """Round to nearest: 2^bits even levels from each group's minimum to its maximum.
 
-It needs no calibration, so every other method with the same bits has to be better.
+It needs no calibration, so every other method with the same bits has to be better. A minimum and a step are stored for
+each group. With ``Settings.clip`` or ``Settings.symmetric`` the grid is GPTQ's instead, ``lbllm.baselines.grid``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lbllm.baselines.grid import fit_even_grid, grid_bits
 from lbllm.baselines.layer import HALF, Quantized, Settings, half
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
 from lbllm.quant.levels import assign, spans, take_levels
@@ -32,6 +34,10 @@ def rtn(weight: Tensor, hessian: Tensor | None, settings: Settings) -> Quantized
     """Round each weight (out, in) to the nearest level of its group; the Hessian is not used."""
     rows = weight.float()
     value = torch.empty_like(rows)
+    if settings.clip or settings.symmetric:
+        for span in spans(rows.shape[1], settings.group_size):
+            value[:, span] = fit_even_grid(rows[:, span], settings).round(rows[:, span].t()).t()
+        return Quantized(value, grid_bits(rows.shape[0], rows.shape[1], settings))
     for span in spans(rows.shape[1], settings.group_size):
         group, levels = rows[:, None, span], even_levels(rows[:, span], settings.bits)[:, None]
         value[:, span] = take_levels(levels, assign(group, levels))[:, 0]

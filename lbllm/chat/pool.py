@@ -29,6 +29,7 @@ from lbllm.labels import FORMAT_NAMES
 from lbllm.machine import device_named, free_memory
 from lbllm.models.teacher import load_teacher, skeleton
 from lbllm.quant.gpu_trial import on_gpu
+from lbllm.quant.packed_embedding import weight_count
 from lbllm.quant.packed_layer import PackedLinear, named_groups
 
 State = Literal["waiting", "loading", "ready", "failed"]
@@ -164,9 +165,11 @@ def _open(name: str) -> Loaded:
             layer.keep_dense(torch.float32)
             assert layer.dense is not None
             expanded += layer.dense.nbytes
-    weights = model.num_parameters() + sum(layer.in_features * layer.out_features for layer in layers)
+    weights = weight_count(model) + sum(layer.in_features * layer.out_features for layer in layers)
     quant = stated.format
     precision = f"{FORMAT_NAMES[quant.format]}A{quant.act_bits}KV{quant.kv_bits}, {named_groups(layers)}"
+    if quant.embedding_bits < 16:
+        precision += f", embeddings in {quant.embedding_bits} bits"
     return Loaded(model, tokenizer, True, precision, weights, stored, expanded, stated.bpw or 0.0)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lbllm.models.experts import Experts
 from lbllm.models.loading import quiet
+from lbllm.quant.packed_embedding import PackedTable
 from lbllm.quant.packed_layer import PackedLinear
 
 
@@ -37,14 +38,17 @@ def dense_structure(packed: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def dense_tensors(packed: PreTrainedModel, structure: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a packed model's ``dense_structure``, one after the other in the order of its state dict, bfloat16
-    on the CPU: the packed layers expanded, all others as they are."""
+    on the CPU: the packed layers, embeddings and output head expanded, all others as they are."""
     layers = {f"{name}.weight": layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
+    tables = {f"{name}.weight": table for name, table in packed.named_modules() if isinstance(table, PackedTable)}
     kept = packed.state_dict()
     for name in structure.state_dict():
         if name in layers:
             weight = layers[name].dequantize().cpu().bfloat16()
             transposed = isinstance(structure.get_submodule(name.removesuffix(".weight")), Conv1D)
             yield name, weight.t().contiguous() if transposed else weight
+        elif name in tables:
+            yield name, tables[name].expanded(torch.bfloat16)
         elif name in kept:
             yield name, kept[name].detach().cpu().bfloat16()
         else:

@@ -49,6 +49,7 @@ from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tie
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.model_cache import KeepBits, kv_maker, leave_no_cache
+from lbllm.quant.packed_embedding import leave_file, replace_tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.sections import QuantConfig
 
@@ -115,6 +116,7 @@ class LbllmQuantizer(HfQuantizer):
         # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         settle_tied_weights(model)
+        leave_file(model)
         speed_up(model)
         return model
 
@@ -129,7 +131,8 @@ class LbllmQuantizer(HfQuantizer):
 
 
 def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one."""
+    """Replace every linear layer of the decoder blocks that ``quant`` binarizes by an empty packed one, and embeddings
+    and output head, if it packs them, too."""
     path, blocks = decoder_blocks(model)
     for number, block in enumerate(blocks):
         for name, layer in linear_layers(block).items():
@@ -146,6 +149,7 @@ def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
                 dtype=weight.dtype,
             )
             block.set_submodule(name, packed)
+    replace_tables(model, quant)
 
 
 def attach_kv_cache(model: PreTrainedModel, kv: KVFormat, *, training: bool = False) -> None:

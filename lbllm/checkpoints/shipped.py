@@ -3,6 +3,8 @@
 assets/checkpoint/ contains the part of a checkpoint that binarization made: bits, group parameters, knees and clips.
 Embeddings and norms, which are most of the bytes, are those of the embedded teacher and are copied from it when the
 checkpoint is assembled in the cache, once. Its hash covers the whole file, so ``load`` notices any difference.
+Embeddings of 8 bits are packed from the teacher's, which gives its very values; those of 6 and 4 bits, which are found
+by a search, are in the assets.
 
     python -m lbllm.checkpoints.shipped runs/quick      # how assets/checkpoint/ was made
 """
@@ -25,10 +27,13 @@ from lbllm.errors import CheckpointError
 from lbllm.files import file_sha256, locked, new_folder, write_errors, write_file
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import ASSETS, home
+from lbllm.quant.embedding_code import pack_rows
+from lbllm.quant.packed_embedding import tables
 
 ASSET_FOLDER = ASSETS / "checkpoint"
 PACKED = "packed.safetensors"
 _SMALL = ("config.json", "generation_config.json", "README.md", RECORD)
+_SEARCHED = (4, 6)  # bits of embeddings whose packed rows another machine may find differently
 _PACKED_ENDINGS = (".params", ".params_scale", ".params_range", ".quantizer.act")
 
 
@@ -70,7 +75,9 @@ def strip(checkpoint: Path, target: Path) -> None:
     with safe_open(checkpoint / WEIGHTS, "pt") as file, new_folder(target, replace=True) as folder:
         names = set(file.keys())
         layers = _packed_layers(names)
-        kept = [n for n in names if n.endswith(_PACKED_ENDINGS) or n.removesuffix(".weight") in layers]
+        kept = {n for n in names if n.endswith(_PACKED_ENDINGS) or n.removesuffix(".weight") in layers}
+        if _embedding_bits(checkpoint) in _SEARCHED:
+            kept |= {name for name in names if file.get_slice(name).get_dtype() == "U8"}
         save_file({name: file.get_tensor(name) for name in kept}, folder / PACKED)
         _copy_small(checkpoint, folder)
 
@@ -88,12 +95,15 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{stripped / PACKED} can't be read ({error}); get the project's assets again") from error
     layers = _packed_layers(tensors)
+    rows = {f"{name}.weight" for name in tables(teacher.model)} if _embedding_bits(stripped) == 8 else set()
     seen: set[int] = set()
     for name, tensor in teacher.model.state_dict(keep_vars=True).items():
         # A tied tensor is in the file once, under its first name.
         if name.removesuffix(".weight") not in layers and id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[name] = tensor.detach().bfloat16().contiguous()
+            if name not in tensors:
+                own = tensor.detach()
+                tensors[name] = pack_rows(own, 8, None) if name in rows else own.bfloat16().contiguous()
     with new_folder(target, replace=True) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         if file_sha256(folder / WEIGHTS) != expected:
@@ -106,6 +116,11 @@ def assemble(stripped: Path, teacher: Teacher, target: Path) -> None:
         document = read_document(folder)
         add_seal(document, folder)
         write_file(folder / "config.json", (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _embedding_bits(folder: Path) -> int:
+    """The bits of a checkpoint's embeddings; the format of a checkpoint from before they could be chosen has none."""
+    return int(read_document(folder)["quantization_config"]["quant"].get("embedding_bits", 16))
 
 
 def _packed_layers(names: Iterable[str]) -> set[str]:

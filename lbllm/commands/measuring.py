@@ -93,7 +93,7 @@ def evaluate_tasks(model: str, teacher: str | None, tasks: str, limit: int | Non
     """Print the zero-shot accuracy of one or two models in tasks, and the averages over them."""
     from lbllm.checkpoints.find import open_model
     from lbllm.machine import device_named
-    from lbllm.measure.zero_shot import task_names, zero_shot
+    from lbllm.measure.zero_shot import QUESTIONS_SEED, task_names, zero_shot
 
     names = task_names(tasks)
     found: dict[str, dict[str, Score]] = {}
@@ -109,16 +109,20 @@ def evaluate_tasks(model: str, teacher: str | None, tasks: str, limit: int | Non
     kept = (averages[model] - chance) / above if above > 0 else None
     if as_json:
         results_of = {one: [asdict(score) for score in scores.values()] for one, scores in found.items()}
-        print_json({"tasks": results_of, "average": averages, "chance": chance, "kept_above_chance": kept})
+        document = {"tasks": results_of, "average": averages, "chance": chance, "kept_above_chance": kept}
+        print_json(document | {"questions": limit, "seed": None if limit is None else QUESTIONS_SEED})
         return
     grid = Table()
-    for heading in ("", "examples", "chance", *found):
+    for heading in ("", "metric", "examples", "chance", *found):
         grid.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for name, score in found[model].items():
         cells = [f"{100 * s[name].accuracy:.1f} ± {100 * s[name].stderr:.1f}" for s in found.values()]
-        grid.add_row(name, str(score.examples), f"{100 * score.chance:.0f}", *cells)
-    grid.add_row("average", "", f"{100 * chance:.1f}", *(f"{100 * average:.1f}" for average in averages.values()))
+        metric = "acc_norm" if score.normalized else "acc"
+        grid.add_row(name, metric, str(score.examples), f"{100 * score.chance:.0f}", *cells)
+    grid.add_row("average", "", "", f"{100 * chance:.1f}", *(f"{100 * average:.1f}" for average in averages.values()))
     results().print(grid)
+    if limit is not None:
+        plain(results(), f"at most {limit:,} questions of a task, drawn at random with seed {QUESTIONS_SEED}")
     if kept is not None:
         plain(results(), f"{100 * kept:.0f}% of {teacher}'s distance above chance")
 

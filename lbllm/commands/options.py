@@ -65,7 +65,9 @@ ProcessesOption = Annotated[
     ),
 ]
 IgnoreMemoryOption = Annotated[bool, typer.Option("--ignore-memory", help="Start even if memory seems too small.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first N windows, or questions of a task, only.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Use the first N windows only, or N questions of a task, drawn at random.")
+]
 
 
 def run_config(

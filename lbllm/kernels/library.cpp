@@ -16,6 +16,8 @@ TORCH_LIBRARY(lbllm, m) {
   m.def("pack_words(Tensor planes, int columns, int length) -> Tensor");
   m.def("unpack_words(Tensor words, int columns, int length, int bits) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("embedding_linear(Tensor x, Tensor packed, int bits) -> Tensor");
+  m.def("embedding_rows(Tensor packed, Tensor rows, int bits, int columns) -> Tensor");
   m.def(
       "decode(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] norms, Tensor[] words, Tensor[] params, "
       "Tensor?[] scales, Tensor?[] biases, float[] quantizers, int[] columns, int[] lengths, Tensor(a!)[] cache, "
@@ -35,6 +37,8 @@ TORCH_LIBRARY_IMPL(lbllm, CPU, m) {
   m.impl("pack_words", pack_words);
   m.impl("unpack_words", unpack_words);
   m.impl("bfloat16_linear", bfloat16_linear);
+  m.impl("embedding_linear", embedding_linear);
+  m.impl("embedding_rows", embedding_rows);
   m.impl("decode", decode);
   m.impl("quantize_activations", quantize_activations);
   m.impl("quantize_activations_backward", quantize_activations_backward);

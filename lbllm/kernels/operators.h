@@ -20,6 +20,8 @@ at::Tensor packed_lookup(const at::Tensor& x, const at::Tensor& tiles, const at:
 at::Tensor pack_words(const at::Tensor& planes, int64_t columns, int64_t length);
 at::Tensor unpack_words(const at::Tensor& words, int64_t columns, int64_t length, int64_t bits);
 at::Tensor bfloat16_linear(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor embedding_linear(const at::Tensor& x, const at::Tensor& packed, int64_t bits);
+at::Tensor embedding_rows(const at::Tensor& packed, const at::Tensor& rows, int64_t bits, int64_t columns);
 
 at::Tensor quantize_activations(const at::Tensor& x, double knee, double clip_low, double clip_high, int64_t bits,
                                 int64_t tail);

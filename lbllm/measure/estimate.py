@@ -29,11 +29,13 @@ from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported, decoder_blocks
 from lbllm.models.experts import expert_count
 from lbllm.models.teacher import skeleton
+from lbllm.quant.embedding_code import SCALE, row_bytes
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.levels import LEVELS, group_length
+from lbllm.quant.packed_embedding import tables
 from lbllm.quant.plan import bits_per_weight, block_formats, layer_bits
 from lbllm.runs.store import Run
-from lbllm.sections import Stage
+from lbllm.sections import EmbeddingBits, Stage
 from lbllm.stages.aar import CLIPS, KNEES
 from lbllm.stages.distill import PROBE_TOKENS
 
@@ -122,7 +124,7 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     _, blocks, formats = block_formats(model, quant)
     layers = planned_layers(model, quant)
     weights = sum(layer.weights for layer in layers)
-    parts = _disk(model, layers)
+    parts = _disk(model, layers, quant.embedding_bits)
     rate = rate or fastest_matmul_rate(config.device)
     seconds = _seconds(config, model, layers, rate)
     active = sum(layer.share * layer.weights for layer in layers)
@@ -206,8 +208,9 @@ def _largest(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in terms[:3])
 
 
-def _disk(model: PreTrainedModel, layers: list[PlannedLayer]) -> dict[str, int]:
-    """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; dense tensors: bfloat16)."""
+def _disk(model: PreTrainedModel, layers: list[PlannedLayer], embedding_bits: EmbeddingBits) -> dict[str, int]:
+    """Return the bytes of each part of model.safetensors (layout: ``lbllm.quant.packing``; embeddings and output head:
+    ``lbllm.quant.embedding_code`` if they have fewer than 16 bits; other dense tensors: bfloat16)."""
     parts = {"bits": 0, "bitmap": 0, "parameters": 0, "embeddings": 0, "output head": 0, "other": 0}
     table: dict[str, tuple[str, list[int], int]] = {}
 
@@ -234,8 +237,13 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer]) -> dict[str, int]:
             add(f"{layer.name}.quantizer.act", "other", "F32", [3], 4)
 
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    head_name = next((name for name, module in modules.items() if module is head), "")
+    rows = {f"{name}.weight" for name in tables(model)} if embedding_bits < 16 else set()
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in rows and embedding_bits < 8:  # of each matrix, also of a tied one
+            part = "output head" if name == f"{head_name}.weight" else "embeddings"
+            add(f"{name.removesuffix('weight')}column_scale", part, "U8", [tensor.shape[1], SCALE], 1)
         if name in table or id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -244,7 +252,10 @@ def _disk(model: PreTrainedModel, layers: list[PlannedLayer]) -> dict[str, int]:
             part = "embeddings"
         else:
             part = "output head" if owner is head and tensor.ndim > 1 else "other"
-        add(name, part, "BF16", list(tensor.shape), 2)
+        if name in rows:
+            add(name, part, "U8", [tensor.shape[0], row_bytes(tensor.shape[1], embedding_bits)], 1)
+        else:
+            add(name, part, "BF16", list(tensor.shape), 2)
     parts["other"] += _header_bytes(table)
     return parts
 

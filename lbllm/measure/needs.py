@@ -25,6 +25,7 @@ from lbllm.models.streamed import LOGITS_PART
 from lbllm.models.weights import PART
 from lbllm.quant.chunks import CHUNK_BYTES
 from lbllm.quant.levels import LEVELS, group_length
+from lbllm.quant.packed_embedding import table_weights
 from lbllm.quant.plan import block_formats, layer_bits
 from lbllm.sections import LayerFormat, QuantConfig, Stage
 from lbllm.stages.hessians import MATRICES
@@ -333,9 +334,11 @@ def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]
     each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
     head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products
     each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
+    # The student's own embeddings and output head, rounded, and the copy of this head for the products.
+    own = 0 if config.quant.embedding_bits == 16 else head + 4 * table_weights(model)
     return _Moment(
         {
-            "teacher in float32": 4 * model.num_parameters(),
+            "teacher in float32": 4 * model.num_parameters() + own,
             "activations of a batch": kept,
             "logits of one sequence": each_logit * config.e2e_seq_len * text.vocab_size,
             "weights in training": each * sum(layer.weights for layer in layers) + head,

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lbllm.baselines.layer import Settings
 from lbllm.baselines.methods import StoredLayer, method, quantize_layer
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError, LbllmError, ModelError
@@ -227,10 +226,10 @@ def baseline(sample: BlockSample, config: RunConfig, name: str, group_size: int)
     for names, hessian in sample.hessians:
         for layer_name in (name for name in names if name in formats):
             layer = block.get_submodule(layer_name)
-            settings = Settings(formats[layer_name].group_size)
-            result = quantize_layer(f"{sample.path}.{layer_name}", linear_weight(layer), hessian, chosen, settings)
+            settings, full = chosen.settings(group_size=formats[layer_name].group_size), f"{sample.path}.{layer_name}"
+            result = quantize_layer(full, linear_weight(layer), hessian, chosen, settings)
             set_linear_weight(layer, result.weight)
-            stored.add(result)
+            stored.add(full, result)
     return Point(name, group_size, _error(sample, block), stored.bpw)
 
 

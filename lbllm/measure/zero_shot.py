@@ -5,7 +5,8 @@ highest likelihood.
         print(score)
 
 Prompts, choices, metrics and scoring are lm-eval's own, as its YAML files define them. Questions come from ``tasks/``
-under LBLLM_DATA_DIR if they are there, else from the hub.
+under LBLLM_DATA_DIR if they are there, else from the hub. A part of them is drawn at random, the same one for every
+model.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +40,7 @@ from lbllm.texts.sources import hub_dataset
 BATCH = 8  # choices per batch if they go through the model one by one
 TRIED = 5  # questions to test whether all choices of a question can go through at once
 TOLERANCE = 1e-2  # largest difference in log-likelihood between the two ways
+QUESTIONS_SEED = 0
 LONGEST = 2_048  # tokens of a question with its answer; longer ones lose their beginning
 
 Progress = Callable[[int, int], None]
@@ -45,11 +48,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """``folder``: where lm-eval keeps the task's YAML file. ``chance``: the accuracy of guessing."""
+    """``folder``: where lm-eval keeps the task's YAML file. ``chance``: the accuracy of guessing. ``member``: the name
+    of one of its parts, whose file is used for all, with these ``changes``."""
 
     folder: str
     chance: float
+    member: str | None = None
+    changes: Mapping[str, str] = field(default_factory=dict)
 
+
+# lm-eval has a file for each of MMLU's subjects. They differ in the subject's name only, which every question has.
+_MMLU = {
+    "dataset_name": "all",
+    "description": "",
+    "doc_to_text": "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"
+    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:",
+}
 
 TASKS: dict[str, _Task] = {
     "piqa": _Task("piqa", 1 / 2),
@@ -58,7 +72,11 @@ TASKS: dict[str, _Task] = {
     "hellaswag": _Task("hellaswag", 1 / 4),
     "boolq": _Task("super_glue/boolq", 1 / 2),
     "openbookqa": _Task("openbookqa", 1 / 4),
+    "winogrande": _Task("winogrande", 1 / 2),
+    "mmlu": _Task("mmlu/default", 1 / 4, "mmlu_abstract_algebra", _MMLU),
 }
+# The tasks of LBLLM's paper.
+PAPER_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,12 @@ class Score:
 
 
 def task_names(text: str) -> list[str]:
-    """The tasks that ``all`` or names separated by commas mean. Raises ConfigError naming an unknown one."""
-    names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",")]
+    """The tasks that ``all``, ``paper`` or names separated by commas mean. Raises ConfigError naming an unknown one."""
+    sets = {"all": list(TASKS), "paper": list(PAPER_TASKS)}
+    names = sets.get(text) or [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
-            raise ConfigError(f"task {name!r} is not known; choose from {', '.join(TASKS)}, or all")
+            raise ConfigError(f"task {name!r} is not known; choose from {', '.join(TASKS)}, or paper, or all")
     return list(dict.fromkeys(names))
 
 
@@ -89,9 +108,10 @@ def zero_shot(
     names: Sequence[str],
     *,
     limit: int | None = None,
+    seed: int = QUESTIONS_SEED,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Score]:
-    """Yield the score in each task, on all questions or the first ``limit``.
+    """Yield the score in each task, on all questions or on ``limit`` of them, drawn at random with ``seed``.
 
     ``on_progress(task, done, total)`` counts choices. Raises CorpusError if the questions are not available.
     """
@@ -108,20 +128,20 @@ def zero_shot(
         with float32_products(), _no_bars():
             found = simple_evaluate(
                 model=judge,
-                tasks=[_configured(name, manager, limit)],
+                tasks=[_configured(name, manager, limit, seed)],
                 num_fewshot=0,
                 bootstrap_iters=2,  # a mean's standard error has a formula, but 0 omits it as well
                 log_samples=False,
                 task_manager=manager,
             )
-        result = found["results"][name]
+        result = found["results"][_member(name)]
         metric = "acc_norm" if "acc_norm,none" in result else "acc"
         yield Score(
             task=name,
             accuracy=result[f"{metric},none"],
             stderr=result[f"{metric}_stderr,none"],
             chance=TASKS[name].chance,
-            examples=found["n-samples"][name]["effective"],
+            examples=found["n-samples"][_member(name)]["effective"],
             normalized=metric == "acc_norm",
         )
 
@@ -134,25 +154,37 @@ def _manager(name: str) -> Any:
     return tasks.TaskManager(include_path=folder, include_defaults=False)
 
 
-def _configured(name: str, manager: Any, limit: int | None) -> Any:
-    """The task as lm-eval's YAML file defines it, on all its questions or the first ``limit``. Raises CorpusError."""
+def drawn(name: str, total: int, limit: int, seed: int) -> list[int]:
+    """The ascending numbers of ``limit`` of a task's ``total`` questions, drawn at random; the same for every model."""
+    return sorted(random.Random(f"{seed} {name}").sample(range(total), limit))
+
+
+def _member(name: str) -> str:
+    """The name of the task in lm-eval's catalogue."""
+    return TASKS[name].member or name
+
+
+def _configured(name: str, manager: Any, limit: int | None, seed: int) -> Any:
+    """The task as lm-eval's YAML file defines it, on all its questions or on ``limit`` of them. Raises CorpusError."""
     import datasets
 
-    config = manager.task_index[name].cfg
+    config = manager.task_index[_member(name)].cfg | TASKS[name].changes
     split = config.get("test_split") or config["validation_split"]
     found = _questions(name, config["dataset_path"], config.get("dataset_name"), split)
-    if limit is not None:
-        # Here, not in lm-eval: lm-eval edits all questions of HellaSwag five times before it takes the first ones.
-        found = found.select(range(min(limit, len(found))))
+    if limit is not None and limit < len(found):
+        # Here, not in lm-eval: lm-eval edits all questions of HellaSwag five times before it takes some of them.
+        found = found.select(drawn(name, len(found), limit, seed))
     member = {
-        "task": name,
+        "task": _member(name),
+        **TASKS[name].changes,
         "custom_dataset": lambda **_: datasets.DatasetDict({split: found}),
         "training_split": None,
+        "fewshot_split": None,
         "validation_split": split,
         "test_split": None,
     }
     # The catalogue accepts changes to a task's file only for the members of a group.
-    return manager.load({"group": "zero_shot", "task": [member]})["tasks"][name]
+    return manager.load({"group": "zero_shot", "task": [member]})["tasks"][_member(name)]
 
 
 @contextmanager
@@ -206,9 +238,12 @@ def _questions_of(file: Path) -> list[dict[str, Any]]:
 
 def _hub_form(row: dict[str, Any]) -> dict[str, Any]:
     """A question of a file, which has a list of choices and a label from 0, in the form of the hub: choices with
-    letters, and the letter of the answer. Tasks whose choices are not in a list have the same form in both."""
+    letters, and the letter of the answer; for MMLU's, which have a subject, the list and the answer's number. Tasks
+    whose choices are not in a list have the same form in both."""
     if "choices" not in row:
         return row
+    if "subject" in row:
+        return {name: value for name, value in row.items() if name != "label"} | {"answer": row["label"]}
     letters = dict(enumerate(string.ascii_uppercase[: len(row["choices"])]))
     return row | {
         "choices": {"text": row["choices"], "label": list(letters.values())},

@@ -104,7 +104,7 @@ class Microscope:
             before = Before.find(found.stated.parent, len(opened.model.blocks))
         made = cls(found, config, stored, opened, before)
         with made._reading():
-            check_origin(made.title, opened, stored, made._expected, made._names)
+            check_origin(made.title, opened, stored, made._expected, made._names, config.format.embedding_bits)
         return made
 
     def check(self, address: Address | str) -> Address:

@@ -14,6 +14,9 @@ from lbllm.errors import CheckpointError, ModelError
 from lbllm.models.blocks import linear_layers
 from lbllm.models.teacher import BlockTeacher
 from lbllm.models.weights import StoredWeights
+from lbllm.quant.embedding_code import is_rounding_of
+from lbllm.quant.packed_embedding import tables
+from lbllm.sections import EmbeddingBits
 
 ROWS = 8  # of embeddings and output head that are compared
 _ROUNDING = 2.0**-7  # relative: a checkpoint keeps dense parameters in bfloat16
@@ -27,13 +30,19 @@ def stored_name(model: PreTrainedModel, name: str, tensor: Tensor, stored: Store
 
 
 def check_origin(
-    title: str, teacher: BlockTeacher, stored: StoredWeights, expected: dict[str, Tensor], names: dict[str, str]
+    title: str,
+    teacher: BlockTeacher,
+    stored: StoredWeights,
+    expected: dict[str, Tensor],
+    names: dict[str, str],
+    bits: EmbeddingBits,
 ) -> None:
     """Raise ModelError unless the checkpoint in the files ``stored`` can have been made from a teacher, CheckpointError
     if it has tensors of another type than its format.
 
     ``expected``: the packed tensors that it then has, by name; ``names``: their names in the files. Their shapes and
-    types are compared, and the values of some parameters that stay dense: norms, and a few rows of the embeddings.
+    types are compared, and the values of some parameters that are not binarized: norms, and a few rows of embeddings
+    and output head, which have so many ``bits``.
     """
     for name, tensor in expected.items():
         found = stored.tensors.get(names[name])
@@ -47,12 +56,18 @@ def check_origin(
     more = {name for name in stored.tensors if name.endswith(".params")} - set(names.values())
     if more:
         raise _other(title, teacher, f"the model has no layer for {min(more)}")
+    packed = {f"{name}.weight" for name in tables(teacher.model.model)} if bits < 16 else set()
     for name, tensor in _dense(teacher):
         own = stored_name(teacher.model.model, name, tensor, stored)
         place = stored.tensors.get(own)
         if place is None:
             continue  # tied to another one
         rows = slice(0, len(tensor)) if place.shape else None
+        if name in packed:
+            scale = None if bits == 8 else stored.read(f"{own.removesuffix('weight')}column_scale").view(torch.float16)
+            if not is_rounding_of(stored.read(own, rows), tensor, bits, None if scale is None else scale[:, 0]):
+                raise _other(title, teacher, f"{name} differs")
+            continue
         if place.shape[1:] != tensor.shape[1:] or _differ(stored.read(own, rows), tensor):
             raise _other(title, teacher, f"{name} differs")
 

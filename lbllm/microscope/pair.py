@@ -21,12 +21,13 @@ from lbllm.errors import ConfigError, ModelError
 from lbllm.microscope.passes import Memo, Passes, States, view
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight
 from lbllm.models.tokens import check_ids, embedding_rows
+from lbllm.quant.packed_embedding import PackedTable
 from lbllm.quant.packed_layer import PackedLinear
 
 Side = Literal["teacher", "student"]
 Text = str | Sequence[int] | Tensor
 # Embeddings of a student are the teacher's, rounded to bfloat16. A teacher in another precision differs a little.
-_SAMPLE, _APART = 64, 0.1
+_SAMPLE, _APART = 64, 0.2
 _ADVICE = "choose a student and the teacher it was made from"
 
 
@@ -174,6 +175,14 @@ def _check_vocabularies(teacher: Loaded, student: Loaded) -> None:
         words = f" ({sizes[0]} and {sizes[1]} tokens)" if sizes[0] != sizes[1] else ""
         raise ModelError(f"teacher and student have different vocabularies{words}; {_ADVICE}")
     embeddings: list[Any] = [loaded.model.get_input_embeddings() for loaded in (teacher, student)]
-    left, right = (embedding.weight.detach()[:_SAMPLE].float() for embedding in embeddings)
+    left, right = (_first_rows(embedding) for embedding in embeddings)
     if left.shape != right.shape or float((left - right).norm()) > _APART * float(left.norm()):
         raise ModelError(f"the student was made from another teacher: its embeddings are not those; {_ADVICE}")
+
+
+def _first_rows(embedding: Any) -> Tensor:
+    """The rows of the first tokens, float32; a few of them tell models apart."""
+    if isinstance(embedding, PackedTable):
+        return embedding.unpack(slice(0, min(_SAMPLE, embedding.rows)))
+    rows: Tensor = embedding.weight.detach()[:_SAMPLE].float()
+    return rows

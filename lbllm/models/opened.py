@@ -172,6 +172,10 @@ class _Opened:
                 entries = {name: one.read(self._weights, number) for name, one in fused.items()}
             except (FileFault, OSError) as fault:
                 raise self._lost(fault) from None
+            self._made += sum(4 * entry.numel() for entry in entries.values())
+            if self._made > TRIM_BYTES:
+                memory.trim()
+                self._made = 0
             return Expert.of(form, {name: entry.to(self._device).float() for name, entry in entries.items()})
 
         return make

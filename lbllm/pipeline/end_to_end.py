@@ -22,9 +22,11 @@ from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.mixtures import share_quantizers
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
+from lbllm.quant.embedding_code import round_matrix
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
-from lbllm.sections import Origin, Stage
+from lbllm.quant.packed_embedding import tables
+from lbllm.sections import EmbeddingBits, Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import PROBE_TOKENS, binary_layers
 from lbllm.stages.e2e import EndToEnd
@@ -145,10 +147,11 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
 def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
     """Return the model after a stage, with BinaryLinear layers to train, and its blocks.
 
-    Layers that read the same input share a quantizer.
+    Layers that read the same input share a quantizer. Embeddings and output head are rounded if they will be packed.
     """
     quant = run.config.precision(stage)
     student: PreTrainedModel = share_copy(teacher.model)
+    _round_tables(student, run.config.quant.embedding_bits)
     attach_kv_cache(student, KVFormat.of(quant), training=True)
     _, student_blocks = decoder_blocks(student)
     (hidden,) = teacher.first_inputs(run.corpus.sequences[:1], 1)
@@ -171,3 +174,15 @@ def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple
         student_blocks[number] = restored
         blocks.append(restored)
     return student, blocks
+
+
+def _round_tables(student: PreTrainedModel, bits: EmbeddingBits) -> None:
+    """Give a student embeddings and an output head of its own with the values that ``bits`` below 16 can hold; what
+    shared weights shares the rounded ones."""
+    rounded: dict[int, nn.Parameter] = {}
+    for module in tables(student).values() if bits < 16 else ():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if id(weight) not in rounded:
+            rounded[id(weight)] = nn.Parameter(round_matrix(weight.detach(), bits), requires_grad=False)
+        module.weight = rounded[id(weight)]

@@ -20,7 +20,9 @@ from lbllm.json_input import decode_object, shortened, shown
 from lbllm.models.experts import expert_count, read_parameters
 from lbllm.models.streamed import BlockModel
 from lbllm.models.weights import row_parts
+from lbllm.quant.embedding_code import is_rounding_of
 from lbllm.quant.levels import group_length
+from lbllm.quant.packed_embedding import PackedTable, tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid, fit_grid, stored_params
 from lbllm.sections import ACT_GROUP_SIZE, KV_GROUP_SIZE, LayerFormat, QuantConfig
@@ -118,18 +120,18 @@ def _fixed(quant: QuantConfig) -> dict[str, Any]:
 def _first_difference(packed: PreTrainedModel, teacher: BlockModel) -> str | None:
     """The name of a tensor that stays dense in a packed model and isn't the teacher's own; None if all are."""
     stored = packed.state_dict()
+    rows = {f"{name}.weight": table for name, table in tables(packed).items() if isinstance(table, PackedTable)}
 
-    def differs(name: str, tensor: Tensor) -> bool:
+    def differs(name: str, tensor: Tensor, part: slice = slice(None)) -> bool:
+        if name in rows:
+            return not is_rounding_of(rows[name].weight[part], tensor, rows[name].bits, rows[name].scale)
         # A packed layer's weight has another shape.
-        return name in stored and stored[name].is_floating_point() and not _stored_as(tensor, stored[name])
+        return name in stored and stored[name].is_floating_point() and not _stored_as(tensor, stored[name][part])
 
     inside = f"{teacher.path}."
     for name, tensor in teacher.model.state_dict().items():
         if name in teacher.matrices:
-            if name in stored and any(
-                not _stored_as(teacher.rows(name, part), stored[name][part])
-                for part in row_parts(teacher.matrices[name])
-            ):
+            if any(differs(name, teacher.rows(name, part), part) for part in row_parts(teacher.matrices[name])):
                 return name
         elif not name.startswith(inside) and differs(name, tensor):
             return name

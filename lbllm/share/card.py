@@ -29,12 +29,15 @@ _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) 
 
 @dataclass(frozen=True)
 class Contents:
-    """The size of a checkpoint: numbers of binarized and of dense weights, and bytes of the packed file."""
+    """The size of a checkpoint: numbers of binarized and of dense weights, bytes of the packed file, and the bits of
+    embeddings and output head; ``q8_0``: a GGUF file has these as they are packed."""
 
     architecture: str
     binarized: int
     dense: int
     packed_bytes: int
+    embedding_bits: int = 16
+    q8_0: bool = False
 
 
 @dataclass(frozen=True)

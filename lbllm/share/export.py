@@ -13,20 +13,23 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.dense import dense_structure, dense_tensors
 from lbllm.checkpoints.find import FoundCheckpoint, teacher_of
-from lbllm.checkpoints.hf import load
+from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.checkpoints.weights import save_parts
 from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import last_part
+from lbllm.quant.embedding_code import GROUPS
+from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
 from lbllm.share.space import write_space
@@ -89,12 +92,15 @@ def _contents(model: PreTrainedModel) -> Contents:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
     quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
-    kept = [p for p in model.parameters() if id(p) not in packed | quantizers]
+    quantized = sum(q.numel() for q in model.parameters() if id(q) in packed | quantizers)
+    stated: LbllmConfig = model.config.quantization_config
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Contents(
         architecture=type(model).__name__,
         binarized=sum(layer.in_features * layer.out_features for layer in layers),
-        dense=sum(parameter.numel() for parameter in kept),
+        dense=weight_count(model) - quantized,
+        embedding_bits=stated.format.embedding_bits,
+        q8_0=any(map(is_q8_0, model.modules())),
         packed_bytes=size,
     )
 
@@ -106,7 +112,13 @@ def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrained
     name = f"{last_part(base)} binarized by LBLLM".strip()
     dense = dense_structure(model)
     tensors = dense_tensors(model, dense)
-    write_gguf(dense, tokenizer, file, name=name, licence=record.licence, tensors=tensors)
+    blocks = {f"{name}.weight": table.weight for name, table in model.named_modules() if is_q8_0(table)}
+    write_gguf(dense, tokenizer, file, name=name, licence=record.licence, tensors=tensors, q8_0=blocks)
+
+
+def is_q8_0(module: nn.Module) -> TypeGuard[PackedTable]:
+    """Whether a module's packed rows are whole blocks of Q8_0, which a GGUF file can have as they are."""
+    return isinstance(module, PackedTable) and module.bits == 8 and module.columns % GROUPS[8] == 0
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -10,7 +10,7 @@ splits a text before the merges, only the name of one of llama.cpp's rules.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,11 @@ def write_gguf(
     name: str,
     licence: str | None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
+    q8_0: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the model with bfloat16 weights and its tokenizer to ``file``.
+
+    ``q8_0``: the blocks, uint8 (rows, bytes), of matrices that the file has in Q8_0 instead, by name.
 
     ``tensors``: the entries of its state dict, one after the other in its order, where ``model`` is only the structure,
     on the meta device; one of them at a time is then in memory. Raises ModelError if the model can't be written as
@@ -83,12 +86,12 @@ def write_gguf(
         _add_settings(writer, config)
         _add_tokenizer(writer, tokenizer, rows=config.vocab_size)
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        shapes = _shapes(model)
+        shapes, blocks = _shapes(model), q8_0 or {}
         for key, shape in shapes.items():
             renamed = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if renamed is None:
                 raise ModelError(f"llama.cpp's {config.model_type} models have no tensor like {key}; {_OTHERWISE}")
-            _add_info(writer, renamed, shape)
+            _add_info(writer, renamed, shape, blocks.get(key))
         factors = _frequency_factors(config)
         if factors is not None:
             _add_info(writer, "rope_freqs.weight", factors.shape)
@@ -99,7 +102,8 @@ def write_gguf(
         for key, tensor in model.state_dict().items() if tensors is None else tensors:
             if left[:1] == [key]:  # the file has them in this order
                 del left[0]
-                writer.write_tensor_data(_values(_as_in_llama_cpp(key, tensor.detach(), config)))
+                values = _values(_as_in_llama_cpp(key, tensor.detach(), config))
+                writer.write_tensor_data(blocks[key].detach().numpy() if key in blocks else values)
         if left:
             raise ValueError(f"{left[0]} is missing among the tensors, or has another place than in the model")
         if factors is not None:
@@ -114,7 +118,11 @@ def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _add_info(writer: gguf.GGUFWriter, name: str, shape: torch.Size) -> None:
+def _add_info(writer: gguf.GGUFWriter, name: str, shape: torch.Size, blocks: Tensor | None = None) -> None:
+    if blocks is not None:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor_info(name, tuple(blocks.shape), np.dtype(np.uint8), blocks.nbytes, raw_dtype=kind)
+        return
     if len(shape) == 1:  # llama.cpp adds and multiplies by vectors only in float32
         writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape.numel())
         return

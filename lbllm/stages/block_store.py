@@ -51,6 +51,8 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["quant"]["act_group_size"]
     if config.quant.kv_group_size == WHOLE_ROW:
         del document["quant"]["kv_group_size"], document["quant"]["kv_first"]
+    if config.quant.embedding_bits == 16:
+        del document["quant"]["embedding_bits"]
     if config.stream_dtype == "float32":
         del document["stream_dtype"]
     if config.aar.loss == "relative":

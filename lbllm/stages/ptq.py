@@ -22,7 +22,7 @@ groups have fewer than 8 weights, fitting a grid of 4-bit parameters (``packing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -240,16 +240,20 @@ def _compensate(
 
 
 def assign_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, levels: Tensor) -> None:
-    """Assign the columns of a group to the nearest of its ascending ``levels`` (out, K), one after the other; the
-    columns after each absorb its error.
+    """Assign the columns of a group to the nearest of its ascending ``levels`` (out, K), see ``round_columns``."""
+    columns = _Columns(levels)
+    round_columns(latent, value, span, factor, lambda column: columns.snap(latent[column]))
+
+
+def round_columns(latent: Tensor, value: Tensor, span: slice, factor: Tensor, rounded: Callable[[int], Tensor]) -> None:
+    """Round the columns of a span one after the other; the columns after each absorb its error.
 
     ``latent`` and ``value`` (in, out) are the compensated weights and the quantized ones, both changed in place;
-    ``factor`` is U of ``factorize``.
+    ``factor`` is U of ``factorize``. ``rounded(column)`` is the quantized value (out,) of a column of ``latent``.
     """
-    columns = _Columns(levels)
     errors = torch.empty_like(latent[span])
     for offset, column in enumerate(range(span.start, span.stop)):
-        value[column] = columns.snap(latent[column])
+        value[column] = rounded(column)
         errors[offset] = (latent[column] - value[column]) / factor[column, column]
         latent[column + 1 : span.stop].addr_(factor[column, column + 1 : span.stop], errors[offset], alpha=-1)
     latent[span.stop :].addmm_(factor[span, span.stop :].t(), errors, alpha=-1)

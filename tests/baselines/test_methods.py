@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lbllm.baselines import arb, billm
 from lbllm.baselines.bwa import bwa
-from lbllm.baselines.gptq import gptq
 from lbllm.baselines.layer import Quantized, Settings, block_by_block
 from lbllm.baselines.methods import METHODS, Method, method, quantize_blocks, quantize_layer
 from lbllm.baselines.rtn import round_to_nearest, rtn
@@ -89,34 +88,6 @@ def test_round_to_nearest_changes_the_blocks_linear_layers_alone(architecture: s
         assert torch.equal(value, before[name]) == (name not in linear), name
     weight = linear_weight(next(iter(linear_layers(blocks[0]).values())))
     assert all(len(row[:20].unique()) <= 4 for row in weight)
-
-
-def slow_gptq(weight: Tensor, hessian: Tensor, group_size: int, damping: float) -> Tensor:
-    """Optimal brain quantization column by column: the inverse Hessian of what is left is inverted anew each time."""
-    latent, hessian = weight.clone(), damped_hessian(hessian, damping)
-    columns = weight.shape[1]
-    length = group_length(group_size, columns)
-    for column in range(columns):
-        if column % length == 0:
-            grids = [torch.tensor(grid(row[column : column + length].tolist(), 2)).double() for row in latent]
-        inverse = torch.linalg.inv(hessian[column:, column:])
-        for row, levels in zip(latent, grids, strict=True):
-            nearest = levels[(levels - row[column]).abs().argmin()]
-            change = (row[column] - nearest) / inverse[0, 0]
-            row[column:] -= change * inverse[0]
-            row[column] = nearest
-    return latent
-
-
-@given(group_size=GROUP_SIZES, **SHAPES)
-@cases(15)
-def test_gptq_equals_the_slow_way(rows: int, columns: int, seed: int, group_size: int) -> None:
-    weight, hessian = normal(rows, columns, seed=seed), hessian_of(columns, seed)
-    result = gptq(weight, hessian, Settings(group_size, damping=0.1))
-    torch.testing.assert_close(
-        result.weight.double(), slow_gptq(weight, hessian, group_size, 0.1), atol=1e-3, rtol=1e-3
-    )
-    assert result.bits == rtn(weight, None, Settings(group_size)).bits
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "rtn"])
@@ -273,6 +244,8 @@ def test_bwa_keeps_outlier_channels_in_8_bits() -> None:
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
         assert all(len(group.unique()) <= 4 for group in row[others].split(16))
     assert result.bits == 5 * (2 * 68 + 5 * 4 * 16) + 5 * (2 * 8 + 16) + 70
+    assert result.wide is not None
+    assert sorted(result.wide.tolist()) == sorted(outliers.tolist())
     few = bwa(weight[:, :20], hessian[:20, :20], Settings(-1))
     assert few.bits == 5 * (2 * 20 + 4 * 16)
     assert all(len(row.unique()) <= 4 for row in few.weight)

@@ -22,6 +22,8 @@ from tests.helpers.tiny_models import save_tiny
 # Commands in benchmarks/ that print no figures of their own.
 OTHERS = {
     "animation": "makes a picture",
+    "frontier_chart": "makes a picture",
+    "llama_quantize": "is called by file_sizes, in a process of its own",
     "questions": "prints questions",
     "screenshots": "makes pictures",
     "settings_page": "renders the page of settings",

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[list[str], list[str], Kinds]] = {
     ),
     "export": (["export", "--to", "packed", "--out", "OUT"], [], PACKED),
     "export a Space": (["export", "--to", "space", "--out", "OUT"], [], PACKED),
+    "repack": (["repack", "--embedding-bits", "8", "--out", "OUT"], [], PACKED),
     "showcase": (["showcase"], [], PACKED),
     "showcase beside": (["showcase", "packed", "--teacher"], [], TEACHERS),
 }

@@ -55,8 +55,10 @@ def test_the_run_store_is_read(place: Path) -> None:
 def test_settings_are_read_and_say_the_same(place: Path) -> None:
     document = json.loads((place / "config.json").read_text())
     # Settings that came later say what this run did before there were any.
-    later = {"stream_dtype": "float32", "aar": {"loss": "relative"} | document["aar"]}
-    assert json.loads(parse_config(document).model_dump_json()) == later | document | {"aar": later["aar"]}
+    later: dict[str, Any] = {"stream_dtype": "float32"}
+    sections = {"aar": {"loss": "relative"}, "quant": {"embedding_bits": 16}}
+    grown = {name: more | document[name] for name, more in sections.items()}
+    assert json.loads(parse_config(document).model_dump_json()) == later | document | grown
 
 
 def test_the_checkpoint_is_loaded_and_computes_what_its_run_left(place: Path) -> None:

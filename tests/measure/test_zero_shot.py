@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from lbllm.commands.main import main
 from lbllm.errors import ConfigError, CorpusError
-from lbllm.measure.zero_shot import TASKS, _questions_of, likelihoods, task_names, zero_shot
+from lbllm.measure.zero_shot import TASKS, _questions_of, drawn, likelihoods, task_names, zero_shot
 from tests.helpers.cases import cases
 from tests.helpers.tiny_models import SENTENCES, VOCABULARY, save_tiny, tiny
 
@@ -41,6 +42,19 @@ ENDINGS = [
     }
     for k, s in enumerate(SENTENCES)
 ]
+SENTENCE_PAIRS = [
+    {"sentence": f"{s[:12]} _ {s[12:]}", "option1": "the lamp", "option2": s[:7], "answer": str(1 + k % 2)}
+    for k, s in enumerate(SENTENCES)
+]
+SUBJECTS = [
+    {
+        "subject": ("high_school_biology", "anatomy")[k % 2],
+        "question": f" {s} ",
+        "choices": list("wxyz"),
+        "label": k % 4,
+    }
+    for k, s in enumerate(SENTENCES)
+]
 FILES: dict[str, list[dict[str, Any]]] = {
     "piqa_validation": QUESTIONS,
     "boolq_validation": PASSAGES,
@@ -48,6 +62,8 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "arc_challenge_test": CHOICES,
     "openbookqa_test": CHOICES,
     "hellaswag_validation": ENDINGS,
+    "winogrande_validation": SENTENCE_PAIRS,
+    "mmlu_test": SUBJECTS,
 }
 
 
@@ -74,6 +90,12 @@ def asked(name: str, row: dict[str, Any]) -> tuple[str, list[str]]:
             return f"Roof work: {row['ctx_a'].split(' [')[0]}. Go on. He", endings
         case "openbookqa":
             return row["question_stem"], row["choices"]
+        case "mmlu":
+            intro = "The following are multiple choice questions (with answers) about"
+            choices = "\n".join(f"{letter}. {one}" for letter, one in zip("ABCD", row["choices"], strict=True))
+            return f"{intro} {row['subject'].replace('_', ' ')}.\n\n{row['question'].strip()}\n{choices}\nAnswer:", [
+                *"ABCD"
+            ]
     return f"Question: {row['question']}\nAnswer:", row["choices"]
 
 
@@ -105,9 +127,18 @@ def test_the_score_is_the_share_of_right_choices(name: str, rows: list[dict[str,
     assert score.chance == 1 / 2
     assert score.normalized == (name == "piqa")
     assert told[-1] == (name, 16, 16)
-    (fewer,) = zero_shot(*tiny("llama"), [name], limit=3)
-    assert fewer.examples == 3
-    assert fewer.accuracy == pytest.approx(by_hand(name, rows[:3]))
+
+
+def test_some_questions_are_drawn_at_random_and_the_same_ones_every_time(data: Path) -> None:
+    chosen = drawn("piqa", 8, 3, 0)
+    assert chosen == drawn("piqa", 8, 3, 0) == sorted(set(chosen))
+    assert len(chosen) == 3
+    assert len({tuple(drawn(name, 100, 5, seed)) for name in TASKS for seed in range(4)}) == 4 * len(TASKS)
+    counts = Counter(k for seed in range(2_000) for k in drawn("piqa", 8, 3, seed))
+    assert all(count == pytest.approx(750, rel=0.1) for count in counts.values())
+    (score,) = zero_shot(*tiny("llama"), ["piqa"], limit=3)
+    assert score.examples == 3
+    assert score.accuracy == pytest.approx(by_hand("piqa", [QUESTIONS[k] for k in chosen]))
 
 
 @given(seed=st.integers(0, 1_000), text=st.integers(1, 12), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5))
@@ -164,6 +195,29 @@ def test_each_task_asks_what_lm_eval_asks(name: str, data: Path, capsys: pytest.
     assert "%|" not in capsys.readouterr().err
 
 
+def test_mmlu_names_the_subject_of_each_question(data: Path) -> None:
+    (score,) = zero_shot(*tiny("llama"), ["mmlu"])
+    assert score.accuracy == pytest.approx(by_hand("mmlu", SUBJECTS))
+    assert (score.task, score.examples, score.normalized) == ("mmlu", len(SUBJECTS), False)
+
+
+@torch.no_grad()
+def test_winogrande_compares_the_same_end_after_both_beginnings(data: Path) -> None:
+    (score,) = zero_shot(*tiny("llama"), ["winogrande"])
+    model, tokenizer = tiny("llama")
+    right = 0
+    for row in SENTENCE_PAIRS:
+        beginning, end = row["sentence"].split("_")
+        scores = []
+        for option in ("option1", "option2"):
+            ids = tokenizer(beginning + row[option]).input_ids
+            whole = tokenizer(f"{beginning}{row[option]} {end.strip()}").input_ids
+            logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logits[at - 1, whole[at]]) for at in range(len(ids), len(whole))))
+        right += str(1 + scores.index(max(scores))) == row["answer"]
+    assert score.accuracy == pytest.approx(right / len(SENTENCE_PAIRS))
+
+
 def test_questions_of_the_hub_give_the_same_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = [next(zero_shot(*tiny("llama"), [name])) for name in ("arc_easy", "piqa")]
     rows = [
@@ -185,6 +239,7 @@ def test_questions_of_the_hub_give_the_same_score(data: Path, monkeypatch: pytes
 def test_names() -> None:
     assert task_names("all") == list(TASKS)
     assert task_names("piqa, boolq,piqa") == ["piqa", "boolq"]
+    assert set(task_names("paper")) < set(TASKS)
     with pytest.raises(ConfigError, match=r"task 'pica' is not known; choose from piqa, arc_easy"):
         task_names("piqa,pica")
 

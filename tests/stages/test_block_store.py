@@ -122,14 +122,15 @@ def test_settings_that_came_later_leave_the_fingerprint_of_older_runs_alone() ->
     """As version 0.1 computed it: over the document that it wrote, which had none of these settings."""
     teacher = nn.Linear(3, 2)
     document = run_config().model_dump(mode="json", exclude={"preset", "device", "stages", "start", "stream_dtype"})
-    for name in ("act_group_size", "kv_group_size", "kv_first"):
+    for name in ("act_group_size", "embedding_bits", "kv_group_size", "kv_first"):
         del document["quant"][name]
     del document["aar"]["loss"]
     weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
     text = json.dumps([document, weights, "text", "no"], sort_keys=True)
     older = run_config(stream_dtype="float32")
     assert fingerprint(older, weight_hashes(teacher), "text", "no") == hashlib.sha256(text.encode()).hexdigest()
-    for other in (run_config(), run_config(stream_dtype="float32", aar={"loss": "mse"})):
+    changes: tuple[dict[str, Any], ...] = ({"aar": {"loss": "mse"}}, {"quant": {"embedding_bits": 8}})
+    for other in (run_config(), *(run_config(stream_dtype="float32", **one) for one in changes)):
         assert fingerprint(other, weight_hashes(teacher), "text", "no") != fingerprint(
             older, weight_hashes(teacher), "text", "no"
         )
