@@ -4,6 +4,7 @@
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 3
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 1 --tokens 131072 --stages ptq
     python -m benchmarks.large gemma-3-270m --limit 2.5
+    python -m benchmarks.large qwen3-30b-a3b --limit 6            one block of it, with 128 experts
 
 A model of random weights in the real shapes is written to ``--work`` as sharded bfloat16 safetensors, with a tokenizer
 made from the project's own text. Then the run's worker does stages 1 to 3 of preset ``standard`` with so many tokens,
@@ -43,6 +44,7 @@ from lbllm.files import new_folder
 from lbllm.machine import fastest_matmul_rate
 from lbllm.measure.estimate import estimate
 from lbllm.measure.needs import needs, planned_layers
+from lbllm.models.experts import split_experts
 from lbllm.models.loading import INDEX
 from lbllm.models.teacher import skeleton
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
@@ -72,6 +74,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256}
         | {"max_position_embeddings": 32_768, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {"vocab_size": 151_936, "hidden_size": 2_048, "intermediate_size": 6_144, "num_hidden_layers": 1}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
+        | {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+        | {"max_position_embeddings": 40_960, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "tiny-moe": (
+        "qwen3_moe",
+        {"vocab_size": 4_096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "max_position_embeddings": 2_048}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
     "tiny": (
         "llama",
         _LLAMA
@@ -99,6 +115,8 @@ def write_model(folder: Path, shape: str) -> None:
             weight_map.update(dict.fromkeys(part, name))
             part.clear()
 
+        # Experts one by one, as files of such models have them.
+        split_experts(model)
         for name, parameter in model.named_parameters():
             norm = parameter.ndim == 1 and not name.endswith("bias")
             # Gemma's norms multiply by 1 + weight.
@@ -216,6 +234,8 @@ def _fill(run: Run, config: RunConfig, stage: Stage, done: int, blocks: int) -> 
     with safe_open(first.path(stage, done - 1), "pt") as file:
         mark = file.metadata()["fingerprint"]
     kept = {name: tensor for name, tensor in state.tensors.items() if not name.endswith(".latent")}
+    if done < blocks and first.path(stage, done - 1, 0).exists():
+        raise ConfigError("--blocks can't take over the state of experts; choose a shape with few blocks")
     own = BlockStore(run.folder, mark, config.stages)
     for number in range(done, blocks):
         own.save(stage, number, replace(state, tensors=kept))

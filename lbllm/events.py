@@ -80,6 +80,23 @@ class LayerDone(_Event):
     error: float
 
 
+class ExpertDone(_Event):
+    """A stage finished an expert of a block, after the block's other layers. ``tokens``: those that were routed to it.
+
+    ``loss_before``, ``loss_after``: relative, on its tokens. In stage 1 that of its own output when it is dense, and
+    when it is binarized; without tokens on others of the layer. In stages 2 and 3 that of all the block's experts
+    together, before and after it trained; 0 without tokens.
+    """
+
+    kind: Literal["expert_done"] = "expert_done"
+    stage: Stage
+    block: int
+    expert: str
+    tokens: int
+    loss_before: float
+    loss_after: float
+
+
 class StepMetric(_Event):
     """One optimizer step of a block. ``loss``: the reconstruction loss; ``reg``: lambda times the polarization.
 
@@ -182,6 +199,7 @@ Event = (
     | StageStarted
     | BlockStarted
     | LayerDone
+    | ExpertDone
     | StepMetric
     | BlockDone
     | Evaluated

@@ -21,6 +21,7 @@ from app.quantize.facts import (
     estimated,
     layer_names,
     model_facts,
+    show_experts,
     show_figures,
     show_model,
     show_unknown,
@@ -195,6 +196,7 @@ def _outlook(table: pandas.DataFrame, model: PreTrainedModel | None) -> tuple[Ru
     for objection in objections:
         st.warning(sentence(objection))
     st.html(bar(result))
+    show_experts(result)
     st.divider()
     if config.start is not None:
         st.caption("A preview binarizes a block of the teacher; this run starts from a checkpoint.")

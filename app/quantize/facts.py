@@ -98,6 +98,11 @@ def show_model(facts: ModelSummary) -> None:
         f"**{count_text(facts.binarized)}** of them, the weights of {facts.layers} linear layers, **will be "
         f"binarized**; {count_text(facts.parameters - facts.binarized)} stay ({kept})."
     )
+    if facts.experts:
+        st.markdown(
+            f"A mixture: **{facts.experts} experts** in a block, which hold {count_text(facts.expert_weights)} of the "
+            "binarized weights. Each token is computed by a few of them; the routers that choose stay dense."
+        )
     chat = "chat template" if facts.chat_template else "no chat template: completes text"
     st.caption(plain(f"{facts.architecture}, {context}{chat}. Licence: {facts.licence}"))
 
@@ -164,6 +169,20 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
     )
     for column, (label, value, small, explained) in zip(st.columns(4, vertical_alignment="bottom"), shown, strict=True):
         column.metric(label, value, small, delta_color="off", delta_arrow="off", help=explained or None)
+
+
+def show_experts(result: Estimate) -> None:
+    """Show what the experts of a mixture take of bits, size and time."""
+    found = result.experts
+    if found is None:
+        return
+    bits = 8 * found.disk_bytes / found.weights
+    st.caption(
+        f"**Experts:** {found.active} of {found.count} compute a token. They are "
+        f"{100 * found.weights / result.weights:.0f} % of the binarized weights, at {bits:.2f} bits; "
+        f"{size_text(found.disk_bytes)}, {100 * found.disk_bytes / result.disk_bytes:.0f} % of the file; and "
+        f"{time_text(found.seconds)}, {100 * found.seconds / result.seconds:.0f} % of the time."
+    )
 
 
 def bar(result: Estimate) -> str:

@@ -18,6 +18,7 @@ from app.components.live_chart import encode, live_chart
 from app.runs import charts
 from app.runs.actions import header
 from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
+from app.runs.experts import show_experts
 from app.runs.export import show_export
 from app.runs.facts import show_legend, show_note, show_settings, teacher_of
 from app.runs.state import badge, stage_seconds, state_text
@@ -270,6 +271,8 @@ def show_run(runs: RunStore, run_id: str) -> None:
             block_heading(run, chosen)
             st.fragment(follow, run_every=live)(runs, run_id, chosen, drawn, line)
             curve_controls()
+            with guard():
+                show_experts(view, chosen)
         if one_loss(view):
             with left, guard():
                 figures(view)

@@ -9,12 +9,13 @@ from itertools import tee
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lbllm.baselines.arb import arb
 from lbllm.baselines.billm import billm
 from lbllm.baselines.bwa import bwa
+from lbllm.baselines.experts import quantize_experts
 from lbllm.baselines.gptq import gptq
 from lbllm.baselines.layer import Quantized, Settings
 from lbllm.baselines.rtn import rtn
@@ -31,6 +32,7 @@ from lbllm.models.blocks import (
     set_linear_weight,
     shared_inputs,
 )
+from lbllm.models.experts import silent, split_experts
 from lbllm.stages.hessians import input_statistics
 
 
@@ -116,8 +118,9 @@ def quantize_blocks(
 
     The layers are quantized in order: the inputs for each layer's Hessian come from the already quantized blocks and
     layers before it. Layers that the blocks never call don't change. ``on_block(done, all)`` is called after each
-    block. Raises LbllmError with the layer's name, and ModelError for a model with experts.
+    block. Raises LbllmError with the layer's name, ModelError.
     """
+    split_experts(model)
     check_supported(model)
     path, blocks = decoder_blocks(model)
     stored = StoredLayer()
@@ -127,15 +130,20 @@ def quantize_blocks(
     hidden = first_inputs(model, sequences if chosen.calibrated else sequences[:1], batch)
     for number, (block, call) in enumerate(zip(blocks, calls, strict=True)):
         hessian = torch.zeros(0)
-        for names in shared_inputs(block, hidden[:1], call):
-            if chosen.calibrated:
-                hessian = input_statistics(*tee(layer_inputs(block, names[0], hidden, call, batch)))[0]
-            for name in names:
-                layer = block.get_submodule(name)
-                full = f"{path}.{number}.{name}"
-                result = quantize_layer(full, linear_weight(layer), hessian, chosen, settings)
-                set_linear_weight(layer, result.weight)
-                stored.add(full, result)
+
+        def quantize(name: str, layer: nn.Module, hessian: Tensor, number: int = number) -> None:
+            full = f"{path}.{number}.{name}"
+            result = quantize_layer(full, linear_weight(layer), hessian, chosen, settings)
+            set_linear_weight(layer, result.weight)
+            stored.add(full, result)
+
+        with silent(block):
+            for names in shared_inputs(block, hidden[:1], call):
+                if chosen.calibrated:
+                    hessian = input_statistics(*tee(layer_inputs(block, names[0], hidden, call, batch)))[0]
+                for name in names:
+                    quantize(name, block.get_submodule(name), hessian)
+        quantize_experts(block, hidden, call, batch, quantize)
         hidden = torch.cat(list(run_batches(block, hidden, call, batch)))
         if on_block is not None:
             on_block(number + 1, len(blocks))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lbllm.models.experts import Experts
 from lbllm.models.loading import quiet
 from lbllm.quant.packed_embedding import PackedTable
 from lbllm.quant.packed_layer import PackedLinear
@@ -47,8 +49,28 @@ def dense_tensors(packed: PreTrainedModel, structure: PreTrainedModel) -> Iterat
             yield name, weight.t().contiguous() if transposed else weight
         elif name in tables:
             yield name, tables[name].expanded(torch.bfloat16)
-        else:
+        elif name in kept:
             yield name, kept[name].detach().cpu().bfloat16()
+        else:
+            path, _, parameter = name.rpartition(".")
+            yield name, _fused(packed.get_submodule(path), parameter)
+
+
+def _fused(experts: nn.Module, name: str) -> Tensor:
+    """A parameter in which the structure has the matrices, or the biases, of all experts."""
+    assert isinstance(experts, Experts)
+
+    def values(expert: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for layer_name, layer in expert.named_children():
+            if name.endswith("_bias"):
+                value: Any = layer.bias
+            else:
+                value = layer.dequantize() if isinstance(layer, PackedLinear) else layer.weight
+            found[layer_name] = value.detach().cpu().bfloat16()
+        return found
+
+    return torch.stack([experts.form.fused(name, values(experts.expert(k))) for k in range(experts.count)])
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,6 +44,7 @@ from lbllm.errors import CheckpointError, ConfigError
 from lbllm.files import write_file
 from lbllm.json_input import shortened
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, share_copy
+from lbllm.models.experts import split_experts
 from lbllm.models.loading import INDEX, FileFault, load_model, quiet, settle_tied_weights
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
@@ -97,9 +99,18 @@ class LbllmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(kwargs.get("checkpoint_files") or ())
         attach_kv_cache(model, KVFormat.of(self.quantization_config.format))
+        split_experts(model)
         with torch.device("meta"):
             replace_layers(model, self.quantization_config.format)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Called before weights are loaded: the packed layers of experts are in the files one by one, so what would
+        join them is left out."""
+        names = [*model.state_dict()]
+        joins = [entry for entry in weight_conversions if isinstance(entry, WeightConverter)]
+        unused = [entry for entry in joins if not any(t in name for t in entry.target_patterns for name in names)]
+        return [entry for entry in weight_conversions if not any(entry is other for other in unused)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers would not write the guard and the new hash, and has no hook after its writing.

@@ -28,6 +28,7 @@ from lbllm.events import (
     BlockDone,
     Evaluated,
     Event,
+    ExpertDone,
     LayerDone,
     RunDone,
     RunLoading,
@@ -297,4 +298,6 @@ def _detail(view: RunView) -> str:
             )
         case LayerDone():
             return f"{last.layer}: output error {last.error:.2f}%"
+        case ExpertDone():
+            return f"{last.expert}: {last.tokens:,} tokens, loss {last.loss_before:.4g} to {last.loss_after:.4g}"
     return ""

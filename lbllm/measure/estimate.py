@@ -25,16 +25,17 @@ from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import CODE_BITS
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
 from lbllm.measure.cache_size import CacheSize, cache_size
-from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, needs, planned_layers
+from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, active_experts, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
-from lbllm.models.blocks import check_length, check_supported
+from lbllm.models.blocks import check_length, check_supported, decoder_blocks
+from lbllm.models.experts import expert_count
 from lbllm.models.teacher import skeleton
 from lbllm.quant.embedding_code import SCALE, row_bytes
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.levels import PARAMS, group_length
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.packing import packed_shape
-from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.quant.plan import bits_per_weight, block_formats, layer_bits
 from lbllm.quant.table import TABLE, has_table
 from lbllm.runs.store import Run
 from lbllm.sections import EmbeddingBits, Stage
@@ -59,6 +60,18 @@ READ_RATE = 2e8  # bytes per second: the teacher in float32, and the checkpoint 
 
 
 @dataclass(frozen=True)
+class ExpertsShare:
+    """What the experts of a mixture take. ``count``: experts of a block; ``active``: those that compute a token;
+    ``weights``: of all experts; ``disk_bytes``: of their packed layers; ``seconds``: of the run's stages."""
+
+    count: int
+    active: int
+    weights: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The estimate of a run. All sizes are in bytes, all times in seconds.
 
@@ -66,7 +79,7 @@ class Estimate:
     weights, the sum of ``parts``. ``needs``: what the run needs of memory and disk. ``seconds``: the
     sum of ``stage_seconds`` and ``other_seconds``, which are those before, between and after the stages. ``weights``:
     the number of binarized weights. ``dense_weights``: the number of all other parameters. ``cache``: the KV cache of
-    the finished model; None where that is not known.
+    the finished model; None where that is not known. ``experts``: of a mixture.
     """
 
     bpw: float
@@ -80,6 +93,7 @@ class Estimate:
     dense_weights: int
     blocks: int
     cache: CacheSize | None
+    experts: ExpertsShare | None = None
 
     @property
     def memory_parts(self) -> dict[str, int]:
@@ -116,7 +130,8 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
     parts = _disk(model, layers, quant.embedding_bits)
     rate = rate or fastest_matmul_rate(config.device)
     seconds = _seconds(config, model, layers, rate)
-    others = _other_seconds(config, model, weights, sum(parts.values()), rate)
+    active = sum(layer.share * layer.weights for layer in layers)
+    others = _other_seconds(config, model, active, sum(parts.values()), rate)
     return Estimate(
         bpw=bits_per_weight(blocks, formats),
         disk_bytes=sum(parts.values()),
@@ -129,6 +144,24 @@ def estimate(config: RunConfig, *, model: PreTrainedModel | None = None, rate: f
         dense_weights=model.num_parameters() - weights,
         blocks=len(blocks),
         cache=cache_size(model.config, KVFormat.of(quant)),
+        experts=_experts(config, model, layers, rate, sum(seconds.values())),
+    )
+
+
+def _experts(
+    config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer], rate: float, seconds: float
+) -> ExpertsShare | None:
+    inside = [layer for layer in layers if layer.expert]
+    if not inside:
+        return None
+    others = [layer for layer in layers if not layer.expert]
+    without = sum(_seconds(config, model, others, rate).values()) if others else 0.0
+    return ExpertsShare(
+        count=max(map(expert_count, decoder_blocks(model)[1])),
+        active=active_experts(model),
+        weights=sum(layer.weights for layer in inside),
+        disk_bytes=sum(layer_bits(layer.format, layer.rows, layer.columns) for layer in inside) // 8,
+        seconds=seconds - without,
     )
 
 
@@ -256,7 +289,7 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLaye
     # Attention costs as much per token as this many weights: seq_len / 2 positions (causal), twice (QK and AV).
     blocks = len({layer.block for layer in layers})
     attention = blocks * config.seq_len * model.config.get_text_config().hidden_size
-    weights = sum(layer.weights for layer in layers) + attention
+    weights = sum(layer.share * layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
     head_weights = _head_weights(model)
     inputs = 2 if config.wat.streams == "both" else 1
@@ -291,7 +324,7 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLaye
 
 
 def _other_seconds(
-    config: RunConfig, model: PreTrainedModel, weights: int, disk_bytes: int, rate: float
+    config: RunConfig, model: PreTrainedModel, weights: float, disk_bytes: int, rate: float
 ) -> dict[str, float]:
     """Return the seconds of the run outside its stages, in the order in which they pass."""
     # The teacher, the starting checkpoint if there is one, and the model after each stage.

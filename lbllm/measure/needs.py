@@ -1,8 +1,9 @@
 """What a run needs: memory at its largest moment, the same on a GPU, and space on disk, by named terms in bytes.
 
 Stages 1 to 3 hold one block at a time (``lbllm.pipeline.blockwise``), so their memory depends on the largest block and
-on the text, not on the number of blocks. Memory is what the process cannot do without: its anonymous pages. Pages of
-files, such as hidden states on disk, are not counted. The constants were fitted to measured runs (benchmarks/large.py).
+on the text, not on the number of blocks. Of the experts of a block one is there at a time, and the others are packed.
+Memory is what the process cannot do without: its anonymous pages. Pages of files, such as hidden states on disk, are
+not counted. The constants were fitted to measured runs (benchmarks/large.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lbllm.config import RunConfig
 from lbllm.machine import free_memory, has_bfloat16, uses_gpu
 from lbllm.measure.perplexity import BATCH_TOKENS
 from lbllm.models.blocks import FORWARD_TOKENS, linear_weight
+from lbllm.models.experts import expert_count, expert_layers
 from lbllm.models.opened import TRIM_BYTES
 from lbllm.models.streamed import LOGITS_PART
 from lbllm.models.weights import PART
@@ -25,7 +27,7 @@ from lbllm.quant import levels
 from lbllm.quant.chunks import CHUNK_BYTES
 from lbllm.quant.levels import LEVELS, group_length
 from lbllm.quant.packed_embedding import table_weights
-from lbllm.quant.plan import block_formats
+from lbllm.quant.plan import block_formats, layer_bits
 from lbllm.sections import LayerFormat, QuantConfig, Stage
 from lbllm.stages.hessians import MATRICES
 from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
@@ -43,6 +45,9 @@ PARAMS = 4  # group parameters with their gradient and two moments
 AAR_INPUT = 10, 32  # per token and quantized input feature in stage 3: with the CPU's kernels, and in PyTorch
 AAR_INPUT_WIDEST = 64  # the same of the widest layer, during its backward pass in PyTorch
 READ_PART = 4 * PART  # rows of embeddings or output head that are read at once
+PACKED = 1.25  # of a packed layer: its bits, and how they are laid out in memory
+EXPERTS_FEATURE = 12  # per token and hidden feature: inputs of the experts, in bfloat16 twice, their sum and its aim
+EXPERTS_CHOICE = 24  # per token and chosen expert: its number and weight, in the order of tokens and of experts
 E2E_FEATURE = 14  # in stage 4: as TRAIN_FEATURE, with its gradients
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
@@ -56,13 +61,18 @@ Place = Literal["memory", "disk"]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer to binarize: module path, number of its block, shape (rows, columns) = (out, in), format."""
+    """A layer to binarize: module path, number of its block, shape (rows, columns) = (out, in), format.
+
+    ``expert``: the path of the expert that it is a part of, if it is; ``share``: of the tokens, those that reach it.
+    """
 
     name: str
     block: int
     rows: int
     columns: int
     format: LayerFormat
+    expert: str = ""
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -89,10 +99,31 @@ def planned_layers(model: PreTrainedModel, quant: QuantConfig) -> list[PlannedLa
     path, blocks, formats = block_formats(model, quant)
     layers = []
     for number, named in enumerate(formats):
+        inside, experts = expert_layers(blocks[number]), expert_count(blocks[number])
+        share = min(1.0, active_experts(model) / max(1, experts))
         for name, fmt in named.items():
             rows, columns = linear_weight(blocks[number].get_submodule(name)).shape
-            layers.append(PlannedLayer(f"{path}.{number}.{name}", number, rows, columns, fmt))
+            full = f"{path}.{number}.{name}"
+            expert = (full.rpartition(".")[0], share) if name in inside else ("", 1.0)
+            layers.append(PlannedLayer(full, number, rows, columns, fmt, *expert))
     return layers
+
+
+def active_experts(model: PreTrainedModel) -> int:
+    """The number of experts that a token of a mixture chooses, as its config states it; 1 where that isn't known."""
+    text = model.config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    stated = [getattr(text, name, None) for name in names]
+    return next((value for value in stated if isinstance(value, int) and value > 0), 1)
+
+
+def at_once(block: list[PlannedLayer]) -> list[PlannedLayer]:
+    """The layers of a block that exist at the same time in float32: all but the experts, and the largest expert."""
+    sizes: dict[str, int] = {}
+    for layer in block:
+        sizes[layer.expert] = sizes.get(layer.expert, 0) + layer.weights
+    largest = max((name for name in sizes if name), key=sizes.__getitem__, default="")
+    return [layer for layer in block if layer.expert in ("", largest)]
 
 
 @dataclass(frozen=True)
@@ -158,9 +189,12 @@ def _moments(
     blocks: dict[int, list[PlannedLayer]] = {}
     for layer in layers:
         blocks.setdefault(layer.block, []).append(layer)
-    features = max(sum(layer.columns + layer.rows for layer in block) for block in blocks.values())
-    weights = max(sum(layer.weights for layer in block) for block in blocks.values())
-    params = max(sum(layer.params_bytes for layer in block) for block in blocks.values())
+    features = round(
+        max(sum(layer.share * (layer.columns + layer.rows) for layer in block) for block in blocks.values())
+    )
+    weights = max(sum(layer.weights for layer in at_once(block)) for block in blocks.values())
+    params = max(sum(layer.params_bytes for layer in at_once(block)) for block in blocks.values())
+    packed = max(sum(map(_packed_bytes, block)) for block in blocks.values())
     text = model.config.get_text_config()
     forward = FORWARD_FEATURE * max(config.seq_len, FORWARD_TOKENS) * features
     activations, state, dense = "activations of a batch", "block in training", "dense block"
@@ -204,7 +238,26 @@ def _moments(
             moments += [_solving(config, block, stream, forward) for block in blocks.values()]
         else:
             moments.append(_training(config, stage, blocks, features, weights, params, stream))
+    if packed:
+        rows = max(_rows_bytes(config, model, stage) for stage in config.stages)
+        for moment in moments:
+            moment.compute["packed experts"] = packed
+            moment.streams += rows if moment.streams else 0
     return moments
+
+
+def _packed_bytes(layer: PlannedLayer) -> int:
+    """The bytes of a packed layer of an expert, in the order of this processor's kernels; 0 for other layers."""
+    return round(PACKED / 8 * layer_bits(layer.format, layer.rows, layer.columns)) if layer.expert else 0
+
+
+def _rows_bytes(config: RunConfig, model: PreTrainedModel, stage: Stage) -> int:
+    """What is kept of the inputs and sums of experts for all tokens of a stage."""
+    if stage == "e2e":
+        return 0
+    text = model.config.get_text_config()
+    tokens = config.seq_len * math.ceil(getattr(config, stage).tokens / config.seq_len)
+    return int(tokens * (EXPERTS_FEATURE * text.hidden_size + EXPERTS_CHOICE * active_experts(model)))
 
 
 def _stream_bytes(config: RunConfig, model: PreTrainedModel, stage: Stage) -> int:
@@ -216,6 +269,7 @@ def _stream_bytes(config: RunConfig, model: PreTrainedModel, stage: Stage) -> in
 
 def _solving(config: RunConfig, block: list[PlannedLayer], stream: int, forward: int) -> _Moment:
     """Stage 1 on a block, see ``lbllm.stages.ptq``."""
+    block = at_once(block)
     widest = max(layer.columns for layer in block)
     tokens = config.seq_len * math.ceil(config.ptq.tokens / config.seq_len)
     weights, params = sum(layer.weights for layer in block), sum(layer.params_bytes for layer in block)
@@ -227,9 +281,11 @@ def _solving(config: RunConfig, block: list[PlannedLayer], stream: int, forward:
         groups[key] = groups.get(key, 0) + layer.levels_bytes
         length = group_length(layer.format.group_size, layer.columns)
         solved = max(solved, layer.rows * (SOLVE_WEIGHT * layer.columns + SOLVE_GROUP * length))
-    inputs = sum(columns for _, columns in groups)
+    # The inputs of experts are counted by ``_rows_bytes``.
+    inside = {(layer.name.rpartition(".")[0], layer.columns) for layer in block if layer.expert}
+    inputs = sum(columns for key, columns in groups if (key, columns) not in inside)
     # A part whose layers all have as many columns is attention: its output projection has an input of its own.
-    for part in {part for part, _ in groups}:
+    for part in {part for part, _ in groups.keys() - inside}:
         same = [layer.columns for layer in block if layer.name.rpartition(".")[0] == part]
         inputs += same[0] if len(same) > 1 and len(set(same)) == 1 else 0
     batch = 12 * widest * max(config.seq_len, min(FORWARD_TOKENS, tokens))
@@ -259,7 +315,7 @@ def _training(
     number = product_bytes(config)
     kept = (TRAIN_FEATURE[0] + TRAIN_FEATURE[1] * number // 2) * features * batch
     if stage == "aar":
-        inputs = max(sum(layer.columns for layer in block) for block in blocks.values())
+        inputs = round(max(sum(layer.share * layer.columns for layer in block) for block in blocks.values()))
         widest = max(layer.columns for block in blocks.values() for layer in block)
         plain = uses_gpu(config.device)
         kept += (AAR_INPUT[plain] * inputs + AAR_INPUT_WIDEST * widest * plain) * batch
@@ -283,7 +339,7 @@ def product_bytes(config: RunConfig) -> int:
 def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:
     """Stage 4, which has the whole model in memory."""
     text = model.config.get_text_config()
-    kept = E2E_FEATURE * sum(layer.columns + layer.rows for layer in layers) * config.e2e_seq_len
+    kept = round(E2E_FEATURE * sum(x.share * (x.columns + x.rows) for x in layers) * config.e2e_seq_len)
     number = product_bytes(config)
     each_logit = E2E_LOGITS * number if config.e2e.loss == "forward_kl" else E2E_OTHER_LOSS
     head = 2 * text.hidden_size * text.vocab_size if number == 2 else 0  # a copy for the products

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lbllm.baselines.methods import StoredLayer, method, quantize_layer
 from lbllm.config import RunConfig, setting_name
-from lbllm.errors import ConfigError, LbllmError
+from lbllm.errors import ConfigError, LbllmError, ModelError
 from lbllm.models.blocks import (
     capture_calls,
     check_supported,
@@ -38,6 +38,7 @@ from lbllm.models.blocks import (
     shared_inputs,
 )
 from lbllm.models.calls import BlockCall
+from lbllm.models.experts import experts_of
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.quant.plan import bits_per_weight
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat
@@ -132,6 +133,11 @@ def take_block(config: RunConfig, number: int, teacher: Teacher | None = None) -
     path, blocks = decoder_blocks(model)
     if not 0 <= number < len(blocks):
         raise ConfigError(f"block {number}: {config.model} has blocks 0 to {len(blocks) - 1}")
+    if experts_of(blocks[number]) is not None:
+        raise ModelError(
+            f"block {number} of {config.model} has experts, and the preview compares formats on dense blocks only; "
+            "choose another block, if the model has one"
+        )
     length = min(SEQ_LEN, config.seq_len)
     tokens = (CALIBRATION + PROBE) * SEQ_LEN
     sequences = load_corpus(config.corpus, teacher.tokenizer, seq_len=length, tokens=tokens).sequences

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lbllm.errors import CheckpointError
+from lbllm.models.experts import expert_number
 from lbllm.models.loading import FileFault
 from lbllm.models.streamed import Rows
 from lbllm.models.weights import StoredWeights
@@ -54,7 +55,7 @@ class Before:
     store: BlockStore | None = None
     stage: Origin | None = None
     latent: Origin | None = None
-    _opened: dict[tuple[Origin, int], StoredWeights] = field(default_factory=dict)
+    _opened: dict[tuple[Origin, int, int | None], StoredWeights] = field(default_factory=dict)
 
     @classmethod
     def find(cls, run: Path, blocks: int) -> Before:
@@ -86,7 +87,7 @@ class Before:
             return clustered(weight[rows], fmt)
         columns, table = weight.shape[1], None
         groups = -(-columns // group_length(fmt.group_size, columns))
-        with self._state(self.stage, block) as stored:
+        with self._state(self.stage, block, layer) as stored:
             self._fits(stored, f"{layer}.params", (len(weight), groups, PARAMS[fmt.format]), block)
             self._fits(stored, f"{layer}.index", tuple(weight.shape), block)
             params, index = stored.read(f"{layer}.params", rows), stored.read(f"{layer}.index", rows)
@@ -101,7 +102,7 @@ class Before:
         """The latent weights of a layer, or of some rows, float32; None if there are none."""
         if self.latent is None:
             return None
-        with self._state(self.latent, block) as stored:
+        with self._state(self.latent, block, layer) as stored:
             self._fits(stored, f"{layer}.latent", shape, block)
             return stored.read(f"{layer}.latent", rows).float()
 
@@ -110,12 +111,13 @@ class Before:
         return any(name.endswith(".latent") for name in StoredWeights([self.store.path(stage, 0)]).tensors)
 
     @contextmanager
-    def _state(self, stage: Origin, block: int) -> Iterator[StoredWeights]:
+    def _state(self, stage: Origin, block: int, layer: str) -> Iterator[StoredWeights]:
         assert self.store is not None
+        key = stage, block, expert_number(layer)
         try:
-            if (stage, block) not in self._opened:
-                self._opened[stage, block] = self.store.stored(stage, block)
-            yield self._opened[stage, block]
+            if key not in self._opened:
+                self._opened[key] = self.store.stored(*key)
+            yield self._opened[key]
         except (FileFault, OSError) as fault:
             raise CheckpointError(f"{self.store.folder}: {fault}; open the checkpoint again") from None
 

@@ -36,6 +36,7 @@ from lbllm.microscope.origin import check_origin, stored_name
 from lbllm.microscope.overview import METRICS, MetricName, Overview, Row
 from lbllm.models.blocks import linear_layers, linear_weight
 from lbllm.models.catalogue import model_title
+from lbllm.models.experts import layer_of
 from lbllm.models.loading import FileFault
 from lbllm.models.teacher import BlockTeacher, stream_teacher
 from lbllm.models.weights import StoredWeights
@@ -256,7 +257,7 @@ class Microscope:
 def _weight(block: nn.Module, place: Address) -> Tensor:
     """The weight of a layer of a block, (out, in), without a gradient."""
     assert place.layer is not None
-    return linear_weight(block.get_submodule(place.layer)).detach().contiguous()
+    return linear_weight(layer_of(block, place.layer)).detach().contiguous()
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lbllm.errors import ConfigError, ModelError
 from lbllm.models.calls import BlockCall, call_arguments, of_batch, with_repeated
+from lbllm.models.experts import Experts, expert_layers, routers
 
 # The largest share of a block's weights that may be in matrices outside linear layers.
 DENSE_SHARE = 0.1
@@ -40,8 +41,19 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a block by their name in it, with GPT-2's Conv1D (stored transposed)."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """Return the linear layers of a block by their name in it, with GPT-2's Conv1D (stored transposed) and those of
+    experts, but without the routers that choose experts."""
+    found: dict[str, nn.Module] = {
+        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    kept = routers(block)
+    return {name: layer for name, layer in found.items() if name not in kept} if kept else found
+
+
+def outer_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a block that every token reaches: all but those of experts."""
+    inside = expert_layers(block)
+    return {name: layer for name, layer in linear_layers(block).items() if name not in inside}
 
 
 def linear_weight(layer: nn.Module) -> Tensor:
@@ -61,8 +73,8 @@ def set_linear_weight(layer: nn.Module, weight: Tensor) -> None:
 
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ModelError, with the largest parameter's name, if more than ``DENSE_SHARE`` of a block's weights are in
-    matrices outside linear layers, like the experts of a mixture, if a block has a list of sub-modules, or if the model
-    changes its own weights.
+    matrices outside linear layers, like experts of a form that is not known, if a block has a list of sub-modules or
+    two mixtures of experts, or if the model changes its own weights.
 
     Smaller ones, like the state matrices of a state-space model, stay dense.
     """
@@ -85,13 +97,18 @@ def check_supported(model: PreTrainedModel) -> None:
             name, parameter = max(outside.items(), key=lambda entry: entry[1].numel())
             raise ModelError(
                 f"{type(model).__name__}: {share:.0%} of the weights of {path}.{index} are not in linear layers, most "
-                f"of them in {name} of shape {tuple(parameter.shape)}, and could not be binarized. Mixture-of-experts "
-                "blocks and other fused weights are not supported; choose a dense model of the same family"
+                f"of them in {name} of shape {tuple(parameter.shape)}, and could not be binarized. Experts of this "
+                "form and other fused weights are not supported; choose another model of the same family"
+            )
+        if sum(isinstance(module, Experts) for module in block.modules()) > 1:
+            raise ModelError(
+                f"{type(model).__name__}: {path}.{index} has two mixtures of experts, which is not supported; choose "
+                "another model of the same family"
             )
         if any(isinstance(module, nn.ModuleList) for module in block.modules()):
             raise ModelError(
-                f"{type(model).__name__}: {path}.{index} contains lists of sub-modules, like a mixture-of-experts "
-                "block; choose a dense model of the same family"
+                f"{type(model).__name__}: {path}.{index} contains lists of sub-modules, whose use is not known; choose "
+                "another model of the same family"
             )
 
 
@@ -195,7 +212,7 @@ def entering(hidden: Tensor, device: torch.device) -> Tensor:
 
 def device_of(block: nn.Module) -> torch.device:
     """Return the device of a block's parameters."""
-    return next(block.parameters()).device
+    return next(parameter.device for parameter in block.parameters() if parameter.device.type != "meta")
 
 
 def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, cache: Any = None) -> Iterator[Tensor]:
@@ -209,7 +226,8 @@ def run_batches(block: nn.Module, hidden: Tensor, call: BlockCall, batch: int, c
 def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
     """Return the names of the linear layers in the order of their first use; layers with the same input are one list.
 
-    ``hidden``: one sequence (1, T, hidden) to run the block on. Layers that the block never calls are not included.
+    ``hidden``: one sequence (1, T, hidden) to run the block on. Layers that the block never calls are not included, nor
+    those of experts.
     """
     order: list[tuple[Tensor, list[str]]] = []
 
@@ -225,7 +243,7 @@ def shared_inputs(block: nn.Module, hidden: Tensor, call: BlockCall) -> list[lis
 
         return keep
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(block).items()]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in outer_layers(block).items()]
     try:
         run_block(block, entering(hidden, device_of(block)), call)
     finally:

@@ -7,7 +7,7 @@ its report of missing tensors hold here, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lbllm import memory
 from lbllm.errors import ModelError
 from lbllm.models.blocks import decoder_blocks, share_copy
+from lbllm.models.expert_files import FusedParameter, fused_parameters
+from lbllm.models.experts import Expert, Experts, Form, experts_of, split_experts
 from lbllm.models.loading import FileFault, check_files, load_model
 from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.weights import StoredWeights
@@ -38,12 +40,17 @@ def open_blocks(place: str, offline: bool, config: PretrainedConfig, device: tor
     """
     check_files(place, offline)
     weights = StoredWeights.find(place, offline)
+    fused = fused_parameters(config, weights)
+    joined = {key for parameter in fused.values() for names in parameter.names.values() for key in names}
     cells = _cells(weights, getattr(config.get_text_config(), "vocab_size", None))
-    shapes = {name: stored.shape for name, stored in weights.tensors.items()}
-    placeholders = {name: cell.expand(shapes[name]) if shapes[name] else cell[0] for name, cell in cells.items()}
+    shapes = {name: stored.shape for name, stored in weights.tensors.items() if name not in joined}
+    # Experts have placeholders of their own, since transformers would join those of the stored tensors.
+    shapes |= {name: parameter.shape for name, parameter in fused.items()}
+    cells |= {name: torch.full((1,), float(len(cells) + number)) for number, name in enumerate(fused)}
+    placeholders = {name: cells[name].expand(shape) if shape else cells[name][0] for name, shape in shapes.items()}
     model = load_model(place, offline=offline, config=config, dtype=torch.float32, placeholders=placeholders)
-    known = {cell.data_ptr(): name for name, cell in cells.items()}
-    return _Opened(model.eval().requires_grad_(False), weights, known, device).blocks()
+    known = {cells[name].data_ptr(): name for name in shapes}
+    return _Opened(model.eval().requires_grad_(False), weights, fused, known, device).blocks()
 
 
 def _cells(weights: StoredWeights, vocabulary: Any) -> dict[str, Tensor]:
@@ -66,23 +73,34 @@ class _Opened:
     """A model of placeholders, which becomes a BlockModel."""
 
     def __init__(
-        self, model: PreTrainedModel, weights: StoredWeights, known: dict[int, str], device: torch.device
+        self,
+        model: PreTrainedModel,
+        weights: StoredWeights,
+        fused: dict[str, FusedParameter],
+        known: dict[int, str],
+        device: torch.device,
     ) -> None:
-        self._model, self._weights, self._device = model, weights, device
+        self._model, self._weights, self._fused, self._device = model, weights, fused, device
         self._path, blocks = decoder_blocks(model)
         # The stored name of each parameter, and of each buffer that has one.
         self._stored: dict[str, str] = {}
         for name, tensor in _named_tensors(model):
             found = known.get(tensor.data_ptr())
-            if found is not None and tensor.shape == weights.tensors[found].shape:
+            if found == name and name in fused:
+                _set(model, name, nn.Parameter(torch.empty(tensor.shape, device="meta"), requires_grad=False))
+            elif found is not None and found in weights.tensors and tensor.shape == weights.tensors[found].shape:
                 self._stored[name] = found
             elif isinstance(tensor, nn.Parameter):
                 raise ConvertedWeights(name)
+        split_experts(model)
+        if any(isinstance(module, Experts) for module in model.modules()) and not fused:
+            raise ConvertedWeights  # their layers are views of placeholders
         self._matrices = dict(self._find_matrices())
         shared: dict[int, nn.Parameter] = {}
         for name, tensor in _named_tensors(model):
             if name not in self._stored:
-                _set(model, name, tensor.to(device))
+                if tensor.device.type != "meta":  # experts are read one by one
+                    _set(model, name, tensor.to(device))
                 continue
             if tensor.data_ptr() not in shared:
                 later = name in self._matrices or name.startswith(f"{self._path}.")
@@ -106,6 +124,16 @@ class _Opened:
 
     def blocks(self) -> BlockModel:
         files = {name: self._weights.tensors[stored].file.name for name, stored in self._stored.items()}
+        for number, template in enumerate(self._templates):
+            found = experts_of(template)
+            if found is not None:
+                path, experts = f"{self._path}.{number}.{found[0]}", found[1]
+                one = next((one for name, one in self._fused.items() if name.startswith(f"{path}.")), None)
+                for expert in range(experts.count if one is not None else 0):
+                    assert one is not None
+                    file = self._weights.tensors[one.stored(expert)].file.name
+                    inside = experts.get_submodule(str(expert)).named_parameters()
+                    files |= {f"{path}.{expert}.{name}": file for name, _ in inside}
         return BlockModel(
             self._model,
             self._block,
@@ -130,15 +158,38 @@ class _Opened:
                 _set(
                     block, name, nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
                 )
+        found = experts_of(block)
+        if found is not None and any(name.startswith(f"{self._path}.{number}.") for name in self._fused):
+            found[1].source = self._source(f"{self._path}.{number}.{found[0]}", found[1].form)
         return block
+
+    def _source(self, path: str, form: Form) -> Callable[[int], Expert]:
+        """What makes one of the experts at ``path`` from the files. A function, since a copy of the block shares it."""
+        fused = {name.rpartition(".")[2]: one for name, one in self._fused.items() if name.startswith(f"{path}.")}
+
+        def make(number: int) -> Expert:
+            try:
+                entries = {name: one.read(self._weights, number) for name, one in fused.items()}
+            except (FileFault, OSError) as fault:
+                raise self._lost(fault) from None
+            self._made += sum(4 * entry.numel() for entry in entries.values())
+            if self._made > TRIM_BYTES:
+                memory.trim()
+                self._made = 0
+            return Expert.of(form, {name: entry.to(self._device).float() for name, entry in entries.items()})
+
+        return make
+
+    def _lost(self, fault: Exception) -> ModelError:
+        return ModelError(
+            f"{self._model.name_or_path}: {fault}; put the file back and try again, a run keeps its finished blocks"
+        )
 
     def _read(self, name: str, rows: Rows | None = None) -> Tensor:
         try:
             value = self._weights.read(self._stored[name], rows).to(self._device)
         except (FileFault, OSError) as fault:
-            raise ModelError(
-                f"{self._model.name_or_path}: {fault}; put the file back and try again, a run keeps its finished blocks"
-            ) from None
+            raise self._lost(fault) from None
         return value.float() if value.is_floating_point() else value
 
 

@@ -24,10 +24,11 @@ from lbllm.models.blocks import (
     Captured,
     decoder_blocks,
     embedded_batches,
-    linear_layers,
+    outer_layers,
     share_copy,
 )
 from lbllm.models.calls import BlockCall, call_arguments, with_repeated
+from lbllm.models.experts import read_parameters, split_experts
 from lbllm.models.weights import row_parts
 
 Rows = slice | Tensor
@@ -39,8 +40,8 @@ LOGITS_PART = 2**22
 class Survey:
     """What one pass over all blocks finds out.
 
-    ``calls``: each block's arguments for batches of that length. ``uncalled``: the full names of linear layers that
-    are never called. ``hashes``: the hash of each parameter.
+    ``calls``: each block's arguments for batches of that length. ``uncalled``: the full names of linear layers,
+    apart from those of experts, that are never called. ``hashes``: the hash of each parameter.
     """
 
     calls: list[BlockCall] = field(default_factory=list)
@@ -78,7 +79,8 @@ class BlockModel:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> BlockModel:
-        """Return the block model of one that is in memory. Its tensors are shared."""
+        """Return the block model of one that is in memory. Its tensors are shared; its experts are split."""
+        split_experts(model)
         blocks = decoder_blocks(model)[1]
         return cls(share_copy(model), lambda number: blocks[number], device=model.device)
 
@@ -101,7 +103,7 @@ class BlockModel:
             block = self.block(number)
             full = f"{self.path}.{number}."
             found.hashes |= {full + name: value for name, value in weight_hashes(block).items()}
-            layers = linear_layers(block)
+            layers = outer_layers(block)
             called: set[str] = set()
             handles = [
                 layer.register_forward_pre_hook(lambda _layer, _args, name=name: called.add(name))
@@ -259,6 +261,8 @@ class BlockModel:
             yield
             return
         weight, padding = embeddings.weight, embeddings.padding_idx
+        # Some models ask where it is.
+        empty = nn.Parameter(torch.empty(0, weight.shape[1], device=self.device), requires_grad=False)
 
         def enter(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             used, position = args[0].unique(return_inverse=True)
@@ -267,20 +271,21 @@ class BlockModel:
 
         handles = [
             embeddings.register_forward_pre_hook(enter),
-            embeddings.register_forward_hook(lambda *_: setattr(embeddings, "weight", weight), always_call=True),
+            embeddings.register_forward_hook(lambda *_: setattr(embeddings, "weight", empty), always_call=True),
         ]
+        embeddings.weight = empty
         embeddings.padding_idx = None  # it counts rows of the whole matrix; only training needs it
         try:
             yield
         finally:
-            embeddings.padding_idx = padding
+            embeddings.padding_idx, embeddings.weight = padding, weight
             for handle in handles:
                 handle.remove()
 
 
 def weight_hashes(model: nn.Module) -> dict[str, int]:
     """Return the hash of each parameter by name, as ``BlockModel.survey`` finds them."""
-    return {name: hash_of(weight) for name, weight in model.named_parameters()}
+    return {name: hash_of(weight) for name, weight in read_parameters(model)}
 
 
 def hash_of(tensor: Tensor) -> int:

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from lbllm.errors import ModelError
-from lbllm.models.blocks import check_supported, decoder_blocks, linear_layers, linear_weight
+from lbllm.models.blocks import check_supported, decoder_blocks, linear_layers, linear_weight, outer_layers
 from lbllm.models.catalogue import EMBEDDED_PRECISION
+from lbllm.models.experts import expert_count, split_experts
 from lbllm.models.gguf import converted_folder, gguf_model_config, read_metadata
 from lbllm.models.gguf import precision as gguf_precision
 from lbllm.models.loading import FileFault, load_model, quiet, read_config
@@ -61,7 +62,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """The parts of a model. All counts are in parameters; ``kept`` maps each dense part's name to its count."""
+    """The parts of a model. All counts are in parameters; ``kept`` maps each dense part's name to its count.
+
+    ``experts``: the most that a block has, 0 without a mixture; ``expert_weights``: of all experts.
+    """
 
     name: str
     architecture: str
@@ -73,6 +77,8 @@ class ModelSummary:
     context_length: int | None
     chat_template: bool
     licence: str
+    experts: int = 0
+    expert_weights: int = 0
 
 
 def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
@@ -84,6 +90,7 @@ def load_teacher(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.f
     placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
     with _load_errors(name):
         model = load_model(place, offline=offline, config=config, dtype=dtype, **placement)
+    split_experts(model)
     tokenizer = _tokenizer(name, place, offline)
     check_tokenizer(name, tokenizer, embedding_rows(model))
     return Teacher(
@@ -169,6 +176,7 @@ def skeleton(name: str) -> PreTrainedModel:
         raise _load_error(name, error) from error
     if folder is not None:
         untie_stored_head(model, folder)
+    split_experts(model)
     model.config.dtype = stored  # from_config sets it to float32
     return model.eval()
 
@@ -194,6 +202,7 @@ def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence
     layers = [layer for block in blocks for layer in linear_layers(block).values()]
     counted = {id(layer.weight) for layer in layers}
     binarized = sum(linear_weight(layer).numel() for layer in layers)
+    outer = sum(linear_weight(layer).numel() for block in blocks for layer in outer_layers(block).values())
     kept = {"embeddings": 0, "output head": 0, "norms, biases and other": 0}
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -217,6 +226,8 @@ def summarize(model: PreTrainedModel, *, name: str, chat_template: bool, licence
         context_length=getattr(model.config, "max_position_embeddings", None),
         chat_template=chat_template,
         licence=licence,
+        experts=max(map(expert_count, blocks)),
+        expert_weights=binarized - outer,
     )
 
 

@@ -21,16 +21,29 @@ from lbllm.models.blocks import (
     share_copy,
     shared_inputs,
 )
-from lbllm.models.calls import BlockCall
+from lbllm.models.experts import silent
+from lbllm.pipeline.beside import Beside
 from lbllm.pipeline.context import RunContext, step_count, step_metric
+from lbllm.pipeline.mixtures import (
+    TaughtExperts,
+    binarize_experts,
+    keep_experts,
+    learn_factor,
+    outer_formats,
+    pass_experts,
+    put_back,
+    search_experts,
+    train_experts,
+)
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.kv_groups import training_cache
 from lbllm.ranks import Share
-from lbllm.sections import Stage
+from lbllm.sections import Origin, Stage
 from lbllm.stages.aar import aar_block, add_quantizers
 from lbllm.stages.block_state import BlockState, collect, restore
 from lbllm.stages.distill import PROBE_TOKENS, HeldOut, Step, binary_layers, block_error
 from lbllm.stages.ptq import ptq_block
+from lbllm.stages.routing import resumed
 from lbllm.stages.wat import wat_block
 
 # A block whose loss training did not lower keeps its state; up to this factor that is no sign of anything.
@@ -57,7 +70,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
     inputs = run.streams.empty(*targets.shape).copy_(targets)
     both = stage == "wat" and run.config.wat.streams == "both"
     entered = run.streams.empty(*targets.shape) if both else None
-    beside = _Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
+    beside = Beside(run, cache) if run.held_out is not None and stage != "ptq" else None
     for number in range(run.blocks):
         run.check()
         state, student = run.store.load(stage, number), None
@@ -84,7 +97,7 @@ def run_stage(run: RunContext, stage: Stage) -> Iterator[Event]:
             )
         # The last block's output enters nothing.
         if number + 1 < run.blocks:
-            student = student or _student(run, number, state)
+            student = student or _student(run, number, state.tensors, stage)
             _advance(run, student, number, inputs, cache)
             if beside is not None:
                 beside.leave(student)
@@ -97,72 +110,40 @@ class _Taught:
     """What the teacher's block shows on its stream, which has this rank's ``share`` of the sequences.
 
     ``sharing``: its layers grouped by input. ``meant``: for stage 1, the inputs (tokens, in) of the first layer of each
-    group, by batch. ``held_out``: held-out tokens before and after the block. ``entered``: for stage 2 on both streams,
-    what entered the teacher's block (n, T, hidden).
+    group, by batch. ``held_out``: held-out tokens before and after the block. ``experts``: of a block that has some.
+    ``entered``: for stage 2 on both streams, what entered the teacher's block (n, T, hidden).
     """
 
     sharing: list[list[str]]
     meant: dict[str, list[Tensor]]
     held_out: HeldOut | None
     share: Share
+    experts: TaughtExperts | None
     entered: Tensor | None = None
 
 
 def _teach(
-    run: RunContext, stage: Stage, number: int, stream: Tensor, share: Share, beside: _Beside | None, *, done: bool
+    run: RunContext, stage: Stage, number: int, stream: Tensor, share: Share, beside: Beside | None, *, done: bool
 ) -> _Taught:
     """Let the teacher's stream pass a block; it then holds the block's targets. ``done``: the block is finished."""
     block = run.teacher.block(number)
-    sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
+    with silent(block):
+        sharing = [] if done else shared_inputs(block, stream[:1], run.calls[number])
     names = [names[0] for names in sharing] if stage == "ptq" else []
+    experts = pass_experts(run, block, number, stream)
+    if experts is not None and not done and stage != "ptq":
+        learn_factor(run, block, number, stream, experts)
     with recorded_inputs(block, names, lambda: run.streams.rows(stream[..., 0].numel())) as inputs:
-        finite = _advance(run, block, number, stream)
+        finite = _advance(run, block, number, stream, passed=experts)
     meant = {name: rows.batches() for name, rows in inputs.items()}
+    if experts is not None:
+        experts.keep_for(stage)
     if not finite:
         raise ModelError(
             f"{run.config.model}: {run.teacher.path}.{number} gives values that are not finite (NaN or infinity) for "
             "these texts before anything is binarized; its weights may be damaged, give another copy of the model"
         )
-    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share)
-
-
-class _Beside:
-    """The held-out tokens on their way through a stage, beside those that it trains on.
-
-    Their streams (n, T, hidden) are the teacher's and the student's, as in ``run_stage``. They end where the time to
-    measure is used up.
-    """
-
-    def __init__(self, run: RunContext, cache: Any) -> None:
-        assert run.held_out is not None
-        self._run, self._cache, self._tokens = run, cache, run.held_out
-        self._at: HeldOut | None = None
-        with self._tokens.budget.timed():
-            first = torch.cat(list(run.teacher.first_inputs(self._tokens.ids, run.batch)))
-        self._streams: tuple[Tensor, Tensor] | None = (first, first)
-
-    def enter(self, number: int, block: nn.Module) -> HeldOut | None:
-        """Return the held-out tokens before the teacher's block; None if there is no time left to measure them."""
-        self._at = None
-        if self._streams is not None and self._tokens.budget.allows(self._tokens.budget.cost):
-            student, teacher = self._streams
-            call = self._tokens.calls[number]
-            with self._tokens.budget.timed():
-                targets = self._pass(block, teacher, call)
-            self._at = HeldOut(student, targets, call, self._tokens.budget)
-        return self._at
-
-    def leave(self, student: nn.Module) -> None:
-        """Go on to the next block through a finished student's block."""
-        at, self._streams = self._at, None
-        if at is not None:
-            with self._tokens.budget.timed():
-                self._streams = self._pass(student, at.inputs, at.call, self._cache), at.targets
-
-    @torch.no_grad()
-    def _pass(self, block: nn.Module, stream: Tensor, call: BlockCall, cache: Any = None) -> Tensor:
-        with self._run.autocast():
-            return run_block(block, stream, call, cache).float()
+    return _Taught(sharing, meant, beside.enter(number, block) if beside is not None else None, share, experts)
 
 
 def _first_stream(run: RunContext, sequences: Tensor) -> Tensor:
@@ -178,28 +159,51 @@ def _first_stream(run: RunContext, sequences: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _advance(run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any = None) -> bool:
-    """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite."""
+def _advance(
+    run: RunContext,
+    block: nn.Module,
+    number: int,
+    stream: Tensor,
+    cache: Any = None,
+    passed: TaughtExperts | None = None,
+) -> bool:
+    """Replace a stream (n, T, hidden) by what a block makes of it; returns whether all of it is finite. ``passed``: the
+    block's experts, where the stream has passed them already."""
     finite = True
-    for part in stream.split(run.batch):
+    passed = passed or pass_experts(run, block, number, stream, cache)
+    for part, output in zip(stream.split(run.batch), _outputs(run, block, number, stream, cache, passed), strict=True):
         run.check_alone()
-        with run.autocast():
-            output = run_block(block, entering(part, run.teacher.device), run.calls[number], cache)
         finite = finite and bool(output.isfinite().all())
         part.copy_(output)
     return finite
 
 
-def _student(run: RunContext, number: int, state: BlockState) -> nn.Module:
-    """A finished student's block, which computes with expanded weights."""
-    student = _restored(run, number, state.tensors)
+def _outputs(
+    run: RunContext, block: nn.Module, number: int, stream: Tensor, cache: Any, passed: TaughtExperts | None
+) -> Iterator[Tensor]:
+    """What a block makes of a stream, batch by batch."""
+    call = run.calls[number]
+    if passed is not None:
+        yield from resumed(block, stream, call, run.batch, passed.total, run.autocast, cache)
+        return
+    for part in stream.split(run.batch):
+        with run.autocast():
+            output = run_block(block, entering(part, run.teacher.device), call, cache)
+        yield output
+
+
+def _student(run: RunContext, number: int, tensors: dict[str, Tensor], experts: Origin) -> nn.Module:
+    """A finished student's block, which computes with expanded weights, and with packed experts: those of a stage."""
+    student = _restored(run, number, tensors, experts)
     for layer in binary_layers(student).values():
         layer.keep_dense()
     return student.requires_grad_(False)
 
 
-def _restored(run: RunContext, number: int, tensors: dict[str, Tensor]) -> nn.Module:
-    return restore(run.teacher.block(number), run.formats[number], tensors, run.config.quant.tail_steps)
+def _restored(run: RunContext, number: int, tensors: dict[str, Tensor], experts: Origin) -> nn.Module:
+    """A student's block from the state of its layers; its experts are packed, and those of a stage."""
+    of_stage, tail = run.store.experts(experts, number), run.config.quant.tail_steps
+    return restore(run.teacher.block(number), run.formats[number], tensors, tail, of_stage, packed=True)
 
 
 def _probe(
@@ -219,7 +223,7 @@ def _initialize(
     before, tensors = yield from _binarize(run, number, inputs, targets, taught)
     taught.meant.clear()
     state = BlockState(tensors, before, 0.0, False)
-    student = _student(run, number, state)
+    student = _student(run, number, tensors, "ptq")
     state.loss_after = _probe(run, student, number, inputs, targets, taught.share)
     return state, student
 
@@ -233,12 +237,16 @@ def _binarize(
     before = _probe(run, student, number, inputs, targets, taught.share)
     tensors: dict[str, Tensor] = {}
     try:
-        layers = ptq_block(block, student, call, inputs, taught.meant, run.formats[number], config.ptq, run.batch)
-        for name, result, layer in layers:
-            error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
-            yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
-            tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
-            run.check()
+        with silent(block), silent(student):
+            formats = outer_formats(run, number)
+            layers = ptq_block(block, student, call, inputs, taught.meant, formats, config.ptq, run.batch)
+            for name, result, layer in layers:
+                error = float(result.error.sum() / result.energy.sum().clamp_min(1e-30))
+                yield LayerDone(stage="ptq", block=number, layer=name, error=100 * error)
+                tensors |= collect({name: layer}) | {f"{name}.latent": result.latent}
+                run.check()
+        if taught.experts is not None:
+            yield from binarize_experts(run, number, block, student, inputs, taught.experts)
     except LbllmError as error:
         raise LbllmError(f"{run.teacher.path}.{number}.{error}") from error
     return before, tensors
@@ -252,13 +260,14 @@ def _train(
     config, call = run.config, run.calls[number]
     origin = config.origins[config.origins.index(stage) - 1]
     earlier = run.store.finished(origin, number).tensors
-    student = _restored(run, number, earlier)
+    student = _restored(run, number, earlier, origin)
     steps: Iterator[Step]
     seed = (config.seed * 1_000_003 + number) * 2 + (stage == "aar")
     searched: dict[str, Tensor] = {}
+    searched_experts: dict[str, Tensor] = {}
     if stage == "wat":
         # Taken out, so that training alone holds them.
-        latents = {name: earlier.pop(f"{name}.latent") for name in run.formats[number]}
+        latents = {name: earlier.pop(f"{name}.latent") for name in outer_formats(run, number)}
         del earlier
         before = _probe(run, student, number, inputs, targets, taught.share)
         steps = wat_block(
@@ -278,17 +287,20 @@ def _train(
     else:
         del earlier
         quant = config.quant
-        add_quantizers(
-            student,
-            taught.sharing,
-            call,
-            inputs,
-            config.aar,
-            tail=quant.tail_steps,
-            cache=cache,
-            batch=run.batch,
-            share=taught.share,
-        )
+        with silent(student):
+            add_quantizers(
+                student,
+                taught.sharing,
+                call,
+                inputs,
+                config.aar,
+                tail=quant.tail_steps,
+                cache=cache,
+                batch=run.batch,
+                share=taught.share,
+            )
+        if taught.experts is not None:
+            searched_experts = search_experts(run, number, origin, student, inputs, cache)
         before = _probe(run, student, number, inputs, targets, taught.share, cache)
         searched = {
             f"{name}.act": layer.quantizer.act.detach().clone()
@@ -312,17 +324,35 @@ def _train(
         run.check()
     del steps
     state = BlockState(_rounded(student), before, 0.0, False)
-    del student
-    finished = _student(run, number, state)
+    if taught.experts is None:
+        del student
+        finished = _student(run, number, state.tensors, stage)
+    else:
+        finished = student
+        if not _probe(run, finished, number, inputs, targets, taught.share, cache) <= before:
+            state.tensors = _kept(run, number, origin, searched)
+            put_back(run, number, finished, state.tensors)
+        for layer in binary_layers(finished.requires_grad_(False)).values():
+            layer.keep_dense()
+        yield from train_experts(
+            run, stage, number, origin, finished, inputs, targets, taught.experts, searched_experts, cache, seed
+        )
     state.loss_after = _probe(run, finished, number, inputs, targets, taught.share, cache)
     if not state.loss_after <= before:
         del finished  # before the block is made once more
-        first = run.store.finished(origin, number).tensors
-        kept = {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
-        del first
-        state = BlockState(kept, before, before, is_divergence(before, state.loss_after))
-        finished = _student(run, number, state)
+        state = BlockState(
+            _kept(run, number, origin, searched), before, before, is_divergence(before, state.loss_after)
+        )
+        if taught.experts is not None:
+            keep_experts(run, stage, number, origin, searched_experts)
+        finished = _student(run, number, state.tensors, stage)
     return state, finished
+
+
+def _kept(run: RunContext, number: int, origin: Origin, searched: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a block had before a stage, without latent weights, and the knees that were searched."""
+    first = run.store.finished(origin, number).tensors
+    return {name: first.pop(name) for name in list(first) if not name.endswith(".latent")} | searched
 
 
 def _rounded(student: nn.Module) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.events import BlockDone, BlockStarted, Event, StageDone, StageStarted
 from lbllm.memory import peak_memory
 from lbllm.models.blocks import decoder_blocks, linear_weight, share_copy, shared_inputs
+from lbllm.models.experts import expert_count, experts_of, silent
 from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
+from lbllm.pipeline.mixtures import share_quantizers
 from lbllm.pipeline.packed_model import restored_blocks
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.embedding_code import round_matrix
@@ -54,7 +56,7 @@ def _latents(run: RunContext, teacher: BlockModel, blocks: list[nn.Module]) -> I
     used.
     """
     for number, block in enumerate(blocks):
-        tensors = run.store.finished("ptq" if run.config.start is None else "start", number).tensors
+        tensors = run.store.whole("ptq" if run.config.start is None else "start", number, expert_count(block))
         for name in binary_layers(block):
             latent = tensors.get(f"{name}.latent")
             if latent is None:
@@ -125,9 +127,10 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     for number, block in enumerate(blocks):
         tensors = collect(binary_layers(block)) | latents[number]
         if diverged:
-            earlier = run.store.finished(origin, number)
-            tensors = {name: tensor for name, tensor in earlier.tensors.items() if not name.endswith(".latent")}
-        run.store.save(stage, number, BlockState(tensors, before, before if diverged else after, diverged))
+            earlier = run.store.whole(origin, number, expert_count(block))
+            tensors = {name: tensor for name, tensor in earlier.items() if not name.endswith(".latent")}
+        state = BlockState(tensors, before, before if diverged else after, diverged)
+        run.store.save_whole(stage, number, state, experts_of(block))
     if ranks.is_first():
         run.store.path(stage, unfinished).unlink(missing_ok=True)
     yield BlockDone(
@@ -155,7 +158,13 @@ def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple
     blocks: list[nn.Module] = []
     for number, restored in enumerate(restored_blocks(teacher, run.store, stage, quant)):
         block, layers = teacher.block(number), binary_layers(restored)
-        for names in shared_inputs(block, hidden, run.calls[number]):
+        with silent(block):
+            sharing = shared_inputs(block, hidden, run.calls[number])
+        found = experts_of(restored)
+        for expert in range(expert_count(restored)):
+            assert found is not None
+            share_quantizers(found[1].expert(expert))
+        for names in sharing:
             shared: dict[int, ActQuantizer] = {}
             for name in names:
                 if name in layers and (quantizer := layers[name].quantizer) is not None:

@@ -30,12 +30,22 @@ from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
 
 
-def restored_blocks(teacher: BlockModel, store: BlockStore, stage: Origin, quant: QuantConfig) -> Iterator[nn.Module]:
-    """The blocks of a teacher as they were after a stage, one by one. Raises CheckpointError where one is missing."""
+def restored_blocks(
+    teacher: BlockModel, store: BlockStore, stage: Origin, quant: QuantConfig, *, packed: bool = False
+) -> Iterator[nn.Module]:
+    """The blocks of a teacher as they were after a stage, one by one; their experts are ``packed``. Raises
+    CheckpointError where one is missing."""
     formats = block_formats(teacher.model, quant)[2]
     for number, of_block in enumerate(formats):
         # No name holds the state while the block is used.
-        yield restore(teacher.block(number), of_block, store.finished(stage, number).tensors, quant.tail_steps)
+        yield restore(
+            teacher.block(number),
+            of_block,
+            store.finished(stage, number).tensors,
+            quant.tail_steps,
+            store.experts(stage, number),
+            packed=packed,
+        )
 
 
 def stage_model(config: RunConfig, folder: Path, stage: Origin, teacher: Teacher | None = None) -> PreTrainedModel:
@@ -67,7 +77,8 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
 
     def make(number: int) -> nn.Module:
         state = store.finished(stage, number)
-        block = restore(teacher.block(number), formats[number], state.tensors, quant.tail_steps)
+        experts = store.experts(stage, number)
+        block = restore(teacher.block(number), formats[number], state.tensors, quant.tail_steps, experts, packed=True)
         del state
         if KVFormat.of(quant).in_groups:
             attend_in_groups(block)
@@ -135,7 +146,7 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
     """The tensors of a packed model in the order of its blocks, each by its name in the model's state_dict."""
     inside, parameters = f"{teacher.path}.", dict(teacher.model.named_parameters())
     buffers = dict(teacher.model.named_buffers())
-    blocks = restored_blocks(teacher, store, stage, quant)
+    blocks = restored_blocks(teacher, store, stage, quant, packed=True)
     rows = {f"{name}.weight" for name in tables(teacher.model)} if quant.embedding_bits < 16 else set()
     known: dict[int, PackedRows] = {}
     begun = -1

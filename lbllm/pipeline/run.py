@@ -28,6 +28,7 @@ from lbllm.machine import make_accelerator
 from lbllm.measure.needs import needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS, block_perplexity
 from lbllm.models.blocks import check_length, check_supported, linear_weight
+from lbllm.models.experts import experts_of
 from lbllm.models.source import hub_id
 from lbllm.models.streamed import BlockModel
 from lbllm.models.teacher import BlockTeacher, Teacher, stream_teacher
@@ -76,6 +77,14 @@ def run(
     opened = stream_teacher(config.model, device) if teacher is None else BlockTeacher.of(teacher, device)
     model = opened.model
     check_supported(model.model)
+    if any(experts_of(block) is not None for block in model.blocks):
+        if ranks.count() > 1:
+            raise ConfigError(f"{config.model} has experts, whose training several processes can't share yet; use one")
+        if "wat" in config.stages and config.wat.streams == "both":
+            raise ConfigError(
+                f"{config.model} has experts, which stage 2 trains on the student's stream alone; set "
+                f'{setting_name("wat.streams")} to "student"'
+            )
     check_length(model.model, config.seq_len, setting_name("seq_len"))
     if KVFormat.of(config.precision(config.stages[-1])).in_groups:
         attend_in_groups(model.model)  # refuses a model that can't, before any stage
@@ -101,7 +110,7 @@ def run(
     begun = all(store.path("start", number).exists() for number in range(len(blocks)))
     if config.start is not None and not ranks.same(begun):
         for number, tensors in enumerate(checkpoint_blocks(config, model)):
-            store.save("start", number, BlockState(tensors, 0.0, 0.0, False))
+            store.save_whole("start", number, BlockState(tensors, 0.0, 0.0, False), experts_of(model.blocks[number]))
     layers = planned_layers(model.model, config.precision(config.stages[-1]))
     # The size of the checkpoint, about: it decides nothing here where it is small beside a block in training.
     place = needs(config, model.model, layers, 0, gpu=device.type != "cpu").streams

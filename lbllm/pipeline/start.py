@@ -17,6 +17,7 @@ from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT, RunConfig, setting_name
 from lbllm.errors import CheckpointError, ConfigError, ModelError
 from lbllm.json_input import decode_object, shortened, shown
+from lbllm.models.experts import expert_count, read_parameters
 from lbllm.models.streamed import BlockModel
 from lbllm.models.weights import row_parts
 from lbllm.quant.embedding_code import is_rounding_of
@@ -59,7 +60,7 @@ def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[s
         )
     path = teacher.path
     for number, block in enumerate(model.get_submodule(path).children()):
-        tensors = _latents(folder.parent, number) if config.e2e.lr_weight > 0 else {}
+        tensors = _latents(folder.parent, number, expert_count(block)) if config.e2e.lr_weight > 0 else {}
         for name, layer in block.named_modules():
             if isinstance(layer, PackedLinear):
                 fmt = config.quant.layer(f"{path}.{number}.{name}")
@@ -74,12 +75,13 @@ def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[s
         yield tensors
 
 
-def _latents(run: Path, block: int) -> dict[str, Tensor]:
+def _latents(run: Path, block: int, experts: int) -> dict[str, Tensor]:
     """A block's latent weights as stage 4 of the run in a folder left them, or else stage 1, if that is a run."""
     if (run / "blocks").is_dir():
         for stage in ("e2e", "ptq"):
-            state = BlockStore(run, None).load(stage, block)
-            latents = {} if state is None else {n: t for n, t in state.tensors.items() if n.endswith(".latent")}
+            store = BlockStore(run, None)
+            tensors = store.whole(stage, block, experts) if store.has(stage, block) else {}
+            latents = {name: tensor for name, tensor in tensors.items() if name.endswith(".latent")}
             if latents:
                 return latents
     return {}
@@ -136,7 +138,8 @@ def _first_difference(packed: PreTrainedModel, teacher: BlockModel) -> str | Non
         elif not name.startswith(inside) and differs(name, tensor):
             return name
     for number in range(len(teacher.blocks)):
-        for name, tensor in teacher.block(number).state_dict().items():
+        block = teacher.block(number)
+        for name, tensor in (*read_parameters(block), *block.named_buffers()):
             if differs(f"{inside}{number}.{name}", tensor):
                 return f"{inside}{number}.{name}"
     return None

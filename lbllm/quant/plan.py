@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from lbllm.config import setting_name
 from lbllm.errors import ConfigError
@@ -33,8 +34,10 @@ def block_formats(
     """Return the path of the decoder blocks, the blocks, and for each block the formats of its layers to binarize.
 
     A row that is shorter than a group is one group. Raises ConfigError if that is so for most of the weights with this
-    group size, if the settings leave no layer to binarize, or if a pattern matches no layer.
+    group size, if the settings leave no layer to binarize, if a pattern matches no layer, or if the model has a cache
+    of its own, which can't keep few bits.
     """
+    _check_cache(model, quant.kv_bits)
     path, blocks = decoder_blocks(model)
     formats: list[dict[str, LayerFormat]] = []
     names: list[str] = []
@@ -64,6 +67,21 @@ def block_formats(
     if not any(formats):
         raise ConfigError(f"{setting_name('quant.skip')} {list(quant.skip)} leaves no layer to binarize")
     return path, blocks, formats
+
+
+def _check_cache(model: PreTrainedModel, bits: int) -> None:
+    """Raise ConfigError for fewer than 16 bits, if the model takes only a cache of a class of its own."""
+    here = type(model).__module__
+    own = [
+        name
+        for name, kind in vars(sys.modules[here]).items()
+        if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == here
+    ]
+    if own and bits < 16:
+        raise ConfigError(
+            f"{type(model).__name__} keeps keys and values in a cache of its own, {own[0]}, which can't have {bits} "
+            f"bits; set {setting_name('quant.kv_bits')} to 16"
+        )
 
 
 def bits_per_weight(blocks: Iterable[nn.Module], formats: list[dict[str, LayerFormat]]) -> float:

@@ -22,6 +22,7 @@ from lbllm.events import (
     BlockDone,
     BlockStarted,
     Evaluated,
+    ExpertDone,
     LayerDone,
     RunDone,
     RunFailed,
@@ -62,10 +63,11 @@ def column_width(steps: int) -> int:
 @dataclass
 class BlockView:
     """One block in one stage. ``losses``, ``rates``: one per step; ``probes``: the loss on held-out tokens by step, at
-    the steps where it was measured; ``layers``: error in percent by layer, in stage 1.
+    the steps where it was measured; ``layers``: error in percent by layer, in stage 1; ``experts``: those of the block
+    that are done, by name.
 
-    ``last``: its latest step or layer; ``worked``: seconds of work on it until the run's last event; ``took``: seconds
-    from the block before it, or the stage's start, until it was done, with the passes that bring its inputs.
+    ``last``: its latest step, layer or expert; ``worked``: seconds of work on it until the run's last event; ``took``:
+    seconds from the block before it, or the stage's start, until it was done, with the passes that bring its inputs.
     """
 
     stage: Stage
@@ -73,9 +75,10 @@ class BlockView:
     seq: int = 0
     losses: list[float] = field(default_factory=list)
     layers: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, ExpertDone] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     probes: dict[int, float] = field(default_factory=dict)
-    last: StepMetric | LayerDone | None = None
+    last: StepMetric | LayerDone | ExpertDone | None = None
     done: BlockDone | None = None
     worked: float = 0.0
     took: float = 0.0
@@ -169,6 +172,9 @@ class RunView:
                 block = self._block(event.stage, event.block)
                 block.layers[event.layer] = event.error
                 block.last = event
+            case ExpertDone() as event:
+                block = self._block(event.stage, event.block)
+                block.experts[event.expert] = block.last = event
             case StepMetric() as event:
                 block = self._block(event.stage, event.block)
                 # A resumed stage 4 begins in the middle and repeats the steps since it was last saved.

@@ -87,12 +87,12 @@ def add_quantizers(
             seen = inputs[: max(1, tokens)]
             x = torch.cat(list(layer_inputs(block, first, seen, call, batch, cache)))[: config.search_tokens]
             quantizer = ActQuantizer(bits, tail, config.temperature, group_size=same[0].fmt.act_group_size).to(x.device)
-            search_grid(quantizer, x.float(), _stacked_weights(same), counts=tokens > 0)
+            search_grid(quantizer, x.float(), stacked_weights(same), counts=tokens > 0)
             for layer in same:
                 layer.quantizer = quantizer
 
 
-def _stacked_weights(layers: list[BinaryLinear]) -> Tensor:
+def stacked_weights(layers: list[BinaryLinear]) -> Tensor:
     """Return the weights of layers with the same input, one below the other: (sum of out, in)."""
     first, rows = layers[0], 0
     stacked = first.params.new_empty(sum(layer.out_features for layer in layers), first.in_features)

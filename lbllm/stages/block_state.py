@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lbllm.errors import CheckpointError
-from lbllm.models.blocks import linear_weight, share_copy
+from lbllm.models.blocks import device_of, linear_weight, share_copy
+from lbllm.models.experts import Experts, expert_layers, experts_of
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import LEVELS, PARAMS, group_length
+from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.packing import ParamGrid
 from lbllm.quant.table import TABLE, TABLE_FAULT, has_table, is_table
 from lbllm.quant.training_layer import BinaryLinear
@@ -47,27 +50,91 @@ def collect(layers: dict[str, BinaryLinear]) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(teacher: nn.Module, formats: dict[str, LayerFormat], tensors: dict[str, Tensor], tail: int) -> nn.Module:
+def restore(
+    teacher: nn.Module,
+    formats: dict[str, LayerFormat],
+    tensors: dict[str, Tensor],
+    tail: int,
+    experts: Callable[[int], dict[str, Tensor]] | None = None,
+    *,
+    packed: bool = False,
+) -> nn.Module:
     """Return a copy of a teacher's block with frozen ``BinaryLinear`` layers from a saved state.
 
-    The copy shares the dense layers with the teacher. Raises CheckpointError for tensors of other layers.
+    The copy shares the dense layers with the teacher. ``experts`` gives the tensors of each expert; these are packed
+    as soon as they are made if ``packed``. Raises CheckpointError for tensors of other layers.
     """
     student: nn.Module = share_copy(teacher)
-    device = next(teacher.parameters()).device
+    device, inside = device_of(teacher), expert_layers(teacher)
     for name, fmt in formats.items():
-        _check(name, fmt, linear_weight(teacher.get_submodule(name)), tensors)
-        # A copy: training changes it in place, and a block that diverges is restored from the saved state.
-        params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
-        grid = None
-        if fmt.param_bits == 4 and f"{name}.scale" in tensors:
-            grid = ParamGrid(tensors[f"{name}.scale"].to(device), tensors[f"{name}.ranges"].to(device))
-        table = tensors[f"{name}.table"] if has_table(fmt.format) else None
-        layer = BinaryLinear(teacher.get_submodule(name), fmt, params, index, grid, table)
-        if f"{name}.act" in tensors:
-            layer.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).to(device)
-            layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
-        student.set_submodule(name, layer)
+        if name not in inside:
+            student.set_submodule(name, restored_layer(teacher.get_submodule(name), name, fmt, tensors, tail, device))
+    found = experts_of(student)
+    if found is not None:
+        assert experts is not None
+        path, own = found
+        for number in range(own.count):
+            expert = restored_expert(own, f"{path}.{number}", number, formats, experts(number), tail, device)
+            own.put(number, packed_expert(expert, tail) if packed else expert)
+        own.source = None
     return student
+
+
+def restored_expert(
+    experts: Experts,
+    path: str,
+    number: int,
+    formats: dict[str, LayerFormat],
+    tensors: dict[str, Tensor],
+    tail: int,
+    device: torch.device,
+) -> nn.Module:
+    """Return an expert with frozen ``BinaryLinear`` layers from its saved state, whose names begin with its ``path``.
+
+    Layers that have no format are those of the teacher.
+    """
+    shapes = experts.get_submodule(str(number))
+    names = [name for name, _ in shapes.named_children()]
+    whole = all(f"{path}.{name}" in formats and shapes.get_submodule(name).bias is None for name in names)
+    source = shapes if whole else experts.expert(number)  # which reads it
+    expert: nn.Module = share_copy(source)
+    for name in names:
+        full = f"{path}.{name}"
+        if full in formats:
+            layer = restored_layer(source.get_submodule(name), full, formats[full], tensors, tail, device)
+            expert.set_submodule(name, layer)
+    return expert
+
+
+def packed_expert(expert: nn.Module, tail: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return an expert whose frozen ``BinaryLinear`` layers are packed, without quantizers where they have none yet."""
+    result: nn.Module = share_copy(expert)
+    for name, layer in expert.named_children():
+        if isinstance(layer, BinaryLinear):
+            stated = layer.fmt
+            if layer.quantizer is None:
+                layer.fmt = stated.model_copy(update={"act_bits": 16})
+            result.set_submodule(name, PackedLinear.pack(layer, tail, dtype))
+            layer.fmt = stated
+    return result
+
+
+def restored_layer(
+    source: nn.Module, name: str, fmt: LayerFormat, tensors: dict[str, Tensor], tail: int, device: torch.device
+) -> BinaryLinear:
+    """Return a frozen layer from the saved tensors of that name, in the place of the dense layer ``source``."""
+    _check(name, fmt, linear_weight(source), tensors)
+    # A copy: training changes it in place, and a block that diverges is restored from the saved state.
+    params, index = tensors[f"{name}.params"].to(device, copy=True), tensors[f"{name}.index"].to(device)
+    grid = None
+    if fmt.param_bits == 4 and f"{name}.scale" in tensors:
+        grid = ParamGrid(tensors[f"{name}.scale"].to(device), tensors[f"{name}.ranges"].to(device))
+    table = tensors[f"{name}.table"] if has_table(fmt.format) else None
+    layer = BinaryLinear(source, fmt, params, index, grid, table)
+    if f"{name}.act" in tensors:
+        layer.quantizer = ActQuantizer(fmt.act_bits, tail, group_size=fmt.act_group_size).to(device)
+        layer.quantizer.act.data.copy_(tensors[f"{name}.act"])
+    return layer
 
 
 def _check(name: str, fmt: LayerFormat, weight: Tensor, tensors: dict[str, Tensor]) -> None:

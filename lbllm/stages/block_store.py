@@ -7,6 +7,9 @@ were trained, also ``<layer>.latent`` (out, in) float16, and after stage 3 ``<la
 "start" is the checkpoint that a run goes on from. Its metadata carry the run's fingerprint, the stage with those before
 it, and the block: a file of other settings or of another place is never taken over. A hash covers the metadata. Files
 of lbllm 0.2 and before have the fingerprint and the hash of the tensors alone, and are read.
+
+Of a block with experts, each expert has a file of its own, ``<stage>-<block>-e<expert>.safetensors``, so that one of
+them is in memory at a time. The block's own file, with its other layers, is written after them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +29,7 @@ from lbllm.config import RunConfig
 from lbllm.errors import CheckpointError, ModelError
 from lbllm.files import new_file, write_file
 from lbllm.json_input import shortened
+from lbllm.models.experts import Experts
 from lbllm.models.weights import StoredWeights
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
@@ -97,6 +102,11 @@ def _metadata_sha256(metadata: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
+def _place(block: int, expert: int | None) -> str:
+    """How metadata and messages name a block, or one of its experts."""
+    return str(block) if expert is None else f"{block}, expert {expert}"
+
+
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged ({shortened(str(error))}); delete it and resume: the block is done again"
@@ -115,12 +125,14 @@ class BlockStore:
         self._first: tuple[str, Path] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, stage: Origin, block: int) -> Path:
-        """Where the state of a block after a stage lies."""
-        return self.folder / f"{stage}-{block:04d}.safetensors"
+    def path(self, stage: Origin, block: int, expert: int | None = None) -> Path:
+        """Where the state of a block, or of one of its experts, after a stage lies."""
+        part = "" if expert is None else f"-e{expert:04d}"
+        return self.folder / f"{stage}-{block:04d}{part}.safetensors"
 
-    def save(self, stage: Origin, block: int, state: BlockState) -> None:
-        """Write a block's state; OSError where the disk doesn't take it. Rank 0 writes, and the others wait for it."""
+    def save(self, stage: Origin, block: int, state: BlockState, expert: int | None = None) -> None:
+        """Write the state of a block or of one of its experts; OSError where the disk doesn't take it. Rank 0 writes,
+        and the others wait for it."""
         assert self.mark is not None
         if not ranks.is_first():
             ranks.barrier()
@@ -129,7 +141,7 @@ class BlockStore:
         metadata = {
             "fingerprint": self.mark,
             "stage": stage,
-            "block": str(block),
+            "block": _place(block, expert),
             "after": self._before(stage),
             "sha256": _sha256(tensors, tensors.__getitem__),
             "loss_before": repr(state.loss_before),
@@ -137,7 +149,7 @@ class BlockStore:
             "diverged": repr(state.diverged),
         }
         metadata["seal"] = _metadata_sha256(metadata)
-        with new_file(self.path(stage, block)) as file:
+        with new_file(self.path(stage, block, expert)) as file:
             save_file(tensors, file, metadata)
         ranks.barrier()
 
@@ -146,16 +158,16 @@ class BlockStore:
         stages = self.stages or ()
         return "+".join(stages[: stages.index(stage)] if stage in stages else ())
 
-    def load(self, stage: Origin, block: int) -> BlockState | None:
-        """A block's state, or None where the block is not finished. Raises CheckpointError for a foreign or damaged
-        file."""
-        path = self.path(stage, block)
+    def load(self, stage: Origin, block: int, expert: int | None = None) -> BlockState | None:
+        """The state of a block or of one of its experts; None where it is not finished. Raises CheckpointError for a
+        foreign or damaged file."""
+        path = self.path(stage, block, expert)
         if not path.exists():
             return None
         try:
             stored = StoredWeights([path])  # which maps no file into memory
             metadata = stored.metadata
-            self._check_place(path, metadata, stage, block)
+            self._check_place(path, metadata, stage, _place(block, expert))
             tensors = {name: stored.read(name) for name in stored.tensors}
             if metadata["sha256"] != _sha256(tensors, tensors.__getitem__):
                 raise ValueError(_OTHER_HASH)
@@ -168,29 +180,30 @@ class BlockStore:
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
 
-    def stored(self, stage: Origin, block: int) -> StoredWeights:
-        """The tensors of a block's state, to be read one by one; all of them are read once, for their hash. Raises
-        CheckpointError where ``finished`` does, FileFault, OSError."""
-        path = self.path(stage, block)
-        if not self.has(stage, block):
-            raise self._unfinished(stage, block)
+    def stored(self, stage: Origin, block: int, expert: int | None = None) -> StoredWeights:
+        """The tensors of the state of a block or of one of its experts, to be read one by one; all of them are read
+        once, for their hash. Raises CheckpointError where ``finished`` does, FileFault, OSError."""
+        path = self.path(stage, block, expert)
+        if not self.has(stage, block, expert):
+            raise self._unfinished(stage, _place(block, expert))
         stored = StoredWeights([path])
         if stored.metadata.get("sha256") != _sha256(stored.tensors, stored.read):
             raise _damaged(path, ValueError(_OTHER_HASH))
         return stored
 
-    def has(self, stage: Origin, block: int) -> bool:
-        """Whether a block has finished a stage. Raises CheckpointError for a foreign file; its tensors are not read."""
-        path = self.path(stage, block)
+    def has(self, stage: Origin, block: int, expert: int | None = None) -> bool:
+        """Whether a block, or one of its experts, has finished a stage. Raises CheckpointError for a foreign file; its
+        tensors are not read."""
+        path = self.path(stage, block, expert)
         if not path.exists():
             return False
         try:
-            self._check_place(path, StoredWeights([path]).metadata, stage, block)
+            self._check_place(path, StoredWeights([path]).metadata, stage, _place(block, expert))
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
         return True
 
-    def _check_place(self, path: Path, metadata: dict[str, str], stage: Origin, block: int) -> None:
+    def _check_place(self, path: Path, metadata: dict[str, str], stage: Origin, block: str) -> None:
         """Raise CheckpointError unless a file is of this run, stage and block; ValueError for damaged metadata."""
         mark = metadata["fingerprint"]
         if self.mark is not None and mark != self.mark:
@@ -211,7 +224,7 @@ class BlockStore:
         if metadata["seal"] != _metadata_sha256(metadata):
             raise ValueError("the hash of its metadata differs")
         found = metadata["stage"], metadata["block"]
-        if found != (stage, str(block)):
+        if found != (stage, block):
             raise CheckpointError(
                 f"{path} is the state of block {found[1]} after stage {found[0]}; put back the right file, or delete "
                 "this one and resume: the block is done again"
@@ -222,14 +235,35 @@ class BlockStore:
                 f"{self._before(stage) or 'no other'} before {stage}; use another folder, or delete it and resume"
             )
 
-    def finished(self, stage: Origin, block: int) -> BlockState:
-        """A block's state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""
-        state = self.load(stage, block)
+    def finished(self, stage: Origin, block: int, expert: int | None = None) -> BlockState:
+        """A state, as ``load`` gives it. Raises CheckpointError where the block is not finished, too."""
+        state = self.load(stage, block, expert)
         if state is None:
-            raise self._unfinished(stage, block)
+            raise self._unfinished(stage, _place(block, expert))
         return state
 
-    def _unfinished(self, stage: Origin, block: int) -> CheckpointError:
+    def experts(self, stage: Origin, block: int) -> Callable[[int], dict[str, Tensor]]:
+        """What gives the tensors of each expert of a block, as ``finished`` does."""
+        return lambda expert: self.finished(stage, block, expert).tensors
+
+    def whole(self, stage: Origin, block: int, experts: int) -> dict[str, Tensor]:
+        """The tensors of a block with those of all its experts, of which there are so many."""
+        tensors = self.finished(stage, block).tensors
+        for expert in range(experts):
+            tensors |= self.finished(stage, block, expert).tensors
+        return tensors
+
+    def save_whole(self, stage: Origin, block: int, state: BlockState, experts: tuple[str, Experts] | None) -> None:
+        """Write the state of a block and of its ``experts``, if it has some: their path and module."""
+        tensors = dict(state.tensors)
+        for expert in range(0 if experts is None else experts[1].count):
+            assert experts is not None
+            start = f"{experts[0]}.{expert}."
+            own = {name: tensors.pop(name) for name in [*tensors] if name.startswith(start)}
+            self.save(stage, block, replace(state, tensors=own), expert)
+        self.save(stage, block, replace(state, tensors=tensors))
+
+    def _unfinished(self, stage: Origin, block: str) -> CheckpointError:
         return CheckpointError(
             f"{self.folder.parent}: block {block} has not finished stage {stage}; resume the run first"
         )

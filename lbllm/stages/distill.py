@@ -191,11 +191,11 @@ def distill(
                 if isinstance(config, WatConfig) and bitmaps
                 else None
             )
-            _update(layers, quantizers, optimizer, config.grad_clip, beta, slope)
+            update_layers(layers, quantizers, optimizer, config.grad_clip, beta, slope)
         speed = rows.numel() * inputs.shape[1] / (time.perf_counter() - began)
         measured = probe.after(step + 1) if probe is not None and finite else None
         for layer in layers:
-            layer.gradient = None
+            layer.gradient = layer.dense = None  # an expert that no token has reached still has its expanded weight
         yield Step(step + 1, shown_loss, shown_reg, factor, speed, measured)
         if not finite:
             return
@@ -215,7 +215,7 @@ def _sum_over_ranks(
 
 
 @torch.no_grad()
-def _update(
+def update_layers(
     layers: Sequence[BinaryLinear],
     quantizers: Sequence[ActQuantizer],
     optimizer: torch.optim.Optimizer,

@@ -22,6 +22,11 @@ MATRICES = 3
 _TOKENS = 512
 
 
+def bounded(energy: Tensor) -> Tensor:
+    """How much tokens of these squared norms (tokens,) count: 1, or less for those above ten times the median."""
+    return (10 * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)
+
+
 @torch.no_grad()
 def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """H = X^T X / tokens of the inputs (tokens, in) that a layer sees, and the drift D = (X_teacher - X)^T X /
@@ -37,8 +42,7 @@ def input_statistics(seen: Iterable[Tensor], meant: Iterable[Tensor]) -> tuple[T
         x = x.float()
         if not tokens:
             hessian, drift, product = (x.new_zeros(x.shape[1], x.shape[1]) for _ in range(3))
-        energy = torch.cat([part.square().sum(1) for part in x.split(_TOKENS)])
-        weighted = x * (10 * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)[:, None]
+        weighted = x * bounded(torch.cat([part.square().sum(1) for part in x.split(_TOKENS)]))[:, None]
         hessian.add_(torch.mm(weighted.t(), x, out=product))
         missing = target.to(x.device).to(torch.float32, copy=True).sub_(x)
         drift.add_(torch.mm(missing.t(), weighted, out=product))

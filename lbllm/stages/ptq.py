@@ -312,7 +312,7 @@ def to_layer(source: nn.Module, fmt: LayerFormat, result: Binarized) -> BinaryLi
 
 
 @torch.no_grad()
-def _rounded(layer: BinaryLinear) -> Tensor:
+def rounded_weight(layer: BinaryLinear) -> Tensor:
     """The weight (out, in) of a frozen layer whose parameters are rounded."""
     weight = layer.params.new_empty(layer.index.shape)
     for rows in row_chunks(len(weight), _ROUND_WEIGHT * layer.in_features):
@@ -354,7 +354,7 @@ def ptq_block(
                         "in float16, up to 65504; its weights may be damaged, else keep it dense: "
                         f"{setting_name('quant.skip')}"
                     )
-                set_linear_weight(student.get_submodule(name), _rounded(layer))
+                set_linear_weight(student.get_submodule(name), rounded_weight(layer))
                 yield name, result, layer
 
 

@@ -41,6 +41,12 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"wat": {"bitmap": "relaxed", "loss": "mse"}, "quant": {"param_bits": 8, "kv_bits": 8}},
         SMALL | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    # experts
+    "qwen3_moe": (
+        "no",
+        {"stages": ["ptq", "wat", "aar"]},
+        SMALL | {"num_hidden_layers": 1, "moe_intermediate_size": 16},
+    ),
 }
 OTHERS = [name for name in DENSE_ARCHITECTURES if name not in RUNS]
 

@@ -80,7 +80,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", _GROUPED | {"sliding_window": 16}),
     # norms after attention and MLP only, and on queries and keys
     "olmo2": ("olmo2", _GROUPED),
-    # mixture of experts: not binarized, refused by name
+    # mixture of experts, each with a gate
     "qwen3_moe": (
         "qwen3_moe",
         _GROUPED | {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lbllm.config import RunConfig, make_config
-from lbllm.errors import ConfigError, ModelError, ResourceError
+from lbllm.errors import ConfigError, ResourceError
 from lbllm.events import RunDone
 from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, check_disk, check_memory, estimate
@@ -126,11 +126,6 @@ def test_sequences_longer_than_the_models_context_are_refused(architecture: str,
         ConfigError, match=r"seq_len \(Sequence length\) 257 is more than the model's context of 256 tokens"
     ):
         estimate(config.model_copy(update={"seq_len": 257}))
-
-
-def test_experts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="experts"):
-        _estimate("qwen3_moe", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lbllm.errors import ModelError
 from lbllm.models.catalogue import MODELS
-from lbllm.models.teacher import load_teacher, load_tokenizer, skeleton, summarize, summary
+from lbllm.models.teacher import load_teacher, load_tokenizer, skeleton, summary
 from lbllm.places import home
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_models import DENSE_ARCHITECTURES, save_tiny, tiny, tiny_tokenizer
@@ -84,12 +84,6 @@ def test_summary_counts_every_parameter_once(architecture: str, tmp_path: Path) 
     assert facts.chat_template == (tokenizer.chat_template is not None)
     assert facts.context_length == 256
     assert ("output head" in facts.kept) == (not model.config.tie_word_embeddings)
-
-
-def test_experts_are_refused_by_name() -> None:
-    model, _ = tiny("qwen3_moe")
-    with pytest.raises(ModelError, match=r"experts.*dense model"):
-        summarize(model, name="moe", chat_template=False, licence="")
 
 
 def test_dtype_and_precision(llama: Path) -> None:

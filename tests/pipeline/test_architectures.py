@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 import lbllm
 from lbllm.checkpoints.hf import attach_kv_cache
 from lbllm.config import RunConfig
-from lbllm.errors import ModelError
 from lbllm.events import BlockDone, Event, RunDone, RunStarted
 from lbllm.measure.estimate import estimate
 from lbllm.models.blocks import decoder_blocks
@@ -25,7 +24,7 @@ from lbllm.models.teacher import Teacher
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.quant.kv_cache import KVFormat, PackedKVLayer
 from lbllm.quant.packed_layer import PackedLinear
-from tests.helpers.tiny_models import DENSE_ARCHITECTURES, save_tiny, tiny
+from tests.helpers.tiny_models import ARCHITECTURES, DENSE_ARCHITECTURES, save_tiny, tiny
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 
@@ -86,7 +85,7 @@ def assert_has_the_size_that_was_said(deployed: Deployed) -> None:
     assert done.bpw == started.bpw == pytest.approx(said.bpw) == pytest.approx(8 * stored / said.weights)
 
 
-@pytest.fixture(scope="module", params=DENSE_ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     return deploy(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -233,10 +232,3 @@ def test_training_in_bfloat16_gives_a_checkpoint_too(tmp_path: Path) -> None:
     deployed = deploy(tmp_path, "llama_bias", precision="bf16")
     assert all(0 < event.loss_after < 0.4 for event in deployed.events if isinstance(event, BlockDone))
     assert_computes_what_the_run_did(deployed)
-
-
-def test_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    teacher = tiny_teacher("qwen3_moe")
-    with pytest.raises(ModelError, match=r"Qwen3MoeForCausalLM.*layers\.0 .*mlp\.experts.*choose a dense model"):
-        run_tiny(run_config(), tmp_path, teacher)
-    assert not list(tmp_path.rglob("*.safetensors"))

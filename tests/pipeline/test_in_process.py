@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import lbllm
 from lbllm.config import RunConfig
-from lbllm.errors import CheckpointError, ConfigError, CorpusError, ModelError
+from lbllm.errors import CheckpointError, ConfigError, CorpusError
 from lbllm.events import BlockStarted, Event, RunDone, RunStarted
 from lbllm.quant.packed_layer import PackedLinear
 from tests.helpers.tiny_models import SENTENCES, tiny
@@ -104,5 +104,3 @@ def test_what_cannot_work_is_said() -> None:
         lbllm.quantize(model, tokenizer, run_config(), sequences=token_ids().repeat(1, 9)[:, :257])
     with pytest.raises(ConfigError, match=r"Group size\) 64 is longer than a row"):
         lbllm.quantize(model, tokenizer, RunConfig(), sequences=token_ids())
-    with pytest.raises(ModelError, match="experts"):
-        lbllm.quantize(*tiny("qwen3_moe"), run_config(), sequences=token_ids())
