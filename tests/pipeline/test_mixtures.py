@@ -12,6 +12,7 @@ from torch import Tensor
 import lbllm
 from benchmarks.architectures import tiny_of
 from lbllm.checkpoints.dense import dense_copy
+from lbllm.errors import ConfigError
 from lbllm.events import BlockDone, Event, ExpertDone
 from lbllm.models.experts import expert_count
 from lbllm.models.streamed import BlockModel
@@ -128,3 +129,9 @@ def test_an_expert_without_tokens_is_binarized_on_all_tokens_of_the_layer(tmp_pa
         assert loaded(token_ids(1)).logits.isfinite().all()
         dense: Any = model.get_submodule("model.layers.1.mlp.experts.3.down_proj")
         assert (layer.dequantize() - dense.weight).norm() < 0.6 * dense.weight.norm()
+
+
+def test_both_streams_are_refused_where_experts_would_not_train_on_them(tmp_path: Path) -> None:
+    config = run_config(stages=["ptq", "wat"], wat={"streams": "both"})
+    with pytest.raises(ConfigError, match=r'set .*streams.* to "student"'):
+        run_tiny(config, tmp_path, tiny_teacher("qwen3_moe"))
