@@ -43,19 +43,13 @@ class Streams:
             tensor = torch.from_file(file.name, shared=True, size=count, dtype=kind)
         return tensor.view(shape)
 
-    def kept(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where the others of the run lie: itself, or a copy in a file or outside a GPU."""
-        if self.folder is None:
-            return tensor.cpu()
-        return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
     def rows(self, capacity: int) -> Rows:
         """Return an empty ``Rows`` that makes its tensors for ``capacity`` rows."""
         return Rows(self, capacity)
 
 
 class Rows:
-    """Keeps tensors (rows, columns) that come one after the other, joined where the others of the run lie.
+    """Keeps tensors (rows, ...) that come one after the other, joined where the others of the run lie.
 
     Nothing is left between the large allocations that come and go meanwhile: where each batch leaves a small object in
     the place that the one before has freed, glibc takes new memory for the next, and the process grows with the text.
@@ -68,11 +62,11 @@ class Rows:
         self._places: list[tuple[int, int, int]] = []  # of each batch: part, first row, row after the last
 
     def append(self, batch: Tensor) -> None:
-        """Copy a batch (rows, columns); all batches have the same number of columns and the same dtype."""
+        """Copy a batch (rows, ...); all batches have the same dtype, and the same shape but for the rows."""
         count = len(batch)
         if not self._parts or self._used + count > len(self._parts[-1]):
             size = max(self._capacity, count)
-            self._parts.append(self._streams.empty(size, batch.shape[1], dtype=batch.dtype))
+            self._parts.append(self._streams.empty(size, *batch.shape[1:], dtype=batch.dtype))
             self._used = 0
         self._parts[-1][self._used : self._used + count].copy_(batch)
         self._places.append((len(self._parts) - 1, self._used, self._used + count))
@@ -81,3 +75,8 @@ class Rows:
     def batches(self) -> list[Tensor]:
         """Return the batches, as they came; they share the memory of this object."""
         return [self._parts[part][first:last] for part, first, last in self._places]
+
+    def joined(self) -> Tensor:
+        """Return all rows, at least one batch of them, as one tensor; it shares the memory of this object where the
+        capacity was enough."""
+        return self._parts[0][: self._used] if len(self._parts) == 1 else torch.cat(self.batches())

@@ -63,8 +63,7 @@ def enter(
         raise Captured
 
     tokens = stream.shape[0] * stream.shape[1]
-    parts: list[Entered] = []
-    x: Tensor | None = None
+    x, chosen_rows, weight_rows, token_rows = (streams.rows(tokens) for _ in range(4))
     done = 0
     with answering(experts, stop):
         for part in stream.split(batch):
@@ -79,18 +78,12 @@ def enter(
             if experts.form.sorted_tokens:
                 kept = chosen[:, 0] < experts.count
                 rows, chosen, weights, token = rows[kept], chosen[kept], weights[kept], token[kept]
-                rows = streams.kept(rows.to(streams.dtype))
-            else:
-                x = streams.empty(tokens, rows.shape[1]) if x is None else x
-                x[done : done + count] = rows
-                rows = rows[:0]
-            parts.append(Entered(rows, chosen, weights.float(), token, count))
+            x.append(rows.to(streams.dtype))
+            chosen_rows.append(chosen)
+            weight_rows.append(weights.float())
+            token_rows.append(token)
             done += count
-    joined = torch.cat([part.x for part in parts]) if x is None else x
-    chosen, weights, token = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("chosen", "weights", "token")
-    )
-    return Entered(joined, chosen, weights, token, tokens)
+    return Entered(x.joined(), chosen_rows.joined(), weight_rows.joined(), token_rows.joined(), tokens)
 
 
 def outputs(
