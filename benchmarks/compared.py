@@ -43,13 +43,13 @@ from lbllm.pipeline.run import run
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_layer import PackedLinear, named_groups
-from lbllm.sections import PAPER_STAGES, E2eConfig, Format, Stage, WatConfig
+from lbllm.sections import PAPER_STAGES, STAGES, E2eConfig, Format, Stage, WatConfig
 from lbllm.texts.catalogue import parts
 from lbllm.texts.corpus import Corpus, load_corpus
 from lbllm.texts.windows import evaluation_tokens
 
 OWN: dict[str, tuple[Stage, ...]] = {f"stage{number}": PAPER_STAGES[:number] for number in (1, 2, 3)}
-OWN |= {"stages124": ("ptq", "wat", "e2e"), "stage4": (*PAPER_STAGES, "e2e")}
+OWN |= {"stages124": tuple(stage for stage in STAGES if stage != "aar"), "stage4": STAGES}
 OWN_LABELS = {f"stage{number}": f"Stages 1 to {number}" for number in (3, 4)}
 OWN_LABELS |= {"stage1": "Stage 1", "stage2": "Stages 1 and 2", "stages124": "Stages 1, 2 and 4"}
 OUTSIDE = {"hqq": "HQQ", "auto-round": "AutoRound", "gptqmodel": "GPTQModel"}

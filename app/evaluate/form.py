@@ -186,7 +186,13 @@ def _prompts() -> dict[str, Any]:
     )
     with file.container(horizontal=True, vertical_alignment="bottom"):
         tokens = st.number_input(
-            "Longest answer", 1, 4_096, _ANSWER_TOKENS, key="evaluate_tokens", persist_state="session", width=150
+            ChatSettings.model_fields["max_new_tokens"].title or "",
+            1,
+            4_096,
+            _ANSWER_TOKENS,
+            key="evaluate_tokens",
+            persist_state="session",
+            width=150,
         )
         temperature = st.number_input(
             "Temperature",

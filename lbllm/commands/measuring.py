@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: ModelsOption,
+    model: ModelsOption,
     text: TextOption = "wikitext2",
     seq_len: SeqLenOption = None,
     limit: LimitOption = None,
@@ -70,40 +70,40 @@ def evaluate(
     from lbllm.measure.perplexity import divergence, perplexity
     from lbllm.texts.windows import check_text, evaluation_windows
 
-    if len(models) > 1 or parts or queue or any(given is not None for given in (prompts, seed, out)):
+    if len(model) > 1 or parts or queue or any(given is not None for given in (prompts, seed, out)):
         if device != "auto":
             raise ConfigError("--device is for one model alone; a stored evaluation takes the device that is free")
         answering = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed or 0}
-        job = stored_job(models, teacher, text, seq_len, limit, tasks, prompts, answering, seed or 0)
+        job = stored_job(model, teacher, text, seq_len, limit, tasks, prompts, answering, seed or 0)
         evaluate_stored(job, queue=queue, out=out, as_json=as_json)
         return
-    model = models[0]
+    name = model[0]
     if tasks is not None:
-        evaluate_tasks(model, teacher, tasks, limit, device, as_json)
+        evaluate_tasks(name, teacher, tasks, limit, device, as_json)
         return
     place = device_named(device)
     check_text(text, limit)
-    student, tokenizer = open_model(model, device=place)
+    student, tokenizer = open_model(name, device=place)
     sequences = evaluation_windows(text, student, tokenizer, seq_len, limit)
-    document: dict[str, Any] = {"model": model, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}
+    document: dict[str, Any] = {"model": name, "text": text, "seq_len": sequences.shape[1], "windows": len(sequences)}
     with counter(notices(quiet=as_json)) as show:
         if teacher is None:
-            result = perplexity(student, sequences, on_progress=lambda done, total: show(model, done, total))
+            result = perplexity(student, sequences, on_progress=lambda done, total: show(name, done, total))
             document |= asdict(result)
         else:
             reference, other = open_model(teacher, device=place)
             if other.get_vocab() != tokenizer.get_vocab():
-                raise ModelError(f"{model} and {teacher} have different vocabularies and can't be compared")
+                raise ModelError(f"{name} and {teacher} have different vocabularies and can't be compared")
             compared = divergence(
-                reference, student, sequences, on_progress=lambda done, total: show(model, done, total)
+                reference, student, sequences, on_progress=lambda done, total: show(name, done, total)
             )
             document |= {"perplexity": compared.student_perplexity, "tokens": compared.tokens, "teacher": teacher}
             document |= {"teacher_perplexity": compared.teacher_perplexity, "kl": compared.kl}
             document |= {"top1_agreement": compared.top1_agreement}
-    wrong = [name for name, value in document.items() if isinstance(value, float) and math.isnan(value)]
+    wrong = [key for key, value in document.items() if isinstance(value, float) and math.isnan(value)]
     if wrong:
         raise ModelError(
-            f"{model} on {text}: {' and '.join(wrong)} became NaN. Its weights or its "
+            f"{name} on {text}: {' and '.join(wrong)} became NaN. Its weights or its "
             "activations are damaged: load the model again, or try --device cpu"
         )
     if as_json:

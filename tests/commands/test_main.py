@@ -429,6 +429,7 @@ def test_a_run_whose_text_is_too_short_fails_with_a_reason(terminal: Terminal, t
     assert run["state"] == "failed"
 
 
+@pytest.mark.soak
 def test_a_run_says_that_it_waits_for_another_and_then_ends(terminal: Terminal, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lbllm", "quantize", "--model", terminal.model, "--corpus", terminal.text, *TINY]
     first, second = (

@@ -309,13 +309,8 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif("PYTEST_PORTABLE" in os.environ, reason="this is that process")
-@pytest.mark.parametrize(
-    "instructions",
-    [
-        "portable",
-        *(pytest.param(s, marks=pytest.mark.soak) for s in get_args(kernels.InstructionSet) if s != "portable"),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("instructions", get_args(kernels.InstructionSet))
 def test_other_instruction_sets_compute_the_same(instructions: str) -> None:
     if instructions == kernels.instruction_set() or (
         instructions == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512"

@@ -109,7 +109,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(pair: Pair) -> None:
 
 
 def test_the_latest_results_are_kept_within_their_size() -> None:
-    memo, made = Memo(10), []
+    memo, made = Memo(18), []
 
     def ask(key: str, size: int) -> str:
         def make() -> str:
@@ -118,16 +118,16 @@ def test_the_latest_results_are_kept_within_their_size() -> None:
 
         return memo.get(key, make, lambda _: size)
 
-    assert [ask(key, 3) for key in "abcabc"] == ["aa", "bb", "cc"] * 2
-    assert made == ["a", "b", "c"]
+    assert [ask(key, 3) for key in "abcdef" * 2] == [key * 2 for key in "abcdef"] * 2
+    assert made == [*"abcdef"]
     ask("a", 3)  # used later than b
-    ask("d", 3)
-    ask("e", 3)
+    ask("g", 3)
+    ask("h", 3)
     ask("a", 3)
-    assert made == ["a", "b", "c", "d", "e"]
+    assert made == [*"abcdefgh"]
     ask("b", 3)
     assert made[-1] == "b"
     # Those of one text stay, whatever their size.
-    for key in "wxyzwxyz":
+    for key in "vwxyz" * 2:
         ask(key, 100)
-    assert made[6:] == ["w", "x", "y", "z"]
+    assert made[9:] == [*"vwxyz"]

@@ -41,6 +41,7 @@ def settings(space: Path) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in (line.split(": ", 1) for line in front.splitlines())}
 
 
+@pytest.mark.soak
 def test_it_runs_from_its_folder_and_answers(pair: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, checkpoint = pair
     space = tmp_path / "space"
