@@ -131,11 +131,11 @@ def _controls() -> DeltaGenerator:
     below = st.container()
     if (preset := st.session_state[form.PRESET]) is not None and not form.continues():
         below.caption(ABOUT[preset])
-    for pair in ((shown.FORMAT, shown.STAGE_SETTING), (shown.GROUP_SIZE, shown.PARAM_BITS)):
+    control(shown.FORMAT)
+    for pair in ((shown.GROUP_SIZE, shown.PARAM_BITS), (shown.EMBEDDING_BITS, shown.STAGE_SETTING)):
         for column, setting in zip(st.columns([8, 5]), pair, strict=True):
             with column:
                 control(setting)
-    control(shown.EMBEDDING_BITS)
     for pair in (shown.ACTIVATIONS[:2], shown.ACTIVATIONS[2:]):
         for column, setting in zip(st.columns([4, 5], vertical_alignment="bottom"), pair, strict=True):
             with column:
