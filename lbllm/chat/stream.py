@@ -85,8 +85,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, templa
 def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, begun: str, *, template: bool = True) -> Tensor:
     """Return the token ids (1, T), int64, of ``prompt_text`` and of ``begun``, the beginning of the answer to it.
     Raises ModelError if the prompt has no tokens."""
+    return torch.cat([prompt_ids(tokenizer, messages, template=template), _begun_ids(tokenizer, begun)], dim=1)
+
+
+def _begun_ids(tokenizer: PreTrainedTokenizerBase, begun: str) -> Tensor:
     given = tokenizer(replaced(begun), add_special_tokens=False)["input_ids"] if begun else []
-    return torch.cat([prompt_ids(tokenizer, messages, template=template), torch.tensor([given], dtype=torch.long)], 1)
+    return torch.tensor([given], dtype=torch.long)
 
 
 def stream(
@@ -112,8 +116,8 @@ def stream(
     length at the latest. The model's own generation settings count where they fit a chat (``chat_generation``). Raises
     ModelError if the prompt fills the context.
     """
-    ids = answer_ids(tokenizer, messages, begun, template=template)
-    before = prompt_ids(tokenizer, messages, template=template).shape[1]
+    prompt, given = prompt_ids(tokenizer, messages, template=template), _begun_ids(tokenizer, begun)
+    ids = torch.cat([prompt, given], dim=1)
     check_ids(model, tokenizer, ids)
     ids = ids.to(model.device)
     room = room_for(model, ids.shape[1])
@@ -127,7 +131,7 @@ def stream(
     pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
     processors = LogitsProcessorList()
     if repetition_penalty > 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=before))
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=prompt.shape[1]))
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_p < 1:
@@ -146,7 +150,7 @@ def stream(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 tokenizer=tokenizer,  # for stop strings
-                streamer=_Pieces(tokenizer, pieces, settings, ids[0, before:].tolist()),
+                streamer=_Pieces(tokenizer, pieces, settings, given[0].tolist()),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
                 generation_config=settings,
