@@ -17,13 +17,10 @@ Evaluations and runs take turns on a device (``lbllm.runs.turn``): two at once w
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
 import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +30,7 @@ from lbllm.errors import ConfigError, RunError
 from lbllm.files import is_held, try_lock, write_errors, write_file
 from lbllm.json_input import decode_object
 from lbllm.places import home
+from lbllm.starting import start_worker
 
 if TYPE_CHECKING:
     from lbllm.evaluation.job import EvaluationJob
@@ -162,23 +160,8 @@ class EvaluationStore:
         Raises RunError if it has a worker or nothing is left to do.
         """
         folder = self.get(name).folder
-        package = Path(__file__).resolve().parent.parent.parent
-        paths = [str(package), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        # The worker inherits the locked file, so that there is no moment in which it seems to have no worker.
-        with self.enqueue(name) as lock, (folder / "worker.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lbllm.evaluation", str(folder), "--lock", str(lock.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(lock.fileno(),),
-                start_new_session=True,
-            )
-        # Somebody has to wait for a child, or it stays in the process table after its end.
-        threading.Thread(target=process.wait, daemon=True).start()
-        return process
+        with self.enqueue(name) as lock:
+            return start_worker("lbllm.evaluation", folder, lock)
 
     def enqueue(self, name: str) -> IO[bytes]:
         """Lock an evaluation for a new worker; the lock lasts as long as the file is open."""

@@ -25,8 +25,6 @@ import secrets
 import shutil
 import sqlite3
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -45,6 +43,7 @@ from lbllm.places import home
 from lbllm.runs.database import IS_LIFECYCLE, KIND, LIFECYCLE, Database
 from lbllm.runs.repair import DELETED, RUN_ID
 from lbllm.runs.turn import write_processes
+from lbllm.starting import start_worker
 
 Request = Literal["stop", "cancel"]
 State = Literal["queued", "running", "done", "stopped", "cancelled", "failed", "interrupted"]
@@ -341,25 +340,10 @@ class RunStore:
         self, run_id: str, verb: str, allowed: tuple[State, ...], processes: int | None
     ) -> subprocess.Popen[bytes]:
         folder = self.root / run_id
-        package = Path(__file__).resolve().parent.parent.parent
-        paths = [str(package), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        # The worker inherits the locked file, so that there is no moment in which the run seems to have no worker.
-        with self.enqueue(run_id, verb, allowed) as lock, (folder / "worker.log").open("ab") as log:
+        with self.enqueue(run_id, verb, allowed) as lock:
             if processes is not None:
                 write_processes(folder, processes)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lbllm.worker", str(folder), "--lock", str(lock.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(lock.fileno(),),
-                start_new_session=True,
-            )
-        # Somebody has to wait for a child, or it stays in the process table after its end.
-        threading.Thread(target=process.wait, daemon=True).start()
-        return process
+            return start_worker("lbllm.worker", folder, lock)
 
     def _run(self, run_id: str, name: object, created: object, cwd: object) -> Run:
         # Of a damaged row, what can't be used is replaced: the run is still listed.
