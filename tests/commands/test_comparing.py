@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lbllm.commands.main import main
 from lbllm.config import make_config
 from lbllm.events import Evaluated, Event, RunDone
 from lbllm.measure.estimate import estimate
 from lbllm.runs.store import Run, RunStore
 from tests.helpers.homes import own_home
 from tests.helpers.run_events import whole_run
+from tests.helpers.spoken import Spoken
 from tests.helpers.tiny_models import save_tiny
-
-Spoken = Callable[..., Any]
 
 
 @pytest.fixture
@@ -26,18 +22,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home")))
     monkeypatch.setenv("COLUMNS", "200")
     return RunStore()
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Spoken:
-    def call(*arguments: str, code: int = 0) -> Any:
-        capsys.readouterr()
-        assert main(arguments) == code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return json.loads(out) if "--json" in arguments else out + err
-
-    return call
 
 
 def made(store: RunStore, name: str, perplexity: float, size: int, kl: float | None = None, **changes: Any) -> Run:

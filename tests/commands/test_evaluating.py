@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lbllm.commands.main import main
 from lbllm.evaluation.measure import measure
 from lbllm.evaluation.store import EvaluationStore, write_end
 from tests.helpers.homes import own_home
 from tests.helpers.made_evaluations import MODELS, made
+from tests.helpers.spoken import Spoken
 from tests.helpers.tiny_models import SENTENCES, save_tiny
-
-Spoken = Callable[..., Any]
 
 
 @pytest.fixture
@@ -33,18 +28,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluationStore:
     monkeypatch.setattr(EvaluationStore, "start", start)
     monkeypatch.chdir(tmp_path)
     return EvaluationStore()
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Spoken:
-    def call(*arguments: str, code: int = 0) -> Any:
-        capsys.readouterr()
-        assert main(arguments) == code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return json.loads(out) if "--json" in arguments else out + err
-
-    return call
 
 
 def test_two_models_are_measured_and_compared(store: EvaluationStore, say: Spoken, tmp_path: Path) -> None:
