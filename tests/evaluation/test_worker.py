@@ -43,7 +43,8 @@ def test_a_killed_worker_is_noticed_and_the_queue_goes_on(store: EvaluationStore
     wait_until(lambda: store.get(long.id).state == "interrupted", SECONDS)
     # A model that is gone fails by itself, and the next one is measured.
     wait_until(lambda: store.get(short.id).state == "done", SECONDS)
-    assert store.get(bad.id).state == "failed"
+    # Two that begin to wait at almost the same moment may get their turn in either order.
+    wait_until(lambda: store.get(bad.id).state == "failed", SECONDS)
     assert "gone does not exist" in store.get(bad.id).message
     before = (long.folder / "losses-0.f32").read_bytes()
     store.start(long.id)
