@@ -22,6 +22,7 @@ from lbllm.commands import (
     evaluating,
     exporting,
     measuring,
+    planning,
     repacking,
     stored_runs,
     teaching,
@@ -47,6 +48,7 @@ def build() -> typer.Typer:
     for command in (
         training.quantize,
         training.estimate,
+        planning.plan,
         training.demo,
         measuring.evaluate,
         measuring.table,

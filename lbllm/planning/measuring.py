@@ -1,0 +1,189 @@
+"""Measure what plans need of a teacher, and store it: a study. What is stored already is not measured again.
+
+    bench = Bench.open(config)
+    study = bench.study()                     minutes on the embedded model, or at once
+    study = bench.checked(study, formats)     one more model, for example a plan
+
+Steps: the layers alone (``alone``), their shares in the divergence (``shares``), and whole models in one format each.
+All is measured on training text, the layers and models on other sequences of it than those that stage 1 sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lbllm.checkpoints.find import open_teacher
+from lbllm.config import RunConfig, setting_name
+from lbllm.errors import ConfigError, CorpusError, ModelError, ResourceError
+from lbllm.machine import device_named, free_memory, make_accelerator
+from lbllm.measure.perplexity import divergence
+from lbllm.models.blocks import context_length, decoder_blocks, linear_layers, linear_weight
+from lbllm.models.experts import experts_of
+from lbllm.models.teacher import Teacher, load_tokenizer, skeleton
+from lbllm.planning.alone import alone
+from lbllm.planning.candidates import ANCHORS, REFERENCE, candidates, format_words
+from lbllm.planning.shares import shares
+from lbllm.planning.stage_one import binarized
+from lbllm.planning.store import load_study, save_study, teacher_hash
+from lbllm.planning.study import Layer, Study
+from lbllm.quant.plan import block_formats
+from lbllm.sections import LayerFormat, PtqConfig
+from lbllm.texts.corpus import load_corpus, sequences_hash
+from lbllm.units import size
+
+SEQ_LEN, TOKENS, JUDGED = 256, 4_096, 2_048  # tokens: of a sequence, for stage 1, to measure on
+PTQ = PtqConfig(tokens=TOKENS, sweeps=0)
+# What a measurement says of itself: the share that is done, 0 to 1, and what it does. May raise an exception to end it.
+Report = Callable[[float, str], None]
+
+
+@dataclass
+class Bench:
+    """A teacher by name, and what its plans are measured on: token ids (n, T) for stage 1 and other ones to measure on.
+    ``teacher`` is loaded when something is measured; ``quant``: which layers are binarized."""
+
+    config: RunConfig
+    calibration: Tensor
+    judged: Tensor
+    facts: dict[str, Any]
+    report: Report = field(default=lambda share, what: None)
+
+    @classmethod
+    def open(cls, config: RunConfig, report: Report = lambda share, what: None) -> Bench:
+        """Read the text. Raises ModelError, CorpusError, ConfigError."""
+        if config.start is not None:
+            raise ConfigError("a plan is for a run from a teacher; a run from a checkpoint has the checkpoint's format")
+        report(0.0, "Reading the text")
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        model = skeleton(config.model)
+        if any(experts_of(block) is not None for block in decoder_blocks(model)[1]):
+            raise ModelError(
+                f"{config.model} is a mixture of experts, and plans for one are not built; choose formats by hand, "
+                f"for example other ones for the experts by {setting_name('quant.overrides')}"
+            )
+        path, _, formats = block_formats(model, config.quant)
+        length = min(SEQ_LEN, context_length(model) or SEQ_LEN)
+        text = load_corpus(config.corpus, tokenizer, seq_len=length, tokens=TOKENS + JUDGED).sequences
+        if len(text) < 2:
+            raise CorpusError(
+                f"text {config.corpus} is too short for a plan, which measures on two sequences of {length}"
+            )
+        cut = min(len(text) - 1, max(1, round(len(text) * TOKENS / (TOKENS + JUDGED))))
+        facts = {
+            "teacher": teacher_hash(config.model),
+            "text": sequences_hash(text),
+            "calibration": cut,
+            "ptq": PTQ.model_dump(mode="json"),
+            "formats": [
+                fmt.model_dump(mode="json") for fmt in candidates(fmt for block in formats for fmt in block.values())
+            ],
+            "layers": [f"{path}.{number}.{name}" for number, block in enumerate(formats) for name in block],
+        }
+        return cls(config, text[:cut], text[cut:], facts, report)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher in memory. Raises ModelError, ResourceError."""
+        model = skeleton(self.config.model)
+        # Itself, the binarized layers in float32, and beside them in bfloat16 or their activations.
+        needed = 4 * model.num_parameters() + 12 * sum(
+            linear_weight(layer).numel()
+            for block in decoder_blocks(model)[1]
+            for layer in linear_layers(block).values()
+        )
+        if needed > (free := free_memory(self.config.device)):
+            raise ResourceError(
+                f"a plan needs about {size(needed)} of memory for {self.config.model} and its binarized copies, and "
+                f"{size(free)} are free; free some, or plan on a smaller model of the same family"
+            )
+        self.report(0.0, "Loading the teacher")
+        return open_teacher(self.config.model, device=device_named(self.config.device))
+
+    @cached_property
+    def _autocast(self) -> Any:
+        return make_accelerator(self.config.device).autocast
+
+    def stored(self) -> Study | None:
+        """The stored study, if it is complete."""
+        found = load_study(self.facts)
+        return found if found is not None and all(found.known([found.number(a)]) is not None for a in ANCHORS) else None
+
+    def study(self) -> Study:
+        """Return the study; what of it is not stored is measured and stored. Raises LbllmError."""
+        found = load_study(self.facts)
+        # Shares of the time: the layers, then each model.
+        part = 1 / (1 + len(ANCHORS))
+        if found is None:
+            found = self._layers(self._step(0.0, part))
+            save_study(found)
+        for number, fmt in enumerate(ANCHORS, 1):
+            if found.known([found.number(fmt)]) is None:
+                found = self._measured(
+                    found, [found.number(fmt)], number * part, part, f"All layers in {format_words(fmt)}"
+                )
+        return found
+
+    def checked(self, study: Study, formats: Sequence[int], what: str) -> Study:
+        """Return the study with one more measured model, for each layer the number of its format."""
+        if study.known(formats) is not None:
+            return study
+        return self._measured(study, formats, 0.0, 1.0, what)
+
+    def _measured(self, study: Study, formats: Sequence[int], begin: float, part: float, what: str) -> Study:
+        each = list(formats) * len(study.layers) if len(formats) == 1 else formats
+        chosen = {layer.name: study.formats[k] for layer, k in zip(study.layers, each, strict=True)}
+        step = self._step(begin, part)
+        model = binarized(
+            self.teacher,
+            self._by_block(chosen),
+            self.calibration,
+            PTQ,
+            self._autocast,
+            lambda done, of: step(0.9 * done / of, f"{what}: block {done + 1} of {of}"),
+        )
+        step(0.9, f"{what}: measuring")
+        study = study.with_measured(formats, divergence(self.teacher.model, model, self.judged).kl)
+        save_study(study)
+        return study
+
+    def _layers(self, step: Callable[[float, str], None]) -> Study:
+        reference = self._by_block(dict.fromkeys(self.facts["layers"], REFERENCE))
+        formats = tuple(map(LayerFormat.model_validate, self.facts["formats"]))
+        weights, errors = alone(
+            self.teacher,
+            reference,
+            formats,
+            self.calibration,
+            PTQ,
+            self._autocast,
+            lambda done, of: step(0.6 * done / of, f"Each layer alone: block {done + 1} of {of}"),
+        )
+        found = shares(
+            self.teacher,
+            weights,
+            self.judged,
+            self._autocast,
+            lambda done, of: step(0.6 + 0.4 * done / of, f"What each layer costs: pass {done + 1} of {of}"),
+        )
+        layers = tuple(
+            Layer(name=name, rows=len(weight), columns=weight.shape[1], share=found[name], errors=tuple(errors[name]))
+            for name, weight in weights.items()
+        )
+        return Study(facts=self.facts, formats=formats, layers=layers)
+
+    def _by_block(self, formats: dict[str, LayerFormat]) -> list[dict[str, LayerFormat]]:
+        path, blocks = decoder_blocks(self.teacher.model)
+        found: list[dict[str, LayerFormat]] = [{} for _ in blocks]
+        for name, fmt in formats.items():
+            number, _, layer = name.removeprefix(f"{path}.").partition(".")
+            found[int(number)][layer] = fmt
+        return found
+
+    def _step(self, begin: float, part: float) -> Callable[[float, str], None]:
+        return lambda share, what: self.report(begin + part * share, what)
