@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.find import open_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError, CorpusError, ModelError, ResourceError
 from lbllm.machine import device_named, free_memory, make_accelerator
-from lbllm.measure.perplexity import divergence
+from lbllm.measure.perplexity import token_losses, windows_at_once
 from lbllm.models.blocks import context_length, decoder_blocks, linear_layers, linear_weight
 from lbllm.models.experts import experts_of
 from lbllm.models.teacher import Teacher, load_tokenizer, skeleton
@@ -41,6 +42,26 @@ SEQ_LEN, TOKENS, JUDGED = 256, 4_096, 2_048  # tokens: of a sequence, for stage 
 PTQ = PtqConfig(tokens=TOKENS, sweeps=0)
 # What a measurement says of itself: the share that is done, 0 to 1, and what it does. May raise an exception to end it.
 Report = Callable[[float, str], None]
+
+
+class Judge:
+    """Measures models on windows of token ids (n, T). The teacher's logits are computed once and kept: 4 bytes for each
+    token and entry of the vocabulary."""
+
+    def __init__(self, teacher: Teacher, windows: Tensor) -> None:
+        self.teacher, self.batches = teacher, windows.split(windows_at_once(windows))
+        self._logits: list[Tensor] = []
+
+    def kl(self, model: PreTrainedModel) -> float:
+        """The mean KL(teacher || model), in nats per token."""
+        if not self._logits:
+            self._logits = [token_losses(self.teacher.model, batch)[1] for batch in self.batches]
+        found = []
+        for batch, logits in zip(self.batches, self._logits, strict=True):
+            losses = token_losses(model, batch, logits)[0].kl
+            assert losses is not None
+            found.append(losses.flatten())
+        return float(torch.cat(found).mean(dtype=torch.float64))
 
 
 @dataclass
@@ -106,6 +127,11 @@ class Bench:
         return open_teacher(self.config.model, device=device_named(self.config.device))
 
     @cached_property
+    def judge(self) -> Judge:
+        """What measures on the study's own text."""
+        return Judge(self.teacher, self.judged)
+
+    @cached_property
     def _autocast(self) -> Any:
         return make_accelerator(self.config.device).autocast
 
@@ -116,43 +142,49 @@ class Bench:
 
     def study(self) -> Study:
         """Return the study; what of it is not stored is measured and stored. Raises LbllmError."""
-        found = load_study(self.facts)
         # Shares of the time: the layers, then each model.
         part = 1 / (1 + len(ANCHORS))
+        found = self.layers(part)
+        for number, fmt in enumerate(ANCHORS, 1):
+            what = f"All layers in {format_words(fmt)}"
+            found = self.checked(found, [found.number(fmt)], what, number * part, part)
+        return found
+
+    def layers(self, part: float = 1.0) -> Study:
+        """Return the stored study as far as it has come, or measure the layers. ``part``: the share of what is
+        reported."""
+        found = load_study(self.facts)
         if found is None:
             found = self._layers(self._step(0.0, part))
             save_study(found)
-        for number, fmt in enumerate(ANCHORS, 1):
-            if found.known([found.number(fmt)]) is None:
-                found = self._measured(
-                    found, [found.number(fmt)], number * part, part, f"All layers in {format_words(fmt)}"
-                )
         return found
 
-    def checked(self, study: Study, formats: Sequence[int], what: str) -> Study:
-        """Return the study with one more measured model, for each layer the number of its format."""
+    def checked(self, study: Study, formats: Sequence[int], what: str, begin: float = 0.0, part: float = 1.0) -> Study:
+        """Return the study with one more measured model, and store it. ``formats``: for each layer the number of its
+        format, or one for all; ``what``: the model's name in reports."""
         if study.known(formats) is not None:
             return study
-        return self._measured(study, formats, 0.0, 1.0, what)
+        step = self._step(begin, part)
+        model = self.model(study, formats, lambda share, where: step(0.9 * share, f"{what}: {where}"))
+        step(0.9, f"{what}: measuring")
+        study = study.with_measured(formats, self.judge.kl(model))
+        save_study(study)
+        return study
 
-    def _measured(self, study: Study, formats: Sequence[int], begin: float, part: float, what: str) -> Study:
+    def model(self, study: Study, formats: Sequence[int], report: Report) -> PreTrainedModel:
+        """Return the teacher after stage 1 in a choice of formats, in float32."""
         each = list(formats) * len(study.layers) if len(formats) == 1 else formats
         chosen = {layer.name: study.formats[k] for layer, k in zip(study.layers, each, strict=True)}
-        step = self._step(begin, part)
-        model = binarized(
+        return binarized(
             self.teacher,
             self._by_block(chosen),
             self.calibration,
             PTQ,
             self._autocast,
-            lambda done, of: step(0.9 * done / of, f"{what}: block {done + 1} of {of}"),
+            lambda done, of: report(done / of, f"block {done + 1} of {of}"),
         )
-        step(0.9, f"{what}: measuring")
-        study = study.with_measured(formats, divergence(self.teacher.model, model, self.judged).kl)
-        save_study(study)
-        return study
 
-    def _layers(self, step: Callable[[float, str], None]) -> Study:
+    def _layers(self, step: Report) -> Study:
         reference = self._by_block(dict.fromkeys(self.facts["layers"], REFERENCE))
         formats = tuple(map(LayerFormat.model_validate, self.facts["formats"]))
         weights, errors = alone(
@@ -185,5 +217,5 @@ class Bench:
             found[int(number)][layer] = fmt
         return found
 
-    def _step(self, begin: float, part: float) -> Callable[[float, str], None]:
+    def _step(self, begin: float, part: float) -> Report:
         return lambda share, what: self.report(begin + part * share, what)

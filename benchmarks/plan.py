@@ -1,0 +1,158 @@
+"""Plans against one format for all layers, at equal bits, on unseen text: ``python -m benchmarks.plan WORK``.
+
+    python -m benchmarks.plan out/plan --corpus wikitext2 --text wikitext-2-raw/wiki.valid.raw
+
+A plan is made from --corpus for each budget, the bits of some formats for all layers. Plans and formats are binarized
+by stage 1 on the same text, and measured on the text of the plan and on windows of --text that nothing has seen: KL to
+the teacher in nats per token. For each budget the format for all layers with the least KL on the unseen text is the one
+that the plan is compared with. WORK keeps what is measured, so a stopped benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import markdown
+from benchmarks.command_line import command_parser, count, one_message, progress
+from benchmarks.report import settings_of, write_report
+from lbllm.config import DEFAULT_MODEL, make_config
+from lbllm.errors import ConfigError
+from lbllm.files import write_file
+from lbllm.models.teacher import skeleton
+from lbllm.planning.candidates import ANCHORS, format_words, made
+from lbllm.planning.measuring import Bench, Judge
+from lbllm.planning.plan import make_plan
+from lbllm.planning.store import save_study
+from lbllm.planning.study import Study
+from lbllm.planning.target import Target
+from lbllm.sections import LayerFormat
+from lbllm.texts.windows import evaluation_tokens
+
+SEQ_LEN = 512
+# Formats for all layers that plans are compared with, and those whose bits are the budgets.
+UNIFORM: tuple[LayerFormat, ...] = (*ANCHORS, made("w1+1", 16, 4), made("w1+1+1", 32, 4))
+BUDGETS = tuple(fmt for fmt in UNIFORM if fmt != made("w1+1+1", 128, 4))
+
+
+class Work:
+    """Models that are measured once: their KL on the text of the plans and on unseen text, in a file."""
+
+    def __init__(self, bench: Bench, windows: Tensor, folder: Path) -> None:
+        self.bench, self.judge, self.file = bench, Judge(bench.teacher, windows), folder / "measured.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.study: Study = bench.layers()
+
+    def unseen(self, formats: Sequence[int], what: str) -> float:
+        """The KL of a choice of formats on the unseen text; that on the text of the plans joins the study."""
+        key = ",".join(map(str, formats))
+        if key not in self.known or self.study.known(formats) is None:
+            began = time.perf_counter()
+            model = self.bench.model(self.study, formats, lambda share, where: None)
+            took = time.perf_counter() - began
+            own, found = self.bench.judge.kl(model), self.judge.kl(model)
+            if self.study.known(formats) is None:
+                self.study = self.study.with_measured(formats, own)
+                save_study(self.study)
+            self.known[key] = {"own": own, "unseen": found, "seconds": round(took, 1)}
+            write_file(self.file, json.dumps(self.known, indent=1).encode())
+            progress(f"{what}: KL {own:.4f} on the plans' text, {found:.4f} unseen ({took:.0f} s)")
+        return self.known[key]["unseen"]
+
+    def number(self, fmt: LayerFormat) -> list[int]:
+        """A format for all layers, as a choice."""
+        return [self.study.number(fmt)]
+
+
+def measured(work: Work) -> list[dict[str, Any]]:
+    """One row for each budget: the plan beside the best format for all layers, and what was expected of it."""
+    uniform = {fmt: work.unseen(work.number(fmt), format_words(fmt)) for fmt in UNIFORM}
+    model = skeleton(work.bench.config.model)
+    rows = []
+    for budget in sorted(work.study.bits(work.number(fmt)) for fmt in BUDGETS):
+        plan = make_plan(work.study, work.bench.config, model, Target("bits", budget), "replace")
+        chosen = plan.chosen if plan.rejected is None else plan.rejected
+        found = work.unseen(chosen.formats, f"plan for {budget:.3f} bits")
+        plan = make_plan(work.study, work.bench.config, model, Target("bits", budget), "replace")
+        fitting = [fmt for fmt in UNIFORM if work.study.bits(work.number(fmt)) <= budget + 1e-9]
+        best = min(fitting, key=uniform.__getitem__)
+        fallen = plan.chosen.formats != chosen.formats
+        own = work.study.known(chosen.formats)
+        assert own is not None
+        rows.append(
+            {
+                "budget": budget,
+                "bits": chosen.bits,
+                "plan": found,
+                "uniform": uniform[best],
+                "uniform_format": format_words(best),
+                "ratio": found / uniform[best],
+                "expected": own,
+                "error": found / own - 1,
+                "predicted": chosen.predicted,
+                "prediction_error": found / chosen.predicted - 1,
+                "fell_back": fallen,
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    heads = [
+        "budget",
+        "plan, KL",
+        "best format for all",
+        "KL",
+        "plan / format",
+        "measured before",
+        "error",
+        "predicted",
+    ]
+    lines = [
+        [
+            f"{row['budget']:.3f}",
+            f"{row['plan']:.4f}",
+            row["uniform_format"],
+            f"{row['uniform']:.4f}",
+            f"{row['ratio']:.3f}",
+            f"{row['expected']:.4f}",
+            f"{row['error']:+.1%}",
+            f"{row['predicted']:.4f} ({row['prediction_error']:+.1%})",
+        ]
+        for row in rows
+    ]
+    return markdown.table([*heads[:-1], "predicted (error)"], lines)
+
+
+@one_message()
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("work", type=Path, help="a folder that keeps what is measured")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--corpus", default="wikitext2", help="the text of the plans; its train part is read")
+    parser.add_argument("--text", default="wikitext-2-raw/wiki.valid.raw", help="the unseen text, a file")
+    parser.add_argument("--windows", type=count, default=6, help=f"of {SEQ_LEN} tokens of the unseen text")
+    options = parser.parse_args()
+    if options.text == "wikitext2":
+        raise ConfigError("--text wikitext2 is the test split, which nothing is chosen on; give another file")
+    bench = Bench.open(make_config("quick", {"model": options.model, "corpus": options.corpus}))
+    windows = evaluation_tokens(options.text, bench.teacher.tokenizer, seq_len=SEQ_LEN, limit=options.windows)
+    rows = measured(Work(bench, windows, options.work))
+    if options.out:
+        write_report(options.out, "plan", settings_of(options, "work"), rows)
+    print(
+        f"{options.corpus}, judged on {options.text}, {windows.numel():,} tokens, {torch.get_num_threads()} threads\n"
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
