@@ -22,13 +22,13 @@ from torch import Tensor
 from benchmarks import markdown
 from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
-from lbllm.config import DEFAULT_MODEL, make_config
+from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.files import write_file
 from lbllm.models.teacher import skeleton
-from lbllm.planning.candidates import ANCHORS, format_words, made
+from lbllm.planning.candidates import ANCHORS, REFERENCE, format_words, made
 from lbllm.planning.measuring import Bench, Judge
-from lbllm.planning.plan import make_plan
+from lbllm.planning.plan import Choice, Plan, make_plan
 from lbllm.planning.store import save_study
 from lbllm.planning.study import Study
 from lbllm.planning.target import Target
@@ -36,9 +36,8 @@ from lbllm.sections import LayerFormat
 from lbllm.texts.windows import evaluation_tokens
 
 SEQ_LEN = 512
-# Formats for all layers that plans are compared with, and those whose bits are the budgets.
-UNIFORM: tuple[LayerFormat, ...] = (*ANCHORS, made("w1+1", 16, 4), made("w1+1+1", 32, 4))
-BUDGETS = tuple(fmt for fmt in UNIFORM if fmt != made("w1+1+1", 128, 4))
+# Formats for all layers that plans are compared with; their bits are the budgets. Two of the anchors come first.
+UNIFORM: tuple[LayerFormat, ...] = (*ANCHORS[1:], REFERENCE, ANCHORS[0], made("w1+1+1", 32, 4))
 
 
 class Work:
@@ -71,34 +70,42 @@ class Work:
         return [self.study.number(fmt)]
 
 
+def choose(study: Study, config: RunConfig, budget: float) -> Plan:
+    """The plan for a budget in bits per weight."""
+    return make_plan(study, config, skeleton(config.model), Target("bits", budget), "replace")
+
+
 def measured(work: Work) -> list[dict[str, Any]]:
     """One row for each budget: the plan beside the best format for all layers, and what was expected of it."""
-    uniform = {fmt: work.unseen(work.number(fmt), format_words(fmt)) for fmt in UNIFORM}
-    model = skeleton(work.bench.config.model)
+    config, uniform, choices = work.bench.config, dict[LayerFormat, float](), dict[float, Choice]()
+    for fmt in UNIFORM:
+        uniform[fmt] = work.unseen(work.number(fmt), format_words(fmt))
+        budget = work.study.bits(work.number(fmt))
+        # As it is before it is measured: the choice itself does not depend on the models that were measured.
+        choices[budget] = choose(work.study, config, budget).first
+        work.unseen(choices[budget].formats, f"plan for {budget:.3f} bits")
+    anchors = tuple(one for one in work.study.measured if one.formats in [(work.study.number(a),) for a in ANCHORS])
+    fresh = work.study.model_copy(update={"measured": anchors})
     rows = []
-    for budget in sorted(work.study.bits(work.number(fmt)) for fmt in BUDGETS):
-        plan = make_plan(work.study, work.bench.config, model, Target("bits", budget), "replace")
-        chosen = plan.chosen if plan.rejected is None else plan.rejected
-        found = work.unseen(chosen.formats, f"plan for {budget:.3f} bits")
-        plan = make_plan(work.study, work.bench.config, model, Target("bits", budget), "replace")
+    for budget, choice in sorted(choices.items()):
+        found, own = work.unseen(choice.formats, ""), work.study.known(choice.formats)
+        assert own is not None
         fitting = [fmt for fmt in UNIFORM if work.study.bits(work.number(fmt)) <= budget + 1e-9]
         best = min(fitting, key=uniform.__getitem__)
-        fallen = plan.chosen.formats != chosen.formats
-        own = work.study.known(chosen.formats)
-        assert own is not None
+        predicted = fresh.predict(fresh.cost(choice.formats))
         rows.append(
             {
                 "budget": budget,
-                "bits": chosen.bits,
+                "bits": choice.bits,
                 "plan": found,
                 "uniform": uniform[best],
                 "uniform_format": format_words(best),
                 "ratio": found / uniform[best],
                 "expected": own,
                 "error": found / own - 1,
-                "predicted": chosen.predicted,
-                "prediction_error": found / chosen.predicted - 1,
-                "fell_back": fallen,
+                "predicted": predicted,
+                "prediction_error": found / predicted - 1,
+                "fell_back": choose(work.study, config, budget).rejected is not None,
             }
         )
     return rows

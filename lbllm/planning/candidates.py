@@ -21,15 +21,10 @@ def made(kind: Format, group_size: int, param_bits: ParamBits) -> LayerFormat:
     return LayerFormat(format=kind, group_size=group_size, param_bits=param_bits, act_bits=16)
 
 
-# Measured as formats for the whole model: what plans are predicted from. The second one is also the format in which
-# layers are binarized alone.
-ANCHORS: tuple[LayerFormat, ...] = (
-    made("w1+1", 128, 4),
-    made("w1+1", 64, 4),
-    made("w1+1", 32, 4),
-    made("w1+1+1", 128, 4),
-)
-REFERENCE = ANCHORS[1]
+# Measured as formats for the whole model: what plans are predicted from.
+ANCHORS: tuple[LayerFormat, ...] = (made("w1+1", 128, 4), made("w1+1", 32, 4), made("w1+1+1", WHOLE_ROW, 16))
+# The format in which layers are binarized alone.
+REFERENCE = made("w1+1", 64, 4)
 
 
 def candidates(own: Iterable[LayerFormat] = ()) -> tuple[LayerFormat, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError
 from lbllm.json_input import shown
+from lbllm.labels import CODE_BITS
 from lbllm.measure.estimate import Estimate, estimate
 from lbllm.measure.needs import PACKED, PROGRAM
 from lbllm.measure.sensitivity import Sensitivity, allocate
@@ -54,16 +56,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """``chosen``: what the plan is; ``rejected``: a choice layer by layer that was measured and is worse than one
-    format for all. ``uniform``: the best format for all layers within the same bits, if one fits. ``curve``: what plans
-    reach, for some bits; ``uniforms``: all formats for the whole model. ``kept``: layers that keep a format of their
-    own. ``formats``: of each layer by full name. ``config``: the settings with the plan in them; ``size``: its
-    checkpoint in bytes, ``memory`` what the model then takes to answer."""
+    """``chosen``: what the plan is; ``first``: the choice layer by layer; ``rejected``: the same, if it was measured and
+    is worse than one format for all. ``uniform``: the best format for all layers within the same bits, if one fits, of
+    those that were measured if the choice was; ``rival``: the best one as far as is known, measured or predicted.
+    ``curve``: what plans reach, for some bits; ``uniforms``: all formats for the whole model. ``kept``: layers that
+    keep a format of their own. ``formats``: of each layer by full name. ``config``: the settings with the plan in them;
+    ``size``: its checkpoint in bytes, ``memory``: what the model then takes to answer."""
 
     target: Target
     chosen: Choice
+    first: Choice
     rejected: Choice | None
     uniform: Choice | None
+    rival: Choice | None
     curve: tuple[Choice, ...]
     uniforms: tuple[Choice, ...]
     kept: tuple[str, ...]
@@ -79,12 +84,17 @@ def make_plan(
     """Choose formats for a target. ``model``: the teacher or its skeleton. Raises ConfigError for a target below what
     formats can reach, and for layers with settings of their own if they are to be refused."""
     kept = _kept(study, config.quant, overridden)
-    allowed = _allowed(study, kept)
-    budget = _Budget(study, config, model, target, kept, allowed)
-    chosen = budget.fit()
+    # One bit a weight only where two don't fit: its errors are far beyond those that layers were measured with.
+    allowed = _allowed(study, kept, two_bits=True)
+    if _Budget(study, config, model, target, allowed).beyond():
+        allowed = _allowed(study, kept, two_bits=False)
+    budget = _Budget(study, config, model, target, allowed)
+    chosen = first = budget.fit()
     uniforms = tuple(_uniforms(study, kept))
     fitting = [one for one in uniforms if one.bits <= chosen.bits + budget.slack]
-    uniform = min(fitting, key=lambda one: one.kl, default=None)
+    rival = min(fitting, key=lambda one: one.kl, default=None)
+    known = [] if chosen.measured is None else [one for one in fitting if one.measured is not None]
+    uniform = min(known, key=lambda one: one.kl, default=rival)
     rejected = None
     if uniform is not None and _better(uniform, chosen):
         rejected, chosen = (chosen if chosen.measured is not None else None), uniform
@@ -92,8 +102,10 @@ def make_plan(
     return Plan(
         target,
         chosen,
+        first,
         rejected,
         uniform,
+        rival,
         tuple(_curve(study, allowed)),
         uniforms,
         tuple(kept),
@@ -164,14 +176,18 @@ def _kept(study: Study, quant: QuantConfig, overridden: Overridden) -> dict[str,
     return {name: study.number(fmt) for name, fmt in own.items()} if overridden == "keep" else {}
 
 
-def _allowed(study: Study, kept: Mapping[str, int]) -> list[Sensitivity]:
-    """The layers with the options that a plan may choose: groups are no longer than a row."""
+def _allowed(study: Study, kept: Mapping[str, int], *, two_bits: bool) -> list[Sensitivity]:
+    """The layers with the options that a plan may choose: groups are no longer than a row. ``two_bits``: without W1."""
     found = []
     for layer, one in zip(study.layers, study.sensitivities, strict=True):
         if layer.name in kept:
             options: Iterable[int] = [kept[layer.name]]
         else:
-            options = [k for k, fmt in enumerate(study.formats) if fmt.group_size <= layer.columns]
+            options = [
+                k
+                for k, fmt in enumerate(study.formats)
+                if fmt.group_size <= layer.columns and not (two_bits and CODE_BITS[fmt.format] < 2)
+            ]
         found.append(replace(one, options=tuple(one.options[k] for k in options)))
     return found
 
@@ -217,7 +233,6 @@ class _Budget:
         config: RunConfig,
         model: PreTrainedModel,
         target: Target,
-        kept: Mapping[str, int],
         allowed: Sequence[Sensitivity],
     ) -> None:
         self.study, self.config, self.model, self.target = study, config, model, target
@@ -241,27 +256,32 @@ class _Budget:
         result = self.settings(choice)[1]
         return result.disk_bytes if self.target.kind == "file" else answering_bytes(result)
 
+    @cached_property
+    def _smallest(self) -> tuple[Choice, float]:
+        """The choice with the fewest bits, and what it takes of what the target counts."""
+        choice = _allocated(self.study, self.allowed, _least(self.allowed) + 1e-9)
+        return choice, self._taken(choice)
+
+    def beyond(self) -> bool:
+        """Whether the target is below what these options reach."""
+        return self._smallest[1] > self.target.amount + 1e-9
+
     def fit(self) -> Choice:
-        """The best choice within the target."""
+        """The best choice within the target. Raises ConfigError where none is so small."""
         amount = self.target.amount
+        best, taken = self._smallest
+        if self.beyond():
+            least = f"{taken:.3f} bits per weight" if self.target.kind == "bits" else size(taken)
+            raise ConfigError(self._too_small(least))
         if self.target.kind == "bits":
-            smallest = _least(self.allowed)
-            if amount < smallest - 1e-9:
-                raise ConfigError(self._too_small(f"{smallest:.3f} bits per weight"))
             return _allocated(self.study, self.allowed, amount)
-        smallest = _allocated(self.study, self.allowed, _least(self.allowed) + 1e-9)
-        taken = self._taken(smallest)
-        if taken > amount:
-            raise ConfigError(self._too_small(size(taken)))
         each = (PACKED if self.target.kind == "memory" else 1) / 8 * self.weights  # bytes of one more bit
-        best = smallest
-        bits = smallest.bits + (amount - taken) / each
+        bits = best.bits + (amount - taken) / each
         for _ in range(_ROUNDS):  # the header of the file and the bytes of rows depend a little on the formats
             found = _allocated(self.study, self.allowed, bits)
             over = self._taken(found) - amount
             if over <= 0:
-                best = found
-                break
+                return found
             bits -= over / each
         return best
 

@@ -17,8 +17,10 @@ from lbllm.planning.candidates import format_words, weight_format
 from lbllm.quant.plan import layer_bits
 from lbllm.sections import LayerFormat
 
-# A weight costs at least this share of the mean: what is measured as nothing, or below, is noise.
-LEAST = 0.05
+# Of the cost of a layer's weight, this part is what layers of its kind cost in so many blocks before and after it, with
+# its own: a share on little text is noisy, and layers with a share that is too low would get too few bits.
+POOLED, AROUND = 0.5, 2
+LEAST = 0.1  # of the mean cost of a weight: what any weight costs at least
 
 
 class Layer(BaseModel):
@@ -58,7 +60,7 @@ class Study(BaseModel):
 
     def known(self, formats: Sequence[int]) -> float | None:
         """The measured divergence of a choice of formats; None if it was not measured."""
-        wanted = tuple(formats)
+        wanted = self._each(formats)
         return next((one.kl for one in self.measured if self._each(one.formats) == wanted), None)
 
     def number(self, fmt: LayerFormat) -> int:
@@ -71,11 +73,8 @@ class Study(BaseModel):
     @cached_property
     def sensitivities(self) -> list[Sensitivity]:
         """The layers with bits and cost in every format."""
-        weights = sum(layer.rows * layer.columns for layer in self.layers)
-        mean = sum(max(0.0, layer.share) for layer in self.layers) / weights
         found = []
-        for layer in self.layers:
-            share = max(layer.share, LEAST * mean * layer.rows * layer.columns)
+        for layer, share in zip(self.layers, pooled(self.layers), strict=True):
             options = tuple(
                 Option(fmt, layer_bits(fmt, layer.rows, layer.columns), share * error)
                 for fmt, error in zip(self.formats, layer.errors, strict=True)
@@ -106,6 +105,23 @@ class Study(BaseModel):
 
     def _each(self, formats: Sequence[int]) -> tuple[int, ...]:
         return tuple(formats) * len(self.layers) if len(formats) == 1 else tuple(formats)
+
+
+def pooled(layers: Sequence[Layer]) -> list[float]:
+    """The layers' shares, each drawn towards those of the same kind in the blocks around it; none is near zero."""
+    mean = sum(layer.share for layer in layers) / sum(layer.rows * layer.columns for layer in layers)
+    kinds: dict[str, list[int]] = {}
+    for number, layer in enumerate(layers):
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(number)
+    found = [0.0] * len(layers)
+    for same in kinds.values():
+        for place, number in enumerate(same):
+            near = [layers[k] for k in same[max(0, place - AROUND) : place + AROUND + 1]]
+            around = sum(one.share for one in near) / sum(one.rows * one.columns for one in near)
+            own = layers[number].rows * layers[number].columns
+            drawn = (1 - POOLED) * layers[number].share + POOLED * around * own
+            found[number] = max(drawn, LEAST * mean * own)
+    return found
 
 
 def monotone(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -15,8 +15,10 @@ from lbllm.models.teacher import skeleton
 from lbllm.planning.candidates import format_words
 from lbllm.planning.measuring import Bench, Report
 from lbllm.planning.plan import Overridden, Plan, make_plan
-from lbllm.planning.study import Study
 from lbllm.planning.target import Target
+
+# Formats for all layers that a plan is measured against, at most: each is the best one as far as is known then.
+RIVALS = 2
 
 
 class Cancelled(LbllmError):
@@ -26,7 +28,7 @@ class Cancelled(LbllmError):
 def planned(
     config: RunConfig, target: Target, *, overridden: Overridden = "refuse", check: bool = True, report: Report
 ) -> Plan:
-    """Make a plan. With ``check`` it and the best format for all layers are measured, and the better one is the plan.
+    """Make a plan. With ``check`` it and the best formats for all layers are measured, and the best is the plan.
     Raises LbllmError; what was measured until then is kept."""
     bench = Bench.open(config, report)
     model = skeleton(config.model)
@@ -35,21 +37,18 @@ def planned(
         make_plan(stored, config, model, target, overridden)  # what is refused is said before anything is measured
     study = bench.study()
     plan = make_plan(study, config, model, target, overridden)
-    while check and (unknown := _unmeasured(study, plan)) is not None:
-        formats, what = unknown
-        study = bench.checked(study, formats, what)
+    if not check:
+        return plan
+    if plan.chosen.measured is None:
+        study = bench.checked(study, plan.chosen.formats, "The plan")
+        plan = make_plan(study, config, model, target, overridden)
+    for _ in range(RIVALS):
+        if plan.rival is None or plan.rival.measured is not None:
+            break
+        assert plan.rival.uniform is not None
+        study = bench.checked(study, plan.rival.formats, f"All layers in {format_words(plan.rival.uniform)}")
         plan = make_plan(study, config, model, target, overridden)
     return plan
-
-
-def _unmeasured(study: Study, plan: Plan) -> tuple[tuple[int, ...], str] | None:
-    """What of a plan's comparison is not measured: formats, and what they are."""
-    if plan.chosen.measured is None:
-        return plan.chosen.formats, "The plan"
-    if plan.uniform is not None and plan.uniform.measured is None:
-        assert plan.uniform.uniform is not None
-        return plan.uniform.formats, f"All layers in {format_words(plan.uniform.uniform)}"
-    return None
 
 
 @dataclass

@@ -76,7 +76,7 @@ def test_a_layer_alone_is_binarized_on_the_inputs_that_it_gets_in_the_teacher(te
     levels = to_groups(result.index.long(), 16), result.levels
     expected = levels[1].gather(-1, levels[0]).flatten(1)[:, :90]
     difference = weights[f"{path}.1.mlp.down_proj"].float() - expected
-    assert float(difference.norm() / expected.norm()) < 2e-2  # parameters in float16, weights in bfloat16
+    assert float(difference.norm() / expected.norm()) < 5e-2  # another batch, parameters in float16
     assert all(found[0] == pytest.approx(1) for found in errors.values())
     # The more bits, the smaller the error; one bit a weight has the largest.
     assert all(found[2] > 2 * found[0] for found in errors.values())

@@ -87,6 +87,8 @@ def test_predictions_meet_what_was_measured_and_follow_a_power_law_between(study
     costs = [study.cost([study.number(fmt)]) for fmt in (LARGE, MIDDLE, SMALL)]
     assert costs == sorted(costs)
     assert [study.predict(cost) for cost in costs] == pytest.approx([0.2, 1.0, 3.0])
+    assert study.known([study.number(MIDDLE)]) == 1.0
+    assert study.known([study.number(MIDDLE)] * len(study.layers)) == 1.0
     between = math.sqrt(costs[0] * costs[1])
     assert study.predict(between) == pytest.approx(math.sqrt(0.2 * 1.0))
     beyond = costs[2] * 2

@@ -79,7 +79,7 @@ def test_a_cancelled_plan_keeps_its_finished_steps(config: RunConfig) -> None:
     work.planned(config, parse_target("3 bits"), check=False, report=lambda share, what: said.append(what))
     again = said[before:]
     assert not any(
-        "Each layer alone" in what or "groups of 128, 4-bit parameters: block 1" in what for what in again[:9]
+        "Each layer alone" in what or "W(1+1), groups of 128, 4-bit parameters: block 1" in what for what in again[:9]
     )
     assert any("groups of 64" in what for what in again)
 
@@ -112,7 +112,7 @@ def test_what_no_plan_can_be_made_of_is_refused(
     with pytest.raises(ConfigError, match="a run from a checkpoint has the checkpoint's format"):
         planned(further, "3 bits")
     short = tmp_path / "short.txt"
-    short.write_text("The river runs past the old mill and under the stone bridge. " * 4)
+    short.write_text("The river runs past the old mill and under the stone bridge. " * 2)
     with pytest.raises(CorpusError, match=r"short.txt.* is too short for a plan|one sequence needs"):
         planned(config.model_copy(update={"corpus": str(short)}), "3 bits")
     monkeypatch.setattr(measuring, "free_memory", lambda device: 1000)
