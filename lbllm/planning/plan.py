@@ -56,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """``chosen``: what the plan is; ``first``: the choice layer by layer; ``rejected``: the same, if it was measured and
+    """``chosen``: the plan itself; ``first``: the choice layer by layer; ``rejected``: this one, if it was measured and
     is worse than one format for all. ``uniform``: the best format for all layers within the same bits, if one fits, of
     those that were measured if the choice was; ``rival``: the best one as far as is known, measured or predicted.
     ``curve``: what plans reach, for some bits; ``uniforms``: all formats for the whole model. ``kept``: layers that
