@@ -16,7 +16,7 @@ from lbllm.errors import ConfigError
 from lbllm.measure.estimate import estimate
 from lbllm.planning.candidates import candidates, made, weight_format
 from lbllm.planning.plan import Plan, answering_bytes, make_plan
-from lbllm.planning.study import Layer, Study, monotone
+from lbllm.planning.study import Layer, Study, monotone, pooled
 from lbllm.planning.target import parse_target
 from lbllm.quant.plan import bits_per_weight, block_formats, layer_bits
 from lbllm.sections import QuantConfig
@@ -95,6 +95,29 @@ def test_predictions_meet_what_was_measured_and_follow_a_power_law_between(study
     slope = math.log(3.0) / math.log(costs[2] / costs[1])
     assert study.predict(beyond) == pytest.approx(3.0 * 2**slope)
     assert Study.model_validate_json(study.model_dump_json()) == study
+
+
+def test_shares_are_drawn_towards_those_around_them_and_never_vanish() -> None:
+    shares = {"up": [1.0, 2.0, -3.0, 4.0, 5.0, 6.0], "down": [0.0, 0.0, 0.0, 0.0, 0.0, 9.0]}
+    layers = [
+        Layer(name=f"b.{block}.{kind}", rows=2, columns=5 if kind == "up" else 10, share=shares[kind][block], errors=())
+        for block in range(6)
+        for kind in shares
+    ]
+    found = pooled(layers)
+    ups, downs = found[::2], found[1::2]
+    assert ups[2] == pytest.approx(0.1 * 24 / 180 * 10)
+    assert ups[0] == pytest.approx(0.5 * 1 + 0.5 * (1 + 2 - 3) / 3)
+    assert ups[5] == pytest.approx(0.5 * 6 + 0.5 * (4 + 5 + 6) / 3)
+    # The least is a tenth of the mean cost of a weight: 24 over 180 weights.
+    assert downs[0] == pytest.approx(0.1 * 24 / 180 * 20)
+    assert downs[3] == pytest.approx(0.5 * 0 + 0.5 * 9 / 5)
+    assert downs[5] == pytest.approx(0.5 * 9 + 0.5 * 9 / 3)
+
+
+def test_one_bit_a_weight_is_chosen_only_where_two_do_not_fit(study: Study, model: PreTrainedModel) -> None:
+    assert "w1" not in {fmt.format for fmt in plan_of(study, model, "2.7 bits").formats.values()}
+    assert "w1" in {fmt.format for fmt in plan_of(study, model, "1.6 bits").formats.values()}
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
