@@ -23,6 +23,7 @@ from lbllm.checkpoints.find import open_teacher
 from lbllm.config import RunConfig, setting_name
 from lbllm.errors import ConfigError, CorpusError, ModelError, ResourceError
 from lbllm.machine import device_named, free_memory, make_accelerator
+from lbllm.measure.needs import planned_layers
 from lbllm.measure.perplexity import token_losses, windows_at_once
 from lbllm.models.blocks import context_length, decoder_blocks, linear_layers, linear_weight
 from lbllm.models.experts import experts_of
@@ -135,10 +136,19 @@ class Bench:
     def _autocast(self) -> Any:
         return make_accelerator(self.config.device).autocast
 
-    def stored(self) -> Study | None:
-        """The stored study, if it is complete."""
-        found = load_study(self.facts)
-        return found if found is not None and all(found.known([found.number(a)]) is not None for a in ANCHORS) else None
+    def blank(self, model: PreTrainedModel) -> Study:
+        """Return a study without measurements, in which all formats are equal. ``model``: the teacher or its
+        skeleton."""
+        formats = self._formats
+        layers = tuple(
+            Layer(name=layer.name, rows=layer.rows, columns=layer.columns, share=1.0, errors=(1.0,) * len(formats))
+            for layer in planned_layers(model, self.config.quant)
+        )
+        return Study(facts=self.facts, formats=formats, layers=layers).with_measured([0], 1.0)
+
+    @property
+    def _formats(self) -> tuple[LayerFormat, ...]:
+        return tuple(map(LayerFormat.model_validate, self.facts["formats"]))
 
     def study(self) -> Study:
         """Return the study; what of it is not stored is measured and stored. Raises LbllmError."""
@@ -186,7 +196,7 @@ class Bench:
 
     def _layers(self, step: Report) -> Study:
         reference = self._by_block(dict.fromkeys(self.facts["layers"], REFERENCE))
-        formats = tuple(map(LayerFormat.model_validate, self.facts["formats"]))
+        formats = self._formats
         weights, errors = alone(
             self.teacher,
             reference,

@@ -91,7 +91,7 @@ def make_plan(
     budget = _Budget(study, config, model, target, allowed)
     chosen = first = budget.fit()
     uniforms = tuple(_uniforms(study, kept))
-    fitting = [one for one in uniforms if one.bits <= chosen.bits + budget.slack]
+    fitting = [one for one in uniforms if budget.holds(one, chosen)]
     rival = min(fitting, key=lambda one: one.kl, default=None)
     known = [] if chosen.measured is None else [one for one in fitting if one.measured is not None]
     uniform = min(known, key=lambda one: one.kl, default=rival)
@@ -151,7 +151,7 @@ def with_formats(config: RunConfig, formats: Mapping[str, LayerFormat]) -> RunCo
         assert was is not None
         if weight_format(now) != fmt:
             rules.pop(name, None)
-            acts = None if was.act_bits == quant.act_bits else was.act_bits
+            acts = was.act_bits if any(rule.act_bits is not None for rule in quant.overrides.values()) else None
             rules[name] = LayerOverride(
                 format=fmt.format, group_size=fmt.group_size, param_bits=fmt.param_bits, act_bits=acts
             )
@@ -238,7 +238,6 @@ class _Budget:
         self.study, self.config, self.model, self.target = study, config, model, target
         self.allowed = allowed
         self.weights = sum(one.weights for one in allowed)
-        self.slack = 1e-9
 
     def named(self, choice: Choice) -> dict[str, LayerFormat]:
         """The formats of a choice by the layers' full names."""
@@ -265,6 +264,10 @@ class _Budget:
     def beyond(self) -> bool:
         """Whether the target is below what these options reach."""
         return self._smallest[1] > self.target.amount + 1e-9
+
+    def holds(self, choice: Choice, fitting: Choice) -> bool:
+        """Whether a choice is within the target; ``fitting``: one that is."""
+        return choice.bits <= fitting.bits or self._taken(choice) <= self.target.amount + 1e-9
 
     def fit(self) -> Choice:
         """The best choice within the target. Raises ConfigError where none is so small."""

@@ -32,9 +32,7 @@ def planned(
     Raises LbllmError; what was measured until then is kept."""
     bench = Bench.open(config, report)
     model = skeleton(config.model)
-    stored = bench.stored()
-    if stored is not None:
-        make_plan(stored, config, model, target, overridden)  # what is refused is said before anything is measured
+    make_plan(bench.blank(model), config, model, target, overridden)  # what is refused is said before it takes minutes
     study = bench.study()
     plan = make_plan(study, config, model, target, overridden)
     if not check:

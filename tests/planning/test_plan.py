@@ -177,13 +177,16 @@ def test_a_target_below_what_formats_reach_is_said(
 
 def test_layers_with_settings_of_their_own(study: Study, model: PreTrainedModel) -> None:
     rules = {"*.down_proj": {"format": "w1+1+1", "group_size": -1, "act_bits": 8}, "*.0.*.q_proj": {"act_bits": 16}}
+    rules |= {"*.o_proj": {"act_bits": 8}, "model.layers.0.self_attn.o_proj": {"group_size": 32, "act_bits": 4}}
+    rules |= {"*.o_proj": {"act_bits": 8}, "model.layers.0.self_attn.o_proj": {"group_size": 32, "act_bits": 4}}
     settings = config(overrides=rules)
     with pytest.raises(
-        ConfigError, match=r"layers.0.mlp.down_proj and 1 more: the format is set already, to W\(1\+1\+"
+        ConfigError, match=r"layers.0.self_attn.o_proj and 2 more: the format is set already, to W\(1\+1\),"
     ):
         plan_of(study, model, "2.6 bits", settings)
     kept = plan_of(study, model, "2.6 bits", settings, overridden="keep")
-    assert kept.kept == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    names = ("0.self_attn.o_proj", "0.mlp.down_proj", "1.mlp.down_proj")
+    assert kept.kept == tuple(f"model.layers.{name}" for name in names)
     new = plan_of(study, model, "2.6 bits", settings, overridden="replace")
     for found in (kept, new):
         before, after = settings.quant, found.config.quant
