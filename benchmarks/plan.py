@@ -35,7 +35,6 @@ from lbllm.planning.target import Target
 from lbllm.sections import LayerFormat
 from lbllm.texts.windows import evaluation_tokens
 
-SEQ_LEN = 512
 # Formats for all layers that plans are compared with; their bits are the budgets. Two of the anchors come first.
 UNIFORM: tuple[LayerFormat, ...] = (*ANCHORS[1:], REFERENCE, ANCHORS[0], made("w1+1+1", 32, 4))
 
@@ -146,12 +145,13 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--corpus", default="wikitext2", help="the text of the plans; its train part is read")
     parser.add_argument("--text", default="wikitext-2-raw/wiki.valid.raw", help="the unseen text, a file")
-    parser.add_argument("--windows", type=count, default=6, help=f"of {SEQ_LEN} tokens of the unseen text")
+    parser.add_argument("--windows", type=count, default=8, help="of the unseen text, as long as those of the plans")
     options = parser.parse_args()
     if options.text == "wikitext2":
         raise ConfigError("--text wikitext2 is the test split, which nothing is chosen on; give another file")
     bench = Bench.open(make_config("quick", {"model": options.model, "corpus": options.corpus}))
-    windows = evaluation_tokens(options.text, bench.teacher.tokenizer, seq_len=SEQ_LEN, limit=options.windows)
+    length = bench.judged.shape[1]
+    windows = evaluation_tokens(options.text, bench.teacher.tokenizer, seq_len=length, limit=options.windows)
     rows = measured(Work(bench, windows, options.work))
     if options.out:
         write_report(options.out, "plan", settings_of(options, "work"), rows)

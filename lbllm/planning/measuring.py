@@ -40,9 +40,16 @@ from lbllm.texts.corpus import load_corpus, sequences_hash
 from lbllm.units import size
 
 SEQ_LEN, TOKENS, JUDGED = 256, 4_096, 2_048  # tokens: of a sequence, for stage 1, to measure on
+SPREAD = 16  # of so many sequences one is taken: neighbours are often of one document, which is easier than others
 PTQ = PtqConfig(tokens=TOKENS, sweeps=0)
 # What a measurement says of itself: the share that is done, 0 to 1, and what it does. May raise an exception to end it.
 Report = Callable[[float, str], None]
+
+
+def spread(sequences: Tensor, count: int) -> Tensor:
+    """At most ``count`` of some sequences (n, T), evenly from first to last."""
+    count = min(count, len(sequences))
+    return sequences[torch.arange(count) * len(sequences) // count]
 
 
 class Judge:
@@ -91,7 +98,10 @@ class Bench:
             )
         path, _, formats = block_formats(model, config.quant)
         length = min(SEQ_LEN, context_length(model) or SEQ_LEN)
-        text = load_corpus(config.corpus, tokenizer, seq_len=length, tokens=TOKENS + JUDGED).sequences
+        text = spread(
+            load_corpus(config.corpus, tokenizer, seq_len=length, tokens=SPREAD * (TOKENS + JUDGED)).sequences,
+            -(-(TOKENS + JUDGED) // length),
+        )
         if len(text) < 2:
             raise CorpusError(
                 f"text {config.corpus} is too short for a plan, which measures on two sequences of {length}"

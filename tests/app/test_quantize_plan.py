@@ -18,7 +18,7 @@ from tests.helpers.waiting import wait_until
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
+    monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
     for name, tokens in (("SEQ_LEN", 32), ("TOKENS", 256), ("JUDGED", 128)):
         monkeypatch.setattr(measuring, name, tokens)

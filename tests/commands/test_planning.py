@@ -26,6 +26,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def test_a_plan_is_printed_and_written_for_quantize(config: RunConfig, tmp_path: Path, say: Spoken) -> None:
     given = [config.model, "--corpus", config.corpus, "--no-check", "--set", "quant.embedding_bits=8"]
+    given += ["--set", "seq_len=64"]
     out = tmp_path / "plan.json"
     shown = say("plan", *given, "--target", "3 bits", "--out", str(out))
     assert "Plan for 3 bits per weight: formats layer by layer" in shown

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.measure.perplexity import divergence
@@ -23,6 +26,7 @@ from lbllm.models.teacher import Teacher
 from lbllm.pipeline.packed_model import stage_model
 from lbllm.planning.alone import alone, clustering_errors
 from lbllm.planning.candidates import made
+from lbllm.planning.measuring import spread
 from lbllm.planning.shares import shares
 from lbllm.planning.stage_one import Stream, binarized
 from lbllm.quant.levels import group_length, to_groups
@@ -32,6 +36,7 @@ from lbllm.quant.table import fit_format
 from lbllm.sections import PtqConfig
 from lbllm.stages.hessians import factorize, input_statistics
 from lbllm.stages.ptq import binarize_layer
+from tests.helpers.cases import cases
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 FORMATS = (made("w1+1", 16, 16), made("w1+1", 16, 4), made("w1", 16, 16), made("w1+1+1", -1, 16))
@@ -97,6 +102,16 @@ def test_errors_are_weighted_by_the_diagonal_of_the_factor(teacher: Teacher, num
     # The parameters are rounded as they are stored: by float16 hardly, by 4 bits a little.
     (found,) = clustering_errors(weight, factor, [fmt], 3)
     assert found == pytest.approx(expected, rel=1e-2) if fmt.param_bits == 16 else expected < found < 1.5 * expected
+
+
+@given(st.integers(1, 60), st.integers(1, 12))
+@cases(60)
+def test_sequences_are_taken_from_all_of_a_text(length: int, count: int) -> None:
+    found = spread(torch.arange(length)[:, None], count)[:, 0].tolist()
+    assert len(found) == min(count, length)
+    assert found[0] == 0
+    gaps = [after - before for before, after in itertools.pairwise([*found, length])]
+    assert max(gaps) - min(gaps) <= 1
 
 
 def moved(teacher: Teacher, names: list[str]) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def test_a_cancelled_plan_keeps_its_finished_steps(config: RunConfig) -> None:
 
     def stop(share: float, what: str) -> None:
         said.append(what)
-        if what.startswith("All layers in W(1+1), groups of 64") and "block 2" in what:
+        if what.startswith("All layers in W(1+1), groups of 32") and "block 2" in what:
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
@@ -81,7 +81,7 @@ def test_a_cancelled_plan_keeps_its_finished_steps(config: RunConfig) -> None:
     assert not any(
         "Each layer alone" in what or "W(1+1), groups of 128, 4-bit parameters: block 1" in what for what in again[:9]
     )
-    assert any("groups of 64" in what for what in again)
+    assert any("groups of 32" in what for what in again)
 
 
 def test_a_job_works_in_a_thread_and_says_what_goes_wrong(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_what_no_plan_can_be_made_of_is_refused(
     with pytest.raises(ConfigError, match="a run from a checkpoint has the checkpoint's format"):
         planned(further, "3 bits")
     short = tmp_path / "short.txt"
-    short.write_text("The river runs past the old mill and under the stone bridge. " * 2)
+    short.write_text("The river runs past the old mill.")
     with pytest.raises(CorpusError, match=r"short.txt.* is too short for a plan|one sequence needs"):
         planned(config.model_copy(update={"corpus": str(short)}), "3 bits")
     monkeypatch.setattr(measuring, "free_memory", lambda device: 1000)
