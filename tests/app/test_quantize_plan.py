@@ -9,9 +9,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lbllm.config import RunConfig
-from lbllm.planning import measuring
-from tests.app.test_quantize_page import PAGE, PAGE_SECONDS, figure, opened, said, settings
+from tests.app.test_quantize_page import PAGE, PAGE_SECONDS, figure, opened, said, settings, upload
 from tests.helpers.homes import own_home
+from tests.helpers.tiny_plans import quick_plans
 from tests.helpers.tiny_runs import stored_run_config
 from tests.helpers.waiting import wait_until
 
@@ -20,21 +20,15 @@ from tests.helpers.waiting import wait_until
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels", "models")))
     monkeypatch.setenv("LBLLM_ROOT", str(tmp_path))
-    for name, tokens in (("SEQ_LEN", 32), ("TOKENS", 256), ("JUDGED", 128)):
-        monkeypatch.setattr(measuring, name, tokens)
+    quick_plans(monkeypatch)
     return stored_run_config(tmp_path)
 
 
 @pytest.fixture
-def app(config: RunConfig, tmp_path: Path) -> AppTest:
+def app(config: RunConfig) -> AppTest:
     """The page with the settings of a tiny run."""
-    page = AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS)
-    page.session_state["quantize upload"] = None
-    page = opened(page)
-    page.selectbox(key="quantize model").set_value("teacher")
-    page.selectbox(key="quantize corpus").set_value("text.txt")
-    page.number_input(key="quantize seq_len").set_value(64)
-    return opened(page)
+    page = opened(AppTest.from_file(PAGE, default_timeout=PAGE_SECONDS))
+    return opened(upload(page, config.model_dump_json().encode()))
 
 
 def plan(app: AppTest, target: str, *, check: bool = False) -> None:
@@ -48,7 +42,7 @@ def plan(app: AppTest, target: str, *, check: bool = False) -> None:
 
 def test_a_plan_is_drawn_and_fills_the_form(app: AppTest) -> None:
     plan(app, "3 bits")
-    assert "Plan for 3 bits per weight: formats layer by layer" in said(app.markdown).replace("\\", "")
+    assert "Plan for 3 bits per weight: formats layer by layer" in said(app.markdown)
     spec = json.loads(next(c for c in app.get("plotly_chart") if "this plan" in c.proto.spec).proto.spec)
     assert [trace["name"] for trace in spec["data"]] == ["plans", "one format for all", "this plan"]
     app.button(key="quantize plan fill").click().run()
@@ -64,5 +58,6 @@ def test_a_plan_is_drawn_and_fills_the_form(app: AppTest) -> None:
 def test_a_target_that_can_not_be_reached_is_a_message(app: AppTest) -> None:
     plan(app, "1 bit")
     assert "is below what the formats can reach" in said(app.warning)
-    plan(app, "very small")
-    assert "can't be read; give for example" in said(app.error).replace("\\", "")
+    app.text_input(key="quantize plan target").set_value("very small").run()
+    app.button(key="quantize plan").click().run()
+    assert "can't be read; give for example" in said(app.error)

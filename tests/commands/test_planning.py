@@ -9,9 +9,9 @@ import pytest
 
 from lbllm.config import RunConfig, read_config
 from lbllm.measure.estimate import estimate
-from lbllm.planning import measuring
 from tests.helpers.homes import own_home
 from tests.helpers.spoken import Spoken
+from tests.helpers.tiny_plans import quick_plans
 from tests.helpers.tiny_runs import stored_run_config
 
 
@@ -19,8 +19,7 @@ from tests.helpers.tiny_runs import stored_run_config
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
     monkeypatch.setenv("COLUMNS", "200")
-    for name, tokens in (("SEQ_LEN", 32), ("TOKENS", 256), ("JUDGED", 128)):
-        monkeypatch.setattr(measuring, name, tokens)
+    quick_plans(monkeypatch)
     return stored_run_config(tmp_path)
 
 

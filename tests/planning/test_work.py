@@ -16,6 +16,7 @@ from lbllm.planning.target import parse_target
 from lbllm.planning.work import Cancelled, Job
 from tests.helpers.homes import own_home
 from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_plans import quick_plans
 from tests.helpers.tiny_runs import stored_run_config
 
 
@@ -23,8 +24,7 @@ from tests.helpers.tiny_runs import stored_run_config
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """Settings of a tiny run, over a home of its own; little text is measured."""
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
-    for name, tokens in (("SEQ_LEN", 32), ("TOKENS", 256), ("JUDGED", 128)):
-        monkeypatch.setattr(measuring, name, tokens)
+    quick_plans(monkeypatch)
     return stored_run_config(tmp_path)
 
 
