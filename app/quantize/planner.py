@@ -75,7 +75,7 @@ def _ways(config: RunConfig, running: bool) -> Overridden:
         return "refuse"
     # What an earlier plan has filled in is planned anew.
     st.session_state.setdefault(WAYS_KEY, "replace" if st.session_state.get(FILLED) == own else "keep")
-    chosen: Overridden = st.segmented_control(
+    chosen: Overridden | None = st.segmented_control(
         "Layers with settings of their own",
         list(WAYS),
         format_func=WAYS.__getitem__,
@@ -84,7 +84,7 @@ def _ways(config: RunConfig, running: bool) -> Overridden:
         disabled=running,
         help="The table below, Per layer, has settings for some layers.",
     )
-    return chosen
+    return chosen or "keep"
 
 
 def _show(plan: Plan) -> None:

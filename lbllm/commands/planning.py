@@ -69,7 +69,7 @@ def plan(
             found = planned(
                 settings,
                 wanted,
-                overridden=overridden,  # type: ignore[arg-type]
+                overridden=overridden,
                 check=check,
                 report=lambda share, what: bars.update(task, completed=share, description=what),
             )

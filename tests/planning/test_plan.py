@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.measure.estimate import estimate
+from lbllm.models.blocks import linear_weight
 from lbllm.planning.candidates import candidates, made, weight_format
 from lbllm.planning.plan import Plan, answering_bytes, make_plan
 from lbllm.planning.study import Layer, Study, monotone, pooled
@@ -36,10 +37,10 @@ def study(model: PreTrainedModel) -> Study:
     """Errors fall with the bits, and later layers cost more."""
     formats = candidates()
     path, blocks, named = block_formats(model, QuantConfig(group_size=16))
-    layers = []
+    layers: list[Layer] = []
     for number, block in enumerate(named):
         for name in block:
-            rows, columns = blocks[number].get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+            rows, columns = linear_weight(blocks[number].get_submodule(name)).shape
             errors = tuple(4.0 ** (2 - layer_bits(fmt, rows, columns) / (rows * columns)) for fmt in formats)
             share = 0.01 * (1 + len(layers)) ** 2
             layers.append(Layer(name=f"{path}.{number}.{name}", rows=rows, columns=columns, share=share, errors=errors))
