@@ -50,8 +50,8 @@ def _section(runs: RunStore, ids: list[str], waited: bool) -> None:
         True,
         key=f"{_key(ids)} first",
         help="Perplexity and KL with intervals beside the teacher and plain rounding, and answers of both models to "
-        "example prompts, which show their speed, too. Minutes for a small model; the page need not stay open. What the "
-        "page Evaluate has measured of these runs and their teacher is taken from there.",
+        "example prompts, which show their speed, too. It takes minutes for a small model, and goes on without this "
+        "page. What the page Evaluate has measured of these runs and their teacher is taken from there.",
     )
     with guard():
         if press.button("Make the report", key=f"{_key(ids)} make", width="stretch"):

@@ -92,9 +92,9 @@ class Work:
             self.refuse(number, str(error))
             return None
         bits = loaded.bpw if loaded.packed else 0.0
-        machine = measured_on(loaded.model)
-        opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=bits, machine=machine)
-        self.parts.put_opened(number, replace(opened, caution=self._caution(name)))
+        opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=bits, caution=self._caution(name))
+        place = {"machine": measured_on(loaded.model), "dtype": str(loaded.model.dtype).removeprefix("torch.")}
+        self.parts.put_opened(number, replace(opened, **place))
         return loaded
 
     def refuse(self, number: int, reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lbllm.units import number_text
 
@@ -64,7 +65,7 @@ def axis(values: Iterable[float], *, from_zero: bool = False, tight: bool = Fals
     if low > 0 and high / low > LOG_FROM:
         return Axis(low, high, log=True) if tight else Axis(low / 1.15, high * 1.15, log=True)
     if from_zero:
-        return Axis(min(0.0, low), high * 1.06 or 1.0)
+        return Axis(min(0.0, low), max(0.0, high) * 1.06 or 1.0)
     room = 0.0 if tight and high > low else 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low - room, high + room)
 
@@ -178,7 +179,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of points, y from the top."""
+    """A plot of points, y from the top; ``frontier``: the steps between the best ones."""
 
     title: str
     x_label: str
@@ -211,7 +212,8 @@ def plot(title: str, x_label: str, y_label: str, places: Sequence[Place]) -> Plo
         for number, one in enumerate(known, 1)
     ]
     best = sorted((dot for dot in dots if dot.best), key=lambda dot: dot.x)
-    line = " ".join(f"{dot.x},{dot.y}" for dot in best)
+    corners = [f"{after.x},{before.y} {after.x},{after.y}" for before, after in pairwise(best)]
+    line = " ".join([*(f"{dot.x},{dot.y}" for dot in best[:1]), *corners])
     return Plot(title, x_label, y_label, dots, across.ticks, [(100 - at, text) for at, text in up.ticks], line)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lbllm.evaluation.results import answers_results, text_results
 from lbllm.evaluation.rounded import rounded
@@ -82,7 +82,9 @@ def report(subjects: Sequence[Subject], store: EvaluationStore, wish: Wish | Non
     """The page as text, to save in UTF-8, with what is known now. Its template escapes every text."""
     wish = wish or Wish()
     hues = {subject.name: 1 + number % _HUES for number, subject in enumerate(subjects)}
-    found, counts, tiles = [], {}, {}
+    found: list[Measured] = []
+    counts: dict[str, int | None] = {}
+    tiles: dict[str, list[Tile]] = {}
     for group in groups_of(subjects):
         texts = stored(store, group, "text", wish)[:MOST_TEXTS]
         prompts = next(iter(stored(store, group, "prompts", wish)), None)
@@ -95,7 +97,8 @@ def report(subjects: Sequence[Subject], store: EvaluationStore, wish: Wish | Non
         _about(subject, hues[subject.name], counts.get(subject.name), tiles.get(subject.name, []))
         for subject in subjects
     ]
-    listed = [subject.listed for subject in subjects if subject.listed is not None]
+    # Settings without the places of this machine.
+    listed = [replace(one.listed, config=one.record.settings) for one in subjects if one.listed is not None]
     different, same = differing(listed) if len(listed) > 1 else ({}, 0)
     return _TEMPLATES.get_template("report.html.jinja").render(
         title=subjects[0].title if len(subjects) == 1 else f"{len(subjects)} models compared",
@@ -103,7 +106,7 @@ def report(subjects: Sequence[Subject], store: EvaluationStore, wish: Wish | Non
         about=about,
         groups=found,
         bits_label=BINARIZED_BITS,
-        settings_table=_settings_table(different, [one.run.name for one in listed]),
+        settings_table=_settings_table(different, [one.title for one in subjects if one.listed is not None]),
         same=same,
         cautions=cautions(listed) if len(listed) > 1 else [],
         command=shlex.join(["python", "-m", "lbllm", "report", *map(_public_name, subjects)]),
@@ -119,7 +122,7 @@ def _settings_table(different: dict[str, list[str]], names: list[str]) -> Table 
     if not different:
         return None
     rows = [[setting_label(path), *values] for path, values in different.items()]
-    return Table("Settings that differ", ["Setting", *names], rows)
+    return Table("Settings that differ", ["Setting", *names], rows, names=True)
 
 
 def _hues_in(made: Stored, hues: dict[str, int]) -> dict[int, int]:
@@ -224,7 +227,9 @@ def _about(subject: Subject, hue: int, count: int | None, quality: list[Tile]) -
         tiles.append(Tile(f"{subject.bits:.2f}", BINARIZED_BITS, "group parameters counted"))
     settings, view = subject.record.settings, subject.view
     blocks = _blocks(view) if view is not None else None
-    notes = [] if view is not None else ["The losses of the blocks are stored with the run, not with the checkpoint."]
+    notes = ["On the text that a stage learns from. Before stage 1 a block is not binarized, but its inputs are."]
+    if view is None:
+        notes = ["The losses of the blocks are stored with the run, not with the checkpoint."]
     return About(
         title=subject.title,
         hue=hue,
@@ -237,7 +242,7 @@ def _about(subject: Subject, hue: int, count: int | None, quality: list[Tile]) -
         block_table=_block_table(view) if view is not None else None,
         block_notes=notes + (_diverged(view) if view is not None else []),
         tables=measured_on(subject.record, settings) if settings is not None else [],
-        problem=subject.problem,
+        problem=subject.problem if subject.state == "done" else "",
     )
 
 
@@ -250,7 +255,8 @@ def _state(subject: Subject) -> str:
     far = f" {done} of {parts} parts are finished." if parts else ""
     left = f" About {duration(one.left)} are left." if one.left is not None else ""
     why = f" {subject.view.failure}" if subject.view is not None and subject.view.failure else ""
-    return f"This run is not finished: it is {one.run.state}.{far}{left}{why} The figures are those so far."
+    so_far = " The figures are those so far; what needs its checkpoint is missing."
+    return f"This run is not finished: it is {one.run.state}.{far}{left}{why}{so_far}"
 
 
 def _facts(subject: Subject) -> list[str]:

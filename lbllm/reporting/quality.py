@@ -35,11 +35,13 @@ BOOTSTRAP = (
 
 @dataclass(frozen=True)
 class Table:
-    """A table: ``heads``, and rows whose first cell names a model."""
+    """A table: ``heads``, and rows whose first cell says what a row is of. ``names``: the heads are names, which may be
+    broken anywhere."""
 
     label: str
     heads: list[str]
     rows: list[list[str]]
+    names: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,13 @@ def speed(stored: Stored | None, runs: list[tuple[str, Listed]], hues: Mapping[i
             values.append(Value(title, rate, result.tokens_per_second, hue=hues.get(number, 0)))
             times = f"{result.tokens_per_second / teacher:.2f} times" if teacher and number != stored.reference else "–"
             memory = size(opened.size) if opened is not None and opened.size else "–"
-            table.append([title, rate, times, f"{sum(first) / len(first):.2f} s", memory])
+            dtype = opened.dtype if opened is not None and opened.dtype else "not recorded"
+            table.append([title, rate, times, f"{sum(first) / len(first):.2f} s", memory, dtype])
         how.append(
             f"While the answers were written, one model after the other, {len(stored.job.prompts)} answers each. First "
             f"token: the time from the prompt until it appears. {when(stored)}"
         )
-    heads = ["Model", "Speed", "Beside the teacher", "First token", "Weights in memory"]
+    heads = ["Model", "Speed", "Beside the teacher", "First token", "Weights in memory", "Computed in"]
     for title, one in runs:
         if one.speed is not None:
             how.append(
@@ -222,4 +225,5 @@ def cautions(stored: Stored) -> dict[int, str]:
 def when(stored: Stored) -> str:
     """When and where an evaluation was made, as a sentence."""
     made = time.strftime("%-d %B %Y, %H:%M", time.localtime(stored.one.created))
-    return f"Measured {made}" + (f", on {stored.machine}." if stored.machine else "; the machine was not recorded.")
+    machine = stored.machine.replace(", 1 threads", ", 1 thread")
+    return f"Measured {made}" + (f", on {machine}." if machine else "; the machine was not recorded.")

@@ -32,7 +32,7 @@ def in_words(config: RunConfig) -> dict[str, str]:
     said = {
         "Model": f"{model_title(config.model)}, binarized to {format_name(config, config.stages[-1])}.",
         "Weights": _WEIGHTS[quant.format],
-        "Groups": f"{_groups(quant.group_size)} The numbers that give the levels have {quant.param_bits} bits each.",
+        "Groups": f"{_groups(quant.group_size)} The numbers that give them have {quant.param_bits} bits each.",
     }
     if quant.overrides:
         said["Some layers differ"] = (
@@ -51,7 +51,9 @@ def in_words(config: RunConfig) -> dict[str, str]:
 
 def _groups(size: int) -> str:
     return (
-        "All weights of a row share them." if size == WHOLE_ROW else f"{size} neighbouring weights of a row share them."
+        "All weights of a row share their levels."
+        if size == WHOLE_ROW
+        else f"{size} neighbouring weights of a row share their levels."
     )
 
 
@@ -78,7 +80,9 @@ def _cache(quant: QuantConfig) -> str:
     said = f"The keys and values of earlier tokens have {quant.kv_bits} bits"
     if quant.kv_group_size != WHOLE_ROW:
         said += f"; the keys of {quant.kv_group_size} tokens share a range in each channel"
-    return said + (f"; the first {quant.kv_first} tokens keep 16 bits." if quant.kv_first else ".")
+    if quant.kv_first:
+        said += f"; the first {quant.kv_first} {'token keeps' if quant.kv_first == 1 else 'tokens keep'} 16 bits"
+    return f"{said}."
 
 
 def _embeddings(quant: QuantConfig) -> str:
