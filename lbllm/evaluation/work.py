@@ -93,8 +93,8 @@ class Work:
             return None
         bits = loaded.bpw if loaded.packed else 0.0
         opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=bits, caution=self._caution(name))
-        place = {"machine": measured_on(loaded.model), "dtype": str(loaded.model.dtype).removeprefix("torch.")}
-        self.parts.put_opened(number, replace(opened, **place))
+        kept = "packed" if loaded.packed else str(loaded.model.dtype).removeprefix("torch.")
+        self.parts.put_opened(number, replace(opened, machine=measured_on(loaded.model), kept=kept))
         return loaded
 
     def refuse(self, number: int, reason: str) -> None:

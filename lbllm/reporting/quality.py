@@ -197,13 +197,13 @@ def speed(stored: Stored | None, runs: list[tuple[str, Listed]], hues: Mapping[i
             values.append(Value(title, rate, result.tokens_per_second, hue=hues.get(number, 0)))
             times = f"{result.tokens_per_second / teacher:.2f} times" if teacher and number != stored.reference else "–"
             memory = size(opened.size) if opened is not None and opened.size else "–"
-            dtype = opened.dtype if opened is not None and opened.dtype else "not recorded"
-            table.append([title, rate, times, f"{sum(first) / len(first):.2f} s", memory, dtype])
+            memory += f" ({opened.kept})" if opened is not None and opened.kept else ""
+            table.append([title, rate, times, f"{sum(first) / len(first):.2f} s", memory])
         how.append(
             f"While the answers were written, one model after the other, {len(stored.job.prompts)} answers each. First "
             f"token: the time from the prompt until it appears. {when(stored)}"
         )
-    heads = ["Model", "Speed", "Beside the teacher", "First token", "Weights in memory", "Computed in"]
+    heads = ["Model", "Speed", "Beside the teacher", "First token", "Weights in memory"]
     for title, one in runs:
         if one.speed is not None:
             how.append(
