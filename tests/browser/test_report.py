@@ -58,7 +58,7 @@ def test_a_report_is_read_on_every_screen_and_printed(
     context.on("request", lambda request: asked.append(request.url))
     page = context.new_page()
     page.goto(file.as_uri())
-    expect(page.get_by_role("heading", name="tiny one")).to_be_visible()
+    expect(page.get_by_role("heading", name="tiny one", level=1)).to_be_visible()
     expect(page.get_by_role("table", name="On read.txt")).to_contain_text("Round to nearest")
     expect(page.get_by_role("img", name=re.compile("Loss of every block"))).to_be_visible()
     assert fits(page)
