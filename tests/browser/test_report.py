@@ -29,6 +29,7 @@ def run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     store, evaluations = server.store, EvaluationStore(server.home / "evaluations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LBLLM_HOME", str(server.home))
+        patch.setattr("lbllm.reporting.evaluations.ANSWER_TOKENS", 6)
         made = finished_run(store, folder, ("ptq", "wat"))
         wish = Wish(str(folder / "read.txt"), 6, 32, ("Why?", "An answer that is " + "long " * 20))
         for job in missing(evaluations, groups_of(find_subjects([made.id], store)), wish):

@@ -27,6 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
     monkeypatch.setenv("LBLLM_HOME", str(own_home(tmp_path / "home", "kernels")))
     monkeypatch.setattr(EvaluationStore, "start", start)
+    monkeypatch.setattr("lbllm.reporting.evaluations.ANSWER_TOKENS", 6)
     monkeypatch.chdir(tmp_path)
     store = RunStore()
     yield finished_run(store, tmp_path, ("ptq",))

@@ -61,6 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     own_home(folder / "home", "kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LBLLM_HOME", str(folder / "home"))
+        patch.setattr("lbllm.reporting.evaluations.ANSWER_TOKENS", 6)
         yield Made(folder)
 
 
