@@ -42,6 +42,7 @@ COMMANDS = (
     "export",
     "export-course",
     "repack",
+    "report",
     "chat",
     "doctor",
     "models",

@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 import streamlit as st
 from transformers import PreTrainedModel
 
+from app.components.shown import with_default, with_value
 from app.quantize import form
 from app.view import COLOURS, guard, plain, sentence
 from lbllm.config import RunConfig, parse_config
@@ -37,14 +38,14 @@ def _section(config: RunConfig, running: bool) -> None:
         )
         left, right = st.columns([3, 2], vertical_alignment="bottom")
         text = left.text_input(
-            "At most", placeholder="2.6 bits, 70 MB or 4 GB of memory", key=form.PLAN_KEY, disabled=running
+            "At most", placeholder="2.6 bits, 70 MB or 4 GB of memory", disabled=running, **with_value(form.PLAN_KEY)
         )
         form.keep()
         ways = _ways(config, running)
+        st.session_state.setdefault(CHECK_KEY, True)
         check = st.toggle(
             "Measure the plan, too",
-            value=True,
-            key=CHECK_KEY,
+            **with_value(CHECK_KEY),
             disabled=running,
             help="Stage 1 of the whole model in the plan's formats and in the best format for all layers, some minutes "
             "each. If the plan is worse, it is one format for all. Without this its figures are predicted.",
@@ -79,7 +80,7 @@ def _ways(config: RunConfig, running: bool) -> Overridden:
         "Layers with settings of their own",
         list(WAYS),
         format_func=WAYS.__getitem__,
-        key=WAYS_KEY,
+        **with_default(WAYS_KEY),
         required=True,
         disabled=running,
         help="The table below, Per layer, has settings for some layers.",
