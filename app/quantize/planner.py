@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 import streamlit as st
 from transformers import PreTrainedModel
 
 from app.components.shown import with_default, with_value
 from app.quantize import form
-from app.view import COLOURS, guard, plain, sentence
+from app.view import COLOURS, guard, number_text, plain, sentence
 from lbllm.config import RunConfig, parse_config
 from lbllm.labels import BINARIZED_BITS
 from lbllm.planning.candidates import format_words
@@ -19,6 +21,7 @@ from lbllm.planning.work import Job
 
 JOB, FILLED = "quantize plan job", "quantize planned overrides"
 WAYS_KEY, CHECK_KEY = "quantize plan ways", "quantize plan check"
+_GREY: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
 WAYS: dict[Overridden, str] = {"keep": "Keep them", "replace": "Choose for them too"}
 
 
@@ -90,6 +93,10 @@ def _ways(config: RunConfig, running: bool) -> Overridden:
 
 def _show(plan: Plan) -> None:
     first, *others = chosen_words(plan)
+    left, right = st.columns(2)
+    left.metric("Expected KL of the plan", number_text(plan.chosen.kl), _how(plan.chosen), **_GREY)
+    if plan.uniform is not None:
+        right.metric("Best format for all", number_text(plan.uniform.kl), _how(plan.uniform), **_GREY)
     st.markdown(plain(first))
     st.plotly_chart(chart(plan), config={"displayModeBar": False}, key="quantize plan chart")
     for line in others:
@@ -99,7 +106,7 @@ def _show(plan: Plan) -> None:
     st.button("Fill the form with this plan", key="quantize plan fill", on_click=_fill, args=(plan,), type="primary")
     st.caption(
         "KL after stage 1 on little of the chosen text, without the later stages: good to compare formats, higher than "
-        "what a run ends with."
+        "what a run ends with. Filled points of the chart were measured, the others and the line are predicted."
     )
 
 
@@ -149,9 +156,19 @@ def chart(plan: Plan) -> go.Figure:
         margin={"l": 8, "r": 8, "t": 14, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         xaxis={"title": BINARIZED_BITS, "fixedrange": True},
-        yaxis={"title": "KL, nats per token", "type": "log", "fixedrange": True, "dtick": "D2"},
+        yaxis={"title": "KL, nats per token", "type": "log", "fixedrange": True} | _ticks(),
     )
     return figure
+
+
+def _ticks() -> dict[str, list[Any]]:
+    """Labels of a logarithmic axis in full: 0.05, 0.1, 0.2."""
+    values = [figure * 10.0**power for power in range(-4, 3) for figure in (1, 2, 5)]
+    return {"tickvals": values, "ticktext": [f"{value:g}" for value in values]}
+
+
+def _how(one: Choice) -> str:
+    return "predicted" if one.measured is None else "measured"
 
 
 def _shown(plan: Plan, one: Choice) -> bool:
@@ -162,4 +179,4 @@ def _shown(plan: Plan, one: Choice) -> bool:
 
 def _point_words(one: Choice) -> str:
     assert one.uniform is not None
-    return f"{format_words(one.uniform)}, {'predicted' if one.measured is None else 'measured'}"
+    return f"{format_words(one.uniform)}, {_how(one)}"
