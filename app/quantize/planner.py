@@ -12,6 +12,7 @@ from app.components.shown import with_default, with_value
 from app.quantize import form
 from app.view import COLOURS, guard, number_text, plain, sentence
 from lbllm.config import RunConfig, parse_config
+from lbllm.errors import LbllmError
 from lbllm.labels import BINARIZED_BITS
 from lbllm.planning.candidates import format_words
 from lbllm.planning.plan import Choice, Overridden, Plan, with_formats
@@ -19,7 +20,7 @@ from lbllm.planning.target import parse_target
 from lbllm.planning.words import chosen_words, format_counts
 from lbllm.planning.work import Job
 
-JOB, FILLED = "quantize plan job", "quantize planned overrides"
+JOB, FILLED, PROBLEM = "quantize plan job", "quantize planned overrides", "quantize plan problem"
 WAYS_KEY, CHECK_KEY = "quantize plan ways", "quantize plan check"
 _GREY: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
 WAYS: dict[Overridden, str] = {"keep": "Keep them", "replace": "Choose for them too"}
@@ -61,15 +62,28 @@ def _section(config: RunConfig, running: bool) -> None:
             st.progress(min(1.0, job.share), plain(job.what))
             return
         if right.button("Plan", key="quantize plan", width="stretch", disabled=not text.strip()):
-            st.session_state[JOB] = Job(config, parse_target(text), ways, check)
-            st.session_state[JOB].wait(1.0)
-            st.rerun()
+            _begin(config, text, ways, check)
+        if PROBLEM in st.session_state:
+            st.error(sentence(st.session_state[PROBLEM]))
         if job is None:
             return
         if job.error is not None:
             st.warning(sentence(job.error))
         if job.plan is not None:
             _show(job.plan)
+
+
+def _begin(config: RunConfig, text: str, ways: Overridden, check: bool) -> None:
+    """Start to make a plan, or keep what is wrong with the target, which is shown until the next one."""
+    st.session_state.pop(PROBLEM, None)
+    try:
+        target = parse_target(text)
+    except LbllmError as error:
+        st.session_state[PROBLEM] = str(error)
+        return
+    st.session_state[JOB] = Job(config, target, ways, check)
+    st.session_state[JOB].wait(1.0)
+    st.rerun()
 
 
 def _ways(config: RunConfig, running: bool) -> Overridden:

@@ -7,22 +7,21 @@ import re
 from playwright.sync_api import Browser, expect
 
 from tests.browser.conftest import Server
-from tests.browser.test_quantize import BITS, choose, figure, type_in
+from tests.browser.test_quantize import BITS, figure
 from tests.helpers.screens import LAPTOP, PHONE, Screen, screens, serious
 from tests.helpers.tiny_runs import stored_run_config
 
 
 @screens(Screen(*PHONE, "dark"), Screen(*LAPTOP))
 def test_a_plan_is_made_and_fills_the_form(server: Server, browser: Browser, screen: Screen) -> None:
-    stored_run_config(server.home)
+    config = stored_run_config(server.home)
     context = screen.context(browser)
     page = context.new_page()
     page.goto(server.url("quantize"))
     expect(figure(page, BITS)).to_have_text("3.02", timeout=60_000)
-    choose(page, "Preset", "Preview")
-    expect(page.get_by_role("spinbutton", name="Stage 2, training tokens")).to_have_value("2048")
-    type_in(page, "Model", "teacher")
-    type_in(page, "Text", "text.txt")
+    page.get_by_text("As a command, as a file").click()
+    settings = {"name": "tiny.json", "mimeType": "application/json", "buffer": config.model_dump_json().encode()}
+    page.get_by_test_id("stFileUploader").locator("input").set_input_files(settings)  # type: ignore[arg-type]
     expect(figure(page, BITS)).not_to_have_text("3.02")
 
     page.get_by_text("Plan by size: a format for each layer").click()
@@ -30,6 +29,7 @@ def test_a_plan_is_made_and_fills_the_form(server: Server, browser: Browser, scr
     target.fill("small")
     target.press("Enter")
     plan = page.get_by_role("button", name="Plan", exact=True)
+    expect(plan).to_be_enabled()
     plan.press("Enter")
     expect(page.get_by_text("can't be read; give for example")).to_be_visible()
     target.fill("3.1 bits")
@@ -47,6 +47,5 @@ def test_a_plan_is_made_and_fills_the_form(server: Server, browser: Browser, scr
     # The form then has the plan: its bits, and settings per layer.
     fill.press("Enter")
     expect(figure(page, BITS)).to_have_text(re.compile(r"3\.(0[5-9]|10)"), timeout=60_000)
-    page.get_by_text("As a command, as a file").click()
     expect(page.get_by_test_id("stCode").first).to_contain_text("quant.overrides")
     context.close()
