@@ -21,6 +21,7 @@ from lbllm.planning.words import chosen_words, format_counts
 from lbllm.planning.work import Job
 
 JOB, FILLED, PROBLEM = "quantize plan job", "quantize planned overrides", "quantize plan problem"
+REDRAW = "quantize plan redraw"
 WAYS_KEY, CHECK_KEY = "quantize plan ways", "quantize plan check"
 _GREY: dict[str, Any] = {"delta_color": "off", "delta_arrow": "off"}
 WAYS: dict[Overridden, str] = {"keep": "Keep them", "replace": "Choose for them too"}
@@ -36,6 +37,8 @@ def show_planner(config: RunConfig, model: PreTrainedModel) -> None:
 
 def _section(config: RunConfig, running: bool) -> None:
     with guard():
+        if st.session_state.pop(REDRAW, False):
+            st.rerun()  # the whole page: the button is part of this section alone
         st.caption(
             "Say how large the model may be. The program measures once what each layer costs, some minutes on the "
             "embedded model, and chooses format, group size and parameter bits layer by layer."
@@ -130,6 +133,7 @@ def _fill(plan: Plan) -> None:
     form.load(config)
     st.session_state[FILLED] = config.quant.model_dump(mode="json")["overrides"]
     st.session_state.pop(WAYS_KEY, None)
+    st.session_state[REDRAW] = True
 
 
 def chart(plan: Plan) -> go.Figure:
