@@ -46,6 +46,7 @@ COMMANDS = (
     "models",
     "ui",
     "showcase",
+    "serve",
 )
 CALL = re.compile(
     rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs', 'evaluations'))})\b)) ([^\n|]+)"
