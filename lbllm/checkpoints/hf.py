@@ -129,8 +129,8 @@ class LbllmQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters can be trained on it: gradients pass through packed layers. Their own weights have none."""
+        return True
 
 
 def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:

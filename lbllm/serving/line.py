@@ -57,7 +57,8 @@ class Line:
         """Take a place in the line; the answer begins when its turn comes. Raises RequestError if the line is full."""
         if len(self._answers) > self.waiting:
             raise RequestError(
-                f"the line is full: one answer is being written and {self.waiting} requests wait; ask again later",
+                f"one answer is being written and the line is full, with {self.waiting} waiting; ask again in some "
+                "seconds",
                 code="line_full",
                 status=503,
             )

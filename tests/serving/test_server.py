@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-import uvicorn
 from starlette.testclient import TestClient
 
-from lbllm.chat.pool import Loaded, load_model
+from lbllm.chat.pool import Loaded
 from lbllm.chat.stream import prompt_ids, stream
-from lbllm.sections import QuantConfig
 from lbllm.serving.line import Line
 from lbllm.serving.server import build
 from lbllm.web import names_of
-from tests.helpers.ports import free_port
-from tests.helpers.tiny_packed import tiny_checkpoint
+from tests.helpers.tiny_served import listening, tiny_loaded
 from tests.helpers.waiting import wait_until
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -33,9 +26,7 @@ ROUTE = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    quant = QuantConfig(group_size=16, act_bits=16, kv_bits=16)
-    folder, _ = tiny_checkpoint(tmp_path_factory.mktemp("served"), "llama", quant, max_position_embeddings=8192)
-    return load_model(str(folder))
+    return tiny_loaded(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture
@@ -188,22 +179,6 @@ def test_an_error_of_the_model_is_told(client: TestClient, loaded: Loaded, monke
     assert choice(client)["message"]["content"]
 
 
-@contextmanager
-def listening(line: Line) -> Iterator[str]:
-    """A server on a socket; yields its address."""
-    port = free_port()
-    app = build(line, "tiny", names_of("127.0.0.1"))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started, seconds=20)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
 def test_one_is_answered_some_wait_and_who_leaves_makes_room(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     # An answer without an end: what is interrupted must not end by itself.
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", None)
@@ -223,7 +198,7 @@ def test_one_is_answered_some_wait_and_who_leaves_makes_room(loaded: Loaded, mon
                 full = await visitor.post(ROUTE, json=long)
                 assert (full.status_code, full.headers["retry-after"]) == (503, "5")
                 assert full.json()["error"]["code"] == "line_full"
-                assert "1 requests wait" in full.json()["error"]["message"]
+                assert "the line is full, with 1 waiting" in full.json()["error"]["message"]
                 # Somebody who waits goes away, and another one takes the place.
                 waiting.cancel()
                 while len(line._answers) > 1:
