@@ -4,6 +4,7 @@ tuning, transformers' Trainer."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,23 @@ def test_lora_trains_beside_packed_bits(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model.unload()), before)
 
 
-CONFIGS = {
-    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "LoRA on head and embeddings": lambda: peft.LoraConfig(
-        r=4, target_modules=["lm_head", "embed_tokens"], task_type="CAUSAL_LM"
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+# What each is, and a learning rate.
+CONFIGS: dict[str, tuple[Callable[[], Any], float]] = {
+    "prompt tuning": (lambda: peft.PromptTuningConfig(**CAUSAL, num_virtual_tokens=4), 0.3),
+    "LoRA on head and embeddings": (
+        lambda: peft.LoraConfig(**CAUSAL, r=4, target_modules=["lm_head", "embed_tokens"]),
+        3e-2,
     ),
-    "norms": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm", "input_layernorm"]),
+    "norms": (lambda: peft.LNTuningConfig(**CAUSAL, target_modules=["norm", "input_layernorm"]), 3e-2),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dense_adapters_are_trained_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(base(folder), CONFIGS[name]())
-    after = train(model, 3e-2)
+    config, rate = CONFIGS[name]
+    model = peft.get_peft_model(base(folder), config())
+    after = train(model, rate)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base(folder), tmp_path)
     torch.testing.assert_close(logits(again), after)
@@ -96,7 +101,7 @@ def test_the_trainer_of_transformers_takes_adapters_and_no_bare_model(folder: Pa
     settings = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(base(folder), settings, train_dataset=rows)  # type: ignore[arg-type]
-    model = peft.get_peft_model(base(folder), CONFIGS["prompt tuning"]())
+    model = peft.get_peft_model(base(folder), CONFIGS["prompt tuning"][0]())
     before = logits(model)
     Trainer(model, settings, train_dataset=rows).train()  # type: ignore[arg-type]
     assert not torch.equal(logits(model), before)

@@ -33,8 +33,9 @@ def test_answers_whole_and_streamed(client: Any) -> None:
     assert told == choice.message.content
     assert parts[-1].usage == whole.usage
     assert client.chat.completions.create(**ASK, extra_body={"repetition_penalty": 2}).choices
-    with client.chat.completions.stream(**ASK) as events:
-        assert events.get_final_completion().choices[0].message.content == told
+    with client.chat.completions.stream(**ASK, stop=[told[3:6]]) as events:
+        (final,) = events.get_final_completion().choices
+    assert (final.message.content, final.finish_reason) == (told[: told.index(told[3:6])], "stop")
 
 
 def test_errors_are_the_client_s_own(client: Any) -> None:
