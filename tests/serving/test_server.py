@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from lbllm.chat.pool import Loaded
 from lbllm.chat.stream import prompt_ids, stream
+from lbllm.checkpoints.decode import FusedForward
 from lbllm.serving.line import Line
 from lbllm.serving.server import build
 from lbllm.web import names_of
@@ -55,10 +56,19 @@ def events(client: TestClient, **fields: Any) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_an_answer_is_that_of_a_chat(client: TestClient, loaded: Loaded) -> None:
+def test_an_answer_is_that_of_a_chat(client: TestClient, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"temperature": 0.7, "top_p": 0.9, "seed": 5}
     pieces = [*stream(loaded.model, loaded.tokenizer, MESSAGES, max_new_tokens=20, **given)]  # type: ignore[arg-type]
+    fused, usual = [], FusedForward._weights
+
+    def counted(self: FusedForward) -> Any:
+        weights = usual(self)
+        fused.append(weights is not None)
+        return weights
+
+    monkeypatch.setattr(FusedForward, "_weights", counted)
     answered = client.post(ROUTE, json={"model": "tiny", "messages": MESSAGES, "max_tokens": 20} | given).json()
+    assert fused == [True] * (pieces[-1].tokens - 1)  # the first token comes from the prompt
     (only,) = answered["choices"]
     assert only["message"] == {
         "role": "assistant",
