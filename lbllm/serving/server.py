@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from lbllm.chat.generation import chat_generation
+from lbllm.chat.stream import Chance
 from lbllm.errors import LbllmError
 from lbllm.json_input import LARGEST, decode_object
 from lbllm.serving.documents import Completion, error_document, logprobs_of, model_document, usage_of
@@ -85,7 +86,8 @@ class _Server:
             )
 
     async def _whole(self, answer: Answer) -> Response:
-        told, text, chances = _Told(), "", []
+        told, text = _Told(), ""
+        chances: list[Chance] = []
         try:
             async for part in self._parts(answer, told):
                 text += part.text

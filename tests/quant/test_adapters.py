@@ -98,10 +98,10 @@ def test_dense_adapters_are_trained_saved_and_loaded(name: str, folder: Path, tm
 
 def test_the_trainer_of_transformers_takes_adapters_and_no_bare_model(folder: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in IDS]
-    settings = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    settings = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(base(folder), settings, train_dataset=rows)  # type: ignore[arg-type]
+        Trainer(base(folder), settings, train_dataset=rows)
     model = peft.get_peft_model(base(folder), CONFIGS["prompt tuning"][0]())
     before = logits(model)
-    Trainer(model, settings, train_dataset=rows).train()  # type: ignore[arg-type]
+    Trainer(model, settings, train_dataset=rows).train()
     assert not torch.equal(logits(model), before)

@@ -13,7 +13,7 @@ ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content":
 
 
 def test_a_short_request_has_the_settings_of_a_chat() -> None:
-    question, usual = read_question(ASK), ChatSettings()  # type: ignore[call-arg]
+    question, usual = read_question(ASK), ChatSettings()
     for name in ("temperature", "top_p", "repetition_penalty"):
         assert getattr(question, name) == getattr(usual, name)
     assert (question.max_tokens, question.seed, question.stop, question.chances) == (None, None, (), None)
@@ -29,7 +29,13 @@ def test_what_asks_for_nothing_is_let_through() -> None:
 
 def test_messages_of_several_forms() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    back = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": [], "annotations": None}
+    back: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Hi",
+        "refusal": None,
+        "tool_calls": [],
+        "annotations": None,
+    }
     messages = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": parts}, back]
     assert read_question(ASK | {"messages": messages}).messages == [
         {"role": "system", "content": "Be brief"},

@@ -25,7 +25,8 @@ def expected(text: str, stops: list[str]) -> str:
 def test_an_answer_ends_before_its_first_stop_sequence(pieces: list[str], stops: list[str]) -> None:
     whole = expected("".join(pieces), stops)
     text = StoppedText(stops)
-    told, chances = "", []
+    told = ""
+    chances: list[Chance] = []
     for number, piece in enumerate(pieces):
         part = text.add(piece, (Chance(number, 0.0),))
         told += part.text
