@@ -25,7 +25,6 @@ from lbllm.quant.kv_cache import HalfKVLayer, PackedKVLayer
 from lbllm.quant.model_cache import is_packed
 from lbllm.quant.packed_layer import Arranged
 
-
 # What a forward is called with, and changes nothing of its states: generate() passes its tokenizer on.
 _UNREAD = ("return_dict", "tokenizer")
 
