@@ -105,3 +105,14 @@ def test_the_trainer_of_transformers_takes_adapters_and_no_bare_model(folder: Pa
     before = logits(model)
     Trainer(model, settings, train_dataset=rows).train()
     assert not torch.equal(logits(model), before)
+
+
+def test_an_adapter_that_transformers_added_is_saved_alone(folder: Path, tmp_path: Path) -> None:
+    model = base(folder)
+    model.add_adapter(peft.LoraConfig(**CAUSAL, r=4, target_modules=["lm_head"]))
+    after = train(model, 3e-2)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    again = base(folder)
+    again.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(again), after)
