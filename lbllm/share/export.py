@@ -24,10 +24,13 @@ from lbllm.checkpoints.find import FoundCheckpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.checkpoints.weights import save_parts
-from lbllm.errors import ConfigError, ResourceError
+from lbllm.errors import ConfigError, LbllmError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
+from lbllm.measure.estimate import estimate
+from lbllm.measure.experts_share import experts_sentence
 from lbllm.models.catalogue import last_part
+from lbllm.models.experts import Experts, split_experts
 from lbllm.quant.embedding_code import GROUPS
 from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
@@ -35,6 +38,7 @@ from lbllm.share.card import Contents, model_card
 from lbllm.share.space import write_space
 
 ExportKind = Literal["packed", "dense", "gguf", "space"]
+_RATE = 1e11  # FLOPs per second, of any machine: only shares of the time are stated
 _SPARE = 32 * 2**20  # tokenizer, config, headers
 
 
@@ -68,7 +72,7 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
         with extra("gguf", "an export to GGUF"):
             from lbllm.share.gguf import check_exportable
         check_exportable(model.config, tokenizer)
-    contents = _contents(model)
+    contents = _contents(model, source.record)
     needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
     with write_errors(out), new_folder(out) as folder:
         _check_space(out.absolute().parent, needed + _SPARE)
@@ -88,7 +92,7 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
     return Exported(out, kind, total)
 
 
-def _contents(model: PreTrainedModel) -> Contents:
+def _contents(model: PreTrainedModel, record: RunRecord) -> Contents:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
     quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
@@ -102,7 +106,21 @@ def _contents(model: PreTrainedModel) -> Contents:
         embedding_bits=stated.format.embedding_bits,
         q8_0=any(map(is_q8_0, model.modules())),
         packed_bytes=size,
+        experts=_experts(model, record),
     )
+
+
+def _experts(model: PreTrainedModel, record: RunRecord) -> str:
+    """What the experts of a mixture take, as a sentence; empty for other models, and where settings are not known."""
+    if record.settings is None or not any(isinstance(module, Experts) for module in model.modules()):
+        return ""
+    structure = dense_structure(model)
+    split_experts(structure)
+    settings = record.settings.model_copy(update={"device": "cpu"})
+    try:
+        return experts_sentence(estimate(settings, model=structure, rate=_RATE), shares_alone=True)
+    except LbllmError:  # settings of another model
+        return ""
 
 
 def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
