@@ -2,7 +2,7 @@
 Space that shows it.
 
     source = find_checkpoint("20261122-103041-1d371b")       or a packed folder, or "shipped"
-    export(source, "gguf", Path("exports/mine"))
+    export(source, "gguf", Path("exports/mine"), gguf_type="q4_1")
 
 The folder is written atomically. An export holds the packed model in memory, and of the dense weights those of one
 file (``LARGEST``) or of one tensor.
@@ -13,10 +13,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.dense import dense_structure, dense_tensors
@@ -28,10 +27,11 @@ from lbllm.errors import ConfigError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
 from lbllm.models.catalogue import last_part
-from lbllm.quant.embedding_code import GROUPS
 from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
+from lbllm.share.gguf_types import SHAPES, GgufType, Stored, is_q8_0, stored_matrices
+from lbllm.share.modelfile import modelfile
 from lbllm.share.space import write_space
 
 ExportKind = Literal["packed", "dense", "gguf", "space"]
@@ -47,8 +47,16 @@ class Exported:
     disk_bytes: int
 
 
-def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str | None = None) -> Exported:
-    """Write the checkpoint to the new or empty folder ``out``. ``teacher``: that of a Space, see ``write_space``.
+def export(
+    source: FoundCheckpoint,
+    kind: ExportKind,
+    out: Path,
+    *,
+    teacher: str | None = None,
+    gguf_type: GgufType | None = None,
+) -> Exported:
+    """Write the checkpoint to the new or empty folder ``out``. ``teacher``: that of a Space, see ``write_space``;
+    ``gguf_type``: of the weights in a GGUF file, bfloat16 if it is None.
 
     Raises ConfigError if ``out`` is not empty, CheckpointError for a damaged checkpoint, ModelError if the model
     can't be written as GGUF or a Space's teacher is not found, ResourceError if there is too little disk space or the
@@ -56,6 +64,8 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
     """
     if teacher is not None and kind != "space":
         raise ConfigError(f"only a Space has a teacher; leave out the teacher {teacher}, or export to a Space")
+    if gguf_type is not None and kind != "gguf":
+        raise ConfigError(f"only a GGUF file has a type; leave out the type {gguf_type}, or export to GGUF")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another name or remove it")
     if kind == "space":
@@ -64,12 +74,15 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
     refuse_links(source.folder)  # what is loaded is written again: a chat template, for example
     # Load it for every kind: loading checks every tensor, so a damaged checkpoint is not exported.
     model, tokenizer = load(source.folder, dtype=torch.bfloat16)
+    stored: dict[str, Stored] = {}
     if kind == "gguf":
         with extra("gguf", "an export to GGUF"):
             from lbllm.share.gguf import check_exportable
-        check_exportable(model.config, tokenizer)
+        check_exportable(model.config, tokenizer, _name(source.record))
+        stored = stored_matrices(model, gguf_type or "bf16")
     contents = _contents(model)
-    needed = contents.packed_bytes if kind == "packed" else 2 * (contents.binarized + contents.dense)
+    bits = SHAPES[gguf_type or "bf16"].bits
+    needed = contents.packed_bytes if kind == "packed" else int(bits / 8 * contents.binarized) + 2 * contents.dense
     with write_errors(out), new_folder(out) as folder:
         _check_space(out.absolute().parent, needed + _SPARE)
         if kind == "packed":
@@ -79,7 +92,8 @@ def export(source: FoundCheckpoint, kind: ExportKind, out: Path, *, teacher: str
             save_parts(dense, dense_tensors(model, dense), folder)
             tokenizer.save_pretrained(folder)
         else:
-            _write_gguf(source.record, model, tokenizer, folder / f"{out.name}-BF16.gguf")
+            file = folder / f"{out.name}-{(gguf_type or 'bf16').upper()}.gguf"
+            _write_gguf(source.record, model, tokenizer, file, stored)
         written = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
         card = model_card(source.record, kind, out.name, files, contents, chat=tokenizer.chat_template is not None)
@@ -100,25 +114,35 @@ def _contents(model: PreTrainedModel) -> Contents:
         binarized=sum(layer.in_features * layer.out_features for layer in layers),
         dense=weight_count(model) - quantized,
         embedding_bits=stated.format.embedding_bits,
-        q8_0=any(map(is_q8_0, model.modules())),
+        q8_0=any(isinstance(table, PackedTable) and is_q8_0(table) for table in model.modules()),
         packed_bytes=size,
     )
 
 
-def _write_gguf(record: RunRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+def _write_gguf(
+    record: RunRecord,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    stored: dict[str, Stored],
+) -> None:
+    """Write the model to ``file``, and the Modelfile beside it."""
     from lbllm.share.gguf import write_gguf  # its library is an extra
+    from lbllm.share.gguf_models import context_length
+    from lbllm.share.gguf_tokenizer import begins_with_start
 
-    base = record.base_model or (record.settings.model if record.settings is not None else "")
-    name = f"{last_part(base)} binarized by LBLLM".strip()
     dense = dense_structure(model)
     tensors = dense_tensors(model, dense)
-    blocks = {f"{name}.weight": table.weight for name, table in model.named_modules() if is_q8_0(table)}
-    write_gguf(dense, tokenizer, file, name=name, licence=record.licence, tensors=tensors, q8_0=blocks)
+    write_gguf(dense, tokenizer, file, name=_name(record), licence=record.licence, tensors=tensors, stored=stored)
+    context = context_length(model.config)
+    text = modelfile(model, tokenizer, file.name, context=context, start=begins_with_start(tokenizer))
+    (file.parent / "Modelfile").write_text(text)
 
 
-def is_q8_0(module: nn.Module) -> TypeGuard[PackedTable]:
-    """Whether a module's packed rows are whole blocks of Q8_0, which a GGUF file can have as they are."""
-    return isinstance(module, PackedTable) and module.bits == 8 and module.columns % GROUPS[8] == 0
+def _name(record: RunRecord) -> str:
+    """What a GGUF file calls the model."""
+    base = record.base_model or (record.settings.model if record.settings is not None else "")
+    return f"{last_part(base)} binarized by LBLLM".strip()
 
 
 def _check_space(folder: Path, needed: int) -> None:
