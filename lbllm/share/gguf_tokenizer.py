@@ -20,10 +20,11 @@ from lbllm.share.gguf_models import OTHERWISE
 from lbllm.share.sentencepiece import SPACE, Splitter, byte_token, scores
 
 _SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "qwen2", "tekken")}
-# What a vocabulary is tried on.
+# What a vocabulary is tried on. No text begins with a space: there llama.cpp has one more than some tokenizers, which
+# makes no other difference.
 _TRIED = (
     "The river runs past the old mill, and under the stone bridge.",
-    " two spaces  three   four    and a tab\there;\nnew line\n\nempty line\n\n\nend ",
+    "two spaces  three   four    and a tab\there;\nnew line\n\nempty line\n\n\nend ",
     "Äpfel, garçon, straße; Ελληνικά, русский, עברית, العربية, हिन्दी, 東京の空, 한국어.",
     "def f(x):\n    return {'a': [1, 22, 333, 4444], \"b\": x ** 2.5e-3}  # 100%\r\n",
     "🙂👩‍👩‍👧 ∑∫√ … — “quoted” ‘text’ €50 \u00a0\u200b\u2581",
@@ -57,8 +58,8 @@ def add_tokenizer(
         if number < rows:
             tokens[number], types[number] = token, gguf.TokenType.NORMAL
     made = scores([tuple(merge) for merge in document["model"]["merges"]])
-    for added in document["added_tokens"]:
-        if added["id"] < rows and not (pieces and added["content"] in made):
+    for added in _added(document, made) if pieces else document["added_tokens"]:
+        if added["id"] < rows:
             types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if pieces:
         writer.add_tokenizer_model("llama")
@@ -154,27 +155,39 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, document: dict[str, Any], name: 
     if it would split a text in another way either way."""
     model = document["model"]
     made = scores([tuple(merge) for merge in model["merges"]])
-    added = {one["content"]: one for one in document["added_tokens"] if one["content"] not in made}
+    added = {one["content"]: one for one in _added(document, made)}
     stripping = any(part in name.lower() for part in _PHI)
     stripped = {one for one, entry in added.items() if stripping and entry["special"] and one not in _KEPT}
     ids = model["vocab"] | {one: entry["id"] for one, entry in added.items()}
-    texts = list(_TRIED)
-    if tokenizer.chat_template is not None:
-        asked = [{"role": "user", "content": text} for text in _TRIED[:2]]
-        turns = [asked[0], {"role": "assistant", "content": _TRIED[2]}, asked[1]]
-        texts.append(render(tokenizer, turns, add_generation_prompt=True))
-    differing = ""
-    for prefix in (True, False):
+    chats = _chats(tokenizer)
+    wrong: list[str] = []
+    # A vocabulary that puts a space only before the first word of all suits llama.cpp in chats alone.
+    for texts, prefix in ((texts, prefix) for texts in ((*_TRIED, *chats), chats) for prefix in (True, False) if texts):
         splitter = Splitter(ids, made, list(added), frozenset(stripped), prefix)
-        wrong = [
-            text for text in texts if splitter.split(text) != tokenizer(text, add_special_tokens=False)["input_ids"]
-        ]
+        split = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        wrong = [text for text, wanted in zip(texts, split, strict=True) if splitter.split(text) != wanted]
         if not wrong:
             return prefix
-        differing = differing if 0 < len(differing) <= len(wrong[-1]) else wrong[-1]
     raise ModelError(
-        f"llama.cpp would split a text in another way than this model's tokenizer: {differing[:60]!r}; {OTHERWISE}"
+        f"llama.cpp would split texts in another way than this model's tokenizer, for example {wrong[0]!r}; {OTHERWISE}"
     )
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Prompts of chats in the tokenizer's chat template, if it has one."""
+    if tokenizer.chat_template is None:
+        return ()
+    first, answer, second = (
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _TRIED, strict=False)
+    )
+    chats = ([first], [first, answer, second])
+    return tuple(render(tokenizer, chat, add_generation_prompt=True) for chat in chats)
+
+
+def _added(document: dict[str, Any], made: dict[str, float]) -> list[dict[str, Any]]:
+    """The tokens that are found in a text before a SentencePiece vocabulary splits it: the added ones, but for runs of
+    spaces, which merges make as well."""
+    return [one for one in document["added_tokens"] if SPACE not in one["content"] or one["content"] not in made]
 
 
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
