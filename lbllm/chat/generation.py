@@ -51,7 +51,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def stop_strings(model: PreTrainedModel) -> list[str]:
     """Return the texts that end an answer, from the generation settings."""
-    stated = _own(model).get("stop_strings")
+    stated: Any = _own(model).get("stop_strings")
     if not _are_strings(stated, 0):
         return []
     return [stated] if isinstance(stated, str) else list(stated)

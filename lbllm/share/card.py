@@ -31,7 +31,8 @@ _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) 
 @dataclass(frozen=True)
 class Contents:
     """The size of a checkpoint: numbers of binarized and of dense weights, bytes of the packed file, and the bits of
-    embeddings and output head; ``q8_0``: a GGUF file has these as they are packed."""
+    embeddings and output head; ``q8_0``: a GGUF file has these as they are packed. ``types``: of the weights in a GGUF
+    file, in words; None for bfloat16."""
 
     architecture: str
     binarized: int
@@ -39,6 +40,7 @@ class Contents:
     packed_bytes: int
     embedding_bits: int = 16
     q8_0: bool = False
+    types: str | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from lbllm.models.catalogue import last_part
 from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
-from lbllm.share.gguf_types import SHAPES, GgufType, Stored, is_q8_0, stored_matrices
+from lbllm.share.gguf_names import SHAPES, GgufType
+from lbllm.share.gguf_types import Stored, is_q8_0, stored_matrices, told
 from lbllm.share.modelfile import modelfile
 from lbllm.share.space import write_space
 
@@ -80,7 +81,7 @@ def export(
             from lbllm.share.gguf import check_exportable
         check_exportable(model.config, tokenizer, _name(source.record))
         stored = stored_matrices(model, gguf_type or "bf16")
-    contents = _contents(model)
+    contents = _contents(model, told(model, stored) if gguf_type not in (None, "bf16") else None)
     bits = SHAPES[gguf_type or "bf16"].bits
     needed = contents.packed_bytes if kind == "packed" else int(bits / 8 * contents.binarized) + 2 * contents.dense
     with write_errors(out), new_folder(out) as folder:
@@ -102,7 +103,7 @@ def export(
     return Exported(out, kind, total)
 
 
-def _contents(model: PreTrainedModel) -> Contents:
+def _contents(model: PreTrainedModel, types: str | None) -> Contents:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
     quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
@@ -116,6 +117,7 @@ def _contents(model: PreTrainedModel) -> Contents:
         embedding_bits=stated.format.embedding_bits,
         q8_0=any(isinstance(table, PackedTable) and is_q8_0(table) for table in model.modules()),
         packed_bytes=size,
+        types=types,
     )
 
 

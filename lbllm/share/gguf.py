@@ -30,14 +30,16 @@ from lbllm.share.gguf_models import (
     check_model,
     frequency_factors,
 )
+from lbllm.share.gguf_names import SHAPES, GgufType
 from lbllm.share.gguf_tokenizer import add_tokenizer, check_tokenizer
-from lbllm.share.gguf_types import SHAPES, GgufType, Stored
+from lbllm.share.gguf_types import Stored
 
 _FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-    "iq4_nl": gguf.LlamaFileType.MOSTLY_IQ4_NL,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
+    "q5_k": gguf.LlamaFileType.MOSTLY_Q5_K_S,
     "q4_k": gguf.LlamaFileType.MOSTLY_Q4_K_S,
 }
 
@@ -68,7 +70,7 @@ def write_gguf(
     GGUF, OSError if writing to disk fails.
     """
     config: Any = model.config
-    check_exportable(config, tokenizer, name)
+    check_model(config)
     arch, stored = ARCHITECTURES[config.model_type], stored or {}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     try:

@@ -5,21 +5,22 @@ weight = scale * code + offset. A converter puts the smallest and the largest we
 codes. Here the few values in a block are known, and how often each occurs. Of several scales the one is taken that
 brings these values nearest to codes, by least squares:
 
-    type     weights    bits a weight  codes        scale and offset
-    q8_0     32         8.5            -127 .. 127  scale float16
-    q4_1     32         5              0 .. 15      both float16
-    iq4_nl   32         4.5            a table      scale float16
-    q4_k     8 * 32     4.5            0 .. 15      both whole numbers of 6 bits, their units float16
+    type  weights  bits a weight  codes        scale and offset
+    q8_0  32       8.5            -127 .. 127  scale float16
+    q5_1  32       6              0 .. 31      both float16
+    q4_1  32       5              0 .. 15      both float16
+    q5_k  8 * 32   5.5            0 .. 31      both whole numbers of 6 bits, their units float16
+    q4_k  8 * 32   4.5            0 .. 15      both whole numbers of 6 bits, their units float16
 
-Groups of 16 have four values each, so two groups of a block have eight values on 16 codes; of larger groups four values
-have 16 codes to choose from.
+Two groups of 16 weights in a block have eight values; of larger groups four values have the codes to themselves.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,36 +32,11 @@ from lbllm.quant.embedding_code import GROUPS, pack_matrix
 from lbllm.quant.levels import from_groups, params_to_levels, take_levels, to_groups
 from lbllm.quant.packed_embedding import PackedTable
 from lbllm.quant.packed_layer import PackedLinear
+from lbllm.share.gguf_names import INSTEAD, SHAPES, GgufType, type_name
 
-GgufType = Literal["bf16", "q8_0", "q4_1", "iq4_nl", "q4_k"]
-# The values that the codes of IQ4_NL stand for.
-IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _BLOCK = 32  # weights that share a scale
 # The scales that are tried: those that take a block's range to this share of the codes.
 _TRIED = tuple(0.55 + 0.03 * step for step in range(17))
-
-
-class Shape(NamedTuple):
-    """The weights and the bytes of a type's block."""
-
-    weights: int
-    bytes: int
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight."""
-        return 8 * self.bytes / self.weights
-
-
-SHAPES: dict[GgufType, Shape] = {
-    "bf16": Shape(1, 2),
-    "q8_0": Shape(32, 34),
-    "q4_1": Shape(32, 20),
-    "iq4_nl": Shape(32, 18),
-    "q4_k": Shape(256, 144),
-}
-# What rows get that are no whole blocks of a type.
-_INSTEAD: dict[GgufType, GgufType] = {"q4_k": "q4_1"}
 
 
 class Stored(NamedTuple):
@@ -75,8 +51,8 @@ def stored_matrices(model: PreTrainedModel, kind: GgufType) -> dict[str, Stored]
     weights: its packed layers in this type; with any type but bfloat16 also embeddings, output head and layers that
     were not binarized, in Q8_0. Rows of embeddings that are packed in 8 bits are Q8_0 as they are.
 
-    Layers whose rows are no whole blocks of Q4_K are Q4_1. Raises ModelError, naming the length of the rows, if they
-    are no whole blocks of that either, or if no layer is Q4_K.
+    Layers whose rows are no whole blocks of Q5_K or Q4_K are Q5_1 or Q4_1. Raises ModelError, naming the length of the
+    rows, if they are no whole blocks of these either, or if no layer has the type.
     """
     found: dict[str, Stored] = {}
     for name, module in model.named_modules():
@@ -90,18 +66,29 @@ def stored_matrices(model: PreTrainedModel, kind: GgufType) -> dict[str, Stored]
             own = _fitting(name, module.in_features, kind)
             found[key] = Stored(own, functools.partial(pack_layer, module, own))
         elif isinstance(module, PackedTable) and module.columns % _BLOCK == 0:
-            read = functools.partial(pack_matrix, module.unpack, (module.rows, module.columns), 8)
-            found[key] = Stored("q8_0", lambda read=read: read().weight)
+            found[key] = Stored("q8_0", functools.partial(_eight, module.unpack, (module.rows, module.columns)))
         elif isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] % _BLOCK == 0:
-            read = functools.partial(pack_matrix, weight.detach().__getitem__, tuple(weight.shape), 8)
-            found[key] = Stored("q8_0", lambda read=read: read().weight)
+            found[key] = Stored("q8_0", functools.partial(_eight, weight.detach().__getitem__, tuple(weight.shape)))
     if kind not in ("bf16", *(one.kind for one in found.values())):
         lengths = sorted({module.in_features for module in model.modules() if isinstance(module, PackedLinear)})
         raise ModelError(
             f"no layer can be {kind.upper()}: its blocks have {SHAPES[kind].weights} weights, and the rows have "
-            f"{' or '.join(map(str, lengths))}; choose {_INSTEAD[kind]}"
+            f"{' or '.join(map(str, lengths))}; choose the type {INSTEAD[kind]}"
         )
     return found
+
+
+def told(model: PreTrainedModel, stored: dict[str, Stored]) -> str:
+    """What types the matrices of a file have, in words, those of the layers first."""
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, PackedLinear)}
+    counts: dict[GgufType, int] = {}
+    for name, layer in layers.items():
+        kind = stored[f"{name}.weight"].kind if f"{name}.weight" in stored else "bf16"
+        counts[kind] = counts.get(kind, 0) + layer.in_features * layer.out_features
+    binarized = " and ".join(f"{number:,} in {type_name(kind)}" for kind, number in counts.items())
+    others = sorted({one.kind for key, one in stored.items() if key.removesuffix(".weight") not in layers})
+    rest = f"; embeddings and other matrices in {' and '.join(map(type_name, others))}" if others else ""
+    return f"{binarized}{rest}"
 
 
 def is_q8_0(table: PackedTable) -> bool:
@@ -109,15 +96,20 @@ def is_q8_0(table: PackedTable) -> bool:
     return table.bits == 8 and table.columns % GROUPS[8] == 0
 
 
+def _eight(read: Callable[[slice], Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The blocks in Q8_0, uint8 (rows, bytes), of a matrix of which ``read`` gives some rows."""
+    return pack_matrix(read, shape, 8).weight
+
+
 def _fitting(name: str, columns: int, kind: GgufType) -> GgufType:
     """The type of a layer with rows of ``columns`` weights."""
     if columns % SHAPES[kind].weights == 0:
         return kind
-    if kind in _INSTEAD:
-        return _fitting(name, columns, _INSTEAD[kind])
+    if kind in INSTEAD:
+        return _fitting(name, columns, INSTEAD[kind])
     raise ModelError(
         f"{name} has rows of {columns} weights, which are no whole blocks of {SHAPES[kind].weights}, as {kind.upper()} "
-        "needs them; choose bf16"
+        "needs them; choose the type bf16"
     )
 
 
@@ -134,7 +126,7 @@ def pack_layer(layer: PackedLinear, kind: GgufType) -> Tensor:
         values, counts = _values(weights, index[rows], levels[rows], layer.length)
         blocks = _PACK[kind](weights.unflatten(-1, (-1, _BLOCK)), values, counts)
         if not bool(blocks[..., :2].contiguous().view(torch.float16).isfinite().all()):
-            raise ModelError(f"a layer has weights that are too large for {kind.upper()}; choose bf16")
+            raise ModelError(f"a layer has weights that are too large for {kind.upper()}; choose the type bf16")
         packed[rows] = blocks.flatten(-2)
     return packed
 
@@ -205,80 +197,82 @@ def _affine_codes(values: Tensor, scale: Tensor, offset: Tensor, top: int) -> Te
     return _ratio(values - offset.float(), scale.float()).round_().clamp_(0, top)
 
 
-def fit_scale(values: Tensor, counts: Tensor, codes_of: Callable[[Tensor], Tensor], ends: tuple[float, ...]) -> Tensor:
-    """The scale (..., 1), float16, of the smallest squared error among the tried ones, for values (..., k) that occur
-    ``counts`` times. ``codes_of``: the nearest codes of values in units of the scale; ``ends``: of the codes."""
-    used = torch.where(counts > 0, values, 0)
-    end = used.gather(-1, used.abs().argmax(-1, keepdim=True))
-    least = torch.full_like(end, torch.inf)
-    best = torch.zeros_like(end, dtype=torch.float16)
-    for code in ends:
-        for share in _TRIED:
-            sums = _sums(codes_of(_ratio(values, end / (code * share))), values, counts)
-            scale = (sums.products / sums.squares.clamp_min(1e-9)).half()
-            codes = codes_of(_ratio(values, scale.float()))
-            error = (counts * (values - scale.float() * codes).square()).sum(-1, keepdim=True)
-            better = error < least
-            least, best = torch.where(better, error, least), torch.where(better, scale, best)
+def fit_scale(values: Tensor, counts: Tensor, top: int) -> Tensor:
+    """The scale (..., 1), float16, of the smallest squared error among the tried ones, for codes -``top`` .. ``top`` of
+    values (..., k) that occur ``counts`` (..., k) times."""
+    largest = torch.where(counts > 0, values, 0).abs().amax(-1, keepdim=True)
+    least = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest, dtype=torch.float16)
+    for share in _TRIED:
+        sums = _sums(_signed_codes(values, largest / (share * top), top), values, counts)
+        scale = (sums.products / sums.squares.clamp_min(1e-9)).half()
+        error = (counts * (values - scale.float() * _signed_codes(values, scale, top)).square()).sum(-1, keepdim=True)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best
+
+
+def _signed_codes(values: Tensor, scale: Tensor, top: int) -> Tensor:
+    return _ratio(values, scale.float()).round_().clamp_(-top, top)
 
 
 def _bytes(*parts: Tensor) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """Codes of four bits (..., 32) as bytes (..., 16): code j and code j + 16 in one."""
-    low, high = codes.to(torch.uint8).chunk(2, -1)
-    return low | high << 4
-
-
 def _q8_0(weights: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    def nearest(ratio: Tensor) -> Tensor:
-        return ratio.round().clamp_(-127, 127)
-
-    scale = fit_scale(values, counts, nearest, (127,))
-    return _bytes(scale, nearest(_ratio(weights, scale.float())).to(torch.int8))
+    scale = fit_scale(values, counts, 127)
+    return _bytes(scale, _signed_codes(weights, scale, 127).to(torch.int8))
 
 
-def _q4_1(weights: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    scale, offset = fit_affine(values, counts, 15)
-    return _bytes(scale, offset, _halves(_affine_codes(weights, scale, offset, 15)))
+def _affine(weights: Tensor, values: Tensor, counts: Tensor, *, bits: int) -> Tensor:
+    """Q4_1 and Q5_1: the low four bits of codes j and j + 16 share a byte; before them, the fifth bits in order."""
+    top = 2**bits - 1
+    scale, offset = fit_affine(values, counts, top)
+    codes = _affine_codes(weights, scale, offset, top).to(torch.uint8)
+    low, high = (codes & 15).chunk(2, -1)
+    fifth = [_bits(codes.unflatten(-1, (-1, 8)) >> 4)] if bits == 5 else []
+    return _bytes(scale, offset, *fifth, low | high << 4)
 
 
-def _iq4_nl(weights: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    table = torch.tensor(IQ4_NL, dtype=torch.float32)
-    middles = (table[1:] + table[:-1]) / 2
-    scale = fit_scale(
-        values, counts, lambda ratio: table[torch.bucketize(ratio, middles)], (IQ4_NL[0], IQ4_NL[-1])
-    )  # fmt: skip
-    return _bytes(scale, _halves(torch.bucketize(_ratio(weights, scale.float()), middles)))
+def _bits(planes: Tensor) -> Tensor:
+    """Bits (..., 8) as bytes (...), the first one lowest."""
+    return (planes << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
-def _q4_k(weights: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    """Eight blocks of 32 weights each share two units; a block's scale and offset are whole numbers of 6 bits of them.
-    Those numbers are chosen anew for the codes, from the nearest ones and their neighbours."""
-    scale, offset = (found.float() for found in fit_affine(values, counts, 15, below=True))
+def _units(weights: Tensor, values: Tensor, counts: Tensor, *, bits: int) -> Tensor:
+    """Q4_K and Q5_K: eight blocks of 32 weights share two units; a block's scale and offset are whole numbers of 6 bits
+    of them. These numbers are the nearest ones to the best scale and offset, or their neighbours, where the error is
+    smaller."""
+    top = 2**bits - 1
+    scale, offset = (found.float() for found in fit_affine(values, counts, top, below=True))
     scale, offset = (part.unflatten(-2, (-1, 8)) for part in (scale, -offset))
     weights, values, counts = (part.unflatten(-2, (-1, 8)) for part in (weights, values, counts))
-    unit, unit_below = ((part.amax(-2, keepdim=True) / 63).half() for part in (scale, offset))
+    units = [(part.amax(-2, keepdim=True) / 63).half() for part in (scale, offset)]
     nearest = [
-        _ratio(part, of.float()).round().clamp(0, 63) for part, of in ((scale, unit), (offset, unit_below))
-    ]  # fmt: skip
+        _ratio(part, unit.float()).round().clamp_(0, 63) for part, unit in zip((scale, offset), units, strict=True)
+    ]
     least, best = torch.full_like(scale, torch.inf), nearest
-    for step, step_below in ((a, b) for a in (0, -1, 1) for b in (0, -1, 1)):
-        tried = [(nearest[0] + step).clamp(0, 63), (nearest[1] + step_below).clamp(0, 63)]
-        found, below = unit.float() * tried[0], -unit_below.float() * tried[1]
-        error = values - found * _affine_codes(values, found, below, 15) - below
+    for steps in itertools.product((0, -1, 1), repeat=2):
+        tried = [(number + step).clamp_(0, 63) for number, step in zip(nearest, steps, strict=True)]
+        found, below = units[0].float() * tried[0], -units[1].float() * tried[1]
+        error = values - found * _affine_codes(values, found, below, top) - below
         squared = (counts * error.square()).sum(-1, keepdim=True)
         better = squared < least
         least = torch.where(better, squared, least)
         best = [torch.where(better, new, old) for new, old in zip(tried, best, strict=True)]
-    codes = _affine_codes(weights, unit.float() * best[0], -unit_below.float() * best[1], 15).to(torch.uint8)
-    (a, b), (c, d) = ([half.squeeze(-1) for half in part.to(torch.uint8).chunk(2, -2)] for part in best)
+    codes = _affine_codes(weights, units[0].float() * best[0], -units[1].float() * best[1], top).to(torch.uint8)
+    (a, b), (c, d) = ([half.squeeze(-1) for half in number.to(torch.uint8).chunk(2, -2)] for number in best)
     numbers = torch.cat((a | b >> 4 << 6, c | d >> 4 << 6, b & 15 | (d & 15) << 4), -1)
-    low, high = codes.unflatten(-2, (4, 2)).unbind(-2)
-    return _bytes(unit.squeeze(-2), unit_below.squeeze(-2), numbers, (low | high << 4).flatten(-2))
+    fifth = [_bits(codes.transpose(-2, -1) >> 4)] if bits == 5 else []
+    low, high = (codes & 15).unflatten(-2, (4, 2)).unbind(-2)
+    return _bytes(*(unit.squeeze(-2) for unit in units), numbers, *fifth, (low | high << 4).flatten(-2))
 
 
-_PACK = {"q8_0": _q8_0, "q4_1": _q4_1, "iq4_nl": _iq4_nl, "q4_k": _q4_k}
+_PACK: dict[GgufType, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "q8_0": _q8_0,
+    "q5_1": functools.partial(_affine, bits=5),
+    "q4_1": functools.partial(_affine, bits=4),
+    "q5_k": functools.partial(_units, bits=5),
+    "q4_k": functools.partial(_units, bits=4),
+}
