@@ -56,11 +56,22 @@ class _Batch(ctypes.Structure):
     )
 
 
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_ERROR = 4  # of ggml's levels of messages
+
+
+def _log_errors(level: int, text: bytes, _: object) -> None:
+    if level == _ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 class LlamaFile:
     """A GGUF file, loaded. Raises RuntimeError if llama.cpp can't read it."""
 
     def __init__(self, library: Path, file: Path, threads: int) -> None:
         self.llama: Any = ctypes.CDLL(str(library))
+        self.log = _Log(_log_errors)  # kept: the library calls it later
+        self.llama.llama_log_set(self.log, None)
         for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab"):
             getattr(self.llama, name).restype = ctypes.c_void_p
         for name in ("llama_get_memory", "llama_get_logits"):
