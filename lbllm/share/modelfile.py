@@ -7,7 +7,6 @@ is made from what the chat template makes of a few conversations, and written on
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +87,8 @@ def modelfile(
         else:
             lines.append(f'TEMPLATE """{turns.template()}"""')
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(model, tokenizer)]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in (*stops, *stop_strings(model))]
+    stops += stop_strings(model)
+    lines += [f'PARAMETER stop """{stop}"""' for stop in stops if _is_sayable(stop)]
     values: dict[str, Any] = {
         "temperature": settings.temperature,
         "top_k": 0,  # off, as in our answers
@@ -120,7 +120,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, start: str) -> _Turns | None:
                 return None
     except (ModelError, ValueError):
         return None
-    return None if '"""' in found.template() else found
+    return found if _is_sayable(found.template()) else None
 
 
 def _said(number: int, content: str) -> dict[str, str]:
@@ -158,6 +158,11 @@ def _cut(text: str, mark: str) -> tuple[str, str]:
     """The text before and after its only ``mark``. Raises ValueError."""
     before, after = text.split(mark)
     return before, after
+
+
+def _is_sayable(text: str) -> bool:
+    """Whether a Modelfile can have the text between its quotation marks: Ollama leaves out other characters."""
+    return '"""' not in text and all(one.isprintable() or one in "\n\t" for one in text)
 
 
 def _literal(text: str) -> str:
