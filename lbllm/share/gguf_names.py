@@ -30,8 +30,9 @@ SHAPES: dict[GgufType, Shape] = {
 # What rows get that are no whole blocks of a type.
 INSTEAD: dict[GgufType, GgufType] = {"q5_k": "q5_1", "q4_k": "q4_1"}
 TYPES_HELP = (
-    "BF16 and Q8_0 answer like the packed weights. Q5_1 is the smallest type that holds groups of 16 well, Q4_1 that for "
-    "groups of 32 and more. Q5_K and Q4_K are smaller; layers whose rows are no multiple of 256 get Q5_1 or Q4_1."
+    "BF16 and Q8_0 answer like the packed weights. Q5_1 is the smallest type that holds groups of 16 well, Q4_1 the "
+    "smallest for groups of 32 and more. Q5_K and Q4_K are smaller; layers whose rows are no multiple of 256 get Q5_1 "
+    "or Q4_1."
 )
 
 

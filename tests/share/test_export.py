@@ -333,7 +333,7 @@ def test_the_command(
     assert main(["export", run.id, "--to", "gguf", "--out", out, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["path"], document["kind"]) == (out, "gguf")
-    assert sorted(path.name for path in Path(out).iterdir()) == ["README.md", "out-BF16.gguf"]
+    assert sorted(path.name for path in Path(out).iterdir()) == ["Modelfile", "README.md", "out-BF16.gguf"]
     assert main(["export", run.id, "--to", "gguf", "--out", out]) == 1
     assert out in capsys.readouterr().err
     assert main(["export", run.id, "--to", "onnx", "--out", str(tmp_path / "b")]) == 2
