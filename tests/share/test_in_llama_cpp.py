@@ -103,7 +103,7 @@ def test_every_type_is_read(kind: GgufType, tmp_path: Path) -> None:
     folder, _ = tiny_checkpoint(tmp_path, "llama", quant, hidden_size=256, intermediate_size=512)
     (file,) = export(find_checkpoint(str(folder)), "gguf", tmp_path / "out", gguf_type=kind).path.glob("*.gguf")
     model, _ = load(folder, dtype=torch.float32)
-    # Random layers amplify what a type rounds; blocks read in another way have nothing in common with the weights (1.4).
+    # Random layers amplify what a type rounds; blocks that are read in another way give unrelated logits (1.4).
     assert apart(logits_of(file, tmp_path), model) < (0.15 if kind in ("bf16", "q8_0") else 0.5)
 
 
