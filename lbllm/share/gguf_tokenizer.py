@@ -31,7 +31,8 @@ _TRIED = (
     "https://example.org/path?query=1&other=two#part A.B.C. aaaaaaaaa ----- =====",
     "x",
 )
-# Of llama.cpp's models with one of these in their name, special tokens take the white space after them, but these.
+# In models with one of these in their name llama.cpp lets special tokens take the white space after them, but for three
+# that it takes for granted.
 _PHI, _KEPT = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -39,6 +40,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise ModelError, with a way out, if llama.cpp can't split texts as this tokenizer does. ``name``: of the model
     in the file."""
     document = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer.get_vocab()
+    if _is_phi(name) and not all(token in vocabulary for token in _KEPT):
+        raise ModelError(f"llama.cpp reads {name} only with the tokens {', '.join(_KEPT)}; {OTHERWISE}")
     if _is_sentencepiece(document):
         _prefix(tokenizer, document, name)
     else:
@@ -156,8 +160,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, document: dict[str, Any], name: 
     model = document["model"]
     made = scores([tuple(merge) for merge in model["merges"]])
     added = {one["content"]: one for one in _added(document, made)}
-    stripping = any(part in name.lower() for part in _PHI)
-    stripped = {one for one, entry in added.items() if stripping and entry["special"] and one not in _KEPT}
+    stripped = {one for one, entry in added.items() if _is_phi(name) and entry["special"] and one not in _KEPT}
     ids = model["vocab"] | {one: entry["id"] for one, entry in added.items()}
     chats = _chats(tokenizer)
     wrong: list[str] = []
@@ -171,6 +174,10 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, document: dict[str, Any], name: 
     raise ModelError(
         f"llama.cpp would split texts in another way than this model's tokenizer, for example {wrong[0]!r}; {OTHERWISE}"
     )
+
+
+def _is_phi(name: str) -> bool:
+    return any(part in name.lower() for part in _PHI)
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

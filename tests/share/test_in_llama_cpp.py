@@ -107,11 +107,14 @@ def test_every_type_is_read(kind: GgufType, tmp_path: Path) -> None:
     assert apart(logits_of(file, tmp_path), model) < (0.15 if kind in ("bf16", "q8_0") else 0.5)
 
 
-@pytest.mark.parametrize(("form", "prefix"), [("normalizer", True), ("normalizer", False), ("metaspace", True)])
-def test_pieces_are_split_alike(form: str, prefix: bool, tmp_path: Path) -> None:
-    tokenizer = made(prefix=prefix, form=form)
+@pytest.mark.parametrize(
+    ("form", "prefix", "strips"),
+    [("normalizer", True, False), ("normalizer", False, False), ("metaspace", True, False), ("normalizer", True, True)],
+)
+def test_pieces_are_split_alike(form: str, prefix: bool, strips: bool, tmp_path: Path) -> None:
+    tokenizer, name = made(prefix=prefix, form=form, strips=strips), "Phi-3" if strips else "Tiny"
     model, _ = tiny("llama", vocab_size=len(tokenizer))
-    write_gguf(model, tokenizer, tmp_path / "m.gguf", name="Tiny", licence=None)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", name=name, licence=None)
     texts = [*SENTENCES, "Ünïcode 東京 🙂\n\n\tx  y   z", "<|user|>\nHi there<|end|>\n<|user|> again", "a"]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     in_llama_cpp(tmp_path / "m.gguf", tmp_path / "texts.json", tmp_path / "ids.json", "--tokenize")

@@ -17,13 +17,14 @@ from lbllm.errors import ModelError
 from lbllm.share.gguf import check_exportable, write_gguf
 from lbllm.share.sentencepiece import SPACE, Splitter, byte_token, scores
 from tests.helpers.cases import cases
-from tests.helpers.tiny_models import CHAT_TEMPLATE, SENTENCES, tiny, tiny_config
+from tests.helpers.tiny_models import CHAT_TEMPLATE, SENTENCES, tiny, tiny_config, tiny_tokenizer
 
-SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|end|>")
+SPECIAL = ("<unk>", "<s>", "<|endoftext|>", "</s>", "<|user|>", "<|end|>")
 
 
-def made(*, prefix: bool = True, form: str = "normalizer", chat: bool = True) -> PreTrainedTokenizerBase:
-    """A small SentencePiece vocabulary with a token for each byte, as tokenizer.json files have it."""
+def made(*, prefix: bool = True, form: str = "normalizer", strips: bool = False) -> PreTrainedTokenizerBase:
+    """A small SentencePiece vocabulary with a token for each byte, as tokenizer.json files have it.
+    ``strips``: special tokens but the first three take the white space after them, as Phi 3's."""
     spaces = [normalizers.Replace(" ", SPACE)]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -41,12 +42,14 @@ def made(*, prefix: bool = True, form: str = "normalizer", chat: bool = True) ->
     else:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE)] * prefix + spaces)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    stripping = SPECIAL[3:] if strips else ()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, rstrip=token in stripping) for token in SPECIAL]
+    )  # fmt: skip
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
-    if chat:
-        fast.chat_template = CHAT_TEMPLATE.replace("<|start|>", "<|user|>")
+    fast.chat_template = CHAT_TEMPLATE.replace("<|start|>", "<|user|>")
     return fast
 
 
@@ -84,7 +87,7 @@ def test_the_file_has_pieces_with_scores(form: str, prefix: bool, tmp_path: Path
     assert value["tokenizer.ggml.model"] == "llama"
     assert value["tokenizer.ggml.add_space_prefix"] is prefix
     types, tokens = value["tokenizer.ggml.token_type"], value["tokenizer.ggml.tokens"]
-    assert types[:6] == [TokenType.UNKNOWN, *[TokenType.CONTROL] * 4, TokenType.BYTE]
+    assert types[:7] == [TokenType.UNKNOWN, *[TokenType.CONTROL] * 5, TokenType.BYTE]
     assert types[-3:] == [TokenType.UNUSED] * 3
     document = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     ranks: dict[str, int] = {}
@@ -99,6 +102,16 @@ def changed(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedTok
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     document["model"] |= changes
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)), eos_token="</s>")
+
+
+def test_llama_cpp_strips_white_space_by_the_name_of_phi_3() -> None:
+    config, phi = tiny_config("llama"), made(strips=True)
+    check_exportable(config, phi, "Phi-3-mini binarized")
+    for tokenizer, name in ((phi, "Mine"), (made(), "Phi-3-mini binarized")):
+        with pytest.raises(ModelError, match="split texts in another way"):
+            check_exportable(config, tokenizer, name)
+    with pytest.raises(ModelError, match=r"reads phi3 only with the tokens <unk>, <s>, <\|endoftext\|>"):
+        check_exportable(config, tiny_tokenizer(), "phi3")
 
 
 def test_others_are_refused() -> None:
