@@ -121,14 +121,14 @@ class Compensation(LessonMaker):
             mode: [computed(*how, x @ exact.t(), x @ now.t()) for now in states] for mode, states in self.states.items()
         }
 
-    def weight_error(self, mode: str, stop: int) -> Figure:
-        """The error of the rows' weights."""
-        exact, now = self.data.example_rows, self.states[mode][stop]
+    def weight_error(self, mode: str) -> Figure:
+        """The error of the rows' weights after the last column."""
+        exact, now = self.data.example_rows, self.states[mode][-1]
         return computed("Error of the weights", "{:.2%}", RELATIVE_ERROR, relative_error, exact, now)
 
     def lesson(self) -> Lesson:
         alone, passed = (self.output_errors[mode][-1] for mode in MODES)
-        weights, moved = (self.weight_error(mode, -1) for mode in MODES)
+        weights, moved = (self.weight_error(mode) for mode in MODES)
         columns = self.data.example_rows.shape[1]
         guess = number_question(
             f"If each of the {columns} weights in a row is rounded on its own, the outputs have an error of "
@@ -204,8 +204,8 @@ class Compensation(LessonMaker):
             y_label="error of the outputs, %",
             mark=stop,
         )
-        figures = (self.output_errors[mode][stop], self.weight_error(mode, stop))
-        return Scene((rows, change, curve), figures, self._say(mode, stop))
+        # The error of the weights is left to the check.
+        return Scene((rows, change, curve), (self.output_errors[mode][stop],), self._say(mode, stop))
 
     def _say(self, mode: str, stop: int) -> str:
         done, columns = self.stops[stop], self.data.example_rows.shape[1]
