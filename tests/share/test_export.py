@@ -126,7 +126,7 @@ def test_files_of_this_machine_are_named_by_their_last_part(
     assert {one.text.partition(",")[0] for one in record.evaluations[:4]} == {f"held-out part of {text.name}"}
 
 
-def of_a_space(kind: ExportKind, run: Run) -> dict[str, str]:
+def of_a_space(kind: ExportKind, run: Run) -> dict[str, Any]:
     """The options that an export of a foreign folder needs."""
     return {"teacher": run.config.model} if kind == "space" else {}
 
