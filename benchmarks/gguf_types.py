@@ -54,6 +54,17 @@ def perplexity_in_llama_cpp(modules: str, file: Path, tokens: Tensor) -> float:
     return float(np.exp(total / count))
 
 
+def own_row(modules: str, dense: Path, kind: str, tokens: Tensor, packed: float) -> dict[str, Any]:
+    """The row of a type that llama.cpp's own function makes of the file in bfloat16."""
+    file = dense.with_name(f"own-{kind}.gguf")
+    command = [sys.executable, "-m", "benchmarks.llama_quantize", str(library_in(Path(modules)).resolve())]
+    subprocess.run([*command, str(dense), str(file), kind.upper()], cwd=ROOT, check=True, capture_output=True)
+    found = perplexity_in_llama_cpp(modules, file, tokens)
+    row = {"label": f"{kind.upper()}, by llama.cpp", "mb": round(file.stat().st_size / 1e6, 1), "bits": None}
+    file.unlink()
+    return row | {"error": None, "perplexity": found, "change": found / packed - 1, "answer": None}
+
+
 def weights_in(model: Any, kind: GgufType) -> tuple[float, float]:
     """Bits of a binarized weight in a file of this type, and the error of all of them relative to the packed ones."""
     stored = stored_matrices(model, kind)
@@ -81,6 +92,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="shipped", help="a packed folder, a run, or shipped")
     parser.add_argument("--llama-cpp", metavar="FOLDER", required=True, help="where npm has installed node-llama-cpp")
     parser.add_argument("--types", default=",".join(SHAPES), help="joined by commas")
+    parser.add_argument("--own", default="", help="types that llama.cpp itself makes of the file in bf16")
     parser.add_argument("--text", default="wikitext2", help="for perplexity: wikitext2 or a file")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=8, help="windows of the text")
@@ -111,13 +123,16 @@ def main() -> None:
             row = {"label": kind.upper(), "mb": round(file.stat().st_size / 1e6, 1), "bits": round(bits, 2)}
             row |= {"error": difference, "perplexity": found, "change": found / own - 1}
             rows.append(row | {"answer": tokenizer.decode(said["answer"], skip_special_tokens=True)})
+            for own_type in given.own.split(",") if kind == "bf16" and given.own else ():
+                progress(f"llama.cpp's own {own_type}")
+                rows.append(own_row(given.llama_cpp, file, own_type, tokens, own))
             file.unlink()
     lines = [
         [
             row["label"],
             "" if row["bits"] is None else f"{row['bits']:g}",
             f"{row['mb']:.1f}",
-            f"{row['error']:.2%}",
+            "" if row["error"] is None else f"{row['error']:.2%}",
             f"{row['perplexity']:.3f}",
             f"{row['change']:+.2%}",
             row["answer"] or "",
