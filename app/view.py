@@ -19,6 +19,7 @@ from lbllm.config import labels_alone
 from lbllm.errors import LbllmError
 from lbllm.places import ASSETS, home
 from lbllm.runs.store import RunStore
+from lbllm.units import number_text as number_text
 from lbllm.units import size as size_words
 
 THEME = ASSETS / "theme"
@@ -66,18 +67,6 @@ def count_text(count: float) -> str:
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g}{unit}"
     return f"{count:.0f}"
-
-
-def number_text(value: float) -> str:
-    """Return a measured number as text with three or four digits: 1,234, 280.2, 3.00, 0.500, 0.0123; zero as 0."""
-    size = abs(value)
-    if not size < float("inf"):
-        return "not a number" if value != value else "infinite"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 100:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 1 else f"{value:#.3g}" if size else "0"
 
 
 def path_text(path: Path | str) -> str:

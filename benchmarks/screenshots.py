@@ -1,10 +1,12 @@
 """Pictures of the workbench's pages and of the showcase in both themes, for docs/screens.
 
-    python -m benchmarks.screenshots                       pages over the usual home: newest finished run, two models
+    python -m benchmarks.screenshots                       pages over the usual home
     python -m benchmarks.screenshots --size 1920x1080 --out /tmp/large --pages quantize,runs
 
 It starts a workbench and a showcase of its own, opens each page in headless Chromium, does what a visitor would (asks
-both models, previews a block, looks at a run), and takes a picture when nothing moves any more.
+both models, previews a block, looks at a run), and takes a picture when nothing moves any more. Shown are the newest
+finished run and evaluation; where there is none, a run of the preset `preview` or an evaluation of the shipped
+checkpoint beside its teacher is done first.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwr
 from app.showcase.page import serve
 from benchmarks.command_line import one_message
 from lbllm.chat.showcase import open_showcase
-from lbllm.config import SHIPPED
+from lbllm.config import DEFAULT_MODEL, SHIPPED, make_config
+from lbllm.errors import RunError
+from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.store import EvaluationStore
 from lbllm.microscope.address import EXAMPLE
 from lbllm.places import home
@@ -43,6 +47,32 @@ def settle(page: Page) -> None:
     page.mouse.move(1, 1)
 
 
+def finished_run() -> str:
+    """The newest run that is done, or a short one that is done now."""
+    store = RunStore()
+    if not (done := [run.id for run in store.all() if run.state == "done"]):
+        run = store.create(make_config("preview"))
+        store.start(run.id).wait()
+        done = [one.id for one in store.all() if one.state == "done"]
+        if not done:
+            raise RunError(f"run {run.id} did not end well; its log says why: {run.folder / 'worker.log'}")
+    return done[-1]
+
+
+def finished_evaluation() -> str:
+    """The newest evaluation that is done, or one of the shipped checkpoint beside its teacher, done now."""
+    store = EvaluationStore()
+    if not (done := [one.id for one in store.all() if one.state == "done"]):
+        models = (DEFAULT_MODEL, SHIPPED)
+        job = EvaluationJob(measure="text", models=models, teacher=DEFAULT_MODEL, seq_len=1024, windows=10)
+        made = store.create(job)
+        store.start(made.id).wait()
+        done = [one.id for one in store.all() if one.state == "done"]
+        if not done:
+            raise RunError(f"evaluation {made.id} did not end well: {store.get(made.id).message}")
+    return done[-1]
+
+
 def compare(page: Page, server: Server) -> None:
     """Both models have answered."""
     page.goto(server.url())
@@ -64,17 +94,15 @@ def quantize(page: Page, server: Server) -> None:
 
 
 def runs(page: Page, server: Server) -> None:
-    """The newest finished run, or the page without one."""
-    finished = [run.id for run in RunStore().all() if run.state == "done"]
-    page.goto(server.url("runs" + (f"?run={finished[-1]}" if finished else "")))
+    """The newest finished run."""
+    page.goto(server.url(f"runs?run={finished_run()}"))
     page.get_by_test_id("stMain").wait_for(timeout=PATIENCE)
     page.wait_for_timeout(3000)
 
 
 def evaluate(page: Page, server: Server) -> None:
-    """The newest finished evaluation, or the form without one."""
-    finished = [one.id for one in EvaluationStore().all() if one.state == "done"]
-    page.goto(server.url("evaluate" + (f"?evaluation={finished[-1]}" if finished else "")))
+    """The newest finished evaluation."""
+    page.goto(server.url(f"evaluate?evaluation={finished_evaluation()}"))
     page.get_by_test_id("stMain").wait_for(timeout=PATIENCE)
     page.wait_for_timeout(3000)
 

@@ -1,5 +1,7 @@
 """Make pages and text files from jinja2 templates, in the folder templates/ beside the module that fills them.
 
+lbllm/templates/ has what saved pages share: page.css, their style, and exchanges.html.jinja, answers side by side.
+
 HTML templates escape every value. In Markdown, YAML and Python that escaping would be wrong: their templates pass
 each value that comes from a person, a model or a file through one of these filters:
 
@@ -24,9 +26,10 @@ _UNREADABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]
 
 
 def environment(module: str) -> Environment:
-    """The templates beside a module; ``module`` is its ``__file__``. A value that a template lacks is an error."""
+    """The templates beside a module, then the shared ones; ``module`` is its ``__file__``. A value that a template
+    lacks is an error."""
     made = Environment(
-        loader=FileSystemLoader(Path(module).with_name("templates")),
+        loader=FileSystemLoader([Path(module).with_name("templates"), Path(__file__).with_name("templates")]),
         autoescape=select_autoescape(("html.jinja",)),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,4 +1,4 @@
-"""Sizes, durations and counts as people read them."""
+"""Sizes, durations, counts and measured numbers as people read them."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def against_16_bits(count: float, parameters: int) -> str:
         if factor > 1
         else f"{1 / factor:.1f} times larger than in 16 bits"
     )
+
+
+def number_text(value: float) -> str:
+    """Return a measured number as text with three or four digits: 1,234, 280.2, 3.00, 0.500, 0.0123; zero as 0."""
+    size = abs(value)
+    if not size < float("inf"):
+        return "not a number" if value != value else "infinite"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:#.3g}" if size else "0"

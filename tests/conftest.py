@@ -54,6 +54,8 @@ SLOW = (
     "tests/measure/test_zero_shot.py",
     "tests/evaluation/test_evaluations.py",
     "tests/commands/test_evaluating.py",
+    "tests/commands/test_reporting.py",
+    "tests/reporting/test_report.py",
     "tests/pipeline/",
     "tests/stages/test_wat.py",
     "tests/test_files.py",

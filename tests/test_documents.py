@@ -41,6 +41,7 @@ COMMANDS = (
     "export",
     "export-course",
     "repack",
+    "report",
     "chat",
     "doctor",
     "models",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.evaluate.figures import Card, difference_text, question_html, range_text, show_cards, show_table
+from app.evaluate.figures import Card, question_html, show_cards, show_table
 from app.evaluate.on_text import compared_with
 from app.view import plain
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import Parts
 from lbllm.evaluation.results import Disputed, TaskResult, disputed, task_difference, task_results
+from lbllm.evaluation.words import difference_text, range_text
 
 PAGE = 8  # questions
 

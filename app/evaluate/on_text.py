@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app.components.live_chart import encode, live_chart
-from app.evaluate.figures import Card, difference_text, range_text, show_cards, show_table
+from app.evaluate.figures import Card, show_cards, show_table
 from app.runs.charts import Figure
 from app.runs.overlay import colour, literal
 from app.view import number_text, plain
@@ -20,6 +20,7 @@ from lbllm.evaluation.results import (
     text_difference,
     text_results,
 )
+from lbllm.evaluation.words import difference_text, range_text
 from lbllm.labels import BINARIZED_BITS
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from app.components.live_chart import encode, live_chart
+from app.components.shown import with_default
 from app.microscope import state
 from app.microscope.figures import show_figures
 from app.microscope.filling import click
@@ -40,7 +41,7 @@ def show_activations(pair: Pair, scope: Microscope, at: Address, text: str, view
             "What is shown",
             list(PARTS),
             required=True,
-            key=state.bound("part", view),
+            **with_default(state.bound("part", view)),
             format_func=PARTS.__getitem__,
             on_change=_part,
             label_visibility="collapsed",
@@ -69,7 +70,7 @@ def _pick_side() -> None:
         "Whose inputs",
         list(SIDES),
         required=True,
-        key=state.bound("side", _side()),
+        **with_default(state.bound("side", _side())),
         format_func=SIDES.__getitem__,
         on_change=state.taken,
         args=("side",),

@@ -10,6 +10,7 @@ import streamlit as st
 
 from app.components.live_chart import encode, live_chart
 from app.components.microscope_view import words_view
+from app.components.shown import with_default, with_value
 from app.microscope import state
 from app.microscope.changes import FORMATS, KINDS, MOST, ROUNDED, Change, choice_of, missing, name_of
 from app.microscope.figures import show_figures, words_html
@@ -36,7 +37,7 @@ def show_effects(pair: Pair, scope: Microscope, at: Address, text: str) -> None:
             "Change",
             list(KINDS),
             required=True,
-            key=state.bound("kind", change.kind),
+            **with_default(state.bound("kind", change.kind)),
             format_func=KINDS.__getitem__,
             on_change=_kind,
             args=(scope,),
@@ -72,7 +73,7 @@ def _pick_scope(change: Change) -> None:
         "What is changed",
         list(_SCOPES),
         required=True,
-        key=state.bound("detail", change.detail),
+        **with_default(state.bound("detail", change.detail)),
         format_func=_SCOPES.__getitem__,
         on_change=_detail,
         args=(change.kind,),
@@ -91,7 +92,7 @@ def _controls(change: Change, scope: Microscope, at: Address) -> tuple[float, ..
             f"How many of the {scope.blocks} blocks are binarized, from the first on",
             0,
             scope.blocks,
-            key=state.bound("detail", min(int(change.detail), scope.blocks)),
+            **with_value(state.bound("detail", min(int(change.detail), scope.blocks))),
             on_change=_detail,
             args=("first",),
         )
@@ -101,7 +102,7 @@ def _controls(change: Change, scope: Microscope, at: Address) -> tuple[float, ..
             "Quantize this layer anew, without training",
             options,
             required=True,
-            key=state.bound("detail", change.detail),
+            **with_default(state.bound("detail", change.detail)),
             format_func=lambda name: (
                 FORMAT_NAMES[FORMATS[name]] if name in FORMATS else f"{name} bit{'' if name == '1' else 's'}"
             ),
@@ -126,14 +127,14 @@ def _pick_levels(change: Change, scope: Microscope, at: Address) -> tuple[float,
         shown = stored
     step = float(f"{max(abs(float(group.weights.abs().max())), 1e-6) / 20:.1g}")
     with st.container(horizontal=True, vertical_alignment="bottom", key="inspect_levels"):
-        for number, value in enumerate(shown):
+        for number, level in enumerate(shown):
             st.number_input(
                 f"Level {number + 1}",
                 -MOST,
                 MOST,
                 step=step,
                 format="%.4f",
-                key=state.bound(f"level_{number}", round(value, 6)),
+                **with_value(state.bound(f"level_{number}", round(level, 6))),
                 on_change=_edited,
                 args=(len(shown),),
             )

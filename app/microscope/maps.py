@@ -10,6 +10,7 @@ from typing import Literal
 import streamlit as st
 
 from app.components.microscope_view import map_view
+from app.components.shown import with_index
 from app.microscope import state
 from app.microscope.filling import Cell, Filling, Step, Work, filling
 from app.view import guard, number_text, sentence
@@ -64,7 +65,7 @@ def pick_colour() -> str:
     st.selectbox(
         "Colour",
         list(COLOURS),
-        key=state.bound("colour", chosen),
+        **with_index(state.bound("colour", chosen), list(COLOURS)),
         format_func=lambda name: COLOURS[name].label,
         on_change=state.taken,
         args=("colour",),

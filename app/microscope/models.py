@@ -12,6 +12,7 @@ import streamlit as st
 
 from app import visits
 from app.compare.models import Offer, allow, allowed, choices, hold, resolve
+from app.components.shown import with_index
 from app.microscope import state
 from app.paths import teacher_name
 from app.view import plain, sentence
@@ -29,10 +30,11 @@ _SLOTS = "inspect_slots"
 def pick_model() -> None:
     """The picker of the checkpoint."""
     offered, chosen = _checkpoints(), state.value("model")
+    names = list(dict.fromkeys([*offered, chosen]))
     st.selectbox(
         "Checkpoint",
-        list(dict.fromkeys([*offered, chosen])),
-        key=state.bound("model", chosen),
+        names,
+        **with_index(state.bound("model", chosen), names),
         format_func=lambda value: offered[value].title if value in offered else str(value),
         accept_new_options=True,
         on_change=_picked,
@@ -44,11 +46,11 @@ def pick_model() -> None:
 def pick_teacher() -> None:
     """The picker of the teacher."""
     chosen = state.value("teacher")
-    known = ["", *(entry.id for entry in MODELS)]
+    known = list(dict.fromkeys(["", *(entry.id for entry in MODELS), chosen]))
     st.selectbox(
         TEACHER,
-        list(dict.fromkeys([*known, chosen])),
-        key=state.bound("teacher", chosen),
+        known,
+        **with_index(state.bound("teacher", chosen), known),
         format_func=lambda value: value or OWN,
         accept_new_options=True,
         on_change=_picked,

@@ -8,6 +8,7 @@ from typing import cast
 import streamlit as st
 
 from app.components.microscope_view import link_button
+from app.components.shown import with_default, with_value
 from app.microscope import models, state
 from app.microscope.activations import PARTS, show_activations
 from app.microscope.effects import show_effects
@@ -76,7 +77,7 @@ def _sentence() -> str:
     chosen = state.value("text")[: state.LONGEST_TEXT]
     st.text_input(
         "Your sentence",
-        key=state.bound("text", chosen),
+        **with_value(state.bound("text", chosen)),
         max_chars=state.LONGEST_TEXT,
         on_change=state.taken,
         args=("text",),
@@ -104,7 +105,7 @@ def _pick_view(view: str) -> None:
         "View",
         list(VIEWS),
         required=True,
-        key=state.bound("view", "activations" if view in PARTS else view),
+        **with_default(state.bound("view", "activations" if view in PARTS else view)),
         format_func=VIEWS.__getitem__,
         on_change=state.taken,
         args=("view",),

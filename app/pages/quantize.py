@@ -11,6 +11,7 @@ import torch
 from streamlit.delta_generator import DeltaGenerator
 from transformers import PreTrainedModel
 
+from app.components.shown import with_default, with_index, with_value
 from app.paths import teacher_name
 from app.quantize import form
 from app.quantize import settings as shown
@@ -87,16 +88,17 @@ def _checkpoint() -> None:
 def _picker() -> str:
     """The model's name as it was chosen or typed."""
     known = [entry.id for entry in MODELS]
-    value = st.session_state[form.MODEL_KEY]
-    chosen = st.selectbox(
+    chosen = st.session_state[form.MODEL_KEY]
+    names = known if chosen is None or chosen in known else [chosen, *known]
+    picked = st.selectbox(
         str(SETTINGS["model"].title),
-        known if value is None or value in known else [value, *known],
-        key=form.MODEL_KEY,
+        names,
+        **with_index(form.MODEL_KEY, names),
         accept_new_options=True,
         disabled=form.continues(),
         help=f"{SETTINGS['model'].description} Folders and files must be under {root()}.",
     )
-    return chosen or ""
+    return picked or ""
 
 
 def _described(text: str) -> PreTrainedModel | None:
@@ -123,7 +125,7 @@ def _controls() -> DeltaGenerator:
         str(SETTINGS["preset"].title),
         list(PRESETS),
         format_func=str.capitalize,
-        key=form.PRESET,
+        **with_default(form.PRESET),
         on_change=form.take_preset,
         disabled=form.continues(),
         help="\n".join(f"- **{name.capitalize()}**: {words}" for name, words in ABOUT.items()),
@@ -231,11 +233,11 @@ def _objections(config: RunConfig, result: Estimate) -> list[str]:
 def _start(config: RunConfig | None, objections: list[str]) -> None:
     gpus = torch.cuda.device_count()
     name, *between, button = st.columns([3, 1, 1] if gpus > 1 else [3, 1], vertical_alignment="bottom")
-    wanted = name.text_input("Name of the run", placeholder="Name of the run, optional", key=form.NAME_KEY)
+    wanted = name.text_input("Name of the run", placeholder="Name of the run, optional", **with_value(form.NAME_KEY))
     processes = 1
     if between and config is not None and config.device in ("auto", "cuda"):
         how = "Share the run among this many processes, each on a GPU of its own."
-        processes = between[0].number_input("GPUs", 1, gpus, key=form.PROCESSES_KEY, help=how)
+        processes = between[0].number_input("GPUs", 1, gpus, **with_value(form.PROCESSES_KEY), help=how)
     impossible = config is None or bool(objections)
     pressed = button.button("Start", type="primary", disabled=impossible, width="stretch", key="quantize start")
     ahead = sum(run.state in ACTIVE for run in store().all())

@@ -9,6 +9,7 @@ from typing import Any
 import pandas
 import streamlit as st
 
+from app.components.shown import with_default, with_index, with_value
 from app.quantize.form import (
     COLUMNS,
     CORPUS_KEY,
@@ -39,17 +40,17 @@ def control(setting: Setting) -> None:
     disabled = reason is not None
     help_text = f"**Not used: {reason}**\n\n{setting.help}" if reason else setting.help
     if setting.step:
-        st.number_input(setting.label, key=setting.key, help=help_text, disabled=disabled, **setting.number)
+        st.number_input(setting.label, **with_value(setting.key), help=help_text, disabled=disabled, **setting.number)
         return
-    value = st.session_state[setting.key]
     further = setting is STAGE_SETTING and free_to_lower()
-    choices = _with(_offered(setting), value)
+    choices = _with(_offered(setting), st.session_state[setting.key])
     draw: Callable[..., Any] = st.selectbox if setting.menu else partial(st.segmented_control, required=True)
+    shown = with_index(setting.key, choices) if setting.menu else with_default(setting.key)
     draw(
         setting.label,
         choices,
         format_func=setting.show,
-        key=setting.key,
+        **shown,
         help=help_text,
         on_change=take_stages if further else None,
         disabled=disabled,
@@ -72,12 +73,12 @@ def _offered(setting: Setting) -> tuple[Any, ...]:
 def corpus_picker() -> None:
     """The text to train on: from the catalogue, or a path that is typed."""
     notes = {entry.id: entry.note for entry in TEXTS}
-    value = st.session_state[CORPUS_KEY]
+    texts = _with(tuple(notes), st.session_state[CORPUS_KEY])
     field = SETTINGS["corpus"]
     st.selectbox(
         str(field.title),
-        _with(tuple(notes), value),
-        key=CORPUS_KEY,
+        texts,
+        **with_index(CORPUS_KEY, texts),
         accept_new_options=True,
         help=f"{field.description}\n\n" + "\n".join(f"- **{name}**: {note}" for name, note in notes.items()),
     )
@@ -105,7 +106,7 @@ def layers_table(names: Iterable[str]) -> pandas.DataFrame:
     st.multiselect(
         str(field.title),
         list(dict.fromkeys((*st.session_state[SKIP_KEY], *ends, *blocks))),
-        key=SKIP_KEY,
+        **with_default(SKIP_KEY),
         accept_new_options=True,
         placeholder="none",
         help=field.description,

@@ -14,6 +14,7 @@ from lbllm.errors import LbllmError
 from lbllm.labels import BINARIZED_BITS
 from lbllm.machine import fastest_matmul_rate, free_memory
 from lbllm.measure.estimate import Estimate, estimate
+from lbllm.measure.experts_share import experts_sentence
 from lbllm.models.blocks import decoder_blocks, linear_layers
 from lbllm.models.catalogue import MODELS
 from lbllm.models.teacher import ModelSummary, skeleton, summary
@@ -173,16 +174,9 @@ def show_figures(config: RunConfig, result: Estimate) -> None:
 
 def show_experts(result: Estimate) -> None:
     """Show what the experts of a mixture take of bits, size and time."""
-    found = result.experts
-    if found is None:
-        return
-    bits = 8 * found.disk_bytes / found.weights
-    st.caption(
-        f"**Experts:** {found.active} of {found.count} compute a token. They are "
-        f"{100 * found.weights / result.weights:.0f} % of the binarized weights, at {bits:.2f} bits; "
-        f"{size_text(found.disk_bytes)}, {100 * found.disk_bytes / result.disk_bytes:.0f} % of the file; and "
-        f"{time_text(found.seconds)}, {100 * found.seconds / result.seconds:.0f} % of the time."
-    )
+    said = experts_sentence(result)
+    if said:
+        st.caption(f"**Experts:** {said}")
 
 
 def bar(result: Estimate) -> str:

@@ -8,6 +8,7 @@ import json
 import plotly.graph_objects as go
 import streamlit as st
 
+from app.components.shown import with_default, with_value
 from app.quantize import form
 from app.quantize.settings import size_label
 from app.view import COLOURS, guard, number_text
@@ -63,14 +64,14 @@ def show_preview(config: RunConfig, blocks: int) -> None:
         with right.container(horizontal=True, horizontal_alignment="right", vertical_alignment="bottom"):
             block_key = f"{form.BLOCK_KEY}{blocks}"
             st.session_state.setdefault(block_key, max(1, blocks // 2))
-            shown = st.number_input(f"Block (1 to {blocks})", 1, blocks, key=block_key, width=140)
+            shown = st.number_input(f"Block (1 to {blocks})", 1, blocks, **with_value(block_key), width=140)
             pressed = st.button("Preview", key="quantize preview")
         methods = st.multiselect(
             "Beside other methods",
             list(METHODS),
             format_func=NAMES.__getitem__,
             placeholder="none",
-            key=form.METHODS_KEY,
+            **with_default(form.METHODS_KEY),
             help="Weight-only methods with a calibration like stage 1's, no training, on the same block and text. "
             "They are for comparison: a run makes W(1+1), W1 or W(1+1+1). Each takes some more seconds.",
         )

@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 from transformers import PreTrainedModel
 
+from app.components.shown import with_default, with_value
 from app.quantize import form
 from app.quantize.facts import rate
 from app.quantize.settings import WIDGETS, Setting
@@ -44,7 +45,7 @@ def _section(config: RunConfig, model: PreTrainedModel) -> None:
             "Settings to vary",
             offered,
             format_func=lambda path: str(label(path)),
-            key=SETTINGS_KEY,
+            **with_default(SETTINGS_KEY),
             max_selections=4,
             placeholder="Group size, bits of group parameters, epochs and so on",
         )
@@ -70,11 +71,13 @@ def _values(setting: Setting, config: RunConfig) -> list[Any]:
     if setting.choices and not setting.step:
         choices = list(setting.choices) if own in setting.choices else [*setting.choices, own]
         st.session_state.setdefault(key, [own])
-        chosen = st.pills(name, choices, format_func=setting.show, selection_mode="multi", key=key, help=setting.help)
+        chosen = st.pills(
+            name, choices, format_func=setting.show, selection_mode="multi", help=setting.help, **with_default(key)
+        )
         return [list(value) if isinstance(value, tuple) else value for value in chosen or []]
     st.session_state.setdefault(key, str(own))
     text = st.text_input(
-        f"{name}: values, with commas between them", key=key, help=setting.help, placeholder=f"{own}, …"
+        f"{name}: values, with commas between them", **with_value(key), help=setting.help, placeholder=f"{own}, …"
     )
     return parse_axis(f"{setting.path}={text}")[1] if text.strip() else []
 
@@ -114,7 +117,7 @@ def _row(one: Planned, result: Estimate | None) -> dict[str, Any]:
 def _start(runs: list[Planned], found: SweepEstimate) -> None:
     free = free_name(notes(store()))
     left, right = st.columns([3, 2], vertical_alignment="bottom")
-    name = left.text_input("Tag of these runs", placeholder=free, max_chars=LONGEST_TAG, key=NAME_KEY)
+    name = left.text_input("Tag of these runs", placeholder=free, max_chars=LONGEST_TAG, **with_value(NAME_KEY))
     form.keep()
     ahead = sum(run.state in ACTIVE for run in store().all())
     if ahead:

@@ -14,6 +14,7 @@ from app.runs.charts import STAGE_LABELS
 from app.runs.detail import watched
 from app.runs.facts import show_compared
 from app.runs.listing import expected_of, summary
+from app.runs.report import show_report
 from app.view import guard, number_text, plain, size_text, time_text
 from lbllm.events import stage_parts
 from lbllm.measure.finished import measure_finished
@@ -72,6 +73,7 @@ def show_compared_runs(runs: RunStore, address: str) -> None:
     st.fragment(_body, run_every=live)(runs, chosen)
     with guard():
         _measure(runs, [known[run_id] for run_id in chosen])
+    show_report(runs, chosen)
 
 
 def _picker(known: dict[str, Run], chosen: list[str]) -> list[str]:

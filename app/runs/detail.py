@@ -21,6 +21,7 @@ from app.runs.charts import STAGE_LABELS, Chosen, Figure, place_name
 from app.runs.experts import show_experts
 from app.runs.export import show_export
 from app.runs.facts import show_legend, show_note, show_settings, teacher_of
+from app.runs.report import show_report
 from app.runs.state import badge, stage_seconds, state_text
 from app.view import guard, number_text, path_text, plain, sentence, size_text
 from lbllm.config import CONTINUATIONS, FROM_CHECKPOINT
@@ -251,6 +252,7 @@ def show_run(runs: RunStore, run_id: str) -> None:
             outcome(run, view)
         with guard():
             show_export(runs, run)
+        show_report(runs, [run.id])
         drawn = (run.state, run.is_missing, view.news)
         live = POLL_SECONDS if run.state in ACTIVE else None
         if view.started is None:

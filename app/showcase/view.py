@@ -113,7 +113,16 @@ def notice(text: str, *, kind: str = "") -> str:
 
 
 def status(showcase: Showcase, seen: Seen) -> str:
-    """The state of the question, in one line."""
+    """The state of the question and the settings of the answers, a line each."""
+    chosen = seen.settings
+    settings = (
+        f"Both answers: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, repetition penalty "
+        f"{chosen.repetition_penalty:g}, at most {chosen.max_new_tokens} tokens, seed {chosen.seed}"
+    )
+    return _state(showcase, seen) + _html("settings", text=settings)
+
+
+def _state(showcase: Showcase, seen: Seen) -> str:
     if seen.state == "waiting":
         place = "next" if seen.position == 1 else f"number {seen.position}"
         return notice(f"Your question is {place} in the line.", kind="strong")
@@ -137,10 +146,12 @@ def answer(seen: Seen, side: int) -> str:
 
 
 def heading(showcase: Showcase, seen: Seen | None, side: int) -> str:
-    """The name of a side's model, or its letter while the name is hidden."""
+    """The name and the format of a side's model, or its letter while these are hidden."""
     names = showcase.names if seen is None else seen.names
+    slot = None if names is None else showcase.slots[0 if names[side] == showcase.names[0] else 1]
     return _html(
         "heading",
+        format=slot.loaded.precision if slot is not None and slot.state == "ready" else "",
         letter=LETTERS[side] if seen is not None and seen.blind else "",
         name=names[side] if names is not None else "",
         student=names is not None and names[side] == showcase.names[1],

@@ -118,8 +118,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Seen:
-    """A turn as its visitor may see it. ``position`` in the line: 1 is next, 0 is not in it. Until a blind turn is
-    revealed, ``names`` is None and ``answers`` lack everything that identifies the models."""
+    """A turn as its visitor may see it. ``position`` in the line: 1 is next, 0 is not in it; ``settings``: of both
+    answers. Until a blind turn is revealed, ``names`` is None and ``answers`` lack everything that identifies the
+    models."""
 
     state: TurnState
     number: int
@@ -129,6 +130,7 @@ class Seen:
     answers: tuple[Answer, Answer]
     votable: bool
     choice: Choice | None
+    settings: ChatSettings
 
 
 class Showcase:
@@ -246,6 +248,7 @@ class Showcase:
                 answers=_hidden(answers) if hidden else answers,
                 votable=votable,
                 choice=turn.choice,
+                settings=turn.settings,
             )
 
     def stop(self, turn: Turn) -> None:

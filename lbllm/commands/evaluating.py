@@ -44,7 +44,7 @@ def evaluate_stored(job: EvaluationJob, *, queue: bool, out: Path | None, as_jso
         else:
             plain(results(), made.id)
         return
-    _show(_follow(store, made.id, quiet=as_json), out, as_json)
+    _show(follow(store, made.id, quiet=as_json), out, as_json)
 
 
 def stored_job(
@@ -61,7 +61,6 @@ def stored_job(
     """The evaluation that the options of `evaluate` ask for; the teacher is one of its models. Raises LbllmError."""
     from lbllm.checkpoints.find import find_model
     from lbllm.evaluation.job import make_job
-    from lbllm.evaluation.prompt_files import read_prompts
     from lbllm.measure.zero_shot import task_names
     from lbllm.texts.catalogue import TEXTS
     from lbllm.texts.windows import check_text
@@ -72,16 +71,23 @@ def stored_job(
     values: dict[str, Any] = {"models": tuple(map(absolute, named)), "titles": tuple(named), "seed": seed}
     values["teacher"] = None if teacher is None else absolute(teacher)
     if prompts is not None:
-        try:
-            data = prompts.read_bytes()
-        except OSError as error:
-            raise CorpusError(f"--prompts {prompts} can't be read ({error.strerror}); give another file") from None
-        return make_job(measure="prompts", prompts=read_prompts(prompts.name, data), settings=answering, **values)
+        return make_job(measure="prompts", prompts=prompts_in(prompts), settings=answering, **values)
     if tasks is not None:
         return make_job(measure="tasks", tasks=tuple(task_names(tasks)), questions=limit, **values)
     check_text(text, limit)
     place = text if text in (entry.id for entry in TEXTS) else str(Path(text).absolute())
     return make_job(measure="text", text=place, seq_len=seq_len, windows=limit, **values)
+
+
+def prompts_in(file: Path) -> tuple[str, ...]:
+    """The prompts of a file that --prompts names. Raises CorpusError."""
+    from lbllm.evaluation.prompt_files import read_prompts
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"--prompts {file} can't be read ({error.strerror}); give another file") from None
+    return read_prompts(file.name, data)
 
 
 def absolute(name: str) -> str:
@@ -123,7 +129,7 @@ def evaluations_continue(name: EvaluationArgument, out: OutFileOption = None, as
     store = EvaluationStore()
     _check_out(out, store.get(name).job.measure)
     store.start(name)
-    _show(_follow(store, name, quiet=as_json), out, as_json)
+    _show(follow(store, name, quiet=as_json), out, as_json)
 
 
 def evaluations_cancel(name: EvaluationArgument, as_json: JsonOption = False) -> None:
@@ -145,9 +151,9 @@ def _said(name: str, what: str, as_json: bool) -> None:
         plain(notices(), f"evaluation {name} {what}")
 
 
-def _follow(store: EvaluationStore, name: str, *, quiet: bool) -> Evaluation:
-    """Wait for the end of an evaluation, with a bar. Raises RunError if it failed; StoppedByUser after Ctrl-C, which
-    leaves it at work."""
+def follow(store: EvaluationStore, name: str, *, quiet: bool, what: str = "evaluation") -> Evaluation:
+    """Wait for the end of an evaluation, with a bar named ``what``. Raises RunError if it failed; StoppedByUser after
+    Ctrl-C, which leaves it at work."""
     began, told = time.monotonic(), False
     try:
         with counter(notices(quiet=quiet)) as show:
@@ -156,7 +162,7 @@ def _follow(store: EvaluationStore, name: str, *, quiet: bool) -> Evaluation:
                     plain(notices(quiet=quiet), "waits for its turn: a run or another evaluation is at work")
                     told = True
                 if found.progress is not None and found.progress.total:
-                    show("evaluation", found.progress.done, found.progress.total)
+                    show(what, found.progress.done, found.progress.total)
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         raise StoppedByUser(
@@ -179,6 +185,11 @@ def _check_out(out: Path | None, measure: str) -> None:
         raise ConfigError("--out writes the answers of --prompts; print other figures with --json")
     if out.suffix.lower() not in (".csv", ".html"):
         raise ConfigError(f"--out {out}: give a name that ends in .csv or .html")
+    check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse before any work a file whose folder does not exist. Raises ConfigError."""
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
 

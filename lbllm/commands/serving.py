@@ -130,6 +130,8 @@ def streamlit_options(host: str, port: int) -> dict[str, Any]:
         "client.showErrorLinks": False,
         "client.toolbarMode": "minimal",
         "logger.hideWelcomeMessage": True,
+        # Widgets have the session's value as their default, too: see app/components/shown.py.
+        "global.disableWidgetStateDuplicationWarning": True,
         "theme.base": str(ASSETS / "theme" / "theme.toml"),
         "global.developmentMode": False,
     }

@@ -33,7 +33,8 @@ class OpenedModel:
 
     ``error``: why it can't be measured; empty if it can. ``files``: names, sizes and dates of its files, by which a
     changed model is noticed. ``key``: of its windows; ``caution``: what to know of its figures; ``kl``: whether it can
-    be compared with the teacher. ``size``: bytes of its weights in memory; ``bits``: per binarized weight, 0 if dense.
+    be compared with the teacher. ``size``: bytes of its weights in memory; ``bits``: per binarized weight, 0 if dense;
+    ``machine``: where it was measured; ``kept``: "packed", or the dtype of its weights there. Both may be empty.
     """
 
     error: str = ""
@@ -43,6 +44,8 @@ class OpenedModel:
     kl: bool = False
     size: int = 0
     bits: float = 0.0
+    machine: str = ""
+    kept: str = ""
 
 
 @dataclass(frozen=True)

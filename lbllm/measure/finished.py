@@ -115,11 +115,15 @@ def decoding_speed(model: PreTrainedModel) -> SpeedMeasured:
 
     answer(4)
     times = answer(ANSWER)[1:]  # the first call of a streamer has the prompt
-    place = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor()
-    threads = "" if model.device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return SpeedMeasured(
-        tokens_per_second=(len(times) - 1) / (times[-1] - times[0]), tokens=len(times), machine=place + threads
-    )
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    return SpeedMeasured(tokens_per_second=rate, tokens=len(times), machine=measured_on(model))
+
+
+def measured_on(model: PreTrainedModel) -> str:
+    """The GPU that a model is on, or the processor with the number of threads that compute."""
+    if model.device.type == "cuda":
+        return str(torch.cuda.get_device_name(model.device))
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 class _Clock(BaseStreamer):

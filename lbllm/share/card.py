@@ -31,8 +31,8 @@ _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) 
 @dataclass(frozen=True)
 class Contents:
     """The size of a checkpoint: numbers of binarized and of dense weights, bytes of the packed file, and the bits of
-    embeddings and output head; ``q8_0``: a GGUF file has these as they are packed. ``types``: of the weights in a GGUF
-    file, in words; None for bfloat16."""
+    embeddings and output head; ``q8_0``: a GGUF file has these as they are packed; ``experts``: what the experts of a
+    mixture take, as a sentence. ``types``: of the weights in a GGUF file, in words; None for bfloat16."""
 
     architecture: str
     binarized: int
@@ -40,6 +40,7 @@ class Contents:
     packed_bytes: int
     embedding_bits: int = 16
     q8_0: bool = False
+    experts: str = ""
     types: str | None = None
 
 
@@ -57,7 +58,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class MeasuredOn:
     """The figures on one text: rows of label, perplexity, KL and agreement, and the command that prints them. They were
     measured in the run or after it."""
 
@@ -89,7 +90,7 @@ def model_card(
         packed_size=size(contents.packed_bytes),
         against=against_16_bits(contents.packed_bytes, contents.binarized + contents.dense),
         runs=[_told(run) for run in _runs(record)],
-        measured=_measured(record, settings) if settings is not None else [],
+        measured=measured_on(record, settings) if settings is not None else [],
         last_stage=stage[:1].lower() + stage[1:],
         three_planes=THREE_PLANES if settings is not None and _has_table(settings) else "",
         weights_alone=settings is not None and settings.precision(settings.stages[-1]).act_bits == 16,
@@ -144,13 +145,13 @@ def _told(record: RunRecord) -> _Run:
         record,
         texts=[(name, known.get(name)) for name in parts(settings.corpus)],
         stages=", ".join(STAGE_NAMES[stage] for stage in settings.stages),
-        command=_command(settings),
+        command=repeat_command(settings),
         document=settings.model_dump_json(indent=2, include={"seq_len", "seed", "stages", *sections}),
     )
 
 
-def _measured(record: RunRecord, settings: RunConfig) -> list[_Measured]:
-    """The figures by text, the models in the order of the stages."""
+def measured_on(record: RunRecord, settings: RunConfig) -> list[MeasuredOn]:
+    """The figures of a record by text, the models in the order of the stages."""
     labels = row_labels(settings, record.precision or "precision not known")
     order = list(labels)
     found = []
@@ -161,7 +162,7 @@ def _measured(record: RunRecord, settings: RunConfig) -> list[_Measured]:
             same = "not measured" if one.top1_agreement is None else f"{100 * one.top1_agreement:.1f}%"
             rows.append((labels[one.what], f"{one.perplexity:,.2f}", kl, same))
         table = _table_command(record, text)
-        found.append(_Measured(text, rows, table or _command(settings), by_the_run=table is None))
+        found.append(MeasuredOn(text, rows, table or repeat_command(settings), by_the_run=table is None))
     return found
 
 
@@ -174,5 +175,6 @@ def _table_command(record: RunRecord, text: str) -> str | None:
     return shlex.join(["python", "-m", "lbllm", "table", record.run or "RUN", *of])
 
 
-def _command(settings: RunConfig) -> str:
+def repeat_command(settings: RunConfig) -> str:
+    """The command line that repeats a run."""
     return shlex.join(["python", "-m", "lbllm", "quantize", *arguments(settings), "--out", "FOLDER"])

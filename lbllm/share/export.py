@@ -23,10 +23,13 @@ from lbllm.checkpoints.find import FoundCheckpoint, teacher_of
 from lbllm.checkpoints.hf import LbllmConfig, load
 from lbllm.checkpoints.record import RunRecord, copy_public
 from lbllm.checkpoints.weights import save_parts
-from lbllm.errors import ConfigError, ResourceError
+from lbllm.errors import ConfigError, LbllmError, ResourceError
 from lbllm.extras import extra
 from lbllm.files import new_folder, refuse_links, write_errors
+from lbllm.measure.estimate import estimate
+from lbllm.measure.experts_share import experts_sentence
 from lbllm.models.catalogue import last_part
+from lbllm.models.experts import Experts, split_experts
 from lbllm.quant.packed_embedding import PackedTable, weight_count
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.share.card import Contents, model_card
@@ -36,6 +39,7 @@ from lbllm.share.modelfile import modelfile
 from lbllm.share.space import write_space
 
 ExportKind = Literal["packed", "dense", "gguf", "space"]
+_RATE = 1e11  # FLOPs per second, of any machine: only shares of the time are stated
 _SPARE = 32 * 2**20  # tokenizer, config, headers
 
 
@@ -81,7 +85,7 @@ def export(
             from lbllm.share.gguf import check_exportable
         check_exportable(model.config, tokenizer, _name(source.record))
         stored = stored_matrices(model, gguf_type or "bf16")
-    contents = _contents(model, told(model, stored) if gguf_type not in (None, "bf16") else None)
+    contents = _contents(model, source.record, told(model, stored) if gguf_type not in (None, "bf16") else None)
     bits = SHAPES[gguf_type or "bf16"].bits
     needed = contents.packed_bytes if kind == "packed" else int(bits / 8 * contents.binarized) + 2 * contents.dense
     with write_errors(out), new_folder(out) as folder:
@@ -103,7 +107,7 @@ def export(
     return Exported(out, kind, total)
 
 
-def _contents(model: PreTrainedModel, types: str | None) -> Contents:
+def _contents(model: PreTrainedModel, record: RunRecord, types: str | None) -> Contents:
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     packed = {id(tensor) for layer in layers for tensor in layer.buffers()}
     quantizers = {id(p) for layer in layers if layer.quantizer is not None for p in layer.quantizer.parameters()}
@@ -117,8 +121,22 @@ def _contents(model: PreTrainedModel, types: str | None) -> Contents:
         embedding_bits=stated.format.embedding_bits,
         q8_0=any(isinstance(table, PackedTable) and is_q8_0(table) for table in model.modules()),
         packed_bytes=size,
+        experts=_experts(model, record),
         types=types,
     )
+
+
+def _experts(model: PreTrainedModel, record: RunRecord) -> str:
+    """What the experts of a mixture take, as a sentence; empty for other models, and where settings are not known."""
+    if record.settings is None or not any(isinstance(module, Experts) for module in model.modules()):
+        return ""
+    structure = dense_structure(model)
+    split_experts(structure)
+    settings = record.settings.model_copy(update={"device": "cpu"})
+    try:
+        return experts_sentence(estimate(settings, model=structure, rate=_RATE), shares_alone=True)
+    except LbllmError:  # settings of another model
+        return ""
 
 
 def _write_gguf(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from lbllm.runs.store import ACTIVE
 from tests.browser.conftest import Server, wait_until
@@ -29,6 +30,30 @@ def type_in(page: Page, label: str, text: str) -> None:
 
 def figure(page: Page, label: str) -> Locator:
     return page.get_by_test_id("stMetric").filter(has_text=label).get_by_test_id("stMetricValue")
+
+
+def test_settings_are_shown_though_a_widget_loads_after_a_second_run(server: Server, page: Page) -> None:
+    late: list[Route] = []
+    widgets = re.compile(r"/(NumberInput|ButtonGroup|Selectbox)\.[^/]*\.js$")
+    page.route(widgets, lambda route: late.append(route))
+    page.goto(server.url("quantize"))
+    expect(figure(page, BITS)).to_have_text("3.02", timeout=60_000)
+    app = page.get_by_test_id("stApp")
+    expect(app).to_have_attribute("data-test-script-state", "notRunning")
+    assert {found[1] for route in late if (found := widgets.search(route.request.url))} == {
+        "NumberInput",
+        "ButtonGroup",
+        "Selectbox",
+    }
+    page.keyboard.press("r")
+    page.wait_for_timeout(1_000)
+    expect(app).to_have_attribute("data-test-script-state", "notRunning")
+    for route in late:
+        route.continue_()
+    expect(page.get_by_role("radio", name="Quick", exact=True)).to_be_checked()
+    expect(page.get_by_role("radio", name="W(1+1)", exact=True)).to_be_checked()
+    expect(page.get_by_role("spinbutton", name="Stage 2, training tokens")).to_have_value("24576")
+    expect(page.get_by_role("combobox", name="Stages")).to_have_value("1–4")
 
 
 def test_configure_preview_start(server: Server, page: Page) -> None:

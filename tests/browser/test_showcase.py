@@ -61,6 +61,8 @@ def test_ask_stop_vote_reveal(page: Page, address: str, showcase: Showcase) -> N
     for name in NAMES:
         expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
     expect(page.get_by_text("tokens/s, both at once")).to_have_count(2)
+    expect(page.get_by_text("Both answers: temperature 0.2, top-p 0.9")).to_be_visible()
+    expect(page.locator(".format").nth(1)).to_contain_text("W(1+1)A")
     assert page.title() == "LBLLM Showcase"
     assert page.locator("img[src='x'], img[src^='https://example.com']").count() == 0
 
@@ -72,6 +74,7 @@ def test_ask_stop_vote_reveal(page: Page, address: str, showcase: Showcase) -> N
     stop(page)
     expect(page.get_by_text("Which answer is better?")).to_be_visible()
     assert NAMES[0] not in page.locator("#answers").inner_text()
+    expect(page.locator(".format")).to_have_count(0)
     page.get_by_role("button", name="B is better").click()
     expect(page.get_by_text("You preferred teacher")).to_be_visible()
     expect(page.get_by_text("1 blind vote:")).to_be_visible()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from html.parser import HTMLParser
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,35 +12,10 @@ from lbllm.chat.duel import Answer, Duel
 from lbllm.chat.lens import Candidate, Lens, LensToken
 from lbllm.chat.page import comparison_page
 from lbllm.chat.settings import ChatSettings
+from tests.helpers.pages import HOSTILE, Reader
 
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes\" 'x' </style></body>"
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "section", "div", "span", "b", "i"}
 TAGS |= {"mark", "code", "details", "summary"}
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text outside the style sheet."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.text = ""
-        self.inside: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        if tag != "meta":
-            self.inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.inside.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.inside:
-            self.text += data
 
 
 class Finished(Duel):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.hf import LbllmConfig, LbllmQuantizer, save_packed
 from lbllm.models.blocks import linear_layers, linear_weight
+from lbllm.models.experts import split_experts
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     LEVELS,
@@ -49,6 +50,7 @@ def checkpoint_of(
     teacher = folder / "teacher"
     model.save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
+    split_experts(model)
     _, blocks, formats = block_formats(model, quant)
     packed = [
         {name: packed_layer(linear_layers(block)[name], fmt, quant) for name, fmt in of_block.items()}

@@ -19,14 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lbllm
 from lbllm.checkpoints.dense import dense_copy
 from lbllm.checkpoints.find import find_checkpoint, teacher_of
-from lbllm.checkpoints.record import RECORD, read_record
+from lbllm.checkpoints.record import RECORD, RunRecord, read_record, write_record
 from lbllm.commands.main import main
 from lbllm.errors import CheckpointError, ConfigError, ModelError, ResourceError, RunError
 from lbllm.events import Evaluated, RunStarted
+from lbllm.measure.estimate import estimate
+from lbllm.models.experts import split_experts
 from lbllm.models.teacher import load_teacher
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import Run, RunStore
+from lbllm.sections import QuantConfig
 from lbllm.share.export import ExportKind, export
+from tests.helpers.tiny_packed import tiny_checkpoint
 from tests.helpers.tiny_runs import run_config, run_tiny, tiny_teacher, token_ids
 
 
@@ -337,3 +341,18 @@ def test_the_command(
     assert main(["export", run.id, "--to", "gguf", "--out", out]) == 1
     assert out in capsys.readouterr().err
     assert main(["export", run.id, "--to", "onnx", "--out", str(tmp_path / "b")]) == 2
+
+
+def test_the_card_says_what_the_experts_of_a_mixture_take(tmp_path: Path) -> None:
+    packed, _ = tiny_checkpoint(tmp_path, "qwen3_moe", QuantConfig(group_size=16))
+    settings = run_config()
+    write_record(packed, RunRecord(settings=settings))
+    out = export(find_checkpoint(str(packed)), "packed", tmp_path / "out").path
+    card = (out / "README.md").read_text()
+    teacher = tiny_teacher("qwen3_moe")
+    split_experts(teacher.model)
+    expected = estimate(settings, model=teacher.model, rate=1e11)
+    assert expected.experts is not None
+    share = 100 * expected.experts.weights / expected.weights
+    assert f"Experts: 2 of 4 compute a token. They are {share:.0f} % of the binarized weights" in card
+    assert "of the time that its run takes, by estimate" in card
