@@ -46,6 +46,7 @@ BEST = 4  # other methods that --rows best takes
 ABOUT = ("label", "method", "key", "kind", "inputs", "bits", "tokens", "seeds", "questions", "seed", "minutes")
 # Our formats by bits: groups with 4-bit parameters.
 OWN_GROUPS = (64, 32, 24, 16)
+OWN_PLANES = ((-1, 16), (64, 4))  # groups of W(1+1+1) and bits of their scale
 STEP = 512  # tokens of a training step, AutoRound's with one sequence
 
 
@@ -87,6 +88,9 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
         add(f"even-{bits}-g{size}", f"Even levels by our stages, {bits} bits", "trained", "even", size, **way)
     for size in OWN_GROUPS:
         rows |= own_rows(f"own-g{size}", "Ours, W(1+1)", size, {"quant": {"param_bits": 4}}, epochs)
+    for size, param_bits in OWN_PLANES:
+        how = {"quant": {"format": "w1+1+1", "param_bits": param_bits}}
+        rows |= own_rows(f"own3-g{size}", "Ours, W(1+1+1)", size, how, epochs)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Optional dependencies: pages, zero-shot tasks, hub texts and GGUF files need them, all else works without."""
+"""Optional dependencies: pages, server, zero-shot tasks, hub texts and GGUF files need them, all else works without."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Literal
 
 from lbllm.errors import ResourceError
 
-Extra = Literal["app", "showcase", "eval", "gguf"]
+Extra = Literal["app", "showcase", "serve", "eval", "gguf"]
 # The modules that each extra of pyproject.toml brings.
 MODULES: dict[Extra, tuple[str, ...]] = {
     "app": ("streamlit", "plotly", "pandas"),
     "showcase": ("gradio",),
+    "serve": ("starlette", "uvicorn"),
     "eval": ("lm_eval", "datasets"),
     "gguf": ("gguf", "sentencepiece", "google"),
 }

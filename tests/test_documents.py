@@ -48,6 +48,8 @@ COMMANDS = (
     "models",
     "ui",
     "showcase",
+    "serve",
+    "with",
 )
 CALL = re.compile(
     rf"(?:python -m lbllm|(?<!\S)lbllm(?= (?:{'|'.join((*COMMANDS, 'corpora', 'runs', 'evaluations'))})\b)) ([^\n|]+)"

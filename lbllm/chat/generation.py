@@ -25,13 +25,13 @@ def chat_generation(
     kept = {name: value for name, value in _own(model).items() if name in _FITS and _FITS[name](value, rows)}
     if kept.get("min_new_tokens", 0) > max_new_tokens:
         del kept["min_new_tokens"]
-    end_ids = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer) or None
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
         **kept,
         max_new_tokens=max_new_tokens,
-        eos_token_id=end_ids,
-        pad_token_id=padding if padding is not None or end_ids is None else end_ids[0],
+        eos_token_id=ends,
+        pad_token_id=padding if padding is not None or ends is None else ends[0],
         do_sample=False,
         num_beams=1,
         use_cache=True,
@@ -42,11 +42,19 @@ def _own(model: PreTrainedModel) -> dict[str, Any]:
     return {} if model.generation_config is None else model.generation_config.to_dict()
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of the tokens that end an answer, from the generation settings and the tokenizer."""
     known = _own(model).get("eos_token_id")
     listed = known if isinstance(known, list) else [known]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if _is_id(token, 1 << 31)}) or None
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if _is_id(token, 1 << 31)})
+
+
+def stop_strings(model: PreTrainedModel) -> list[str]:
+    """Return the texts that end an answer, from the generation settings."""
+    stated: Any = _own(model).get("stop_strings")
+    if not _are_strings(stated, 0):
+        return []
+    return [stated] if isinstance(stated, str) else list(stated)
 
 
 def _is_id(value: Any, rows: int) -> bool:

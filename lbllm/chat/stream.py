@@ -8,6 +8,7 @@ random state does not change.
 from __future__ import annotations
 
 import copy
+import math
 import queue
 import threading
 import time
@@ -43,12 +44,23 @@ Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
+class Chance:
+    """What the model found likely at the place of one token: the token's id, its log-probability (natural logarithm),
+    and (id, log-probability) of the likeliest tokens, the likeliest first."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class ChatPiece:
     """New text and the measurements so far.
 
     ``first_token_seconds``: from the call to the first token; this includes reading the prompt. ``tokens_per_second``:
     the rate after the first token; 0 before the second token. ``tokens``: all new tokens so far. ``cut``: the limit of
-    tokens was reached before the model had ended its answer.
+    tokens was reached before the model had ended its answer. ``chances``: of the tokens since the last piece, if they
+    were asked for.
     """
 
     text: str
@@ -56,6 +68,7 @@ class ChatPiece:
     first_token_seconds: float
     tokens: int
     cut: bool = False
+    chances: tuple[Chance, ...] = ()
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, template: bool = True) -> str:
@@ -116,7 +129,41 @@ def stream(
     length at the latest. The model's own generation settings count where they fit a chat (``chat_generation``). Raises
     ModelError if the prompt fills the context.
     """
-    prompt, given = prompt_ids(tokenizer, messages, template=template), _begun_ids(tokenizer, begun)
+    yield from stream_ids(
+        model,
+        tokenizer,
+        prompt_ids(tokenizer, messages, template=template),
+        _begun_ids(tokenizer, begun),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+
+
+def stream_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Tensor,
+    given: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int,
+    chances: int | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[ChatPiece]:
+    """``stream`` for token ids (1, T), int64: ``prompt`` as of ``prompt_ids``, and ``given``, the beginning of the
+    answer.
+
+    ``chances``: the pieces carry the log-probability of each token and of so many likeliest ones. They are those of
+    the model itself, before temperature, top-p and penalty; what its own generation settings forbid has none.
+    """
+    given = torch.empty(1, 0, dtype=torch.long) if given is None else given
     ids = torch.cat([prompt, given], dim=1)
     check_ids(model, tokenizer, ids)
     ids = ids.to(model.device)
@@ -130,6 +177,9 @@ def stream(
     closed = threading.Event()
     pieces: queue.SimpleQueue[ChatPiece | BaseException | None] = queue.SimpleQueue()
     processors = LogitsProcessorList()
+    expected = None if chances is None else _Expected(chances)
+    if expected is not None:
+        processors.append(expected)
     if repetition_penalty > 1:
         processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=prompt.shape[1]))
     if temperature > 0:
@@ -150,7 +200,7 @@ def stream(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 tokenizer=tokenizer,  # for stop strings
-                streamer=_Pieces(tokenizer, pieces, settings, given[0].tolist()),
+                streamer=_Pieces(tokenizer, pieces, settings, given[0].tolist(), expected),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([_Stop(stop, closed)]),
                 generation_config=settings,
@@ -185,6 +235,24 @@ class _Gumbel(LogitsProcessor):
         return torch.log_softmax(scores.float(), dim=-1) - noise.log()
 
 
+class _Expected(LogitsProcessor):
+    """Keeps what the model expects at the place of the next token."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.row = torch.empty(0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.row = torch.log_softmax(scores[0].float(), dim=-1)
+        return scores
+
+    def chance(self, token: int) -> Chance:
+        """What was expected where ``token`` was chosen."""
+        values, ids = self.row.topk(min(self.count, len(self.row)))
+        likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+        return Chance(token, float(self.row[token]), tuple(pair for pair in likeliest if pair[1] > -math.inf))
+
+
 class _Stop(StoppingCriteria):
     def __init__(self, *events: threading.Event) -> None:
         self.events = events
@@ -203,7 +271,10 @@ class _Pieces(BaseStreamer):
         pieces: queue.SimpleQueue[ChatPiece | BaseException | None],
         settings: GenerationConfig,
         given: list[int],
+        expected: _Expected | None,
     ) -> None:
+        self.expected = expected
+        self.chances: list[Chance] = []
         self.tokenizer = tokenizer
         self.pieces = pieces
         self.settings: Any = settings
@@ -222,7 +293,10 @@ class _Pieces(BaseStreamer):
         self.latest = time.monotonic()
         if not self.tokens:
             self.first = self.latest
-        self.tokens.extend(value.reshape(-1).tolist())
+        new = value.reshape(-1).tolist()
+        self.tokens.extend(new)
+        if self.expected is not None:
+            self.chances += map(self.expected.chance, new)
         text = self._text(self.given + self.tokens)[self.skipped :]
         complete = text.rstrip("\ufffd")
         if len(complete) > self.written:
@@ -242,7 +316,9 @@ class _Pieces(BaseStreamer):
         count = len(self.tokens or [])
         since = self.latest - self.first
         speed = (count - 1) / since if count > 1 and since > 0 else 0.0
-        self.pieces.put(ChatPiece(text[self.written :], speed, self.first - self.started, count, cut))
+        first, chances = self.first - self.started, tuple(self.chances)
+        self.chances.clear()
+        self.pieces.put(ChatPiece(text[self.written :], speed, first, count, cut, chances))
         self.written = max(self.written, len(text))
 
 

@@ -25,6 +25,9 @@ from lbllm.quant.kv_cache import HalfKVLayer, PackedKVLayer
 from lbllm.quant.model_cache import is_packed
 from lbllm.quant.packed_layer import Arranged
 
+# What a forward is called with, and changes nothing of its states: generate() passes its tokenizer on.
+_UNREAD = ("return_dict", "tokenizer")
+
 
 def speed_up(model: PreTrainedModel) -> None:
     """Let a loaded packed model decode by the operators above wherever they fit; the answers stay the same."""
@@ -223,7 +226,7 @@ class FusedForward:
         wanted = (getattr(config, "output_hidden_states", None), getattr(config, "output_attentions", None))
         if use_cache is False or any(value is not None and value is not False for value in wanted):
             return None
-        if any(value is not None and value is not False for name, value in others.items() if name != "return_dict"):
+        if any(value is not None and value is not False for name, value in others.items() if name not in _UNREAD):
             return None
         layers = getattr(past_key_values, "layers", [])
         blocks = self.decoder.layers

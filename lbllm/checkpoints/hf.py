@@ -129,8 +129,8 @@ class LbllmQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters can be trained on it: gradients pass through packed layers. Their own weights have none."""
+        return True
 
 
 def replace_layers(model: PreTrainedModel, quant: QuantConfig) -> None:
@@ -201,12 +201,16 @@ def save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> N
     """``model.save_pretrained(folder)`` of a packed model, with the seal and the guard in config.json. The seal covers
     what lies in the folder then, also a tokenizer that was saved before.
 
-    Every model that is loaded with its quantizer saves itself this way.
+    Every model that is loaded with its quantizer saves itself this way. With an adapter by ``add_adapter`` it saves the
+    adapter alone, as other models of transformers do.
     """
     if options.pop("push_to_hub", False):
         raise ConfigError("a packed model is pushed by model.push_to_hub(name), which finishes the files first")
     if options.pop("variant", None) is not None:
         raise ConfigError("a packed model has no variants: its parameters keep their precision; leave out variant")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        type(model).save_pretrained(model, folder, **options)
+        return
     folder, writes = Path(folder), options.get("is_main_process", True)
     if writes:
         (folder / INDEX).unlink(missing_ok=True)  # of an earlier save

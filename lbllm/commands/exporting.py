@@ -13,6 +13,7 @@ from lbllm.commands.attend import check_out
 from lbllm.commands.options import JsonOption
 from lbllm.commands.output import notices, plain, print_json, results
 from lbllm.errors import ConfigError
+from lbllm.share.gguf_names import GgufType
 from lbllm.units import size
 
 
@@ -23,8 +24,8 @@ def export(
     to: Annotated[
         Literal["packed", "dense", "gguf", "space"],
         typer.Option(
-            help="packed: as it is; dense: bfloat16 weights; gguf: the dense ones as one file for llama.cpp; space: "
-            "the showcase as a Gradio Space."
+            help="packed: as it is; dense: bfloat16 weights; gguf: one file for llama.cpp, and a Modelfile for Ollama; "
+            "space: the showcase as a Gradio Space."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
@@ -37,6 +38,12 @@ def export(
         typer.Option(
             help="The teacher in a Space: catalogue id, hub id, folder or .gguf file. \\[default: what the checkpoint "
             "was made from]"
+        ),
+    ] = None,
+    gguf_type: Annotated[
+        GgufType | None,
+        typer.Option(
+            "--type", help="The type of the weights in a GGUF file; see docs/use-elsewhere.md. \\[default: bf16]"
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -55,10 +62,13 @@ def export(
     from lbllm.checkpoints.find import find_checkpoint
     from lbllm.share.export import export
 
-    exported = export(find_checkpoint(checkpoint), to, out, teacher=teacher)
+    exported = export(find_checkpoint(checkpoint), to, out, teacher=teacher, gguf_type=gguf_type)
     document = asdict(exported)
     if not as_json:
-        what = "`python app.py` in it starts the showcase" if to == "space" else "with a model card (README.md)"
+        what = {
+            "space": "`python app.py` in it starts the showcase",
+            "gguf": "with a model card (README.md) and a Modelfile for Ollama",
+        }.get(to, "with a model card (README.md)")
         plain(results(), f"{exported.path}: {to}, {size(exported.disk_bytes)}, {what}")
     if push is not None:
         from lbllm.share.push import push as upload

@@ -1,9 +1,9 @@
 """The command line: ``python -m lbllm COMMAND``. It calls the engine and shows the results.
 
-Each command but ui, demo and showcase takes --json: one JSON document on stdout and nothing else there. Errors that a
-user can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes: 0 done, 1 an
-error, 2 bad usage, 130 Ctrl-C. The engine, and torch with it, is imported inside the commands that need it, so that
---help answers at once.
+Each command but ui, demo, showcase, serve and with takes --json: one JSON document on stdout and nothing else there.
+Errors that a user can cause are one message on stderr, and with --json also ``{"error": ...}`` on stdout. Exit codes:
+0 done, 1 an error, 2 bad usage, 130 Ctrl-C. The engine, and torch with it, is imported inside the commands that need
+it, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lbllm.commands import (
     chatting,
     checking,
     comparing,
+    elsewhere,
     evaluating,
     exporting,
     measuring,
     planning,
     repacking,
     reporting,
+    serving,
     stored_runs,
     teaching,
     training,
 )
-from lbllm.commands import serving as showcasing
-from lbllm.commands import serving as workbench
 from lbllm.commands.attend import StoppedByUser
 from lbllm.commands.output import notices, plain, print_json
 from lbllm.config import options_named
@@ -60,10 +60,12 @@ def build() -> typer.Typer:
         chatting.chat,
         catalogues.models,
         checking.doctor,
-        workbench.ui,
-        showcasing.showcase,
+        serving.ui,
+        serving.showcase,
+        serving.serve,
     ):
         app.command()(command)
+    app.command("with", context_settings=elsewhere.OPTIONS)(elsewhere.with_)
 
     corpora = typer.Typer(help="The texts a run can train on; `corpora sample` makes one from a model.")
     corpora.callback(invoke_without_command=True)(catalogues.corpora)

@@ -1,4 +1,5 @@
-"""ui and showcase: the workbench in the browser, and a binarized model beside its teacher for an audience."""
+"""ui, showcase and serve: the workbench in the browser, a binarized model beside its teacher for an audience, and a
+model for programs that speak OpenAI's interface."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
@@ -172,3 +174,61 @@ def showcase(
     limits = Limits(answer_tokens=answer_tokens, per_minute=per_minute, address_per_minute=10 * per_minute)
     opened = open_showcase(SHIPPED if checkpoint is None else checkpoint, teacher, limits=limits)
     run(opened, host=host, port=port, share=share, say=partial(plain, notices()))
+
+
+def serve(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A packed checkpoint: its folder, a finished run, or shipped, included with the program. A teacher is "
+            "served, too."
+        ),
+    ] = SHIPPED,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: HostOption = ADDRESS,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model. \\[default: the name of its run or folder]")
+    ] = None,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait while one is answered; a further one gets status 503.")
+    ] = 8,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer for a request without max_tokens.")] = 1024,
+) -> None:
+    """Serve a model to programs that speak OpenAI's chat completions, streamed or not. Ctrl-C ends it."""
+    port = _port(host, port)
+    with extra("serve", "the server"):
+        import uvicorn
+
+        from lbllm.serving.server import build
+    from lbllm.chat.pool import load_model
+    from lbllm.serving.line import Line
+    from lbllm.web import names_of
+
+    name = name or _model_name(checkpoint)
+    loaded = load_model(checkpoint)
+    line = Line(loaded, waiting=waiting, answer_tokens=answer_tokens)
+    address = "localhost" if host in (ADDRESS, EVERY_ADDRESS) else host
+    what = f"one answer is written at a time, and {waiting} requests may wait"
+    plain(notices(), f"{name} ({loaded.precision}) at http://{address}:{port}/v1: {what} (Ctrl-C ends it)")
+    if not loaded.is_chat:
+        plain(notices(), f"{name} has no chat template: it continues the text of the messages", style="yellow")
+    if not host.startswith("127."):
+        plain(
+            notices(),
+            f"Warning: there is no password. Whoever reaches port {port} of {host} can ask the model",
+            style="yellow",
+        )
+    uvicorn.run(
+        build(line, name, names_of(host)),
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
+
+
+def _model_name(checkpoint: str) -> str:
+    """The last part of a checkpoint's name, without the folder ``checkpoint`` of a run."""
+    path = PurePath(checkpoint)
+    return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name

@@ -32,7 +32,7 @@ _TABLE = re.compile(r"(?P<text>.*), (?P<windows>\d+) windows of (?P<length>\d+) 
 class Contents:
     """The size of a checkpoint: numbers of binarized and of dense weights, bytes of the packed file, and the bits of
     embeddings and output head; ``q8_0``: a GGUF file has these as they are packed; ``experts``: what the experts of a
-    mixture take, as a sentence."""
+    mixture take, as a sentence. ``types``: of the weights in a GGUF file, in words; None for bfloat16."""
 
     architecture: str
     binarized: int
@@ -41,6 +41,7 @@ class Contents:
     embedding_bits: int = 16
     q8_0: bool = False
     experts: str = ""
+    types: str | None = None
 
 
 @dataclass(frozen=True)

@@ -56,3 +56,15 @@ def test_a_finished_run_is_exported_under_the_root_alone(run: Run, tmp_path: Pat
     app.button[0].click().run()
     assert "can't be written" in said(app.error[0].value)
     assert not app.exception
+
+
+def test_a_gguf_file_has_a_type_with_its_size(run: Run, tmp_path: Path) -> None:
+    app = AppTest.from_function(section, default_timeout=60).run()
+    assert not app.selectbox
+    app.radio[0].set_value("gguf").run()
+    (option,) = app.selectbox[0].options  # rows of 48 and of 90 weights are no whole blocks of any other type
+    assert re.fullmatch(r"BF16 \(16 bits a weight\), [\d.]+ [kM]B", option)
+    app.button[0].click().run()
+    assert not app.exception
+    files = {path.name for path in (tmp_path / "root" / "exports" / "tiny-one-gguf").iterdir()}
+    assert files == {"Modelfile", "README.md", "tiny-one-gguf-BF16.gguf"}

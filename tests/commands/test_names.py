@@ -15,6 +15,7 @@ from lbllm.commands.main import main
 from lbllm.config import RunConfig
 from lbllm.runs.store import Run
 from tests.helpers.named_models import PACKED, TEACHERS, NamedModels, named_models
+from tests.helpers.ports import free_port
 
 Kinds = tuple[str, ...]
 SHORT = ["--set", "seq_len=32", "--set", "e2e.seq_len=32"]
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[list[str], list[str], Kinds]] = {
     "repack": (["repack", "--embedding-bits", "8", "--out", "OUT"], [], PACKED),
     "showcase": (["showcase"], [], PACKED),
     "showcase beside": (["showcase", "packed", "--teacher"], [], TEACHERS),
+    "serve": (["serve", "--port", str(free_port())], [], TEACHERS + PACKED),
 }
 ACCEPTED = {TEACHERS + PACKED: "give a catalogue id", TEACHERS: "give a catalogue id", PACKED: "give 'shipped'"}
 BAD = ("shiped", "no such model", "no/such/folder", "lost.gguf")
@@ -61,6 +63,7 @@ def call(
 
     monkeypatch.setattr("lbllm.commands.training.attend", attend)
     monkeypatch.setattr("app.showcase.page.run", serve)
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
     monkeypatch.setattr("lbllm.models.hub.ask", lambda *_: "unreachable")
 
     def run(command: str, name: str) -> tuple[int, str, str]:

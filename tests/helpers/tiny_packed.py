@@ -53,7 +53,7 @@ def checkpoint_of(
     split_experts(model)
     _, blocks, formats = block_formats(model, quant)
     packed = [
-        {name: _packed(linear_layers(block)[name], fmt, quant) for name, fmt in of_block.items()}
+        {name: packed_layer(linear_layers(block)[name], fmt, quant) for name, fmt in of_block.items()}
         for block, of_block in zip(blocks, formats, strict=True)
     ]
     stated = LbllmConfig(quant=quant.model_dump(mode="json"), bpw=2.0, provenance={"model": str(teacher)})
@@ -68,7 +68,8 @@ def checkpoint_of(
 
 
 @torch.no_grad()
-def _packed(layer: torch.nn.Module, fmt: LayerFormat, quant: QuantConfig) -> PackedLinear:
+def packed_layer(layer: torch.nn.Module, fmt: LayerFormat, quant: QuantConfig) -> PackedLinear:
+    """The packed form of a linear layer, its groups clustered."""
     weight = linear_weight(layer)
     length = group_length(fmt.group_size, weight.shape[1])
     groups = to_groups(weight, length)

@@ -130,7 +130,7 @@ def test_files_of_this_machine_are_named_by_their_last_part(
     assert {one.text.partition(",")[0] for one in record.evaluations[:4]} == {f"held-out part of {text.name}"}
 
 
-def of_a_space(kind: ExportKind, run: Run) -> dict[str, str]:
+def of_a_space(kind: ExportKind, run: Run) -> dict[str, Any]:
     """The options that an export of a foreign folder needs."""
     return {"teacher": run.config.model} if kind == "space" else {}
 
@@ -337,7 +337,7 @@ def test_the_command(
     assert main(["export", run.id, "--to", "gguf", "--out", out, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["path"], document["kind"]) == (out, "gguf")
-    assert sorted(path.name for path in Path(out).iterdir()) == ["README.md", "out-BF16.gguf"]
+    assert sorted(path.name for path in Path(out).iterdir()) == ["Modelfile", "README.md", "out-BF16.gguf"]
     assert main(["export", run.id, "--to", "gguf", "--out", out]) == 1
     assert out in capsys.readouterr().err
     assert main(["export", run.id, "--to", "onnx", "--out", str(tmp_path / "b")]) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lbllm.errors import ModelError
 from lbllm.models.gguf import convert
@@ -29,6 +29,19 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+OTHER_BASE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20_000},
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "long_factor": [1.0] * 6,
+    "short_factor": [1.0] * 6,
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+
 
 def written(folder: Path, architecture: str, **changes: Any) -> tuple[Any, PreTrainedTokenizerBase, Path]:
     """A tiny model in bfloat16, its tokenizer, and the GGUF file made of them."""
@@ -38,8 +51,22 @@ def written(folder: Path, architecture: str, **changes: Any) -> tuple[Any, PreTr
     return model, tokenizer, folder / "model.gguf"
 
 
+GEMMA3: dict[str, Any] = {
+    "num_hidden_layers": 7,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+}
+
+
 # transformers reads no head size of Qwen3 from the file; 128 is what it takes then.
-@pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("qwen3", {"head_dim": 128})])
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 128}),
+        ("mistral", {"sliding_window": None}),
+        ("phi3", {}),
+    ],
+)
 def test_transformers_reads_the_same_model_back(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
     _, _, file = written(tmp_path, architecture, **changes)
     back = AutoModelForCausalLM.from_pretrained(convert(file, tmp_path / "models"), dtype=torch.float32)
@@ -90,6 +117,43 @@ def test_the_file_itself(tmp_path: Path) -> None:
                     np.testing.assert_array_equal(row, meant[12 * head + 6 * side + place])
 
 
+def test_gemma_s_norms_and_layers(tmp_path: Path) -> None:
+    """transformers adds one to the weights of a norm, llama.cpp does not."""
+    model, _, file = written(tmp_path, "gemma3", **GEMMA3)
+    reader = gguf.GGUFReader(file)
+    value = {name: field.contents() for name, field in reader.fields.items()}
+    assert (value["general.architecture"], value["gemma3.attention.sliding_window"]) == ("gemma3", 8)
+    assert (value["gemma3.rope.freq_base"], value["gemma3.attention.key_length"]) == (1e6, 16)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    block = model.model.layers[1]
+    for norm, name in (
+        (block.input_layernorm, "attn_norm"),
+        (block.post_attention_layernorm, "post_attention_norm"),
+        (block.pre_feedforward_layernorm, "ffn_norm"),
+        (block.post_feedforward_layernorm, "post_ffw_norm"),
+        (block.self_attn.q_norm, "attn_q_norm"),
+    ):
+        wanted = norm.weight.detach().float().numpy() + np.float32(1)
+        np.testing.assert_array_equal(tensors[f"blk.1.{name}.weight"], wanted)
+    assert "output.weight" not in tensors
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    """llama.cpp attends to the whole text, which is the same within the window."""
+    _, _, file = written(tmp_path, "mistral", sliding_window=16)
+    value = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    assert value["llama.context_length"] == 16
+
+
+def test_the_ends_of_an_answer_are_in_the_file(tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama")
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0, 7])
+    write_gguf(model.bfloat16(), tokenizer, tmp_path / "m.gguf", name="Tiny", licence=None)
+    value = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    ends = [value[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")]
+    assert ends == [2, 0, 7]
+
+
 def test_stretched_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
     _, _, file = written(tmp_path, "llama", rope_parameters=LLAMA3)
     (found,) = (tensor.data for tensor in gguf.GGUFReader(file).tensors if tensor.name == "rope_freqs.weight")
@@ -109,9 +173,13 @@ def test_stretched_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "changes", "named"),
     [
-        ("gemma3", {}, "gemma3_text"),
+        ("gemma3", {}, "one full layer of 6"),
+        ("gemma3", GEMMA3 | {"query_pre_attn_scalar": 12}, "query_pre_attn_scalar 12"),
+        ("gemma3", GEMMA3 | {"final_logit_softcapping": 30.0}, "soft cap"),
+        ("gemma3", GEMMA3 | {"tie_word_embeddings": False}, "head of its own"),
+        ("gemma3", GEMMA3 | {"rope_parameters": OTHER_BASE}, "base of 20000"),
+        ("phi3", {"rope_parameters": LONG}, "'longrope'"),
         ("gpt2", {}, "gpt2"),
-        ("mistral", {}, "mistral"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding window of 16"),
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
         ("qwen2", {"rope_parameters": LLAMA3}, "'llama3'"),
