@@ -35,6 +35,7 @@ ELSEWHERE = ("app.py", "llama.cpp")  # an exported Space has the first, the seco
 COMMANDS = (
     "quantize",
     "estimate",
+    "plan",
     "demo",
     "evaluate",
     "table",

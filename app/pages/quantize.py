@@ -27,6 +27,7 @@ from app.quantize.facts import (
     show_model,
     show_unknown,
 )
+from app.quantize.planner import show_planner
 from app.quantize.preview import show_preview
 from app.quantize.sweep import show_sweep
 from app.view import guard, plain, sentence, store
@@ -70,6 +71,8 @@ def page() -> None:
             _changes(config)
     with left:
         if config is not None and model is not None and not problems:
+            if config.start is None:
+                show_planner(config, model)
             show_sweep(config, model)
         _exchange(config if not problems else None)
 

@@ -51,6 +51,7 @@ from lbllm.sections import PAPER_STAGES, STAGES, WHOLE_ROW, LayerOverride
 DOCUMENT, TABLE, UPLOAD_ERROR = "quantize document", "quantize table", "quantize upload error"
 EDITED, NAME_KEY, METHODS_KEY = "quantize edited table", "quantize name", "quantize preview methods"
 PROCESSES_KEY = "quantize processes"
+PLAN_KEY = "quantize plan target"
 BLOCK_KEY = "quantize block of "  # and the number of blocks
 SWEEP_KEY = "quantize sweep "  # and what of the sweep a widget sets
 KEPT, OWN_ADDRESS, ADDRESS = "quantize kept", "quantize address", "form"
@@ -107,7 +108,7 @@ def keep() -> None:
     """Keep what the page shows, for a reload and for when it is opened again."""
     if DOCUMENT not in st.session_state:
         return
-    own = (DOCUMENT, PRESET, MODEL_KEY, CORPUS_KEY, SKIP_KEY, NAME_KEY, METHODS_KEY, PROCESSES_KEY)
+    own = (DOCUMENT, PRESET, MODEL_KEY, CORPUS_KEY, SKIP_KEY, NAME_KEY, METHODS_KEY, PROCESSES_KEY, PLAN_KEY)
     keys = (*own, *(setting.key for setting in WIDGETS))
     blocks = [key for key in st.session_state if str(key).startswith((BLOCK_KEY, SWEEP_KEY))]
     values = {key: st.session_state[key] for key in (*keys, *blocks) if key in st.session_state}

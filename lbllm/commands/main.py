@@ -23,6 +23,7 @@ from lbllm.commands import (
     evaluating,
     exporting,
     measuring,
+    planning,
     repacking,
     reporting,
     serving,
@@ -48,6 +49,7 @@ def build() -> typer.Typer:
     for command in (
         training.quantize,
         training.estimate,
+        planning.plan,
         training.demo,
         measuring.evaluate,
         measuring.table,

@@ -11,16 +11,27 @@ from transformers import PreTrainedModel
 
 # What is told of a layer in one sequence: its name, its input (T, in), and the gradient (T, out) at its output.
 Seen = Callable[[str, Tensor, Tensor], None]
+# The loss of a sequence (1, T), a sum over its T - 1 predictions, from their logits (T - 1, V).
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def next_token_loss(sequence: Tensor, logits: Tensor) -> Tensor:
+    """The negative log probabilities of the tokens themselves, so that squared gradients estimate the Fisher
+    information of the outputs."""
+    return nn.functional.cross_entropy(logits.float(), sequence[0, 1:], reduction="sum")
 
 
 def output_gradients(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], sequences: Tensor, seen: Seen, autocast: Any
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    sequences: Tensor,
+    seen: Seen,
+    autocast: Any,
+    loss: Loss = next_token_loss,
 ) -> None:
     """Call ``seen`` for each of the ``layers`` and each sequence of token ids (n, T).
 
-    The loss is the sum over a sequence's predictions of the negative log probability of its next token, so squared
-    gradients estimate the Fisher information of the outputs. The whole model is in memory, with the activations of one
-    sequence; its parameters get no gradient.
+    The whole model is in memory, with the activations of one sequence; its parameters get no gradient.
     """
     handles = [model.get_input_embeddings().register_forward_hook(_leaf)]
     for name, layer in layers.items():
@@ -30,8 +41,8 @@ def output_gradients(
             with torch.enable_grad(), autocast():
                 logits = model(input_ids=sequence[:, :-1], use_cache=False).logits[0]
             with torch.enable_grad():
-                loss = nn.functional.cross_entropy(logits.float(), sequence[0, 1:], reduction="sum")
-            loss.backward()
+                total = loss(sequence, logits)
+            total.backward()
     finally:
         for handle in handles:
             handle.remove()
