@@ -93,7 +93,9 @@ def test_rows_that_train_whole_models(row: Row, options: Options, tmp_path: Path
 
 def test_every_row_can_be_named(tmp_path: Path) -> None:
     rows = all_rows()
-    assert len({label for label, _ in rows.values()}) == len(rows) - 2 * 2 * len(frontier.OWN_GROUPS)
+    assert len({label for label, _ in rows.values()}) == len(rows) - 2 * 2 * (
+        len(frontier.OWN_GROUPS) + len(frontier.OWN_PLANES)
+    )
     assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in rows)
     assert chosen(rows, "gptq-3,own-g16-1234", tmp_path, "c4")[:2] == ["gptq-3-g-1", "gptq-3a-g-1"]
     with pytest.raises(ConfigError, match="--rows nothing: no row"):
@@ -124,7 +126,7 @@ def test_seeds_are_one_row_and_the_best_methods_are_chosen(tmp_path: Path) -> No
     assert "42.00 (40.00 to 44.00)" in table([ours])
     keys = chosen(all_rows(), "best", tmp_path, "wikitext2")
     assert keys[:5] == ["teacher", "a-1", "b-1", "c-1", "d-1"]
-    assert all(key.startswith("own-") for key in keys[5:])
+    assert all(key.startswith(("own-", "own3-")) for key in keys[5:])
 
 
 def test_the_chart_has_a_line_for_each_method() -> None:

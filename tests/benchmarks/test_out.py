@@ -23,6 +23,7 @@ from tests.helpers.tiny_models import save_tiny
 OTHERS = {
     "animation": "makes a picture",
     "frontier_chart": "makes a picture",
+    "llama_logits": "is called by gguf_types, in a process of its own",
     "llama_quantize": "is called by file_sizes, in a process of its own",
     "questions": "prints questions",
     "screenshots": "makes pictures",

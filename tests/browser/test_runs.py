@@ -128,7 +128,7 @@ def test_runs_are_watched_stopped_finished_resumed_and_cancelled(
     expect(page.get_by_role("link", name="Talk to it")).to_have_attribute("href", re.compile(f"right={second.id}"))
 
     # Its checkpoint is exported from the page.
-    section = page.get_by_test_id("stExpander")
+    section = page.get_by_test_id("stExpander").filter(has=page.locator("summary").filter(has_text="Export"))
     section.locator("summary").click()
     section.get_by_text("Dense", exact=True).click()
     expect(section.get_by_role("textbox", name="New folder")).to_have_value("exports/second-dense")
