@@ -164,8 +164,10 @@ def learn(page: Page, server: Server, film: Film, limit: float) -> None:
     page.keyboard.press("1")
     expect(page.locator("figure svg[role=img]").first).to_be_visible()
     dial = page.locator("input[type=range], input[type=radio]:checked").first
+    page.wait_for_timeout(1500)  # the page itself scrolls to the guess
+    page.locator(".part.scene").evaluate("part => part.scrollIntoView({block: 'start'})")
     for _ in range(4):
-        dial.focus()
+        dial.evaluate("dial => dial.focus({preventScroll: true})")
         page.keyboard.press("ArrowRight")
         expect(page.locator(".look")).to_have_attribute("aria-busy", "false")
         film.still(0.7)

@@ -64,7 +64,7 @@ def finished_evaluation() -> str:
     store = EvaluationStore()
     if not (done := [one.id for one in store.all() if one.state == "done"]):
         models = (DEFAULT_MODEL, SHIPPED)
-        job = EvaluationJob(measure="text", models=models, teacher=DEFAULT_MODEL, seq_len=1024, windows=10)
+        job = EvaluationJob(measure="text", models=models, teacher=DEFAULT_MODEL)
         made = store.create(job)
         store.start(made.id).wait()
         done = [one.id for one in store.all() if one.state == "done"]
