@@ -100,9 +100,11 @@ def test_refusals_and_the_line(page: Page, address: str, showcase: Showcase) -> 
     wait_until(lambda: all(answers(page)))
     stop(page)
     for _ in range(2):
+        page.wait_for_timeout(1_000)  # a click in the moment in which an answer ends is not taken
         ask(page, "Again?")
         expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
         stop(page)
+    page.wait_for_timeout(1_000)
     ask(page, "Once more?")
     expect(page.get_by_text("That was many questions in a minute.")).to_be_visible()
     # The page that is closed takes its question with it.
