@@ -101,8 +101,11 @@ def measured(work: Work) -> Iterator[list[dict[str, Any]]]:
 
 
 def _row(work: Work, budget: float, choice: Choice, uniform: Mapping[LayerFormat, float]) -> dict[str, Any]:
-    """A budget's plan beside the best format for all layers, and what was expected of it."""
-    found, own = work.unseen(choice.formats, ""), work.study.known(choice.formats)
+    """A budget's plan beside the best format for all layers, and what was expected of it. ``choice``: the one layer by
+    layer; the plan is one format for all layers where the check finds that better."""
+    given = choose(work.study, work.bench.config, budget)
+    formats = choice.formats if given.chosen.uniform is None else work.number(given.chosen.uniform)
+    found, own = work.unseen(formats, ""), work.study.known(formats)
     assert found is not None
     assert own is not None
     best = min((fmt for fmt in uniform if work.study.bits(work.number(fmt)) <= budget + 1e-9), key=uniform.__getitem__)
@@ -110,6 +113,8 @@ def _row(work: Work, budget: float, choice: Choice, uniform: Mapping[LayerFormat
     anchors = tuple(one for one in work.study.measured if one.formats in [(work.study.number(a),) for a in ANCHORS])
     fresh = work.study.model_copy(update={"measured": anchors})
     predicted = fresh.predict(fresh.cost(choice.formats))
+    alone = work.unseen(choice.formats, "")
+    assert alone is not None
     return {
         "budget": budget,
         "bits": choice.bits,
@@ -119,9 +124,10 @@ def _row(work: Work, budget: float, choice: Choice, uniform: Mapping[LayerFormat
         "ratio": found / uniform[best],
         "expected": own,
         "error": found / own - 1,
+        "by_layer": alone,
         "predicted": predicted,
-        "prediction_error": found / predicted - 1,
-        "fell_back": choose(work.study, work.bench.config, budget).rejected is not None,
+        "prediction_error": alone / predicted - 1,
+        "fell_back": given.rejected is not None,
     }
 
 
