@@ -141,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "plan / format",
         "measured before",
         "error",
-        "predicted",
+        "predicted (error)",
     ]
     lines = [
         [
@@ -156,7 +156,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return markdown.table([*heads[:-1], "predicted (error)"], lines)
+    return markdown.table(heads, lines)
 
 
 @one_message()

@@ -8,7 +8,6 @@ import streamlit as st
 
 from app.evaluate.listing import message_text, show_progress
 from app.view import guard
-from lbllm.errors import RunError
 from lbllm.evaluation.store import ACTIVE, Evaluation, EvaluationStore
 from lbllm.reporting.evaluations import Wish, at_work, groups_of, missing
 from lbllm.reporting.page import report, report_name
@@ -28,15 +27,7 @@ def show_report(runs: RunStore, ids: list[str]) -> None:
 def _asked(ids: list[str]) -> list[Evaluation] | None:
     """The evaluations that the report waits for, or waited for; None before it was asked for."""
     names = st.session_state.get(_key(ids))
-    if names is None:
-        return None
-    evaluations, found = EvaluationStore(), []
-    for name in names:
-        try:
-            found.append(evaluations.get(name))
-        except RunError:  # deleted meanwhile
-            continue
-    return found
+    return None if names is None else EvaluationStore().those(names)
 
 
 def _key(ids: list[str]) -> str:

@@ -22,6 +22,7 @@ import secrets
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -146,6 +147,10 @@ class EvaluationStore:
             names = sorted(path.name for path in self.root.iterdir() if _ID.fullmatch(path.name) and path.is_dir())
         except OSError:
             return []
+        return self.those(names)
+
+    def those(self, names: Iterable[str]) -> list[Evaluation]:
+        """The evaluations with these ids that are still there, in this order."""
         found = []
         for name in names:
             try:

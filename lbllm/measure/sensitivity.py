@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lbllm.errors import ConfigError, ResourceError
@@ -28,23 +27,10 @@ from lbllm.measure.gradients import output_gradients
 from lbllm.measure.perplexity import divergence
 from lbllm.models.blocks import decoder_blocks, linear_layers, linear_weight, set_linear_weight, share_copy
 from lbllm.models.teacher import Teacher
-from lbllm.quant.levels import (
-    LEVELS,
-    assign,
-    fit_levels,
-    from_groups,
-    group_length,
-    levels_to_params,
-    params_to_levels,
-    take_levels,
-    to_groups,
-)
-from lbllm.quant.packing import fit_grid, stored_params
 from lbllm.quant.plan import layer_bits
-from lbllm.sections import LayerFormat, LayerOverride, PtqConfig
+from lbllm.quant.table import clustered
+from lbllm.sections import LayerFormat, LayerOverride
 from lbllm.units import size
-
-_EM_STEPS = PtqConfig().em_steps
 
 
 @dataclass(frozen=True)
@@ -179,18 +165,6 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 def _slope(before: Option, after: Option) -> float:
     return (after.rise - before.rise) / max(after.bits - before.bits, 1e-30)
-
-
-@torch.no_grad()
-def clustered(weight: Tensor, fmt: LayerFormat) -> Tensor:
-    """A weight (out, in) whose groups have the levels that fit it best, as a checkpoint would store them."""
-    length = group_length(fmt.group_size, weight.shape[1])
-    groups = to_groups(weight.float().contiguous(), length)
-    counted = to_groups(groups.new_ones(1, weight.shape[1]), length)  # the padding of a last group counts nothing
-    params = levels_to_params(fit_levels(groups, counted, LEVELS[fmt.format], _EM_STEPS))
-    params = stored_params(params, fmt.param_bits, fit_grid(params) if fmt.param_bits == 4 else None)
-    levels = params_to_levels(params).sort(-1).values
-    return from_groups(take_levels(levels, assign(groups, levels)), weight.shape[1])
 
 
 def _layers(teacher: Teacher, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:

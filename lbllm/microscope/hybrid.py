@@ -38,22 +38,15 @@ from lbllm.microscope.passes import view
 from lbllm.quant.activations import ActQuantizer
 from lbllm.quant.levels import (
     LEVELS,
-    assign,
-    from_groups,
     group_length,
-    levels_to_params,
     params_to_levels,
     spans,
-    take_levels,
-    to_groups,
 )
 from lbllm.quant.packed_layer import PackedLinear
-from lbllm.quant.packing import fit_grid, stored_params
-from lbllm.quant.table import fit_format
-from lbllm.sections import LayerFormat, PtqConfig
+from lbllm.quant.table import clustered
+from lbllm.sections import LayerFormat
 
 _MOST_BITS = 8
-_EM_STEPS = PtqConfig().em_steps
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -269,13 +262,7 @@ def fitted(weight: Tensor, fmt: LayerFormat, name: str) -> Tensor:
     columns = weight.shape[1]
     if fmt.group_size > columns:
         raise ConfigError(f"{name}: a group of {fmt.group_size} is longer than a row of {columns} weights")
-    groups = to_groups(weight, group_length(fmt.group_size, columns))
-    counted = to_groups(weight.new_ones(1, columns), groups.shape[-1])
-    levels, table = fit_format(groups, counted, fmt.format, _EM_STEPS)
-    params = levels_to_params(levels, table)
-    stored = stored_params(params, fmt.param_bits, fit_grid(params) if fmt.param_bits == 4 else None)
-    levels = params_to_levels(stored, table).sort(-1).values
-    return from_groups(take_levels(levels, assign(groups, levels)), columns)
+    return clustered(weight, fmt)
 
 
 def _same_quantizer(layer: PackedLinear, choice: Bits) -> ActQuantizer | None:

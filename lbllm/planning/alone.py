@@ -18,8 +18,8 @@ from torch import Tensor
 from lbllm.models.blocks import linear_weight
 from lbllm.models.teacher import Teacher
 from lbllm.planning.stage_one import Step, Stream
-from lbllm.quant.levels import assign, group_length, levels_to_params, params_to_levels, take_levels, to_groups
-from lbllm.quant.packing import fit_grid, stored_params
+from lbllm.quant.levels import assign, group_length, take_levels, to_groups
+from lbllm.quant.packing import stored_levels
 from lbllm.quant.table import fit_format
 from lbllm.sections import LayerFormat, PtqConfig
 from lbllm.stages.hessians import factorize, input_statistics
@@ -82,9 +82,7 @@ def clustering_errors(weight: Tensor, factor: Tensor, formats: Sequence[LayerFor
         if (fmt.format, length) not in fitted:
             fitted[fmt.format, length] = fit_format(groups, counted, fmt.format, em_steps)
         levels, table = fitted[fmt.format, length]
-        params = levels_to_params(levels, table)
-        params = stored_params(params, fmt.param_bits, fit_grid(params) if fmt.param_bits == 4 else None)
-        levels = params_to_levels(params, table).sort(-1).values
+        levels = stored_levels(levels, fmt.param_bits, table)
         missing = groups - take_levels(levels, assign(groups, levels))
         found.append(float((missing.square_() * counted).sum(dtype=torch.float64)))
     return found

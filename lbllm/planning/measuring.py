@@ -193,8 +193,7 @@ class Bench:
 
     def model(self, study: Study, formats: Sequence[int], report: Report) -> PreTrainedModel:
         """Return the teacher after stage 1 in a choice of formats, in float32."""
-        each = list(formats) * len(study.layers) if len(formats) == 1 else formats
-        chosen = {layer.name: study.formats[k] for layer, k in zip(study.layers, each, strict=True)}
+        chosen = {layer.name: study.formats[k] for layer, k in zip(study.layers, study.each(formats), strict=True)}
         return binarized(
             self.teacher,
             self._by_block(chosen),

@@ -60,8 +60,8 @@ class Study(BaseModel):
 
     def known(self, formats: Sequence[int]) -> float | None:
         """The measured divergence of a choice of formats; None if it was not measured."""
-        wanted = self._each(formats)
-        return next((one.kl for one in self.measured if self._each(one.formats) == wanted), None)
+        wanted = self.each(formats)
+        return next((one.kl for one in self.measured if self.each(one.formats) == wanted), None)
 
     def number(self, fmt: LayerFormat) -> int:
         """The number of a format. Raises ConfigError for one that was not studied."""
@@ -84,12 +84,12 @@ class Study(BaseModel):
 
     def cost(self, formats: Sequence[int]) -> float:
         """The sum of the layers' costs in a choice of formats."""
-        return sum(one.options[k].rise for one, k in zip(self.sensitivities, self._each(formats), strict=True))
+        return sum(one.options[k].rise for one, k in zip(self.sensitivities, self.each(formats), strict=True))
 
     def bits(self, formats: Sequence[int]) -> float:
         """Bits per weight of a choice of formats."""
         found = self.sensitivities
-        used = sum(one.options[k].bits for one, k in zip(found, self._each(formats), strict=True))
+        used = sum(one.options[k].bits for one, k in zip(found, self.each(formats), strict=True))
         return used / sum(one.weights for one in found)
 
     def predict(self, cost: float) -> float:
@@ -103,7 +103,8 @@ class Study(BaseModel):
         points = sorted((self.cost(one.formats), one.kl) for one in uniform)
         return monotone(points)
 
-    def _each(self, formats: Sequence[int]) -> tuple[int, ...]:
+    def each(self, formats: Sequence[int]) -> tuple[int, ...]:
+        """A choice of formats layer by layer, also where it is one for all."""
         return tuple(formats) * len(self.layers) if len(formats) == 1 else tuple(formats)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lbllm.quant.chunks import row_chunks
+from lbllm.quant.levels import levels_to_params, params_to_levels
 from lbllm.sections import ParamBits
 
 # Candidates for the share of a layer's parameters, at each end, that the range of 4-bit codes leaves out.
@@ -179,6 +180,11 @@ def stored_params(params: Tensor, bits: ParamBits, grid: ParamGrid | None = None
         else:
             stored[rows] = decode_params(*encode_params(part)) if bits == 8 else part.half().float()
     return stored
+
+
+def stored_levels(levels: Tensor, bits: ParamBits, table: Tensor | None = None) -> Tensor:
+    """Return levels (out, n, K) as a checkpoint gives them back, float32, ascending. ``table`` (8,): of W(1+1+1)."""
+    return params_to_levels(stored_params(levels_to_params(levels, table), bits), table).sort(-1).values
 
 
 def decode_params(params: Tensor, affine: Tensor | None) -> Tensor:

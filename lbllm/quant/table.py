@@ -19,14 +19,17 @@ from torch import Tensor
 
 from lbllm.quant import chunks
 from lbllm.quant.chunks import row_chunks
-from lbllm.quant.levels import LEVELS, assign, fit_levels
-from lbllm.sections import Format
+from lbllm.quant.levels import LEVELS, assign, fit_levels, from_groups, group_length, take_levels, to_groups
+from lbllm.quant.packing import stored_levels
+from lbllm.sections import Format, LayerFormat, PtqConfig
 
 TABLE = 8  # values of a table
 TABLE_FAULT = "values that are not finite or not in ascending order"  # of one that is no table
 
 # At most so many weights decide a layer's table: more do not change eight values any more.
 SAMPLE = 2**20
+
+_EM_STEPS = PtqConfig().em_steps
 
 # Rounds in which codes, scales and table are fitted in turn.
 ROUNDS = 12
@@ -98,6 +101,18 @@ def fit_format(
         return fit_levels(groups, importance, LEVELS[kind], steps), None
     table = fit_table(groups, importance) if table is None else table
     return fit_scales(groups, importance, table, steps) * table, table
+
+
+@torch.no_grad()
+def clustered(weight: Tensor, fmt: LayerFormat) -> Tensor:
+    """Return a weight (out, in), float32, whose groups have the levels that fit it best (``fit_format``, every weight
+    as important as any other), as a checkpoint stores them."""
+    columns = weight.shape[1]
+    groups = to_groups(weight.float().contiguous(), group_length(fmt.group_size, columns))
+    counted = to_groups(groups.new_ones(1, columns), groups.shape[-1])  # the padding of a last group counts nothing
+    levels, table = fit_format(groups, counted, fmt.format, _EM_STEPS)
+    levels = stored_levels(levels, fmt.param_bits, table)
+    return from_groups(take_levels(levels, assign(groups, levels)), columns)
 
 
 def fit_scales(groups: Tensor, importance: Tensor, table: Tensor, steps: int) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lbllm.checkpoints.find import FoundCheckpoint, find_checkpoint, teacher_of
 from lbllm.checkpoints.record import RunRecord, checkpoint_name
 from lbllm.config import SHIPPED
-from lbllm.errors import CheckpointError, LbllmError, RunError
+from lbllm.errors import LbllmError, RunError
 from lbllm.models.catalogue import model_title
 from lbllm.models.teacher import skeleton
 from lbllm.runs.listed import Listed, describe
@@ -131,5 +131,5 @@ def parameters(subject: Subject) -> int | None:
         return None
     try:
         return int(skeleton(subject.teacher).num_parameters())
-    except (LbllmError, CheckpointError):
+    except LbllmError:
         return None

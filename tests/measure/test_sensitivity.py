@@ -16,12 +16,12 @@ from lbllm.measure.sensitivity import (
     Sensitivity,
     allocate,
     as_overrides,
-    clustered,
     sensitivities,
     with_measured_kinds,
 )
 from lbllm.models.blocks import decoder_blocks, linear_weight, set_linear_weight, share_copy
 from lbllm.quant.plan import bits_per_weight, block_formats
+from lbllm.quant.table import clustered
 from lbllm.sections import LayerFormat, QuantConfig
 from tests.helpers.cases import cases
 from tests.helpers.tiny_runs import tiny_teacher, token_ids

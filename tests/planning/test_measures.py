@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbllm.measure.perplexity import divergence
-from lbllm.measure.sensitivity import clustered
 from lbllm.models.blocks import (
     decoder_blocks,
     layer_inputs,
@@ -32,7 +31,7 @@ from lbllm.planning.stage_one import Stream, binarized
 from lbllm.quant.levels import group_length, to_groups
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
-from lbllm.quant.table import fit_format
+from lbllm.quant.table import clustered, fit_format
 from lbllm.sections import PtqConfig
 from lbllm.stages.hessians import factorize, input_statistics
 from lbllm.stages.ptq import binarize_layer
