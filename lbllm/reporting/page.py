@@ -24,7 +24,7 @@ from lbllm.reporting.subjects import Subject, parameters
 from lbllm.reporting.words import in_words
 from lbllm.runs.compared import Point, cautions, differing, frontier, setting_label
 from lbllm.runs.view import RunView
-from lbllm.sections import STAGES, Stage, stage_number
+from lbllm.sections import STAGES, stage_number
 from lbllm.share.card import MeasuredOn, measured_on, repeat_command
 from lbllm.templates import environment
 from lbllm.units import against_16_bits, duration, number_text, size
@@ -199,7 +199,7 @@ def _quality_tiles(subject: Subject, text: Stored | None, prompts: Stored | None
         own, teacher = results[text.numbers[subject.name]], results[text.reference]
         within = range_text(own.interval)
         note = f"{within}; teacher {number_text(teacher.perplexity)}".removeprefix("; ")
-        tiles.append(Tile(number_text(own.perplexity), f"perplexity on {_short(text.job.text)}", note))
+        tiles.append(Tile(number_text(own.perplexity), f"perplexity on {last_part(text.job.text)}", note))
         if own.kl is not None and own.agreement is not None:
             tiles.append(Tile(number_text(own.kl), "KL to the teacher, nats per token", range_text(own.kl_interval)))
             tiles.append(Tile(f"{100 * own.agreement:.1f}%", "same most likely token as the teacher"))
@@ -212,10 +212,6 @@ def _quality_tiles(subject: Subject, text: Stored | None, prompts: Stored | None
             note = f"teacher {teacher_rate:.1f}" if teacher_rate else ""
             tiles.append(Tile(f"{own_rate:.1f}", "tokens per second in answers", note))
     return tiles
-
-
-def _short(text: str) -> str:
-    return text.rstrip("/").rpartition("/")[2]
 
 
 def _about(subject: Subject, hue: int, count: int | None, quality: list[Tile]) -> About:
@@ -294,7 +290,8 @@ def _block_table(view: RunView) -> Table | None:
         done = [block.done for block in view.finished if block.stage == stage and block.done is not None]
         if not done or view.started is None:
             continue
-        before, after = (sum(values) / len(done) for values in _losses(view, stage))
+        before = sum(event.loss_before for event in done) / len(done)
+        after = sum(event.loss_after for event in done) / len(done)
         worst = max(done, key=lambda event: event.loss_after)
         place = "the whole model" if stage == "e2e" else f"{number_text(worst.loss_after)} in block {worst.block + 1}"
         counted = f"{len(done)} of {stage_parts(stage, view.started.blocks)}"
@@ -302,11 +299,6 @@ def _block_table(view: RunView) -> Table | None:
     return (
         Table("Loss of the blocks", ["Stage", "Done", "Mean before", "Mean after", "Largest"], table) if table else None
     )
-
-
-def _losses(view: RunView, stage: Stage) -> tuple[list[float], list[float]]:
-    done = [block.done for block in view.finished if block.stage == stage and block.done is not None]
-    return [event.loss_before for event in done], [event.loss_after for event in done]
 
 
 def _diverged(view: RunView) -> list[str]:

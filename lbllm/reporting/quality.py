@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from lbllm.evaluation.export import vote_words
@@ -21,6 +20,7 @@ from lbllm.evaluation.results import (
 )
 from lbllm.evaluation.rounded import rounded
 from lbllm.evaluation.words import difference_text, range_text
+from lbllm.models.catalogue import last_part
 from lbllm.reporting.charts import Rows, Value, rows
 from lbllm.reporting.evaluations import Stored
 from lbllm.runs.listed import Listed
@@ -84,7 +84,7 @@ def on_text(stored: Stored, hues: Mapping[int, int]) -> Part:
     windows = max(result.windows for result in found.values())
     first = found.get(stored.reference, next(iter(found.values())))
     length = first.tokens // first.windows + 1
-    text = PurePath(stored.job.text).name
+    text = last_part(stored.job.text)
     how = [
         f"On the text {text}: {windows:,} windows of {length:,} tokens, each scored alone. {when(stored)}",
         BOOTSTRAP.format("windows of the text"),
