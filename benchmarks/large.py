@@ -3,12 +3,13 @@
     python -m benchmarks.large llama-3.2-1b --limit 3
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 3
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 1 --tokens 131072 --stages ptq
+    python -m benchmarks.large llama-3.2-1b --blocks 2 --preset paper        a relaxed bitmap beside the latent weights
     python -m benchmarks.large gemma-3-270m --limit 2.5
     python -m benchmarks.large qwen3-30b-a3b --limit 6            one block of it, with 128 experts
 
 A model of random weights in the real shapes is written to ``--work`` as sharded bfloat16 safetensors, with a tokenizer
-made from the project's own text. Then the run's worker does stages 1 to 3 of preset ``standard`` with so many tokens,
-under ``prlimit --data`` where there is a limit (GiB). Its anonymous memory is sampled twenty times a second. With
+made from the project's own text. Then the run's worker does stages 1 to 3 of a preset with so many tokens, under
+``prlimit --data`` where there is a limit (GiB). Its anonymous memory is sampled twenty times a second. With
 ``--blocks N`` each stage trains its first N blocks; the others take over the state of the last one trained, so the end
 of the run, its evaluation and its checkpoint in several files, is that of the whole model; the time of all blocks then
 follows from the seconds a block. ``--end no`` leaves the run after its last trained block.
@@ -249,6 +250,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--tokens", type=count, default=8_192, help="of each stage")
+    parser.add_argument("--preset", choices=("standard", "paper"), default="standard")
     parser.add_argument("--stages", default=",".join(PAPER_STAGES))
     parser.add_argument("--limit", type=float, help="GiB of data that the worker may have")
     parser.add_argument("--blocks", type=count, help="blocks of each stage that are trained; default: all")
@@ -263,7 +265,7 @@ def main() -> None:
         write_model(model, options.shape)
     sizes = (f"{stage}.tokens={options.tokens}" for stage in PAPER_STAGES)
     settings = {"model": str(model), "corpus": str(ASSETS / "corpus.jsonl.gz"), "device": "cpu"}
-    config = make_config("standard", settings | {"stages": options.stages.split(",")}, assignments=tuple(sizes))
+    config = make_config(options.preset, settings | {"stages": options.stages.split(",")}, assignments=tuple(sizes))
     limit = None if options.limit is None else round(options.limit * 2**30)
     checkpoint_bytes, rate = estimate(config).disk_bytes, fastest_matmul_rate("cpu")
     found = train(config, options.work, limit, options.blocks, options.end == "yes")

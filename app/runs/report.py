@@ -40,8 +40,8 @@ def _section(runs: RunStore, ids: list[str], waited: bool) -> None:
         "Measure what is missing",
         True,
         key=f"{_key(ids)} first",
-        help="Perplexity and KL with intervals beside the teacher and plain rounding, and answers of both models to "
-        "example prompts, which show their speed, too. It takes minutes for a small model, and goes on without this "
+        help="Perplexity and KL with intervals beside the teacher, GPTQ and plain rounding, and answers of both models "
+        "to example prompts, which show their speed, too. It takes minutes for a small model, and goes on without this "
         "page. What the page Evaluate has measured of these runs and their teacher is taken from there.",
     )
     with guard():

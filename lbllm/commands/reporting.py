@@ -41,7 +41,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One HTML page about runs or checkpoints for people who decide: settings in words, size, bits, quality with
-    intervals beside the teacher and plain rounding, losses of the blocks, answers to prompts, speed on this machine.
+    intervals beside the teacher, GPTQ and plain rounding, losses of the blocks, answers to prompts, speed on this
+    machine.
 
     What has been measured before, by `evaluate` or the page Evaluate, is taken from there. What is missing becomes
     evaluations of the same queue; Ctrl-C leaves them at work. A run that is not finished is reported as far as it is.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from lbllm.chat.pool import Loaded
 from lbllm.checkpoints.find import FoundCheckpoint, find_model
 from lbllm.checkpoints.record import provenance
 from lbllm.errors import LbllmError, ModelError
+from lbllm.evaluation.baseline import baseline, load_any
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import OpenedModel, Parts
-from lbllm.evaluation.rounded import load_any, rounded
 from lbllm.evaluation.store import Progress, write_progress
 from lbllm.measure.finished import measured_on
 from lbllm.models.source import find_source
@@ -34,7 +33,6 @@ class Work:
     job: EvaluationJob
     folder: Path
     problems: list[str] = field(default_factory=list)
-    load: Callable[[str], Loaded] = load_any
 
     def __post_init__(self) -> None:
         self.parts = Parts(self.folder)
@@ -87,11 +85,13 @@ class Work:
             files = files_of(name)
             if known.files and known.files != files:
                 raise ModelError("its files have changed since this evaluation began; start a new evaluation")
-            loaded = self.load(name)
+            loaded = load_any(
+                name, lambda done, blocks: self.tell(f"Quantizing {title}: block {done} of {blocks}", self.done)
+            )
         except LbllmError as error:
             self.refuse(number, str(error))
             return None
-        bits = loaded.bpw if loaded.packed else 0.0
+        bits = loaded.bpw if loaded.packed or baseline(name) is not None else 0.0
         opened = replace(known, error="", files=files, size=loaded.weight_bytes, bits=bits, caution=self._caution(name))
         kept = "packed" if loaded.packed else str(loaded.model.dtype).removeprefix("torch.")
         self.parts.put_opened(number, replace(opened, machine=measured_on(loaded.model), kept=kept))
@@ -112,7 +112,7 @@ class Work:
     def _caution(self, name: str) -> str:
         """A sentence where a checkpoint was made from another model than the teacher."""
         teacher = self.job.teacher
-        if teacher is None or name == teacher or rounded(name) is not None:
+        if teacher is None or name == teacher or baseline(name) is not None:
             return ""
         found = find_model(name)
         stated = provenance(found.stated).get("model") if isinstance(found, FoundCheckpoint) else None
@@ -132,12 +132,12 @@ def _is_public(name: str) -> bool:
 def files_of(name: str) -> str:
     """A hash by which a changed model is noticed. Of a checkpoint: of its config.json, which has the hashes of all that
     decides its output, and the sizes of its files. Of another folder or file: of names, sizes and dates. Of a model of
-    the hub or the catalogue: of its name. Of a rounded teacher: the teacher's. Raises LbllmError if the name leads
+    the hub or the catalogue: of its name. Of a baseline: the teacher's. Raises LbllmError if the name leads
     nowhere.
     """
-    plain = rounded(name)
-    if plain is not None:
-        return files_of(plain.teacher)
+    made = baseline(name)
+    if made is not None:
+        return files_of(made.teacher)
     found = find_model(name)
     listed: list[object] = [name]
     try:

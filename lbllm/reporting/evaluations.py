@@ -7,17 +7,17 @@ nobody has changed a model since. What is missing becomes evaluations of the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lbllm.chat.settings import ChatSettings
 from lbllm.checkpoints.find import FoundCheckpoint, find_model
 from lbllm.errors import ConfigError, LbllmError
+from lbllm.evaluation.baseline import Baseline, baseline, gptq_beside
 from lbllm.evaluation.job import MOST_ANSWERING, MOST_MODELS, WINDOWS, EvaluationJob, Measure, make_job
 from lbllm.evaluation.parts import Parts
 from lbllm.evaluation.results import answers_results, task_results, text_results
-from lbllm.evaluation.rounded import rounded, rounded_name
 from lbllm.evaluation.store import ACTIVE, Evaluation, EvaluationStore
 from lbllm.evaluation.work import files_of
 from lbllm.labels import CODE_BITS
@@ -29,7 +29,7 @@ from lbllm.texts.sources import wikitext_rows_of
 from lbllm.texts.windows import check_text
 
 MOST_SUBJECTS = 8  # of one teacher
-_MOST_ROUNDED = MOST_MODELS - MOST_SUBJECTS - 1
+_MOST_BASELINES = MOST_MODELS - MOST_SUBJECTS - 1
 ANSWER_TOKENS = 96
 
 
@@ -78,6 +78,14 @@ class Stored:
         """The teacher's index."""
         return self.job.reference
 
+    def baseline_bits(self, number: int) -> float | None:
+        """The stored bits per weight of a model that another method made; None for other models, and if they were not
+        recorded."""
+        opened = self.parts.opened(number)
+        if baseline(self.job.models[number]) is None or opened is None:
+            return None
+        return opened.bits or None
+
     @property
     def machine(self) -> str:
         """Where it was measured, if it says so."""
@@ -101,9 +109,9 @@ def groups_of(subjects: Sequence[Subject]) -> list[Group]:
 
 def place_of(name: str) -> str:
     """A text that is equal for two names of one model."""
-    plain = rounded(name)
-    if plain is not None:
-        return rounded_name(place_of(plain.teacher), plain.bits, plain.group_size)
+    made = baseline(name)
+    if made is not None:
+        return replace(made, teacher=place_of(made.teacher)).name
     try:
         found = find_model(name)
     except LbllmError:
@@ -199,22 +207,23 @@ def _name(group: Group) -> str:
 
 
 def _text_job(group: Group, wish: Wish) -> EvaluationJob:
-    plain = dict.fromkeys(
-        rounded_name(group.teacher, CODE_BITS[quant.format], quant.group_size)
+    plain = [
+        Baseline("round-to-nearest", group.teacher, CODE_BITS[quant.format], quant.group_size)
         for subject in group.subjects
         if subject.record.settings is not None
         for quant in (subject.record.settings.quant,)
-    )
+    ]
+    near = [gptq_beside(group.teacher, subject.bits) for subject in group.subjects if subject.bits is not None]
     names = [subject.name for subject in group.subjects]
     titles = [group.title, *(subject.title for subject in group.subjects)]
-    extra = list(plain)[:_MOST_ROUNDED]
+    extra = list(dict.fromkeys([*near, *plain]))[:_MOST_BASELINES]
     text, windows = _text(wish.text), wish.windows or WINDOWS
     check_text(text, windows)
     return make_job(
         name=_name(group),
         measure="text",
-        models=(group.teacher, *names, *extra),
-        titles=(*titles, *(found.title for name in extra if (found := rounded(name)) is not None)),
+        models=(group.teacher, *names, *(one.name for one in extra)),
+        titles=(*titles, *(one.title for one in extra)),
         teacher=group.teacher,
         text=text,
         windows=windows,

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from lbllm.evaluation.baseline import CALIBRATION_TOKENS
 from lbllm.evaluation.results import answers_results, text_results
-from lbllm.evaluation.rounded import rounded
 from lbllm.evaluation.store import EvaluationStore
 from lbllm.evaluation.words import range_text
 from lbllm.events import stage_parts
@@ -109,6 +109,7 @@ def report(subjects: Sequence[Subject], store: EvaluationStore, wish: Wish | Non
         settings_table=_settings_table(different, [one.title for one in subjects if one.listed is not None]),
         same=same,
         cautions=cautions(listed) if len(listed) > 1 else [],
+        gptq_tokens=f"{CALIBRATION_TOKENS:,}",
         command=shlex.join(["python", "-m", "lbllm", "report", *map(_public_name, subjects)]),
     )
 
@@ -175,7 +176,7 @@ def _plots(group: Group, text: Stored, hues: dict[str, int]) -> list[Plot]:
     """Bits against quality, where there are several points."""
     results = text_results(text.job, text.parts)
     bits = {text.numbers[one.name]: one.bits for one in group.subjects}
-    bits |= {n: plain.stored_bits for n, name in enumerate(text.job.models) if (plain := rounded(name)) is not None}
+    bits |= {n: found for n in range(len(text.job.models)) if (found := text.baseline_bits(n)) is not None}
     colours, made = _hues_in(text, hues), []
     for label, values in (
         ("Perplexity", {n: one.perplexity for n, one in results.items()}),

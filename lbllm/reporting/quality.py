@@ -18,7 +18,6 @@ from lbllm.evaluation.results import (
     text_difference,
     text_results,
 )
-from lbllm.evaluation.rounded import rounded
 from lbllm.evaluation.words import difference_text, range_text
 from lbllm.models.catalogue import last_part
 from lbllm.reporting.charts import Rows, Value, rows
@@ -95,9 +94,9 @@ def on_text(stored: Stored, hues: Mapping[int, int]) -> Part:
 
 def _text_row(stored: Stored, number: int, result: TextResult) -> list[str]:
     name = stored.titles[number]
-    plain = rounded(stored.job.models[number])
-    if plain is not None and plain.stored_bits is not None:
-        name += f" ({plain.stored_bits:g} bits per weight)"
+    bits = stored.baseline_bits(number)
+    if bits is not None:
+        name += f" ({bits:.2f} bits per weight)"
     row = [name, number_text(result.perplexity), range_text(result.interval) or "too few windows"]
     if number == stored.reference:
         return [*row, "–", "–", "–"]

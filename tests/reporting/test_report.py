@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lbllm.baselines.layer import Settings
+from lbllm.baselines.methods import METHODS, quantize_blocks
 from lbllm.baselines.rtn import round_to_nearest
 from lbllm.checkpoints.find import open_model
 from lbllm.config import make_config
@@ -16,6 +18,7 @@ from lbllm.errors import ConfigError
 from lbllm.evaluation.measure import measure
 from lbllm.evaluation.store import EvaluationStore, write_end
 from lbllm.measure.perplexity import divergence
+from lbllm.models.blocks import context_length, share_copy
 from lbllm.models.teacher import load_teacher
 from lbllm.reporting.evaluations import MOST_SUBJECTS, Wish, at_work, groups_of, missing, stored
 from lbllm.reporting.page import report, report_name
@@ -23,6 +26,7 @@ from lbllm.reporting.subjects import Subject, find_subjects
 from lbllm.reporting.words import in_words
 from lbllm.runs.notes import write_note
 from lbllm.runs.store import Run, RunStore
+from lbllm.texts.corpus import load_corpus
 from lbllm.texts.windows import evaluation_windows
 from lbllm.units import number_text
 from tests.helpers.finished_run import finished_run
@@ -94,10 +98,24 @@ def test_figures_are_those_of_the_engine(made: Made) -> None:
     windows = evaluation_windows(str(made.text), teacher.model, teacher.tokenizer, 32, 6)
     student = divergence(teacher.model, open_model(made.run.id)[0], windows)
     plain = divergence(teacher.model, round_to_nearest(teacher.model, 2, 16), windows)
-    for figure in (student.teacher_perplexity, student.student_perplexity, student.kl, plain.student_perplexity):
+    gptq, name = share_copy(teacher.model), str(text.job.models[2])
+    corpus = load_corpus("embedded", teacher.tokenizer, seq_len=min(512, context_length(gptq) or 512), tokens=8_192)
+    way = Settings(128, int(name.split(":")[1]), clip=True, act_order=True)
+    size = quantize_blocks(gptq, corpus.sequences, METHODS["gptq"], way)
+    better = divergence(teacher.model, gptq, windows)
+    for figure in (
+        student.teacher_perplexity,
+        student.student_perplexity,
+        student.kl,
+        plain.student_perplexity,
+        better.student_perplexity,
+        better.kl,
+    ):
         assert number_text(figure) in read.text
     assert f"{100 * student.top1_agreement:.1f}%" in read.text
-    assert "Round to nearest, W2A16, groups of 16 (4 bits per weight)" in read.text
+    rtn = quantize_blocks(share_copy(teacher.model), corpus.sequences, METHODS["rtn"], Settings(16, 2))
+    assert f"Round to nearest, W2A16, groups of 16 ({rtn.bpw:.2f} bits per weight)" in read.text
+    assert f"GPTQ, W{way.bits}A16, groups of 128 ({size.bpw:.2f} bits per weight)" in read.text
     assert "6 windows of 32 tokens" in read.text
     assert "On the text read.txt" in read.text
     assert str(made.text.parent) not in read.text
