@@ -190,8 +190,12 @@ class Experts(nn.Module):
 
     def output(self, expert: Any, x: Tensor) -> Tensor:
         """Return the outputs (tokens, out) of one expert for its inputs x (tokens, in), not yet weighted."""
+        count = len(x)
+        more = _few_sizes(count) - count if _compiles_products(x) else 0
+        if more:
+            x = torch.cat([x, x[-1:].expand(more, -1)])
         result: Tensor = expert.down_proj(self.inner(expert, x))
-        return result
+        return result[:count] if more else result
 
     def choices(self, x: Tensor, routing: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return the chosen experts (rows, k) of the rows of x, and the weights (rows, k) of their outputs. The number
@@ -215,6 +219,18 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Return the number of experts as text."""
         return f"{self.count} experts"
+
+
+def _compiles_products(x: Tensor) -> bool:
+    """Whether the library that multiplies x compiles code for each new number of rows: oneDNN does for bfloat16."""
+    return x.device.type == "cpu" and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
+
+
+def _few_sizes(rows: int) -> int:
+    """The next of a few numbers of rows, at most an eighth more: the code for a number takes about a megabyte, and is
+    kept; experts have another number in each step."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def routed(chosen: Tensor, count: int) -> Iterator[Routed]:

@@ -146,3 +146,33 @@ def by_hand(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor) -> Ten
         hidden = gate @ x.double()
         total += weight * (down @ (hidden * hidden.sigmoid() * (up @ x.double())))
     return total
+
+
+def test_experts_compute_few_numbers_of_rows_where_each_is_compiled() -> None:
+    torch.manual_seed(0)
+    model = tiny_of("qwen2_moe")
+    split_experts(model)
+    found = experts_of(decoder_blocks(model)[1][0])
+    assert found is not None
+    experts, expert = found[1], found[1].expert(0)
+    sizes: set[int] = set()
+    expert.down_proj.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+    width = expert.up_proj.weight.shape[1]
+    for count in range(1, 1_025):
+        x = torch.randn(count, width, requires_grad=True)
+        alone = experts.inner(expert, x) @ expert.down_proj.weight.t()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = experts.output(expert, x)
+        assert output.shape == alone.shape
+        assert max(sizes) <= 1.125 * count + 1
+        if count % 100 == 1:
+            torch.testing.assert_close(output.float(), alone, rtol=0.1, atol=0.02 * float(alone.detach().abs().max()))
+            weight = torch.randn(alone.shape)
+            (gradient,) = torch.autograd.grad((output.float() * weight).sum(), x)
+            (wanted,) = torch.autograd.grad((alone * weight).sum(), x)
+            assert float((gradient - wanted).norm() / wanted.norm()) < 0.03
+    assert len(sizes) <= 64
+    # Without such products each token is computed once.
+    sizes.clear()
+    assert len(experts.output(expert, torch.randn(1_001, width))) == 1_001
+    assert sizes == {1_001}
