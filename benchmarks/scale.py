@@ -145,10 +145,10 @@ def sweep(rows: int, columns: int, group: int = GROUP, levels: int = 4) -> int:
     return 2 * rows * columns * (columns + group * (levels + 2) + levels**2 + levels)
 
 
-def rows_work(rows: int, columns: int) -> int:
+def rows_work(rows: int, columns: int, group: int = GROUP, sweeps: int = SWEEPS) -> int:
     """FLOPs of a layer's rows in stage 1: the correction of the drift, errors carried on, sweeps, squared error and
     squared output."""
-    return (2 + 1 + 4) * rows * columns**2 + SWEEPS * sweep(rows, columns)
+    return (2 + 1 + 4) * rows * columns**2 + sweeps * sweep(rows, columns, group)
 
 
 @cache

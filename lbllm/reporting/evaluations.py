@@ -6,7 +6,7 @@ nobody has changed a model since. What is missing becomes evaluations of the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,11 @@ def stored(store: EvaluationStore, group: Group, measure: Measure, wish: Wish) -
     """The finished evaluations of a group that have results of its teacher and of all its subjects, the newest first.
     Of a text, of the same tasks and of the same prompts, the newest alone."""
     wanted = group.answering if measure == "prompts" else group.subjects
+    teacher, places = place_of(group.teacher), {subject.name: place_of(subject.name) for subject in wanted}
     found: dict[Any, Stored] = {}
     for one in reversed(store.all()):
         try:
-            made = _match(one, group, measure, wanted)
+            made = _match(one, group, measure, wanted, teacher, places)
             if made is not None and (measure != "prompts" or wish.prompts in (None, made.job.prompts)):
                 found.setdefault(_content(made.job), made)
         except LbllmError:  # damaged, or of a later version
@@ -149,14 +150,23 @@ def _is_wanted(job: EvaluationJob, wish: Wish) -> bool:
     return all(value is None or value == known for value, known in asked)
 
 
-def _match(one: Evaluation, group: Group, measure: Measure, wanted: Sequence[Subject]) -> Stored | None:
+def _match(
+    one: Evaluation,
+    group: Group,
+    measure: Measure,
+    wanted: Sequence[Subject],
+    teacher: str,
+    places: Mapping[str, str],
+) -> Stored | None:
+    """An evaluation, if it has what is wanted. ``teacher``, ``places``: ``place_of`` the group's teacher and of the
+    wanted subjects, by name."""
     if one.state != "done":
         return None
     job = one.job
-    if job.measure != measure or job.teacher is None or place_of(job.teacher) != place_of(group.teacher):
+    if job.measure != measure or job.teacher is None or place_of(job.teacher) != teacher:
         return None
-    places = [place_of(name) for name in job.models]
-    numbers = {subject.name: places.index(place) for subject in wanted if (place := place_of(subject.name)) in places}
+    known = [place_of(name) for name in job.models]
+    numbers = {name: known.index(place) for name, place in places.items() if place in known}
     parts = Parts(one.folder)
     read: dict[Measure, Callable[[EvaluationJob, Parts], dict[int, Any]]]
     read = {"text": text_results, "tasks": task_results, "prompts": answers_results}
