@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -178,8 +179,17 @@ def _go(scope: Microscope, sent: list[int]) -> None:
 
 
 def short_names(layers: list[str]) -> dict[str, str]:
-    """Short names of layers, for the head of the map, with the whole ones: q, k, v ... where these differ."""
-    short = [name.rpartition(".")[2].removesuffix("_proj") for name in layers]
-    if len(set(short)) < len(layers):
-        short = layers
-    return dict(zip(short, layers, strict=True))
+    """Short names of layers, for the head of the map, with the whole ones: as few last parts as tell a layer from all
+    others, such as q, k, experts.0.up; a number never stands first."""
+    places = [name.removesuffix("_proj").split(".") for name in layers]
+    counts = Counter(".".join(parts[-kept:]) for parts in places for kept in range(1, len(parts) + 1))
+
+    def short(parts: list[str]) -> str:
+        for kept in range(1, len(parts)):
+            found = ".".join(parts[-kept:])
+            if counts[found] == 1 and not parts[-kept].isdecimal():
+                return found
+        return ".".join(parts)
+
+    names = [short(parts) for parts in places]
+    return dict(zip(names if len(set(names)) == len(layers) else layers, layers, strict=True))

@@ -317,7 +317,10 @@ def test_changes_as_the_engine_takes_them(scope: Microscope) -> None:
 
 def test_short_names_of_layers_differ() -> None:
     assert list(short_names(["a.q_proj", "b.up_proj"])) == ["q", "up"]
-    assert list(short_names(["experts.0.up_proj", "experts.1.up_proj"])) == ["experts.0.up_proj", "experts.1.up_proj"]
+    names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.shared_expert.up_proj"]
+    assert list(short_names(names)) == ["q", "experts.0.up", "experts.1.up", "shared_expert.up"]
+    assert list(short_names(["a.up_proj", "up_proj"])) == ["a.up", "up"]
+    assert list(short_names(["a.up_proj", "a.up"])) == ["a.up_proj", "a.up"]
 
 
 def test_a_map_fills_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,10 @@ export default function ({ parentElement, data, setTriggerValue }) {
     });
   });
   if (data.chosen[0] !== null && JSON.stringify(data.chosen) !== state.chosen) {
-    state.mark(data.chosen[0], (data.chosen[1] ?? -1) + 1);
+    const node = state.mark(data.chosen[0], (data.chosen[1] ?? -1) + 1);
+    // Sideways only: a map of many experts is wider than its place.
+    const [outer, inner] = [state.grid.getBoundingClientRect(), node.getBoundingClientRect()];
+    if (inner.right > outer.right) state.grid.scrollLeft += inner.right - outer.right + outer.width / 3;
   }
   state.chosen = JSON.stringify(data.chosen);
   const known = data.low_text !== null;
