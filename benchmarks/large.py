@@ -3,7 +3,7 @@
     python -m benchmarks.large llama-3.2-1b --limit 3
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 3
     python -m benchmarks.large llama-2-7b --limit 8 --blocks 1 --tokens 131072 --stages ptq
-    python -m benchmarks.large llama-3.2-1b --blocks 2 --preset paper        a relaxed bitmap beside the latent weights
+    python -m benchmarks.large llama-3.2-1b --blocks 2 --preset paper --stages ptq,wat --end no      a relaxed bitmap
     python -m benchmarks.large gemma-3-270m --limit 2.5
     python -m benchmarks.large qwen3-30b-a3b --limit 6            one block of it, with 128 experts
 
