@@ -25,7 +25,7 @@ from benchmarks.scale import Shape, factors, forward, reaching, rows_work, stati
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.labels import STAGE_NAMES
-from lbllm.sections import Stage
+from lbllm.sections import PAPER_STAGES, Stage
 
 
 def shape_of(name: str) -> Shape:
@@ -69,8 +69,7 @@ def held(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     settings = report["settings"]
     shape, config = shape_of(settings["shape"]), make_config(settings.get("preset", "standard"))
     rate = 1e9 * values["matrix products"]
-    stages: tuple[Stage, ...] = ("ptq", "wat", "aar")
-    for stage in stages:
+    for stage in PAPER_STAGES:
         seconds = values.get(f"{stage}: a block")
         if seconds is None:
             continue

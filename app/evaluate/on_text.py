@@ -9,6 +9,7 @@ from app.evaluate.figures import Card, show_cards, show_table
 from app.runs.charts import Figure
 from app.runs.overlay import colour, literal
 from app.view import number_text, plain
+from lbllm.evaluation.baseline import baseline
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import Parts
 from lbllm.evaluation.results import (
@@ -82,7 +83,8 @@ def _card(job: EvaluationJob, parts: Parts, number: int, result: TextResult, oth
         rows["Same top token"] = f"{100 * (result.agreement or 0):.1f}%"
     opened = parts.opened(number)
     if opened is not None and opened.bits:
-        rows[BINARIZED_BITS.capitalize()] = f"{opened.bits:.2f}"
+        binarized = baseline(job.models[number]) is None
+        rows[BINARIZED_BITS.capitalize() if binarized else "Bits per quantized weight"] = f"{opened.bits:.2f}"
     note = opened.caution if opened is not None else ""
     figure, unit = number_text(result.perplexity), "perplexity" + (f" ({within})" if within else "")
     if bytes_matter:

@@ -85,16 +85,17 @@ def test_what_is_missing_is_named(copy: Path, old: str, new: str, message: str) 
 
 
 def test_an_optional_table_is_shown_as_soon_as_its_file_is_there(copy: Path) -> None:
-    page, data = copy / "method.md", copy / "results" / "paper.json"
-    rows = [{"label": "preset paper", "bits": 2.5, "stage_1": 0.5, "stage_2": 0.25, "stage_3": 0.3, "change": 0.0}]
+    page, data = copy / "results" / "frontier.md", copy / "results" / "frontier.json"
+    row = {"label": "a method", "tokens": 8_192, "bits": 2.5, "wikitext2": 60.0, "minutes": 3.0}
+    rows = [row | {"inputs": inputs} for inputs in ("A16", "A4KV4")]
     data.unlink(missing_ok=True)
     before = rewritten(copy)[page]
-    assert "| preset paper |" not in before
-    report = json.loads((copy / "results" / "live.json").read_text()) | {"benchmark": "paper", "rows": rows}
+    assert "| a method |" not in before
+    report = json.loads((copy / "results" / "live.json").read_text()) | {"benchmark": "frontier", "rows": rows}
     data.write_text(json.dumps(report))
     after = rewritten(copy)[page]
-    assert "| preset paper | 2.50 | 0.50000 | 0.25000 | 0.30000 | +0.0% |" in after
-    assert "perplexity" not in after.split("| preset paper |")[0].splitlines()[-2]
+    assert "| a method | 8,192 | 2.500 | 60.00 | 3.0 |" in after
+    assert "tasks" not in after.split("| a method |")[0].splitlines()[-2]
     page.write_text(after, encoding="utf-8")
     data.unlink()
     assert rewritten(copy)[page] == before

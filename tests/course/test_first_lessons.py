@@ -231,7 +231,8 @@ def test_em(data: CourseData, lessons: dict[str, LessonMaker]) -> None:
 def test_columns_in_turn_against_plain_loops() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(3, 10, generator=generator, dtype=torch.float64)
-    x = torch.randn(40, 10, generator=generator, dtype=torch.float64) @ torch.randn(10, 10, dtype=torch.float64)
+    mixed = torch.randn(10, 10, generator=generator, dtype=torch.float64)
+    x = torch.randn(40, 10, generator=generator, dtype=torch.float64) @ mixed
     hessian = (x.T @ x).numpy()
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     found = list(rounded_in_turn(weight, torch.from_numpy(upper.copy()), 4, 2, 8))
