@@ -145,10 +145,20 @@ def sweep(rows: int, columns: int, group: int = GROUP, levels: int = 4) -> int:
     return 2 * rows * columns * (columns + group * (levels + 2) + levels**2 + levels)
 
 
-def rows_work(rows: int, columns: int, group: int = GROUP, sweeps: int = SWEEPS) -> int:
+def rows_work(rows: int, columns: int, group: int, sweeps: int) -> int:
     """FLOPs of a layer's rows in stage 1: the correction of the drift, errors carried on, sweeps, squared error and
     squared output."""
     return (2 + 1 + 4) * rows * columns**2 + sweeps * sweep(rows, columns, group)
+
+
+def block_factors(shape: Shape) -> float:
+    """FLOPs of all Hessians of a block."""
+    return sum(layer.inputs * factors(layer.columns) for layer in shape.layers)
+
+
+def block_rows(shape: Shape, group: int = GROUP, sweeps: int = SWEEPS) -> int:
+    """FLOPs of all layers' rows of a block in stage 1."""
+    return sum(layer.number * rows_work(layer.rows, layer.columns, group, sweeps) for layer in shape.layers)
 
 
 @cache
@@ -180,8 +190,7 @@ def hours(shape: Shape, tokens: int, gpus: int) -> dict[str, float]:
     first = (2 * forward(shape) + reaching(shape)) * PTQ_TOKENS / gpus
     products = shape.blocks * (first + 2 * (passes + training)) / (PEAK * SHARE)
     hessians = statistics(shape) * PTQ_TOKENS / gpus
-    hessians += sum(layer.inputs * factors(layer.columns) for layer in shape.layers)
-    hessians += sum(layer.number * rows_work(layer.rows, layer.columns) for layer in shape.layers) / gpus
+    hessians += block_factors(shape) + block_rows(shape) / gpus
     columns = sum(layer.inputs * layer.columns for layer in shape.layers) * (1 + SWEEPS) * COLUMN_SECONDS
     weights = steps * shape.weights * (STEP_BYTES + STEP_BYTES_AAR) / HBM
     streams = 2 * stream_traffic(shape, tokens) / gpus / PCIE
@@ -236,8 +245,8 @@ def derived() -> Iterator[dict[str, Any]]:
             "weights": shape.weights / 1e9,
             "forward": forward(shape) / 1e9,
             "stage1": (statistics(shape) + 2 * forward(shape) + reaching(shape)) * shape.blocks * PTQ_TOKENS / 1e18,
-            "factors": sum(layer.inputs * factors(layer.columns) for layer in shape.layers) * shape.blocks / 1e18,
-            "rows": sum(x.number * rows_work(x.rows, x.columns) for x in shape.layers) * shape.blocks / 1e18,
+            "factors": block_factors(shape) * shape.blocks / 1e18,
+            "rows": block_rows(shape) * shape.blocks / 1e18,
             "stage23": 5 * forward(shape) * shape.blocks * tokens / 1e18,
             "training_gb": TRAIN_BYTES * shape.weights / 1e9,
             "gradients_gb": gradient_bytes(shape) / 1e9,

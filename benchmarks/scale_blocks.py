@@ -21,7 +21,7 @@ from benchmarks import markdown
 from benchmarks.command_line import command_parser, one_message
 from benchmarks.large import SHAPES
 from benchmarks.report import settings_of, write_report
-from benchmarks.scale import Shape, factors, forward, reaching, rows_work, statistics
+from benchmarks.scale import Shape, block_factors, block_rows, forward, reaching, statistics
 from lbllm.config import RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.labels import STAGE_NAMES
@@ -52,13 +52,8 @@ def work(shape: Shape, stage: Stage, tokens: int, config: RunConfig) -> float:
     """FLOPs of a block in a stage."""
     once = forward(shape, config.seq_len)
     if stage == "ptq":
-        ptq = config.ptq
         each = 2 * once + reaching(shape, config.seq_len) + statistics(shape)
-        layers = shape.layers
-        rows = (
-            layer.number * rows_work(layer.rows, layer.columns, config.quant.group_size, ptq.sweeps) for layer in layers
-        )
-        return tokens * each + sum(layer.inputs * factors(layer.columns) for layer in layers) + sum(rows)
+        return tokens * each + block_factors(shape) + block_rows(shape, config.quant.group_size, config.ptq.sweeps)
     epochs = config.wat.epochs if stage == "wat" else config.aar.epochs
     return float(tokens * once * (2 + 3 * epochs))
 

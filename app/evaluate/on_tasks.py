@@ -10,7 +10,7 @@ from app.view import plain
 from lbllm.evaluation.job import EvaluationJob
 from lbllm.evaluation.parts import Parts
 from lbllm.evaluation.results import Disputed, TaskResult, disputed, task_difference, task_results
-from lbllm.evaluation.words import difference_text, range_text
+from lbllm.evaluation.words import difference_text, range_text, with_range
 
 PAGE = 8  # questions
 
@@ -44,7 +44,7 @@ def _card(job: EvaluationJob, parts: Parts, number: int, tasks: dict[str, TaskRe
             " points" if difference is not None else ""
         )
     rows["Guessing"] = f"{100 * whole.chance:.0f}%"
-    unit = "right" + (" on average" if len(tasks) > 2 else "") + (f" ({within})" if within else "")
+    unit = with_range("right" + (" on average" if len(tasks) > 2 else ""), within)
     opened = parts.opened(number)
     return Card(number, name, f"{100 * whole.accuracy:.1f}%", unit, rows, opened.caution if opened is not None else "")
 
@@ -55,7 +55,7 @@ def _row(task: str, found: dict[int, dict[str, TaskResult]]) -> list[str]:
     for results in found.values():
         result = results.get(task)
         within = range_text(result.interval, percent=True) if result is not None else ""
-        cells.append("–" if result is None else f"{100 * result.accuracy:.1f}%" + (f" ({within})" if within else ""))
+        cells.append("–" if result is None else with_range(f"{100 * result.accuracy:.1f}%", within))
     return [task, f"{one.questions:,}", f"{100 * one.chance:.0f}%", *cells]
 
 

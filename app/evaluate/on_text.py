@@ -21,7 +21,7 @@ from lbllm.evaluation.results import (
     text_difference,
     text_results,
 )
-from lbllm.evaluation.words import difference_text, range_text
+from lbllm.evaluation.words import difference_text, range_text, with_range
 from lbllm.labels import BINARIZED_BITS
 
 
@@ -78,18 +78,17 @@ def _card(job: EvaluationJob, parts: Parts, number: int, result: TextResult, oth
         if job.reference not in (number, other) and (apart := kl_difference(job, parts, number, other)) is not None:
             rows["KL, difference"] = difference_text(apart)
     if result.kl is not None and number != job.reference:
-        within_kl = range_text(result.kl_interval)
-        rows["KL to the teacher"] = number_text(result.kl) + (f" ({within_kl})" if within_kl else "")
+        rows["KL to the teacher"] = with_range(number_text(result.kl), range_text(result.kl_interval))
         rows["Same top token"] = f"{100 * (result.agreement or 0):.1f}%"
     opened = parts.opened(number)
     if opened is not None and opened.bits:
         binarized = baseline(job.models[number]) is None
         rows[BINARIZED_BITS.capitalize() if binarized else "Bits per quantized weight"] = f"{opened.bits:.2f}"
     note = opened.caution if opened is not None else ""
-    figure, unit = number_text(result.perplexity), "perplexity" + (f" ({within})" if within else "")
+    figure, unit = number_text(result.perplexity), with_range("perplexity", within)
     if bytes_matter:
         # Perplexities count tokens, which differ: the figure that stands out is the one that can be compared.
-        rows = {"Perplexity": figure + (f" ({within})" if within else "")} | rows
+        rows = {"Perplexity": with_range(figure, within)} | rows
         figure, unit = number_text(result.bits_per_byte), "bits per byte"
     return Card(number, job.shown_names[number], figure, unit, rows, note)
 

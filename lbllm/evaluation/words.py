@@ -14,6 +14,11 @@ def range_text(found: Interval | None, *, percent: bool = False) -> str:
     return f"{_figure(found.low, percent=percent)} to {_figure(found.high, percent=percent)}"
 
 
+def with_range(figure: str, within: str) -> str:
+    """A figure with its interval, as ``range_text`` gives it, behind it."""
+    return f"{figure} ({within})" if within else figure
+
+
 def difference_text(found: Difference | None, *, percent: bool = False) -> str:
     """A difference with its interval, and whether it is told apart from none."""
     if found is None:

@@ -18,7 +18,7 @@ from lbllm.evaluation.results import (
     text_difference,
     text_results,
 )
-from lbllm.evaluation.words import difference_text, range_text
+from lbllm.evaluation.words import difference_text, range_text, with_range
 from lbllm.models.catalogue import last_part
 from lbllm.reporting.charts import Rows, Value, rows
 from lbllm.reporting.evaluations import Stored
@@ -103,17 +103,12 @@ def _text_row(stored: Stored, number: int, result: TextResult) -> list[str]:
     apart = difference_text(text_difference(stored.job, stored.parts, number, stored.reference))
     if result.kl is None or result.agreement is None:
         return [*row, apart, "not comparable", "not comparable"]
-    kl = _with_range(number_text(result.kl), range_text(result.kl_interval))
+    kl = with_range(number_text(result.kl), range_text(result.kl_interval))
     return [*row, apart, kl, f"{100 * result.agreement:.1f}%"]
 
 
-def _with_range(figure: str, within: str) -> str:
-    """A figure with its interval behind it, if it has one."""
-    return f"{figure} ({within})" if within else figure
-
-
 def _value(stored: Stored, number: int, value: float, interval: Any, hues: Mapping[int, int]) -> Value:
-    text = _with_range(number_text(value), range_text(interval))
+    text = with_range(number_text(value), range_text(interval))
     low, high = (interval.low, interval.high) if interval is not None else (None, None)
     return Value(stored.titles[number], text, value, low, high, hues.get(number, 0))
 
@@ -131,7 +126,7 @@ def in_tasks(stored: Stored, hues: Mapping[int, int]) -> Part:
         if number != stored.reference:
             apart = difference_text(task_difference(stored.job, stored.parts, number, stored.reference), percent=True)
         within = range_text(average.interval, percent=True) if average is not None else ""
-        shown = "–" if average is None else _with_range(f"{100 * average.accuracy:.1f}%", within)
+        shown = "–" if average is None else with_range(f"{100 * average.accuracy:.1f}%", within)
         table.append([stored.titles[number], *cells, shown, apart])
         if average is not None:
             ends = average.interval
