@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lbllm.models.loading import quiet
+
 VOCABULARY = 320
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -135,7 +137,8 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
 
 def tiny(architecture: str, *, seed: int = 0, **changes: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A float32 model in eval mode and its tokenizer (with a chat template, except OPT, GPT-2 and GPT-NeoX)."""
-    with torch.random.fork_rng(devices=[]):
+    # While another thread of this process loads a model, transformers' initialization does nothing.
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32).eval()
         with torch.no_grad():

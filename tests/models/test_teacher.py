@@ -244,6 +244,16 @@ def test_threads_loading_at_once_leave_models_tied(llama: Path) -> None:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_the_tests_own_models_are_the_same_while_a_thread_loads(llama: Path) -> None:
+    wanted = tiny("llama")[0].state_dict()
+    with ThreadPoolExecutor(1) as pool:
+        loading = [pool.submit(load_teacher, str(llama)) for _ in range(40)]
+        for _ in range(20):
+            torch.testing.assert_close(tiny("llama")[0].state_dict(), wanted, rtol=0, atol=0)
+        for one in loading:
+            one.result()
+
+
 @pytest.mark.usefixtures("own_home")
 def test_bad_gguf_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "bad.gguf"
