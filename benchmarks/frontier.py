@@ -1,7 +1,7 @@
 """Perplexity against bits, every method at its best: ``python -m benchmarks.frontier FOLDER --outside OUTSIDE``.
 
     python -m benchmarks.frontier FOLDER --outside OUTSIDE                      all rows, from 8,192 tokens
-    python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows gptq,own      only rows whose keys begin so
+    python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows gptq,own      only these, or those that begin so
     python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows best --act-bits 16,4
     python -m benchmarks.frontier FOLDER --outside OUTSIDE --rows best --tokens 131072
     python -m benchmarks.frontier FOLDER --show --out docs/results/frontier.json
@@ -24,7 +24,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -119,10 +119,16 @@ def chosen(rows: dict[str, tuple[str, Row]], given: str, folder: Path, text: str
             best.setdefault(one["method"], one["key"])
         keys = list(best.values())[:BEST]
         return ["teacher", *keys, *(key for key in rows if rows[key][1].kind == "own")]
-    keys = [key for key in rows if given == "all" or key.startswith(tuple(given.split(",")))]
+    words = given.split(",")
+    keys = [key for key in rows if given == "all" or any(_is_meant(key, word, rows) for word in words)]
     if not keys:
         raise ConfigError(f"--rows {given}: no row has a key that begins so; --list prints the keys")
     return keys
+
+
+def _is_meant(key: str, word: str, rows: Container[str]) -> bool:
+    """A whole key means this row alone."""
+    return key == word if word in rows else key.startswith(word)
 
 
 def stored(folder: Path, key: str, tokens: int) -> Path:
@@ -224,7 +230,7 @@ def run_rows(keys: list[str], rows: dict[str, tuple[str, Row]], options: Options
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, help="where the rows are kept")
-    parser.add_argument("--rows", default="all", help="all, best, or beginnings of keys joined by commas")
+    parser.add_argument("--rows", default="all", help="all, best, or keys or their beginnings joined by commas")
     parser.add_argument("--list", action="store_true", help="print the keys of the rows")
     parser.add_argument("--show", action="store_true", help="compute nothing; print the rows that are there")
     parser.add_argument("--outside", metavar="ENV", help="environment of hqq, auto-round and gptqmodel")

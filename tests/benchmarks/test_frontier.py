@@ -98,6 +98,8 @@ def test_every_row_can_be_named(tmp_path: Path) -> None:
     )
     assert all(re.fullmatch(r"[a-z0-9-]+", key) for key in rows)
     assert chosen(rows, "gptq-3,own-g16-1234", tmp_path, "c4")[:2] == ["gptq-3-g-1", "gptq-3a-g-1"]
+    # A whole key is one row.
+    assert chosen(rows, "own-g16-12,gptq-2-g3", tmp_path, "c4") == ["gptq-2-g32", "own-g16-12"]
     with pytest.raises(ConfigError, match="--rows nothing: no row"):
         chosen(rows, "nothing", tmp_path, "c4")
     assert all_rows(131_072)["even-2-g64"][1].how["wat"] == {"epochs": 1}
