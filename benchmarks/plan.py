@@ -4,8 +4,9 @@
 
 A plan is made from --corpus for each budget, the bits of some formats for all layers. Plans and formats are binarized
 by stage 1 on the same text, and measured on the text of the plan and on windows of --text that nothing has seen: KL to
-the teacher in nats per token. For each budget the format for all layers with the least KL on the unseen text is the one
-that the plan is compared with. WORK keeps what is measured, so a stopped benchmark goes on.
+the teacher in nats per token. For each budget the plan is compared with the format for all layers that has the least KL
+on the unseen text, among all that a plan can choose of 2 bits to the greatest budget. WORK keeps what is measured, so a
+stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lbllm.config import DEFAULT_MODEL, RunConfig, make_config
 from lbllm.errors import ConfigError
 from lbllm.files import write_file
 from lbllm.models.teacher import load_tokenizer, skeleton
-from lbllm.planning.candidates import ANCHORS, REFERENCE, format_words, made
+from lbllm.planning.candidates import ANCHORS, REFERENCE, candidates, format_words, made
 from lbllm.planning.measuring import Bench, Judge
 from lbllm.planning.plan import Choice, Plan, make_plan
 from lbllm.planning.store import save_study
@@ -36,7 +37,7 @@ from lbllm.planning.target import Target
 from lbllm.sections import LayerFormat
 from lbllm.texts.windows import evaluation_tokens
 
-# Formats for all layers that plans are compared with; their bits are the budgets. Two of the anchors come first.
+# Formats for all layers whose bits are the budgets. Two of the anchors come first.
 UNIFORM: tuple[LayerFormat, ...] = (*ANCHORS[1:], REFERENCE, ANCHORS[0], made("w1+1+1", 32, 4))
 
 
@@ -74,6 +75,19 @@ class Work:
             progress(f"{what}: KL {own:.4f} on the plans' text, {found:.4f} unseen ({took:.0f} s)")
         return self.known[key]["unseen"]
 
+    def rival(self, fmt: LayerFormat) -> float | None:
+        """``unseen`` of a format for all layers that no plan is told of."""
+        key = str(self.study.number(fmt))
+        if key not in self.known:
+            if self.stored:
+                return None
+            began = time.perf_counter()
+            found = self.judge.kl(self.bench.model(self.study, self.number(fmt), lambda share, where: None))
+            self.known[key] = {"unseen": found, "seconds": round(time.perf_counter() - began, 1)}
+            write_file(self.file, json.dumps(self.known, indent=1).encode())
+            progress(f"{format_words(fmt)}: KL {found:.4f} unseen")
+        return self.known[key]["unseen"]
+
     def number(self, fmt: LayerFormat) -> list[int]:
         """A format for all layers, as a choice."""
         return [self.study.number(fmt)]
@@ -98,6 +112,18 @@ def measured(work: Work) -> Iterator[list[dict[str, Any]]]:
         if work.unseen(choice.formats, f"plan for {budget:.3f} bits") is not None:
             choices[budget] = choice
             yield [_row(work, budget, choice, uniform) for budget, choice in sorted(choices.items())]
+    for fmt in rivals(work.study):
+        one = work.rival(fmt)
+        if one is not None:
+            uniform[fmt] = one
+            yield [_row(work, budget, choice, uniform) for budget, choice in sorted(choices.items())]
+
+
+def rivals(study: Study) -> list[LayerFormat]:
+    """The other formats for all layers that a plan can choose: of 2 bits to the greatest budget."""
+    bits = {fmt: study.bits([study.number(fmt)]) for fmt in (*candidates(), *UNIFORM)}
+    greatest = max(bits[fmt] for fmt in UNIFORM)
+    return [fmt for fmt in candidates() if fmt not in UNIFORM and 2 <= bits[fmt] <= greatest + 1e-9]
 
 
 def _row(work: Work, budget: float, choice: Choice, uniform: Mapping[LayerFormat, float]) -> dict[str, Any]:
@@ -121,6 +147,7 @@ def _row(work: Work, budget: float, choice: Choice, uniform: Mapping[LayerFormat
         "plan": found,
         "uniform": uniform[best],
         "uniform_format": format_words(best),
+        "formats": sum(work.study.bits(work.number(fmt)) <= budget + 1e-9 for fmt in uniform),
         "ratio": found / uniform[best],
         "expected": own,
         "error": found / own - 1,
@@ -136,7 +163,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     heads = [
         "budget",
         "plan, KL",
-        "best format for all",
+        "best format for all (of)",
         "KL",
         "plan / format",
         "measured before",
@@ -147,7 +174,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             f"{row['budget']:.3f}",
             f"{row['plan']:.4f}",
-            row["uniform_format"],
+            f"{row['uniform_format']} ({row['formats']})",
             f"{row['uniform']:.4f}",
             f"{row['ratio']:.3f}",
             f"{row['expected']:.4f}",
