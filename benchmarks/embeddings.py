@@ -5,6 +5,11 @@ bytes of the file; the bits of an embedding's weight, scales included; perplexit
 teacher, on the first windows of a held-out text; and, in processes of their own that take turns, decoding speed as a
 ratio to that with 16 bits, and the memory of the process after decoding, without that of the libraries (as
 ``benchmarks.decode``). The median over the rounds counts. With ``--rounds 0`` only the quality is measured.
+
+    python -m benchmarks.embeddings --train 65536 --bits 16,6,4 --rounds 0
+
+With ``--train`` each of them goes on in stage 4 first, with so many tokens of --corpus and the same settings, in which
+the scales of embeddings with 6 and 4 bits learn, too. It is all measured before, and after that.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,9 +29,13 @@ from benchmarks.command_line import command_parser, count, one_message, progress
 from benchmarks.report import settings_of, write_report
 from lbllm.checkpoints.find import find_checkpoint, teacher_of
 from lbllm.checkpoints.hf import load
-from lbllm.config import SHIPPED
+from lbllm.config import SHIPPED, make_config
+from lbllm.errors import ConfigError
+from lbllm.events import BlockDone
 from lbllm.measure.perplexity import divergences
 from lbllm.models.teacher import load_teacher
+from lbllm.pipeline.run import run
+from lbllm.pipeline.start import settings_to_go_on
 from lbllm.quant.packed_embedding import PackedTable, table_weights, tables
 from lbllm.sections import EmbeddingBits
 from lbllm.share.repack import repack
@@ -56,6 +66,15 @@ def quality(folders: dict[int, Path], teacher: str, text: str, window: int | Non
     return rows
 
 
+def trained(folder: Path, teacher: str, corpus: str, tokens: int, place: Path) -> Path:
+    """The checkpoint of a run that goes on from the one in ``folder`` with stage 4."""
+    changes = settings_to_go_on(str(folder)) | {"model": teacher, "corpus": corpus, "e2e": {"tokens": tokens}}
+    for event in run(make_config("quick", changes), place, request=lambda: None):
+        if isinstance(event, BlockDone):
+            progress(f"{place.name}: loss {event.loss_before:.4f}, {event.loss_after:.4f} after {event.seconds:.0f} s")
+    return place / "checkpoint"
+
+
 def speeds(folders: dict[int, Path], rounds: int) -> dict[int, dict[str, Any]]:
     """Speed and memory for each number of bits, from processes that take turns."""
     times: dict[int, list[dict[str, float]]] = {bits: [] for bits in folders}
@@ -83,19 +102,33 @@ def main() -> None:
     parser.add_argument("--limit", type=count, default=4, help="windows")
     parser.add_argument("--window", type=int, help="tokens of each; 2,048 by default")
     parser.add_argument("--rounds", type=int, default=3, help="of decoding")
+    parser.add_argument("--bits", default=",".join(map(str, BITS)), help="16 and others, joined by commas")
+    parser.add_argument("--train", type=count, metavar="TOKENS", help="of stage 4")
+    parser.add_argument("--corpus", default="embedded+wikipedia", help="to train on")
     options = parser.parse_args()
     found = find_checkpoint(options.checkpoint)
     teacher = options.teacher or teacher_of(found)
+    asked = [bits for bits in BITS if str(bits) in options.bits.split(",")]
+    if asked[:1] != [16]:
+        raise ConfigError(f"--bits {options.bits}: 16 must be among them, the others are compared with it")
     with tempfile.TemporaryDirectory() as place:
         folders: dict[int, Path] = {}
-        for bits in BITS:
+        for bits in asked:
             folders[bits] = repack(found, bits, Path(place) / f"bits-{bits}", teacher=teacher).path
             progress(f"{bits} bits are packed")
-        rows = quality(folders, teacher, options.text, options.window, options.limit)
+        measured = partial(quality, teacher=teacher, text=options.text, window=options.window, limit=options.limit)
+        rows = measured(folders)
+        if options.train:
+            for bits in asked:
+                ended = Path(place) / f"trained-{bits}"
+                folders[bits] = trained(folders[bits], teacher, options.corpus, options.train, ended)
+            rows = [row | {"trained": 0} for row in rows]
+            rows += [row | {"trained": options.train} for row in measured(folders)]
         fast = speeds(folders, options.rounds) if options.rounds else {}
     rows = [row | fast.get(row["embedding_bits"], {}) for row in rows]
     print(f"{options.text}, {options.limit} windows, teacher {rows[0]['teacher_perplexity']:.2f}, {date.today()}")
-    heads = ["bits", "with scales", "file, MB", "perplexity", "change", "KL", "same top token", "memory, MB", "speed"]
+    heads = ["trained on", "bits", "with scales", "file, MB", "perplexity", "change", "KL", "same top token"]
+    heads += ["memory, MB", "speed"]
     print(markdown.table(heads, [cells(row) for row in rows]))
     if options.out:
         write_report(options.out, "embeddings", settings_of(options) | {"teacher": teacher}, rows)
@@ -103,7 +136,8 @@ def main() -> None:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The printed row."""
-    shown = [str(row["embedding_bits"]), f"{row['stored_bits']:.2f}", f"{row['disk_mb']:.1f}"]
+    shown = [f"{row.get('trained', 0):,}", str(row["embedding_bits"])]
+    shown += [f"{row['stored_bits']:.2f}", f"{row['disk_mb']:.1f}"]
     shown += [f"{row['perplexity']:.3f}", f"{row['change']:+.2%}", f"{row['kl']:.4f}", f"{row['same_top']:.1%}"]
     return shown + ([str(row["model_mb"]), f"{row['speed']:.2f}"] if "speed" in row else ["", ""])
 

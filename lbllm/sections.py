@@ -32,9 +32,7 @@ BlockLoss = Literal["relative", "mse"]
 InputStreams = Literal["student", "both"]
 StreamDtype = Literal["bfloat16", "float32"]
 LogitLoss = Literal["forward_kl", "reverse_kl", "cakld", "eakld", "concrete_score"]
-Origin = (
-    Stage | Literal["start"]
-)  # what a stage starts from: an earlier stage, or the checkpoint that a run starts from
+Origin = Stage | Literal["start"]  # what a stage starts from: an earlier one, or the checkpoint that a run starts from
 
 STAGES: tuple[Stage, ...] = ("ptq", "wat", "aar", "e2e")
 PAPER_STAGES = STAGES[:3]
@@ -339,8 +337,7 @@ class AarConfig(Section):
 class E2eConfig(Section):
     """Stage 4, which is optional. Learning rates as in stages 2 and 3; the loss compares the logits of both models.
 
-    Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them.
-    Memory grows with ``seq_len``: the activations of the whole model are kept for one sequence."""
+    Bits stay as they are while ``lr_weight`` is 0; above it latent weights train too, from where stage 1 left them."""
 
     tokens: int = Field(
         65_536, gt=0, title="Training tokens", description="How much text stage 4 learns from. Its time grows with it."
@@ -349,12 +346,10 @@ class E2eConfig(Section):
         256,
         ge=8,
         title="Tokens per sequence",
-        description="Longer sequences of the text are cut to this length in stage 4. Memory grows with it.",
+        description="Longer sequences of the text are cut to this length. Memory grows with it.",
     )
     epochs: int = Field(1, ge=1, le=MOST_EPOCHS, title="Epochs", description="How many times the text is used.")
-    batch_tokens: int = Field(
-        1_024, gt=0, title="Batch size in tokens", description="Tokens in one step of the optimizer."
-    )
+    batch_tokens: int = Field(1_024, gt=0, title="Batch size in tokens", description="Of one step of the optimizer.")
     lr_weight: float = Field(
         0.0,
         ge=0,
@@ -370,6 +365,12 @@ class E2eConfig(Section):
     )
     lr_act: float = Field(
         2e-3, ge=0, title="Learning rate of clips", description="Of the clips and knees of the activations."
+    )
+    lr_embeddings: float = Field(
+        0.01,
+        ge=0,
+        title="Learning rate of embeddings",
+        description="Of the scales of embeddings with 6 or 4 bits, which move by 15% at most. 0: they stay fixed.",
     )
     loss: LogitLoss = Field(
         "forward_kl",

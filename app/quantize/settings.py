@@ -119,6 +119,7 @@ ADVANCED: dict[str, tuple[Setting, ...]] = {
         Setting("e2e.lr_weight", step=_RATE),
         Setting("e2e.lr_levels", step=_RATE),
         Setting("e2e.lr_act", step=_RATE),
+        Setting("e2e.lr_embeddings", step=_RATE),
     ),
 }
 WIDGETS = (

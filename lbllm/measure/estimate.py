@@ -25,7 +25,15 @@ from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import CODE_BITS
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
 from lbllm.measure.cache_size import CacheSize, cache_size
-from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, active_experts, needs, planned_layers
+from lbllm.measure.needs import (
+    STREAMS,
+    Needs,
+    PlannedLayer,
+    active_experts,
+    needs,
+    planned_layers,
+    trains_tables,
+)
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported, decoder_blocks
 from lbllm.models.experts import expert_count
@@ -292,6 +300,7 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLaye
     weights = sum(layer.share * layer.weights for layer in layers) + attention
     columns = sum(layer.weights * layer.columns for layer in layers)
     head_weights = _head_weights(model)
+    of_head = 8 if trains_tables(config) else 6  # without a gradient of its weights
     inputs = 2 if config.wat.streams == "both" else 1
     search = 2 * len(CLIPS) * len(KNEES) * config.aar.search_tokens
     probes = {stage: PROBE_TOKEN * min(PROBE_TOKENS, getattr(config, stage).tokens) for stage in config.stages}
@@ -299,8 +308,8 @@ def _seconds(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLaye
         "ptq": PTQ_TOKEN * config.ptq.tokens * weights + PTQ_PASS * (1 + config.ptq.sweeps) * columns,
         "wat": (STREAMS_TOKEN + STEP_TOKEN * config.wat.epochs * inputs) * config.wat.tokens * weights,
         "aar": ((STREAMS_TOKEN + STEP_TOKEN * config.aar.epochs) * config.aar.tokens + search) * weights,
-        # A forward pass of both models and a backward pass of the student; the output head has no trained weights.
-        "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + 6 * head_weights),
+        # A forward pass of both models and a backward pass of the student.
+        "e2e": config.e2e.epochs * config.e2e.tokens * (8 * weights + of_head * head_weights),
     }
 
     def steps(stage: Stage, tokens_at_once: int) -> int:

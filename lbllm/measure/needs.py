@@ -50,6 +50,7 @@ EXPERTS_FEATURE = 12  # per token and hidden feature: inputs of the experts, in 
 EXPERTS_CHOICE = 24  # per token and chosen expert: its number and weight, in the order of tokens and of experts
 E2E_FEATURE = 14  # in stage 4: as TRAIN_FEATURE, with its gradients
 E2E_WEIGHT = 12  # per weight in stage 4: index, expanded weight, its gradient, parameters with two moments
+E2E_TABLE = 8  # in addition where scales of embeddings train: gradients, packed rows, parameters with two moments
 E2E_LATENT = 25  # in addition if latent weights train: latent, gradient, two moments, temporaries
 E2E_LOGITS = 3  # numbers per token of one sequence and vocabulary entry: both models' logits and a gradient
 E2E_OTHER_LOSS = 32  # bytes for the same where the loss is not computed in one pass: its temporaries, too
@@ -336,6 +337,11 @@ def product_bytes(config: RunConfig) -> int:
     return 2 if has_bfloat16() or uses_gpu(config.device) else 4
 
 
+def trains_tables(config: RunConfig) -> bool:
+    """Whether stage 4 trains the scales of embeddings and output head."""
+    return config.quant.embedding_bits < 8 and config.e2e.lr_embeddings > 0
+
+
 def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:
     """Stage 4, which has the whole model in memory."""
     text = model.config.get_text_config()
@@ -346,6 +352,8 @@ def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]
     each = E2E_WEIGHT + (E2E_LATENT if config.e2e.lr_weight > 0 else 0)
     # The student's own embeddings and output head, rounded, and the copy of this head for the products.
     own = 0 if config.quant.embedding_bits == 16 else head + 4 * table_weights(model)
+    if trains_tables(config):
+        own += E2E_TABLE * table_weights(model)
     return _Moment(
         {
             "teacher in float32": 4 * model.num_parameters() + own,

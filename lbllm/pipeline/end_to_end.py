@@ -21,16 +21,17 @@ from lbllm.models.streamed import BlockModel
 from lbllm.pipeline.context import Ended, RunContext, step_count, step_metric
 from lbllm.pipeline.mixtures import share_quantizers
 from lbllm.pipeline.packed_model import restored_blocks
+from lbllm.pipeline.packed_tables import PackedTables, save_tables
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.embedding_code import round_matrix
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_embedding import tables
-from lbllm.sections import EmbeddingBits, Origin, Stage
+from lbllm.sections import Origin, Stage
 from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import PROBE_TOKENS, binary_layers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.probe import Probe
+from lbllm.stages.trained_table import TrainedTable
 
 SAVE_SECONDS = 120.0  # seconds between two saved states of stage 4, which has no finished blocks to save
 
@@ -71,6 +72,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     whole = run.whole_teacher()
     teacher = BlockModel.of(whole)
     student, blocks = _whole_student(run, teacher, origin)
+    trained = _quantized_tables(run, teacher, student)
     training = EndToEnd(
         student,
         whole,
@@ -78,6 +80,7 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
         sequences,
         run.config.e2e,
         latents=list(_latents(run, teacher, blocks)) if run.config.e2e.lr_weight > 0 else (),
+        tables=list(trained.values()),
         seed=run.config.seed,
         autocast=run.autocast,
     )
@@ -124,6 +127,8 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
     training.freeze()
     after = training.loss(probe)
     diverged = not after <= before
+    if trained and not diverged:
+        save_tables(run.store, stage, teacher, {name: table.packed for name, table in trained.items()})
     for number, block in enumerate(blocks):
         tensors = collect(binary_layers(block)) | latents[number]
         if diverged:
@@ -147,11 +152,10 @@ def _train_whole(run: RunContext, sequences: Tensor) -> Iterator[Event]:
 def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple[PreTrainedModel, list[nn.Module]]:
     """Return the model after a stage, with BinaryLinear layers to train, and its blocks.
 
-    Layers that read the same input share a quantizer. Embeddings and output head are rounded if they will be packed.
+    Layers that read the same input share a quantizer.
     """
     quant = run.config.precision(stage)
     student: PreTrainedModel = share_copy(teacher.model)
-    _round_tables(student, run.config.quant.embedding_bits)
     attach_kv_cache(student, KVFormat.of(quant), training=True)
     _, student_blocks = decoder_blocks(student)
     (hidden,) = teacher.first_inputs(run.corpus.sequences[:1], 1)
@@ -176,13 +180,22 @@ def _whole_student(run: RunContext, teacher: BlockModel, stage: Origin) -> tuple
     return student, blocks
 
 
-def _round_tables(student: PreTrainedModel, bits: EmbeddingBits) -> None:
-    """Give a student embeddings and an output head of its own with the values that ``bits`` below 16 can hold; what
-    shared weights shares the rounded ones."""
-    rounded: dict[int, nn.Parameter] = {}
-    for module in tables(student).values() if bits < 16 else ():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if id(weight) not in rounded:
-            rounded[id(weight)] = nn.Parameter(round_matrix(weight.detach(), bits), requires_grad=False)
-        module.weight = rounded[id(weight)]
+def _quantized_tables(run: RunContext, teacher: BlockModel, student: PreTrainedModel) -> dict[str, TrainedTable]:
+    """Give a student embeddings and an output head of its own with the values that a checkpoint will hold, if they have
+    less than 16 bits; what shared weights shares the rounded ones. Returns those whose scales train, by name."""
+    bits, trained = run.config.quant.embedding_bits, dict[str, TrainedTable]()
+    if bits == 16:
+        return trained
+    packed = PackedTables(teacher, bits, run.store, run.config.origins[-2])
+    same: dict[int, dict[str, nn.Module]] = {}
+    for name, module in tables(student).items():
+        same.setdefault(id(module.weight), {})[f"{name}.weight"] = module
+    for modules in same.values():
+        name = next(iter(modules))
+        weight = nn.Parameter(packed.unpacked(name), requires_grad=False)
+        for module in modules.values():
+            module.weight = weight
+        if bits < 8 and run.config.e2e.lr_embeddings > 0:
+            rows = packed.packed(name).to(weight.device)
+            trained[name] = TrainedTable(rows, bits, weight.shape[1], list(modules.values()))
+    return trained

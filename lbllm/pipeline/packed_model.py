@@ -17,14 +17,14 @@ from lbllm.models.blocks import share_copy
 from lbllm.models.streamed import BlockModel, Rows
 from lbllm.models.teacher import BlockTeacher, Teacher, load_teacher
 from lbllm.models.weights import row_parts
+from lbllm.pipeline.packed_tables import PackedTables
 from lbllm.quant.activations import ActQuantizer
-from lbllm.quant.embedding_code import PackedRows, pack_matrix, round_matrix, unpack_rows
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.packed_embedding import tables
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.quant.plan import block_formats
-from lbllm.sections import EmbeddingBits, Origin, QuantConfig
+from lbllm.sections import Origin, QuantConfig
 from lbllm.stages.block_state import restore
 from lbllm.stages.block_store import BlockStore
 from lbllm.stages.distill import binary_layers
@@ -67,11 +67,13 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
     model: PreTrainedModel = share_copy(teacher.model)
     attach_kv_cache(model, KVFormat.of(quant))
     inside, outside, bits = f"{teacher.path}.", tables(model), quant.embedding_bits
-    packed: dict[str, PackedRows] = {}
+    packed = PackedTables(teacher, bits, store, stage)
     for name, module in model.named_modules():
         if not name.startswith(inside):
-            own = bits if name in outside else 16
-            _round_dense(module, torch.float32, skip=teacher.matrices, prefix=name, bits=own)
+            own = {f"{name}.weight"} if name in outside and bits < 16 else set()
+            _round_dense(module, torch.float32, skip=teacher.matrices.keys() | own, prefix=name)
+            if own and not own & teacher.matrices.keys():
+                module.weight = nn.Parameter(packed.unpacked(f"{name}.weight"), requires_grad=False)
     model.tie_weights()
     formats = block_formats(teacher.model, quant)[2]
 
@@ -85,12 +87,7 @@ def stage_blocks(config: RunConfig, folder: Path, stage: Origin, teacher: BlockM
         return packed_block(block, quant.tail_steps, torch.float32).eval()
 
     def read(name: str, rows: Rows) -> Tensor:
-        if bits == 16:
-            return teacher.rows(name, rows).bfloat16().float()
-        if name not in packed:
-            packed[name] = packed_rows(teacher, name, bits)
-        made = packed[name]
-        return unpack_rows(made.weight[rows], bits, teacher.matrices[name][1], made.scale).to(teacher.device)
+        return teacher.rows(name, rows).bfloat16().float() if bits == 16 else packed.unpacked(name, rows)
 
     return BlockModel(model, make, device=teacher.device, matrices=teacher.matrices, read=read)
 
@@ -109,15 +106,14 @@ def _round_dense(
     dtype: torch.dtype,
     skip: Container[str] = (),
     prefix: str = "",
-    bits: EmbeddingBits = 16,
 ) -> None:
-    """Round a module's own parameters as a checkpoint stores them: its matrix to so many bits, the rest to bfloat16."""
+    """Round a module's own parameters as a checkpoint stores them, to bfloat16."""
     if isinstance(module, ActQuantizer):
         return
     for name, parameter in list(module.named_parameters(recurse=False)):
         if f"{prefix}.{name}".removeprefix(".") not in skip:
             # New parameters, since the teacher shares the old ones.
-            stored = round_matrix(parameter.detach(), bits if parameter.ndim > 1 else 16).to(dtype)
+            stored = parameter.detach().bfloat16().to(dtype)
             setattr(module, name, nn.Parameter(stored, requires_grad=False))
 
 
@@ -148,7 +144,7 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
     buffers = dict(teacher.model.named_buffers())
     blocks = restored_blocks(teacher, store, stage, quant, packed=True)
     rows = {f"{name}.weight" for name in tables(teacher.model)} if quant.embedding_bits < 16 else set()
-    known: dict[int, PackedRows] = {}
+    made = PackedTables(teacher, quant.embedding_bits, store, stage)
     begun = -1
     for name, tensor in teacher.model.state_dict().items():
         if name.startswith(inside):
@@ -158,11 +154,8 @@ def _tensors(teacher: BlockModel, store: BlockStore, stage: Origin, quant: Quant
                 yield from ((f"{inside}{number}.{key}", value) for key, value in packed.state_dict().items())
             begun = number
         elif name in rows:
-            shared = id(teacher.model.get_parameter(name))
-            if shared not in known:
-                known[shared] = packed_rows(teacher, name, quant.embedding_bits)
-            yield name, known[shared].weight
-            scale = known[shared].column_scale
+            yield name, made.packed(name).weight
+            scale = made.packed(name).column_scale
             if scale is not None:
                 yield (
                     f"{name.removesuffix('weight')}column_scale",
@@ -180,12 +173,3 @@ def _matrix(teacher: BlockModel, name: str) -> Tensor:
     for part in row_parts(teacher.matrices[name]):
         matrix[part] = teacher.rows(name, part).bfloat16()
     return matrix
-
-
-def packed_rows(teacher: BlockModel, name: str, bits: EmbeddingBits) -> PackedRows:
-    """The packed form of the embeddings or the output head with this ``name``. It is made of the teacher's own weights,
-    which were not rounded before, and which are read in parts."""
-    if name in teacher.matrices:
-        return pack_matrix(lambda rows: teacher.rows(name, rows), teacher.matrices[name], bits)
-    own = teacher.model.get_parameter(name).detach()
-    return pack_matrix(own.__getitem__, tuple(own.shape), bits)

@@ -38,7 +38,8 @@ from lbllm.pipeline.context import CURVE_TOKENS, Ended, HeldOutTokens, RunContex
 from lbllm.pipeline.end_to_end import run_end_to_end
 from lbllm.pipeline.evaluated import read_evaluated, write_evaluated
 from lbllm.pipeline.packed_model import save_checkpoint, stage_blocks
-from lbllm.pipeline.start import checkpoint_blocks
+from lbllm.pipeline.packed_tables import save_tables
+from lbllm.pipeline.start import open_start, start_blocks, start_tables
 from lbllm.quant.kv_attention import attend_in_groups
 from lbllm.quant.kv_cache import KVFormat
 from lbllm.quant.plan import bits_per_weight, block_formats
@@ -109,8 +110,7 @@ def run(
     store = BlockStore(folder, mark, config.stages)
     begun = all(store.path("start", number).exists() for number in range(len(blocks)))
     if config.start is not None and not ranks.same(begun):
-        for number, tensors in enumerate(checkpoint_blocks(config, model)):
-            store.save_whole("start", number, BlockState(tensors, 0.0, 0.0, False), experts_of(model.blocks[number]))
+        _save_start(config, model, store)
     layers = planned_layers(model.model, config.precision(config.stages[-1]))
     # The size of the checkpoint, about: it decides nothing here where it is small beside a block in training.
     place = needs(config, model.model, layers, 0, gpu=device.type != "cpu").streams
@@ -183,6 +183,15 @@ def run(
         disk_bytes=weights_bytes(target),
         seconds=time.perf_counter() - began,
     )
+
+
+def _save_start(config: RunConfig, teacher: BlockModel, store: BlockStore) -> None:
+    """Keep what the run goes on from as the states of its blocks."""
+    packed = open_start(config, teacher)
+    if kept := start_tables(config, packed):
+        save_tables(store, "start", teacher, kept)
+    for number, tensors in enumerate(start_blocks(config, packed, teacher.path)):
+        store.save_whole("start", number, BlockState(tensors, 0.0, 0.0, False), experts_of(teacher.blocks[number]))
 
 
 def _check_ranks(run: RunContext) -> None:

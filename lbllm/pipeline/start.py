@@ -20,7 +20,7 @@ from lbllm.json_input import decode_object, shortened, shown
 from lbllm.models.experts import expert_count, read_parameters
 from lbllm.models.streamed import BlockModel
 from lbllm.models.weights import row_parts
-from lbllm.quant.embedding_code import is_rounding_of
+from lbllm.quant.embedding_code import PackedRows, is_rounding_of
 from lbllm.quant.levels import group_length
 from lbllm.quant.packed_embedding import PackedTable, tables
 from lbllm.quant.packed_layer import PackedLinear
@@ -34,14 +34,11 @@ FREE = {*CONTINUATIONS[FROM_CHECKPOINT]}
 _LARGEST_CONFIG = 50_000_000  # bytes
 
 
-def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the checkpoint ``config`` starts
-    from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
-    into those of ``config``, and their parameters get its bits. Raises CheckpointError, and ConfigError where the
-    format is another one otherwise, or the checkpoint not of this teacher."""
+def open_start(config: RunConfig, teacher: BlockModel) -> PreTrainedModel:
+    """The packed model that ``config`` starts from. Raises CheckpointError, and ConfigError where its format is not one
+    that the run can go on from, or it is not of this teacher."""
     assert config.start is not None
-    folder = find_checkpoint(config.start).folder
-    model, _ = load(folder, dtype=torch.bfloat16)
+    model, _ = load(find_checkpoint(config.start).folder, dtype=torch.bfloat16)
     stated: LbllmConfig = model.config.quantization_config
     different = _differences(stated.format, config.precision("start"))
     if different:
@@ -58,7 +55,26 @@ def checkpoint_blocks(config: RunConfig, teacher: BlockModel) -> Iterator[dict[s
             f"{setting_name('start')}: {config.start} was not made from {config.model} ({foreign} differs), but "
             f"from {made_from}; choose that as the model"
         )
-    path = teacher.path
+    return model
+
+
+def start_tables(config: RunConfig, model: PreTrainedModel) -> dict[str, PackedRows]:
+    """The embeddings and output head of the model that ``config`` starts from, by name, where their scales may have
+    been trained and the run keeps their bits; what is tied counts once."""
+    found: dict[int, tuple[str, PackedRows]] = {}
+    for name, table in tables(model).items():
+        if isinstance(table, PackedTable) and table.scale is not None and table.bits == config.quant.embedding_bits:
+            found.setdefault(id(table.weight), (f"{name}.weight", PackedRows(table.weight.detach(), table.scale)))
+    return dict(found.values())
+
+
+def start_blocks(config: RunConfig, model: PreTrainedModel, path: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each block's layers, as ``checkpoint.collect`` gives them, of the ``model`` that ``config`` starts
+    from, with the latent weights that its run ended with where the checkpoint lies in that run's folder. Groups are cut
+    into those of ``config``, and their parameters get its bits. Raises ConfigError for groups that can't be cut so.
+    ``path``: where the blocks are in the model."""
+    assert config.start is not None
+    folder = find_checkpoint(config.start).folder
     for number, block in enumerate(model.get_submodule(path).children()):
         tensors = _latents(folder.parent, number, expert_count(block)) if config.e2e.lr_weight > 0 else {}
         for name, layer in block.named_modules():

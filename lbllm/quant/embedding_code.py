@@ -51,6 +51,10 @@ class PackedRows(NamedTuple):
         """The scales as a checkpoint stores them, uint8 (columns, 2): no conversion of a model changes bytes."""
         return None if self.scale is None else self.scale[:, None].view(torch.uint8)
 
+    def to(self, device: torch.device) -> PackedRows:
+        """Return the same on a device."""
+        return PackedRows(self.weight.to(device), None if self.scale is None else self.scale.to(device))
+
 
 def row_bytes(columns: int, bits: EmbeddingBits) -> int:
     """Return the bytes of a packed row of ``columns`` weights."""
@@ -101,6 +105,19 @@ def unpack_rows(packed: Tensor, bits: EmbeddingBits, columns: int, scale: Tensor
     own = groups[..., :SCALE].contiguous().view(torch.float16).float()
     weights = (_levels(groups[..., SCALE:], bits) * own).flatten(-2)[..., :columns]
     return weights if scale is None else weights * scale.float()
+
+
+def group_scales(packed: Tensor, bits: EmbeddingBits) -> Tensor:
+    """Return the scales of the groups of packed rows, float32 (r, groups)."""
+    stored = packed.unflatten(-1, (-1, SCALE + GROUPS[bits] * bits // 8))[..., :SCALE]
+    return stored.contiguous().view(torch.float16)[..., 0].float()
+
+
+def with_group_scales(packed: Tensor, bits: EmbeddingBits, scales: Tensor) -> Tensor:
+    """Return packed rows with these ``scales`` (r, groups) of their groups, as float16; their codes are the same."""
+    groups = packed.unflatten(-1, (-1, SCALE + GROUPS[bits] * bits // 8)).clone()
+    groups[..., :SCALE] = scales.half()[..., None].view(torch.uint8)
+    return groups.flatten(-2)
 
 
 def round_matrix(weight: Tensor, bits: EmbeddingBits) -> Tensor:

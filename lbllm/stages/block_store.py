@@ -10,6 +10,9 @@ of lbllm 0.2 and before have the fingerprint and the hash of the tensors alone, 
 
 Of a block with experts, each expert has a file of its own, ``<stage>-<block>-e<expert>.safetensors``, so that one of
 them is in memory at a time. The block's own file, with its other layers, is written after them.
+
+Two numbers after those of the blocks are no blocks: the first is the state of stage 4's unfinished training, the second
+has embeddings and output head of 6 or 4 bits, as stage 4 trained them or the starting checkpoint has them.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["aar"]["loss"]
     if config.wat.streams == "student":
         del document["wat"]["streams"]
+    if config.quant.embedding_bits >= 8 or config.e2e.lr_embeddings == 0:
+        del document["e2e"]["lr_embeddings"]
     if config.e2e.gram_weight == 0:
         del document["e2e"]["gram_weight"]
     text = json.dumps([document, weights, corpus_hash, precision], sort_keys=True)

@@ -1,8 +1,9 @@
 """Stage 4, end to end: the whole student learns the teacher's logits. It is optional and not part of LBLLM.
 
-The stage trains the group parameters (alpha, mu) and, after stage 3, knees and clips, with activations and KV cache as
-they will be deployed. (EfficientQAT's second phase, Chen et al. 2024, trains step sizes like this.) Bits are fixed
-unless latent weights are given: then each weight takes the level nearest to its latent weight, as in stage 2.
+The stage trains the group parameters (alpha, mu), the scales of embeddings that have 6 or 4 bits, and after stage 3
+knees and clips, with activations and KV cache as they will be deployed. (EfficientQAT's second phase, Chen et al. 2024,
+trains step sizes like this.) Bits are fixed unless latent weights are given: then each weight takes the level nearest
+to its latent weight, as in stage 2.
 
 The model processes one sequence at a time and sums the gradients. Each step computes the fake-quantized weight of every
 layer once, in the precision of the matrix products. This weight collects its gradient, which is then passed on to the
@@ -32,6 +33,7 @@ from lbllm.sections import E2eConfig
 from lbllm.stages.attention import attend_by_products
 from lbllm.stages.distill import Step, batch_order, cosine, product_dtype, quantizers_of
 from lbllm.stages.losses import LOSSES, feature_error, gram_error
+from lbllm.stages.trained_table import TrainedTable
 
 WARM_UP = 5  # steps over which the learning rate rises: Adam first has to estimate the size of the gradients
 
@@ -40,8 +42,9 @@ class EndToEnd:
     """Trains the ``layers`` of a student: frozen BinaryLinears; layers that read the same input share a quantizer.
 
     ``latents``: empty, or one latent weight (out, in) per layer, trained with ``config.lr_weight``; ``freeze`` fixes
-    the bits at the end. The models' other linear layers are stored in autocast's precision. ``state`` and ``load``
-    continue an interrupted training between two steps, bit for bit.
+    the bits at the end. ``tables``: embeddings and output head whose scales train. The models' other linear layers are
+    stored in autocast's precision. ``state`` and ``load`` continue an interrupted training between two steps, bit for
+    bit.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class EndToEnd:
         config: E2eConfig,
         *,
         latents: Sequence[Tensor] = (),
+        tables: Sequence[TrainedTable] = (),
         seed: int,
         autocast: Any,
     ) -> None:
         self.layers, self.sequences, self.config, self.autocast = layers, sequences, config, autocast
+        self.tables = tables
         self.student, self.teacher = student, share_copy(teacher)
         takes_cache = "past_key_values" in inspect.signature(student.forward).parameters
         self.takes_cache = takes_cache and keeps_attention_alone(student.config)
@@ -82,6 +87,7 @@ class EndToEnd:
         if self.quantizers:
             acts = [quantizer.act.requires_grad_() for quantizer in self.quantizers]
             groups.append({"params": acts, "lr": config.lr_act})
+        groups += [{"params": [table.factors], "lr": config.lr_embeddings} for table in tables]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.start_values = [parameter.detach().clone() for parameter in self.parameters] if config.start_share else []
         self.rates = [group["lr"] for group in groups]
@@ -123,6 +129,8 @@ class EndToEnd:
                     assert layer.dense is not None
                     if layer.dense.grad is not None:  # else this rank had no sequence
                         layer.weight().backward(layer.dense.grad.to(layer.params.dtype))
+                for table in self.tables:
+                    table.collect()
                 ranks.sum_(*ranks.gradients(self.parameters))
                 self.update()
             self._drop()
@@ -142,12 +150,16 @@ class EndToEnd:
         self.optimizer.step()
         for quantizer in self.quantizers:
             quantizer.bound()
+        for table in self.tables:
+            table.bound()
 
     def freeze(self) -> None:
         """End the training: fix the bits and round the group parameters to the values that a checkpoint stores."""
         for layer in self.layers:
             layer.freeze()
             layer.round_params()
+        for table in self.tables:
+            table.freeze()
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors that another process needs to continue after the last complete step."""
@@ -194,6 +206,8 @@ class EndToEnd:
     def _expand(self) -> None:
         for layer in self.layers:
             layer.dense = layer.weight().detach().to(self.dtype).requires_grad_()
+        for table in self.tables:
+            table.expand()
 
     def _drop(self) -> None:
         for layer in self.layers:

@@ -19,6 +19,7 @@ from lbllm.checkpoints.find import find_checkpoint
 from lbllm.checkpoints.record import read_record
 from lbllm.checkpoints.weights import WEIGHTS
 from lbllm.commands.main import main
+from lbllm.config import RunConfig
 from lbllm.errors import ConfigError, ModelError
 from lbllm.measure.estimate import estimate
 from lbllm.measure.perplexity import block_perplexity, perplexity
@@ -27,8 +28,9 @@ from lbllm.microscope.pair import Pair
 from lbllm.models.source import embedded_file
 from lbllm.models.streamed import BlockModel
 from lbllm.models.teacher import load_teacher, stream_teacher
-from lbllm.pipeline.packed_model import stage_blocks
-from lbllm.quant.embedding_code import PackedRows, pack_matrix, round_matrix
+from lbllm.pipeline.packed_model import stage_blocks, stage_model
+from lbllm.pipeline.start import settings_to_go_on
+from lbllm.quant.embedding_code import PackedRows, group_scales, pack_matrix, round_matrix, with_group_scales
 from lbllm.quant.packed_embedding import PackedEmbedding, PackedHead, PackedTable, tables
 from lbllm.sections import EmbeddingBits
 from lbllm.share.export import export
@@ -207,7 +209,7 @@ def test_a_run_goes_on_from_packed_embeddings_and_can_change_their_bits(
 ) -> None:
     checkpoint = checkpoints[bits]
     teacher = str(checkpoint.parent.parent / "teacher")
-    small = {"tokens": 64, "epochs": 1, "batch_tokens": 64, "seq_len": 32}
+    small = {"tokens": 64, "epochs": 1, "batch_tokens": 64, "seq_len": 32, "lr_embeddings": 0}
     changes: dict[str, Any] = {"model": teacher, "start": str(checkpoint), "stages": ["e2e"], "e2e": small}
     quant = {"act_bits": 16, "kv_bits": 16, "embedding_bits": 6}
     run_tiny(run_config(**changes, quant=quant), tmp_path / "run", load_teacher(teacher))
@@ -265,3 +267,63 @@ def test_exports_have_the_packed_values(tmp_path: Path) -> None:
     assert (first.data == second.data).all()
     for folder, said in ((dense, "8 bits each"), (written.parent, "8.5, as packed (Q8_0)")):
         assert said in (folder / "README.md").read_text()
+
+
+def trained(folder: Path, teacher: Path, bits: int, **changes: Any) -> tuple[RunConfig, Path]:
+    """A run of stages 1 and 4: its settings and its folder."""
+    e2e = {"tokens": 96, "batch_tokens": 64, "epochs": 6} | changes
+    quant = {"embedding_bits": bits, "act_bits": 16, "kv_bits": 16}
+    config = run_config(model=str(teacher), quant=quant, stages=["ptq", "e2e"], e2e=e2e)
+    run_tiny(config, folder, load_teacher(str(teacher)))
+    return config, folder
+
+
+@pytest.mark.parametrize(("architecture", "bits"), [("llama", 4), ("llama_bias", 6)])
+def test_stage_4_trains_the_scales_of_embeddings_with_few_bits(
+    architecture: str, bits: EmbeddingBits, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "teacher", architecture)
+    still = trained(tmp_path / "still", tmp_path / "teacher", bits, lr_embeddings=0, lr_levels=0)
+    moved = trained(tmp_path / "moved", tmp_path / "teacher", bits, lr_levels=0)
+    before, after = (load_file(folder / "checkpoint" / WEIGHTS) for _, folder in (still, moved))
+    names = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    tied = architecture == "llama"
+    assert names == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    for name in names:
+        scales, own = group_scales(after[name], bits), group_scales(before[name], bits)
+        assert torch.equal(with_group_scales(after[name], bits, own), before[name])
+        ratio = scales[own != 0] / own[own != 0]
+        assert 0.84 < ratio.min() < 0.999
+        assert 1.001 < ratio.max() < 1.16
+    # They learn, and what the run measured is the model that a checkpoint gives.
+    teacher = load_teacher(str(tmp_path / "teacher"))
+    with torch.no_grad():
+        wanted = torch.log_softmax(teacher.model(token_ids()[-3:]).logits, -1)
+        errors = []
+        for config, folder in (still, moved):
+            made = stage_model(config, folder, "e2e", load_teacher(str(tmp_path / "teacher")))
+            found = lbllm.load(folder / "checkpoint", dtype=torch.float32)[0]
+            torch.testing.assert_close(logits(found), logits(made), rtol=1e-4, atol=1e-4)
+            given = torch.log_softmax(found(token_ids()[-3:]).logits, -1)
+            errors.append(float((wanted.exp() * (wanted - given)).sum(-1).mean()))
+    assert errors[1] < errors[0]
+
+
+def test_a_run_from_a_checkpoint_keeps_its_trained_embeddings(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "teacher", "llama")
+    first = trained(tmp_path / "first", tmp_path / "teacher", 4)[1] / "checkpoint"
+    document = settings_to_go_on(str(first))
+    rates = {"lr_embeddings": 0, "lr_levels": 0}
+    config = run_config(**document, e2e={"tokens": 96, "batch_tokens": 64} | rates)
+    run_tiny(config, tmp_path / "second", load_teacher(str(tmp_path / "teacher")))
+    before, after = (load_file(tmp_path / run / "checkpoint" / WEIGHTS) for run in ("first", "second"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # With other bits they are made of the teacher's weights.
+    document["quant"]["embedding_bits"] = 6
+    other = run_config(**document, e2e={"tokens": 96, "batch_tokens": 64} | rates)
+    run_tiny(other, tmp_path / "third", load_teacher(str(tmp_path / "teacher")))
+    found = load_file(tmp_path / "third/checkpoint" / WEIGHTS)["model.embed_tokens.weight"]
+    assert torch.equal(found, packed_matrix(teacher_rows(tmp_path / "third/checkpoint"), 6).weight)
+    # Inspect and Compare know it as one of this teacher.
+    Microscope.open(str(first), str(tmp_path / "teacher"))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.kill_resume import hashes
 from lbllm import load
@@ -26,7 +27,7 @@ from lbllm.events import BlockDone, Evaluated, Event, RunStopped, StepMetric
 from lbllm.models.streamed import BlockModel
 from lbllm.pipeline import run as pipeline
 from lbllm.pipeline.packed_model import stage_model
-from lbllm.pipeline.start import checkpoint_blocks, settings_to_go_on
+from lbllm.pipeline.start import open_start, settings_to_go_on, start_blocks
 from lbllm.quant.levels import from_groups, params_to_levels, take_levels, to_groups
 from lbllm.quant.packed_layer import PackedLinear
 from lbllm.runs.store import RunStore
@@ -61,6 +62,12 @@ def further(checkpoint: Path, **changes: Any) -> RunConfig:
     """Settings of a run that goes on from a checkpoint of a tiny teacher."""
     document = {**settings_to_go_on(str(checkpoint)), "model": "tiny"}
     return tiny_config(**document, e2e=E2E | changes)
+
+
+def taken_blocks(settings: RunConfig) -> list[dict[str, Tensor]]:
+    """The states that a run begins with."""
+    teacher = BlockModel.of(bfloat_teacher().model)
+    return list(start_blocks(settings, open_start(settings, teacher), teacher.path))
 
 
 def steps(events: list[Event]) -> list[int]:
@@ -194,7 +201,7 @@ def test_groups_may_be_cut_and_their_parameters_get_other_bits(
 @pytest.mark.parametrize("rate", [0.0, 1e-3])
 def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: float, tmp_path: Path) -> None:
     settings = weights_first(tmp_path / "first", rate)
-    taken = list(checkpoint_blocks(settings, BlockModel.of(bfloat_teacher().model)))
+    taken = taken_blocks(settings)
     store = BlockStore(tmp_path / "first", None)
     for number, tensors in enumerate(taken):
         # Stage 4 ends with latent weights where they trained; else stage 1's are the last ones.
@@ -216,9 +223,7 @@ def test_latent_weights_are_taken_over_from_the_run_that_trained_them(rate: floa
             assert farther.max() < 1e-3  # float16's steps
     # A copy of the checkpoint alone has none, and goes on from the teacher's.
     copy = Path(shutil.copytree(tmp_path / "first" / "checkpoint", tmp_path / "copy"))
-    for tensors in checkpoint_blocks(
-        settings.model_copy(update={"start": str(copy)}), BlockModel.of(bfloat_teacher().model)
-    ):
+    for tensors in taken_blocks(settings.model_copy(update={"start": str(copy)})):
         assert not any(name.endswith(".latent") for name in tensors)
 
 

@@ -125,12 +125,13 @@ def test_settings_that_came_later_leave_the_fingerprint_of_older_runs_alone() ->
     for name in ("act_group_size", "embedding_bits", "kv_group_size", "kv_first"):
         del document["quant"][name]
     del document["aar"]["loss"], document["wat"]["streams"], document["e2e"]["gram_weight"]
+    del document["e2e"]["lr_embeddings"]
     weights = {name: torch.hash_tensor(w).view(torch.int64).item() for name, w in teacher.named_parameters()}
     text = json.dumps([document, weights, "text", "no"], sort_keys=True)
     older = run_config(stream_dtype="float32")
     assert fingerprint(older, weight_hashes(teacher), "text", "no") == hashlib.sha256(text.encode()).hexdigest()
     changes: tuple[dict[str, Any], ...] = ({"aar": {"loss": "mse"}}, {"quant": {"embedding_bits": 8}})
-    changes += ({"wat": {"streams": "both"}}, {"e2e": {"gram_weight": 1.0}})
+    changes += ({"wat": {"streams": "both"}}, {"e2e": {"gram_weight": 1.0}}, {"quant": {"embedding_bits": 4}})
     for other in (run_config(), *(run_config(stream_dtype="float32", **one) for one in changes)):
         assert fingerprint(other, weight_hashes(teacher), "text", "no") != fingerprint(
             older, weight_hashes(teacher), "text", "no"
