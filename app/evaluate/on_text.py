@@ -44,7 +44,7 @@ def show_text(job: EvaluationJob, parts: Parts) -> None:
     )
     places, kinds = by_position(job, parts), by_kind(job, parts)
     shown = list(kinds[0].perplexity) if kinds else []
-    left, right = st.columns(2, gap="medium")
+    left, right = st.columns([6, 5], gap="medium")
     with left:
         st.markdown("**Perplexity by kind of token**")
         heads = ["Kind", "Share", *(job.shown_names[n] for n in shown)]
@@ -116,7 +116,7 @@ def _chart(job: EvaluationJob, places: list[Part]) -> Figure:
         "data": data,
         "layout": {
             "height": 320,
-            "xaxis": {"title": {"text": "tokens read before"}, "type": "category"},
+            "xaxis": {"title": {"text": "tokens read before", "standoff": 8}, "type": "category", "automargin": True},
             "yaxis": {"type": "log", "title": {"text": "perplexity"}},
         },
     }
