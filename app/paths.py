@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lbllm.checkpoints.find import FoundCheckpoint, find_model, find_teacher
+from lbllm.checkpoints.find import ALONE, FoundCheckpoint, find_model, find_teacher
 from lbllm.config import SHIPPED
 from lbllm.errors import ConfigError, ModelError
 from lbllm.models.catalogue import MODELS
@@ -64,6 +64,10 @@ def _model(text: str, find: Callable[[str], ModelSource | FoundCheckpoint]) -> s
     name = text.strip()
     if not name:
         raise ConfigError("no model is chosen")
+    if name.endswith(ALONE) and find is find_model:
+        base = _model(name.removesuffix(ALONE), find_model)
+        find_model(f"{base}{ALONE}")
+        return f"{base}{ALONE}"
     if name == SHIPPED or any(entry.id == name.lower() for entry in MODELS):
         find(name)
         return name

@@ -15,7 +15,9 @@ from app import visits
 from app.paths import model_name
 from app.view import checkpoints, plain, pool, sentence, size_text, store
 from lbllm.chat.pool import Slot
+from lbllm.checkpoints.find import ALONE, FoundCheckpoint, find_model
 from lbllm.config import DEFAULT_MODEL, SHIPPED
+from lbllm.errors import LbllmError
 from lbllm.labels import bits_name
 from lbllm.models.catalogue import EMBEDDED_PRECISION, MODELS
 from lbllm.units import against_16_bits
@@ -31,17 +33,20 @@ class Offer(NamedTuple):
     name: str
 
 
-def choices() -> dict[str, Offer]:
+def choices(*, running: bool = True) -> dict[str, Offer]:
     """Return the choices of the pickers, by their value in the page's address.
 
     First the checkpoint included in the project, then those of finished runs, the embedded model, and the models that
-    need a download.
+    need a download. ``running``: also checkpoints whose activations are quantized as models that leave them alone.
     """
-    found = {
-        SHIPPED: Offer(f"{DEFAULT_MODEL} binarized, included in the program", f"{DEFAULT_MODEL} binarized", SHIPPED)
-    }
+    title = f"{DEFAULT_MODEL} binarized"
+    found = {SHIPPED: Offer(f"{title}, included in the program", title, SHIPPED)}
     for label, folder in checkpoints(store()).items():
         found[folder.parent.name] = Offer(label, label, str(folder))
+    if running:
+        pairs = (((value, offer), (f"{value}{ALONE}", _alone(offer))) for value, offer in found.items())
+        both = (pair if _quantizes(pair[0][1].name) else pair[:1] for pair in pairs)
+        found = dict(one for pair in both for one in pair)
     for entry in sorted(MODELS, key=lambda entry: entry.hub_id is not None):
         note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
         found[entry.id] = Offer(f"{entry.id}, {note}", entry.id, entry.id)
@@ -94,9 +99,50 @@ def allowed(side: str, value: str) -> bool:
     return value in visits.visit().models
 
 
+def _alone(offer: Offer) -> Offer:
+    label, title, name = offer
+    return Offer(f"{label}, activations left alone", f"{title}, activations left alone", f"{name}{ALONE}")
+
+
+def _quantizes(name: str) -> bool:
+    """Whether this is the name of a checkpoint whose activations or KV cache have less than 16 bits."""
+    try:
+        found = find_model(name)
+        return isinstance(found, FoundCheckpoint) and found.quantizes
+    except LbllmError:  # loading it says what is wrong
+        return False
+
+
+def mode_switch(side: str, offer: Offer) -> None:
+    """Where the activations of a picked checkpoint are quantized: a switch that leaves them alone. It picks the other
+    model of the two."""
+    if not _quantizes(offer.name):
+        return
+    key, shown = f"compare_{side}", f"compare_{side}_alone"
+    st.session_state[shown] = offer.name.endswith(ALONE)
+    st.toggle(
+        "Leave activations alone",
+        key=shown,
+        on_change=_switch,
+        args=(key, shown),
+        help="The inputs of its layers and its KV cache then have 16 bits instead of those that it was made for. The "
+        "weights are the same.",
+    )
+
+
+def _switch(key: str, shown: str) -> None:
+    base = str(st.session_state[key]).removesuffix(ALONE)
+    st.session_state[key] = f"{base}{ALONE}" if st.session_state[shown] else base
+    _picked(key)
+
+
 def resolve(value: str, offered: dict[str, Offer]) -> Offer:
     """Return the choice of a picked value. Raises ConfigError if a typed path is outside the allowed folder."""
-    return offered[value] if value in offered else Offer(value, value, model_name(value))
+    if value in offered:
+        return offered[value]
+    if value.endswith(ALONE):
+        return _alone(Offer(*(text.removesuffix(ALONE) for text in Offer(value, value, model_name(value)))))
+    return Offer(value, value, model_name(value))
 
 
 def hold(names: tuple[str, str], key: str = "compare_slots") -> tuple[Slot, Slot]:

@@ -11,7 +11,19 @@ from streamlit.delta_generator import DeltaGenerator
 from app import visits
 from app.compare.answers import difference_text, prompt_bubble, show_earlier, show_exchange, show_live, show_prompt
 from app.compare.lens import complete, show_lens
-from app.compare.models import SIDES, Offer, allow, allowed, choices, hold, pick, resolve, show_state, write_state
+from app.compare.models import (
+    SIDES,
+    Offer,
+    allow,
+    allowed,
+    choices,
+    hold,
+    mode_switch,
+    pick,
+    resolve,
+    show_state,
+    write_state,
+)
 from app.compare.settings import chosen, current, settings
 from app.compare.votes import show_votes, votes_of
 from app.view import guard, plain
@@ -126,6 +138,8 @@ def pickers() -> tuple[tuple[Offer, Offer] | None, list[str], list[DeltaGenerato
         places.append(column.empty())
         try:
             picked.append(resolve(value, offered))
+            with column:
+                mode_switch(side, picked[-1])
         except LbllmError as error:
             column.error(plain(str(error)))
         if not allowed(side, value):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm import kernels
 from lbllm.checkpoints.find import FoundCheckpoint, find_model
-from lbllm.checkpoints.hf import LbllmConfig, load
+from lbllm.checkpoints.hf import LbllmConfig
 from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import FORMAT_NAMES
 from lbllm.machine import device_named, free_memory
@@ -156,7 +156,7 @@ def load_model(name: str) -> Loaded:
     # Two bits and the parameters become 32 bits.
     needed = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * (10 if expand else 1)
     _check_memory(name, needed, device)
-    model, tokenizer = load(folder, device=device)
+    model, tokenizer = found.load(device=device)
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     stored = _bytes(model)
     stated: LbllmConfig = model.config.quantization_config

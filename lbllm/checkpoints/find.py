@@ -9,33 +9,38 @@ A name is looked up in this order; the first match counts:
     5. the id of a finished run in the run store
 
 So if a folder has the same name as a catalogue id, give it as ./name. The files of a checkpoint are not searched for
-further names.
+further names. Where a model is run, ":a16" after the name of a packed checkpoint leaves its activations and KV cache
+alone, as ``load(folder, activations=False)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lbllm.checkpoints.hf import is_checkpoint, load
 from lbllm.checkpoints.record import RunRecord, provenance, read_record
-from lbllm.checkpoints.seal import stated_weights, weights_sha256
+from lbllm.checkpoints.seal import CORRUPT, read_document, stated_weights, weights_sha256
 from lbllm.checkpoints.shipped import ASSET_FOLDER, check_assets, shipped_checkpoint
 from lbllm.config import SHIPPED
 from lbllm.errors import CheckpointError, LbllmError, ModelError, RunError
 from lbllm.events import Evaluated
+from lbllm.json_input import shortened
 from lbllm.models.catalogue import MODELS
 from lbllm.models.source import TEACHERS, ModelSource, find_source, unknown_name
 from lbllm.models.teacher import Teacher, load_teacher
 from lbllm.places import home
 from lbllm.runs.store import Run, RunStore
+from lbllm.sections import QuantConfig
 
 CHECKPOINTS = f"{SHIPPED!r}, the id of a finished run (see `lbllm runs list`), or the folder of a checkpoint or a run"
+ALONE = ":a16"  # after a checkpoint's name
 _CATALOGUE = {entry.id: entry.id for entry in MODELS}
 
 
@@ -45,7 +50,7 @@ class FoundCheckpoint:
 
     ``stated``: the folder with its config.json and record; for the shipped checkpoint this is not the folder with the
     weights. ``run``, ``model`` and ``evaluations``: the stored run that made it, the model that this run's user chose,
-    and what was measured of it.
+    and what was measured of it. ``activations``: whether they are to be quantized as it states.
     """
 
     stated: Path
@@ -53,6 +58,7 @@ class FoundCheckpoint:
     run: str | None = None
     model: str | None = None
     evaluations: tuple[Evaluated, ...] = ()
+    activations: bool = True
 
     @property
     def folder(self) -> Path:
@@ -65,8 +71,27 @@ class FoundCheckpoint:
         """A name that ``find_model`` finds this checkpoint by, and that a run keeps as its setting ``start``."""
         name = str(self.stated)
         if self.shipped:
-            return SHIPPED
-        return f"./{name}" if name == SHIPPED or name.lower() in _CATALOGUE else name
+            name = SHIPPED
+        elif name == SHIPPED or name.lower() in _CATALOGUE:
+            name = f"./{name}"
+        return name if self.activations else f"{name}{ALONE}"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether config.json states less than 16 bits for activations or KV cache. Raises CheckpointError."""
+        try:
+            stated = QuantConfig.model_validate(read_document(self.stated)["quantization_config"].get("quant"))
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{self.stated}: its format can't be read ({shortened(str(error))}); {CORRUPT}"
+            ) from None
+        return not stated.weights_alone
+
+    def load(
+        self, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer, as ``hf.load`` gives them."""
+        return load(self.folder, device=device, dtype=dtype, activations=self.activations)
 
     @property
     def record(self) -> RunRecord:
@@ -105,6 +130,10 @@ def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint
         raise unknown_name(name, {SHIPPED: SHIPPED} | _finished(store), CHECKPOINTS)
     if isinstance(found, ModelSource):
         raise CheckpointError(f"{name} is not a packed checkpoint; give {CHECKPOINTS}")
+    if not found.activations:
+        raise CheckpointError(
+            f"{name}: {ALONE} is for running a checkpoint; give {name.removesuffix(ALONE)}, the checkpoint itself"
+        )
     return found
 
 
@@ -191,7 +220,7 @@ def open_model(
     """Load a teacher or a packed checkpoint by any name that ``find_model`` takes. Raises LbllmError."""
     found = find_model(name)
     if isinstance(found, FoundCheckpoint):
-        return load(found.folder, device=device, dtype=dtype)
+        return found.load(device=device, dtype=dtype)
     teacher = load_teacher(name, device=device, dtype=dtype)
     return teacher.model, teacher.tokenizer
 
@@ -206,6 +235,14 @@ def _find(name: str, store: RunStore | None) -> ModelSource | FoundCheckpoint | 
     if name == SHIPPED:
         check_assets()
         return FoundCheckpoint(ASSET_FOLDER, shipped=True)
+    if name.endswith(ALONE) and not Path(name).exists():
+        base = name.removesuffix(ALONE)
+        found = _find(base, store)
+        if isinstance(found, ModelSource):
+            raise ModelError(
+                f"{base} is no packed checkpoint, so its activations have no bits of their own; give {base}"
+            )
+        return None if found is None else replace(found, activations=False)
     source = find_source(name)
     if source is None:
         return find_run(name, store) if name.strip() else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ from lbllm.sections import QuantConfig
 
 METHOD = "lbllm"
 VERSION = 1
+# Whether a checkpoint that is being loaded quantizes activations and KV cache as it states.
+_activations: ContextVar[bool] = ContextVar("activations", default=True)
 GUARD = "PACKED BY LBLLM: install lbllm and run `import lbllm` before from_pretrained"
 
 
@@ -98,7 +101,8 @@ class LbllmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(kwargs.get("checkpoint_files") or ())
-        attach_kv_cache(model, KVFormat.of(self.quantization_config.format))
+        quant = self.quantization_config.format
+        attach_kv_cache(model, KVFormat.of(quant if _activations.get() else quant.weights_only()))
         split_experts(model)
         with torch.device("meta"):
             replace_layers(model, self.quantization_config.format)
@@ -119,6 +123,13 @@ class LbllmQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
+                if not _activations.get():
+                    module.quantizer = None
+        if not _activations.get():
+            stated = self.quantization_config
+            weights = stated.format.weights_only().model_dump(mode="json")
+            left = LbllmConfig(quant=weights, bpw=stated.bpw, provenance=stated.provenance)
+            self.quantization_config = model.config.quantization_config = left
         leave_file(model)
         speed_up(model)
         return model
@@ -265,15 +276,19 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 def load(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, activations: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a packed checkpoint folder and its tokenizer; fails closed.
+
+    Without ``activations`` the inputs of its layers and its KV cache are left alone, in 16 bits, whatever bits it
+    states for them.
 
     Raises CheckpointError if the folder is not an LBLLM checkpoint, has another version, or if any tensor is
     missing or has another shape, or if a file that decides the output differs from what was saved.
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    token = _activations.set(activations)
     try:
         with already_checked(folder):
             model = load_model(folder, guard=GUARD, dtype=dtype)
@@ -284,6 +299,8 @@ def load(
     except Exception as error:
         reason = shortened(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{folder}: can't be loaded ({reason}); {CORRUPT}") from error
+    finally:
+        _activations.reset(token)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -92,10 +92,13 @@ def prompts_in(file: Path) -> tuple[str, ...]:
 
 def absolute(name: str) -> str:
     """A model's name that means the same in another process: a path from the root, other names as they are."""
+    from lbllm.checkpoints.find import ALONE
     from lbllm.config import SHIPPED
     from lbllm.models.catalogue import MODELS
 
     path = Path(name).expanduser()
+    if name.endswith(ALONE) and not path.exists():
+        return f"{absolute(name.removesuffix(ALONE))}{ALONE}"
     known = name == SHIPPED or any(entry.id == name.lower() for entry in MODELS)
     return str(path.resolve()) if path.exists() and not known else name
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm.chat.settings import ChatSettings
-from lbllm.checkpoints.find import FoundCheckpoint, find_model
+from lbllm.checkpoints.find import ALONE, FoundCheckpoint, find_model
 from lbllm.errors import ConfigError, LbllmError
 from lbllm.evaluation.baseline import Baseline, baseline, gptq_beside
 from lbllm.evaluation.job import MOST_ANSWERING, MOST_MODELS, WINDOWS, EvaluationJob, Measure, make_job
@@ -117,7 +117,7 @@ def place_of(name: str) -> str:
     except LbllmError:
         return name
     if isinstance(found, FoundCheckpoint):
-        return str(found.stated.resolve())
+        return f"{found.stated.resolve()}{'' if found.activations else ALONE}"
     return str(Path(found.place).resolve()) if found.kind in ("folder", "gguf") else f"{found.kind} {found.place}"
 
 

@@ -117,6 +117,28 @@ def test_both_models_answer_and_the_page_compares_them(opened: Open) -> None:
     assert page.button(key="compare_stop").disabled
 
 
+def test_a_switch_leaves_the_activations_of_a_checkpoint_alone(opened: Open) -> None:
+    page = opened()
+    assert [toggle.key for toggle in page.toggle if "alone" in str(toggle.key)] == ["compare_right_alone"]
+    page.toggle(key="compare_right_alone").set_value(True).run()
+    assert page.query_params["right"] == "run/checkpoint:a16"
+    for slot in page.session_state["compare_slots"]:
+        assert slot.wait(60)
+    ask(page.run())
+    shown = written(page).replace("\\", "")
+    assert "W(1+1)A16KV16" in shown
+    assert talk(page).exchanges[0].names[1] == "run/checkpoint, activations left alone"
+    page.toggle(key="compare_right_alone").set_value(False).run()
+    assert page.query_params["right"] == "run/checkpoint"
+    for slot in page.session_state["compare_slots"]:
+        assert slot.wait(60)
+    assert "W(1+1)A4KV4" in written(page.run()).replace("\\", "")
+    # A link opens it, too.
+    page = opened(right="run/checkpoint:a16")
+    assert page.toggle(key="compare_right_alone").value
+    assert "W(1+1)A16KV16" in written(page).replace("\\", "")
+
+
 def test_regenerate_edit_and_clear(opened: Open) -> None:
     page = ask(opened())
     first = talk(page).exchanges[0]
