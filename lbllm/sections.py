@@ -370,7 +370,7 @@ class E2eConfig(Section):
         0.01,
         ge=0,
         title="Learning rate of embeddings",
-        description="Of the scales of embeddings with 6 or 4 bits, which move by 15% at most. 0: they stay fixed.",
+        description="Of the scales of embeddings with 4 bits, which move by 15% at most. 0: they stay fixed.",
     )
     loss: LogitLoss = Field(
         "forward_kl",

@@ -25,15 +25,7 @@ from lbllm.errors import LbllmError, ResourceError
 from lbllm.labels import CODE_BITS
 from lbllm.machine import check_device, fastest_matmul_rate, free_memory, uses_gpu
 from lbllm.measure.cache_size import CacheSize, cache_size
-from lbllm.measure.needs import (
-    STREAMS,
-    Needs,
-    PlannedLayer,
-    active_experts,
-    needs,
-    planned_layers,
-    trains_tables,
-)
+from lbllm.measure.needs import STREAMS, Needs, PlannedLayer, active_experts, needs, planned_layers
 from lbllm.measure.perplexity import HELD_OUT_TOKENS
 from lbllm.models.blocks import check_length, check_supported, decoder_blocks
 from lbllm.models.experts import expert_count
@@ -49,6 +41,7 @@ from lbllm.runs.store import Run
 from lbllm.sections import EmbeddingBits, Stage
 from lbllm.stages.aar import CLIPS, KNEES
 from lbllm.stages.distill import PROBE_TOKENS
+from lbllm.stages.trained_table import trains_tables
 
 # Time, in FLOPs: a forward pass takes 2 per weight and token, a backward pass 4.
 PTQ_TOKEN = 12.6  # teacher and student passes, Hessians and drifts

@@ -31,6 +31,7 @@ from lbllm.quant.plan import block_formats, layer_bits
 from lbllm.sections import LayerFormat, QuantConfig, Stage
 from lbllm.stages.hessians import MATRICES
 from lbllm.stages.ptq import SOLVE_GROUP, SOLVE_WEIGHT
+from lbllm.stages.trained_table import trains_tables
 
 PROGRAM = 340_000_000  # interpreter, PyTorch with its threads, transformers, a tokenizer and its texts
 GPU_PROGRAM = 1_000_000_000  # what a process takes on a GPU for itself
@@ -335,11 +336,6 @@ def _training(
 def product_bytes(config: RunConfig) -> int:
     """Return the bytes of a number in matrix products: bfloat16 on a GPU and on a CPU that has such products."""
     return 2 if has_bfloat16() or uses_gpu(config.device) else 4
-
-
-def trains_tables(config: RunConfig) -> bool:
-    """Whether stage 4 trains the scales of embeddings and output head."""
-    return config.quant.embedding_bits < 8 and config.e2e.lr_embeddings > 0
 
 
 def _whole(config: RunConfig, model: PreTrainedModel, layers: list[PlannedLayer]) -> _Moment:

@@ -31,7 +31,7 @@ from lbllm.stages.block_state import BlockState, collect
 from lbllm.stages.distill import PROBE_TOKENS, binary_layers
 from lbllm.stages.e2e import EndToEnd
 from lbllm.stages.probe import Probe
-from lbllm.stages.trained_table import TrainedTable
+from lbllm.stages.trained_table import TrainedTable, trains_tables
 
 SAVE_SECONDS = 120.0  # seconds between two saved states of stage 4, which has no finished blocks to save
 
@@ -195,7 +195,7 @@ def _quantized_tables(run: RunContext, teacher: BlockModel, student: PreTrainedM
         weight = nn.Parameter(packed.unpacked(name), requires_grad=False)
         for module in modules.values():
             module.weight = weight
-        if bits < 8 and run.config.e2e.lr_embeddings > 0:
+        if trains_tables(run.config):
             rows = packed.packed(name).to(weight.device)
             trained[name] = TrainedTable(rows, bits, weight.shape[1], list(modules.values()))
     return trained

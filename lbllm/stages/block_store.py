@@ -12,7 +12,7 @@ Of a block with experts, each expert has a file of its own, ``<stage>-<block>-e<
 them is in memory at a time. The block's own file, with its other layers, is written after them.
 
 Two numbers after those of the blocks are no blocks: the first is the state of stage 4's unfinished training, the second
-has embeddings and output head of 6 or 4 bits, as stage 4 trained them or the starting checkpoint has them.
+has packed embeddings and output head, as stage 4 trained them or the starting checkpoint has them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lbllm.models.experts import Experts
 from lbllm.models.weights import StoredWeights
 from lbllm.sections import WHOLE_ROW, Origin
 from lbllm.stages.block_state import BlockState
+from lbllm.stages.trained_table import trains_tables
 
 _OTHER_HASH = "its hash differs"
 _PLACE = {"stage", "block", "after", "seal"}
@@ -62,7 +63,7 @@ def fingerprint(config: RunConfig, weights: dict[str, int], corpus_hash: str, pr
         del document["aar"]["loss"]
     if config.wat.streams == "student":
         del document["wat"]["streams"]
-    if config.quant.embedding_bits >= 8 or config.e2e.lr_embeddings == 0:
+    if not trains_tables(config):
         del document["e2e"]["lr_embeddings"]
     if config.e2e.gram_weight == 0:
         del document["e2e"]["gram_weight"]

@@ -1,6 +1,6 @@
 """Stage 4, end to end: the whole student learns the teacher's logits. It is optional and not part of LBLLM.
 
-The stage trains the group parameters (alpha, mu), the scales of embeddings that have 6 or 4 bits, and after stage 3
+The stage trains the group parameters (alpha, mu), the scales of embeddings that have 4 bits, and after stage 3
 knees and clips, with activations and KV cache as they will be deployed. (EfficientQAT's second phase, Chen et al. 2024,
 trains step sizes like this.) Bits are fixed unless latent weights are given: then each weight takes the level nearest
 to its latent weight, as in stage 2.

@@ -1,4 +1,4 @@
-"""Embeddings and an output head of 6 or 4 bits in stage 4: the scales of their groups learn, their codes stay."""
+"""Packed embeddings and an output head in stage 4: the scales of their groups learn, their codes stay."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lbllm.config import RunConfig
 from lbllm.models.weights import row_parts
 from lbllm.quant.embedding_code import GROUPS, PackedRows, group_scales, unpack_rows, with_group_scales
 from lbllm.sections import EmbeddingBits
 
 # How far a scale may move from where packing put it: such rows are still known as those of their teacher.
 LEAST, MOST = 0.85, 1.15
+
+
+def trains_tables(config: RunConfig) -> bool:
+    """Whether stage 4 trains the scales of embeddings and output head; with 6 bits they are better as they are."""
+    return config.quant.embedding_bits == 4 and config.e2e.lr_embeddings > 0
 
 
 class TrainedTable:

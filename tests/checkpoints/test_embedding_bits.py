@@ -278,7 +278,7 @@ def trained(folder: Path, teacher: Path, bits: int, **changes: Any) -> tuple[Run
     return config, folder
 
 
-@pytest.mark.parametrize(("architecture", "bits"), [("llama", 4), ("llama_bias", 6)])
+@pytest.mark.parametrize(("architecture", "bits"), [("llama", 4), ("llama_bias", 4)])
 def test_stage_4_trains_the_scales_of_embeddings_with_few_bits(
     architecture: str, bits: EmbeddingBits, tmp_path: Path
 ) -> None:
