@@ -1,10 +1,10 @@
 """Compare the decoding speed of whole models in one run: ``python -m benchmarks.decode CHECKPOINT``.
 
-The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and without
-quantized activations (A16; its answers are useless then), each in its own process and in turn, several rounds:
-greedy decoding of 128 tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds:
-tokens per second after the first, time to the first token, and the process's resident memory after decoding, beside
-that of a process with only the libraries.
+The teacher in transformers with float32 and bfloat16 weights, and the packed checkpoint as it is and with its
+activations and KV cache left alone (A16), each in its own process and in turn, several rounds: greedy decoding of 128
+tokens after a prompt of 64, the end of the text ignored. Printed are medians over the rounds: tokens per second after
+the first, time to the first token, and the process's resident memory after decoding, beside that of a process with only
+the libraries.
 
 With ``--llama-cpp FOLDER`` the embedded model's GGUF file runs in llama.cpp as well, on as many threads. Into FOLDER
 
@@ -46,7 +46,6 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
     from lbllm.checkpoints.find import find_checkpoint, open_teacher
     from lbllm.checkpoints.hf import load
-    from lbllm.quant.packed_layer import PackedLinear
 
     libraries = psutil.Process().memory_info().rss
 
@@ -62,10 +61,7 @@ def measure(kind: str, model: str) -> dict[str, float]:
 
     network: Any
     if kind.startswith("packed"):
-        network, _ = load(find_checkpoint(model).folder)
-        for layer in network.modules():
-            if kind == "packed16" and isinstance(layer, PackedLinear):
-                layer.quantizer = None
+        network, _ = load(find_checkpoint(model).folder, activations=kind != "packed16")
     else:
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         network = open_teacher(model, dtype=dtype).model
