@@ -367,7 +367,7 @@ class E2eConfig(Section):
         2e-3, ge=0, title="Learning rate of clips", description="Of the clips and knees of the activations."
     )
     lr_embeddings: float = Field(
-        0.01,
+        4e-3,
         ge=0,
         title="Learning rate of embeddings",
         description="Of the scales of embeddings with 4 bits, which move by 15% at most. 0: they stay fixed.",

@@ -271,7 +271,7 @@ def test_exports_have_the_packed_values(tmp_path: Path) -> None:
 
 def trained(folder: Path, teacher: Path, bits: int, **changes: Any) -> tuple[RunConfig, Path]:
     """A run of stages 1 and 4: its settings and its folder."""
-    e2e = {"tokens": 96, "batch_tokens": 64, "epochs": 6} | changes
+    e2e = {"tokens": 96, "batch_tokens": 64, "epochs": 6, "lr_embeddings": 0.01} | changes
     quant = {"embedding_bits": bits, "act_bits": 16, "kv_bits": 16}
     config = run_config(model=str(teacher), quant=quant, stages=["ptq", "e2e"], e2e=e2e)
     run_tiny(config, folder, load_teacher(str(teacher)))

@@ -61,7 +61,7 @@ def test_settings_are_read_and_say_the_same(place: Path) -> None:
     # Settings that came later say what this run did before there were any.
     later: dict[str, Any] = {"stream_dtype": "float32"}
     sections: dict[str, Any] = {"aar": {"loss": "relative"}, "wat": {"streams": "student"}}
-    sections["e2e"] = {"gram_weight": 0.0, "lr_embeddings": 0.01}
+    sections["e2e"] = {"gram_weight": 0.0, "lr_embeddings": 4e-3}
     sections["quant"] = {"embedding_bits": 16, "kv_group_size": -1, "kv_first": 1}
     grown = {name: more | document[name] for name, more in sections.items()}
     assert json.loads(parse_config(document).model_dump_json()) == later | document | grown
