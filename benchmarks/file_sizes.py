@@ -95,14 +95,33 @@ def llama_row(kind: str, given: argparse.Namespace, matrix: Path | None) -> dict
                 kind,
             ]
             subprocess.run([*command, *([str(matrix)] if matrix else [])], cwd=ROOT, check=True, capture_output=True)
-        folder = convert(file, Path(name) / "models")
-        teacher = load_teacher(str(folder))
+        plain_copy = Path(name) / "float32.gguf"
+        write_dequantized(file, plain_copy)
+        teacher = load_teacher(str(convert(plain_copy, Path(name) / "models")))
+        plain_copy.unlink()
         found: dict[str, Any] = {"mb": file.stat().st_size / 1e6}
         for text in given.texts.split(","):
             tokens = windows_of(text, teacher.tokenizer, given.window, given.limit, given.corpus)
             found[text] = perplexity(teacher.model, tokens).perplexity
         del teacher
         return found | memory_of(llama_cpp_command("llama_cpp.mjs", given.llama_cpp, file, PROMPT, TOKENS))
+
+
+def write_dequantized(file: Path, target: Path) -> None:
+    """Write a copy of a GGUF file with all tensors in float32, as the package gguf dequantizes them: transformers does
+    not read all types."""
+    reader = gguf.GGUFReader(file)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture").contents())
+    for name, field in fields.items():
+        kind, *parts = field.types
+        writer.add_key_value(name, field.contents(), kind, sub_type=parts[-1] if parts else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def own_row(name: str, given: argparse.Namespace) -> dict[str, Any]:
