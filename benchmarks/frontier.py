@@ -57,8 +57,7 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
     rows: dict[str, tuple[str, Row]] = {"teacher": ("Teacher", Row("teacher", ""))}
 
     def add(key: str, label: str, kind: Any, name: str, size: int, **how: Any) -> None:
-        shown = "whole rows" if size == -1 else f"groups of {size}"
-        rows[key] = (f"{label}, {shown}", Row(kind, name, size, how))
+        rows[key] = (f"{label}, {_groups(size)}", Row(kind, name, size, how))
 
     for size in (128, 64, 32):
         add(f"rtn-2-g{size}", "RTN, 2 bits, clipping", "baseline", "rtn", size, bits=2, clip=True)
@@ -76,6 +75,9 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
     for bits, size in ((2, 128), (2, 64), (2, 32), (2, 16), (3, -1), (3, 128)):
         way: dict[str, Any] = {"bits": bits, "sym": True, "iters": steps}
         add(f"auto-round-{bits}-g{size}", f"AutoRound, {bits} bits", "outside", "auto-round", size, **way)
+    for size in (-1, 128):
+        way = {"bits": 3, "sym": False, "iters": steps}
+        add(f"auto-round-3a-g{size}", "AutoRound, 3 bits, asymmetric", "outside", "auto-round", size, **way)
     for size in (64, 32):
         add(f"gptqmodel-2-g{size}", "GPTQModel, 2 bits", "outside", "gptqmodel", size, bits=2, sym=False, mse=2.4)
     way = {"bits": 3, "sym": True, "mse": 2.4, "desc_act": True, "act_group_aware": False}
@@ -98,7 +100,7 @@ def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) 
     """The rows of one of our formats: stage 1; stages 1 and 2 with the tokens once; stages 1, 2 and 4 with so many
     epochs of stage 2; all four with 4-bit activations and KV cache. The last two from several seeds, which order the
     texts. ``how``: the format, as changes of a run's settings."""
-    shown = f"{label}, groups of {size}"
+    shown = f"{label}, {_groups(size)}"
     rows = {f"{key}-1": (f"{shown}: stage 1", Row("own", "stage1", size, how))}
     rows[f"{key}-12"] = (f"{shown}: stages 1 and 2", Row("own", "stage2", size, how))
     for seed in SEEDS:
@@ -107,6 +109,10 @@ def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) 
         ways = ways | {"quant": how["quant"] | {"act_group_size": ACT_GROUP_SIZE}}
         rows[f"{key}-1234-s{seed}"] = (f"{shown}: all stages, A4KV4", Row("own", "stage4", size, ways))
     return rows
+
+
+def _groups(size: int) -> str:
+    return "whole rows" if size == -1 else f"groups of {size}"
 
 
 def chosen(rows: dict[str, tuple[str, Row]], given: str, folder: Path, text: str) -> list[str]:

@@ -31,7 +31,7 @@ class Table(BaseModel):
     is empty where the row lacks a key, and a column with only empty cells is left out. ``rows``: instead of all rows
     of the data, some of them, each by its file, its label and the name that is shown. ``where``: only rows with these
     values. ``form``: "answers" shows texts one below the other. ``source``: the commands stand below the table, with
-    when and where they ran. ``optional``: the page is without the table until the files of its data are there.
+    when and where they ran. ``optional``: the page is without the table until its data are there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -155,7 +155,7 @@ def rewritten(docs: Path) -> dict[Path, str]:
             if name not in tables:
                 raise ValueError(f"{page.relative_to(docs)}: tables.toml has no table {name}")
             missing = [stem for stem in tables[name].stems if stem not in reports]
-            if missing and tables[name].optional:
+            if tables[name].optional and (missing or not chosen(tables[name], reports)):
                 return match[1]
             if missing:
                 raise ValueError(f"table {name}: there is no {missing[0]}.json")
