@@ -39,12 +39,13 @@ pictures: .venv/installed-dev
 	rm -rf out/course
 	$(BIN)/python -m lbllm export-course --out out/course
 
-# Two tests at a time, each on one thread: most models in them are too small to gain from a second.
+# Tests on one thread each: most models in them are too small to gain from a second. Three at a time, on two cores, too:
+# many of them wait for a browser or a process.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m "not soak"
 
 quick-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not soak and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m "not soak and not slow"
 
 soak: .venv/installed-dev
 	OMP_NUM_THREADS=1 LBLLM_SOAK=1 $(BIN)/python -m pytest -n 2 -m "soak or random"

@@ -27,7 +27,7 @@ from lbllm.chat.pool import ModelPool, Slot
 from lbllm.chat.rate_limit import RateLimit
 from lbllm.chat.settings import ChatSettings
 from lbllm.chat.votes import CHOICES, Choice, Tally, Vote, VoteStore, tally
-from lbllm.checkpoints.find import FoundCheckpoint, find_checkpoint, find_model, find_teacher, teacher_of
+from lbllm.checkpoints.find import find_checkpoint, find_teacher, teacher_of
 from lbllm.checkpoints.record import provenance
 from lbllm.config import SHIPPED
 from lbllm.errors import LbllmError
@@ -347,9 +347,7 @@ def open_showcase(checkpoint: str = SHIPPED, teacher: str | None = None, *, limi
 
     Raises CheckpointError, ModelError, RunError.
     """
-    found = find_model(checkpoint)
-    if not isinstance(found, FoundCheckpoint):
-        found = find_checkpoint(checkpoint)  # which says what is wrong with it
+    found = find_checkpoint(checkpoint, running=True)
     made_from = provenance(found.stated).get("model")
     teacher = teacher or teacher_of(found)
     find_teacher(teacher)

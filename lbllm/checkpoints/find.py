@@ -123,14 +123,15 @@ def find_teacher(name: str, store: RunStore | None = None) -> ModelSource:
     return found
 
 
-def find_checkpoint(name: str, store: RunStore | None = None) -> FoundCheckpoint:
-    """Like ``find_model``, but only for a packed checkpoint. Raises CheckpointError, ModelError, RunError."""
+def find_checkpoint(name: str, store: RunStore | None = None, *, running: bool = False) -> FoundCheckpoint:
+    """Like ``find_model``, but only for a packed checkpoint; ":a16" after its name is refused unless it is for
+    ``running`` it. Raises CheckpointError, ModelError, RunError."""
     found = _find(name, store)
     if found is None:
         raise unknown_name(name, {SHIPPED: SHIPPED} | _finished(store), CHECKPOINTS)
     if isinstance(found, ModelSource):
         raise CheckpointError(f"{name} is not a packed checkpoint; give {CHECKPOINTS}")
-    if not found.activations:
+    if not (found.activations or running):
         raise CheckpointError(
             f"{name}: {ALONE} is for running a checkpoint; give {name.removesuffix(ALONE)}, the checkpoint itself"
         )
