@@ -40,13 +40,14 @@ def choices(*, running: bool = True) -> dict[str, Offer]:
     need a download. ``running``: also checkpoints whose activations are quantized as models that leave them alone.
     """
     title = f"{DEFAULT_MODEL} binarized"
-    found = {SHIPPED: Offer(f"{title}, included in the program", title, SHIPPED)}
+    packed = {SHIPPED: Offer(f"{title}, included in the program", title, SHIPPED)}
     for label, folder in checkpoints(store()).items():
-        found[folder.parent.name] = Offer(label, label, str(folder))
-    if running:
-        pairs = (((value, offer), (f"{value}{ALONE}", _alone(offer))) for value, offer in found.items())
-        both = (pair if _quantizes(pair[0][1].name) else pair[:1] for pair in pairs)
-        found = dict(one for pair in both for one in pair)
+        packed[folder.parent.name] = Offer(label, label, str(folder))
+    found: dict[str, Offer] = {}
+    for value, offer in packed.items():
+        found[value] = offer
+        if running and _quantizes(offer.name):
+            found[f"{value}{ALONE}"] = _alone(offer)
     for entry in sorted(MODELS, key=lambda entry: entry.hub_id is not None):
         note = EMBEDDED_PRECISION if entry.hub_id is None else "from the hub"
         found[entry.id] = Offer(f"{entry.id}, {note}", entry.id, entry.id)
@@ -141,7 +142,8 @@ def resolve(value: str, offered: dict[str, Offer]) -> Offer:
     if value in offered:
         return offered[value]
     if value.endswith(ALONE):
-        return _alone(Offer(*(text.removesuffix(ALONE) for text in Offer(value, value, model_name(value)))))
+        model_name(value)  # refuses what is no packed checkpoint
+        return _alone(resolve(value.removesuffix(ALONE), offered))
     return Offer(value, value, model_name(value))
 
 

@@ -120,12 +120,13 @@ class LbllmQuantizer(HfQuantizer):
         # transformers would not write the guard and the new hash, and has no hook after its writing.
         model.save_pretrained = partial(save_packed, model)  # type: ignore[method-assign]
         settle_tied_weights(model)
+        alone = not _activations.get()
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.check(name)
-                if not _activations.get():
+                if alone:
                     module.quantizer = None
-        if not _activations.get():
+        if alone:
             stated = self.quantization_config
             weights = stated.format.weights_only().model_dump(mode="json")
             left = LbllmConfig(quant=weights, bpw=stated.bpw, provenance=stated.provenance)
