@@ -15,6 +15,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +129,16 @@ def in_child(work: Callable[[], object], folder: Path, killed_at: int = 0) -> in
     if child == 0:
         try:
             count, descriptor = 0, os.open(taken, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            one_at_a_time = threading.Lock()  # several threads read the files of a checkpoint
 
             def step(event: str, arguments: Any) -> None:
                 nonlocal count
                 if event in STEPS and str(arguments[0]).startswith(str(folder)):
-                    count += 1
-                    os.pwrite(descriptor, b"%d" % count, 0)
-                    if count == killed_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                    with one_at_a_time:
+                        count += 1
+                        os.pwrite(descriptor, b"%d" % count, 0)
+                        if count == killed_at:
+                            os.kill(os.getpid(), signal.SIGKILL)
 
             torch.set_num_threads(1)
             sys.addaudithook(step)
