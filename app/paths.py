@@ -43,7 +43,12 @@ def model_name(text: str) -> str:
 
     Raises ConfigError for paths outside the root, and what ``find_model`` raises.
     """
-    return _model(text, find_model)
+    name = text.strip()
+    if not name.endswith(ALONE):
+        return _model(name, find_model)
+    alone = f"{_model(name.removesuffix(ALONE), find_model)}{ALONE}"
+    find_model(alone)
+    return alone
 
 
 def teacher_name(text: str) -> str:
@@ -64,10 +69,6 @@ def _model(text: str, find: Callable[[str], ModelSource | FoundCheckpoint]) -> s
     name = text.strip()
     if not name:
         raise ConfigError("no model is chosen")
-    if name.endswith(ALONE) and find is find_model:
-        base = _model(name.removesuffix(ALONE), find_model)
-        find_model(f"{base}{ALONE}")
-        return f"{base}{ALONE}"
     if name == SHIPPED or any(entry.id == name.lower() for entry in MODELS):
         find(name)
         return name

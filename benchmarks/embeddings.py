@@ -9,7 +9,7 @@ ratio to that with 16 bits, and the memory of the process after decoding, withou
     python -m benchmarks.embeddings --train 65536 --bits 16,6,4 --rounds 0
 
 With ``--train`` each of them goes on in stage 4 first, with so many tokens of --corpus and the same settings, in which
-the scales of embeddings with 6 and 4 bits learn, too. It is all measured before, and after that.
+the scales of 4-bit embeddings learn, too. It is all measured before, and after that.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from benchmarks.report import commit, machine, plain, settings_of, write_report
 from lbllm.config import DEFAULT_MODEL
 from lbllm.errors import ConfigError
 from lbllm.files import write_file
+from lbllm.labels import group_name
 from lbllm.measure.zero_shot import task_names
 from lbllm.sections import ACT_GROUP_SIZE
 
@@ -57,7 +58,7 @@ def all_rows(tokens: int = 8_192, steps: int = 200) -> dict[str, tuple[str, Row]
     rows: dict[str, tuple[str, Row]] = {"teacher": ("Teacher", Row("teacher", ""))}
 
     def add(key: str, label: str, kind: Any, name: str, size: int, **how: Any) -> None:
-        rows[key] = (f"{label}, {_groups(size)}", Row(kind, name, size, how))
+        rows[key] = (f"{label}, {group_name(size)}", Row(kind, name, size, how))
 
     for size in (128, 64, 32):
         add(f"rtn-2-g{size}", "RTN, 2 bits, clipping", "baseline", "rtn", size, bits=2, clip=True)
@@ -100,7 +101,7 @@ def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) 
     """The rows of one of our formats: stage 1; stages 1 and 2 with the tokens once; stages 1, 2 and 4 with so many
     epochs of stage 2; all four with 4-bit activations and KV cache. The last two from several seeds, which order the
     texts. ``how``: the format, as changes of a run's settings."""
-    shown = f"{label}, {_groups(size)}"
+    shown = f"{label}, {group_name(size)}"
     rows = {f"{key}-1": (f"{shown}: stage 1", Row("own", "stage1", size, how))}
     rows[f"{key}-12"] = (f"{shown}: stages 1 and 2", Row("own", "stage2", size, how))
     for seed in SEEDS:
@@ -109,10 +110,6 @@ def own_rows(key: str, label: str, size: int, how: dict[str, Any], epochs: int) 
         ways = ways | {"quant": how["quant"] | {"act_group_size": ACT_GROUP_SIZE}}
         rows[f"{key}-1234-s{seed}"] = (f"{shown}: all stages, A4KV4", Row("own", "stage4", size, ways))
     return rows
-
-
-def _groups(size: int) -> str:
-    return "whole rows" if size == -1 else f"groups of {size}"
 
 
 def chosen(rows: dict[str, tuple[str, Row]], given: str, folder: Path, text: str) -> list[str]:

@@ -56,36 +56,24 @@ class Work:
         """What measures on the unseen text."""
         return Judge(self.bench.teacher, self.windows)
 
-    def unseen(self, formats: Sequence[int], what: str) -> float | None:
-        """The KL of a choice of formats on the unseen text; that on the text of the plans joins the study. None where
-        it would have to be measured, and nothing is."""
+    def unseen(self, formats: Sequence[int], what: str, *, told: bool = True) -> float | None:
+        """The KL of a choice of formats on the unseen text. If plans are ``told`` of it, that on their own text joins
+        the study. None where it would have to be measured, and nothing is."""
         key = ",".join(map(str, formats))
-        if key not in self.known or self.study.known(formats) is None:
+        if key not in self.known or (told and self.study.known(formats) is None):
             if self.stored:
                 return None
             began = time.perf_counter()
             model = self.bench.model(self.study, formats, lambda share, where: None)
-            took = time.perf_counter() - began
-            own, found = self.bench.judge.kl(model), self.judge.kl(model)
-            if self.study.known(formats) is None:
-                self.study = self.study.with_measured(formats, own)
-                save_study(self.study)
-            self.known[key] = {"own": own, "unseen": found, "seconds": round(took, 1)}
+            found = {"seconds": round(time.perf_counter() - began, 1), "unseen": self.judge.kl(model)}
+            if told:
+                found["own"] = self.bench.judge.kl(model)
+                if self.study.known(formats) is None:
+                    self.study = self.study.with_measured(formats, found["own"])
+                    save_study(self.study)
+            self.known[key] = found
             write_file(self.file, json.dumps(self.known, indent=1).encode())
-            progress(f"{what}: KL {own:.4f} on the plans' text, {found:.4f} unseen ({took:.0f} s)")
-        return self.known[key]["unseen"]
-
-    def rival(self, fmt: LayerFormat) -> float | None:
-        """``unseen`` of a format for all layers that no plan is told of."""
-        key = str(self.study.number(fmt))
-        if key not in self.known:
-            if self.stored:
-                return None
-            began = time.perf_counter()
-            found = self.judge.kl(self.bench.model(self.study, self.number(fmt), lambda share, where: None))
-            self.known[key] = {"unseen": found, "seconds": round(time.perf_counter() - began, 1)}
-            write_file(self.file, json.dumps(self.known, indent=1).encode())
-            progress(f"{format_words(fmt)}: KL {found:.4f} unseen")
+            progress(f"{what}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
         return self.known[key]["unseen"]
 
     def number(self, fmt: LayerFormat) -> list[int]:
@@ -113,10 +101,10 @@ def measured(work: Work) -> Iterator[list[dict[str, Any]]]:
             choices[budget] = choice
             yield [_row(work, budget, choice, uniform) for budget, choice in sorted(choices.items())]
     for fmt in rivals(work.study):
-        one = work.rival(fmt)
+        one = work.unseen(work.number(fmt), format_words(fmt), told=False)
         if one is not None:
             uniform[fmt] = one
-            yield [_row(work, budget, choice, uniform) for budget, choice in sorted(choices.items())]
+    yield [_row(work, budget, choice, uniform) for budget, choice in sorted(choices.items())]
 
 
 def rivals(study: Study) -> list[LayerFormat]:

@@ -9,6 +9,12 @@ from lbllm.sections import WHOLE_ROW, Format, Origin, Stage, stage_name, stage_n
 
 FORMAT_NAMES: dict[Format, str] = {"w1+1": "W(1+1)", "w1": "W1", "w1+1+1": "W(1+1+1)"}
 
+
+def group_name(size: int) -> str:
+    """A group size for people: "groups of 64"."""
+    return "whole rows" if size == WHOLE_ROW else f"groups of {size}"
+
+
 STAGE_NAMES: dict[Origin, str] = {
     "start": str(SETTINGS["start"].title),
     "ptq": f"{stage_name('ptq')}: PTQ initialization",

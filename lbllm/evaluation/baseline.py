@@ -15,8 +15,8 @@ from typing import Literal, get_args
 
 from lbllm.baselines.methods import METHODS, quantize_blocks
 from lbllm.chat.pool import Loaded, load_model
+from lbllm.labels import group_name
 from lbllm.models.blocks import context_length, share_copy
-from lbllm.sections import WHOLE_ROW
 from lbllm.texts.corpus import load_corpus
 
 Kind = Literal["round-to-nearest", "gptq"]
@@ -46,8 +46,7 @@ class Baseline:
     @property
     def title(self) -> str:
         """The model as people read it."""
-        groups = "whole rows" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
-        return f"{METHODS[_METHODS[self.kind]].name}, W{self.bits}A16, {groups}"
+        return f"{METHODS[_METHODS[self.kind]].name}, W{self.bits}A16, {group_name(self.group_size)}"
 
 
 def baseline(name: str) -> Baseline | None:

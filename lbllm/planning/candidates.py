@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import get_args
 
-from lbllm.labels import FORMAT_NAMES
+from lbllm.labels import FORMAT_NAMES, group_name
 from lbllm.sections import WHOLE_ROW, Format, LayerFormat, ParamBits
 
 SIZES = (16, 32, 64, 128)
@@ -41,5 +41,4 @@ def candidates(own: Iterable[LayerFormat] = ()) -> tuple[LayerFormat, ...]:
 
 def format_words(fmt: LayerFormat) -> str:
     """A format of weights for people: "W(1+1), groups of 64, 4-bit parameters"."""
-    group = "whole rows" if fmt.group_size == WHOLE_ROW else f"groups of {fmt.group_size}"
-    return f"{FORMAT_NAMES[fmt.format]}, {group}, {fmt.param_bits}-bit parameters"
+    return f"{FORMAT_NAMES[fmt.format]}, {group_name(fmt.group_size)}, {fmt.param_bits}-bit parameters"
