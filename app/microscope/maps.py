@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, ParamSpec
 
 import streamlit as st
 
@@ -21,6 +21,7 @@ from lbllm.microscope.microscope import Microscope
 from lbllm.microscope.overview import METRICS, MetricName
 from lbllm.microscope.pair import Pair
 
+P = ParamSpec("P")
 Unit = Literal["share", "bits", "nats"]
 
 
@@ -122,23 +123,37 @@ def show_map(shown: Map | None, scope: Microscope, at: Address, waiting: str = "
     if shown is None:
         _draw(None, scope, at, waiting)
         return
-    if not shown.filling.done:
-        _growing(shown, at)
-        return
-    _draw(shown, scope, at, "")
-    if shown.filling.error:
-        st.error(sentence(shown.filling.error))
-        st.button("Try again", key="inspect_again", on_click=shown.filling.again)
+    runs_alone(_show_part, shown, every=0.5)(shown, at, growing=not shown.filling.done)
 
 
-@st.fragment(run_every=0.5)
-def _growing(shown: Map, at: Address) -> None:
+def runs_alone(part: Callable[P, None], shown: Map, *, every: float) -> Callable[P, None]:
+    """A part of the page that runs alone, every so many seconds while the map fills. It runs alone when the map has
+    filled, too: a click that was sent before that names this part, and would be lost if there were none."""
+    return st.fragment(part, run_every=None if shown.filling.done else every)
+
+
+def _show_part(shown: Map, at: Address, *, growing: bool) -> None:
+    own = shown.filling
     with guard():
-        shown.filling.look(shown.work, shown.scope.blocks, at.block)
+        if growing:
+            own.look(shown.work, shown.scope.blocks, at.block)
         state.follow()
-        if shown.filling.done:
+        if growing and own.done:
             st.rerun()
-        _draw(shown, shown.scope, at, f"{len(shown.filling.blocks)} of {shown.scope.blocks} blocks are computed")
+        _draw(
+            shown,
+            shown.scope,
+            at,
+            f"{len(own.blocks)} of {shown.scope.blocks} blocks are computed" if growing else "",
+        )
+        if own.done and own.error:
+            st.error(sentence(own.error))
+            st.button("Try again", key="inspect_again", on_click=_again, args=(own,))
+
+
+def _again(own: Filling) -> None:
+    own.again()
+    state.go()
 
 
 def _draw(shown: Map | None, scope: Microscope, at: Address, progress: str) -> None:

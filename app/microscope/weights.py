@@ -12,7 +12,7 @@ from app.microscope import state
 from app.microscope.figures import show_figures
 from app.microscope.filling import click
 from app.microscope.groups import group_data
-from app.microscope.maps import Map, value_text
+from app.microscope.maps import Map, runs_alone, value_text
 from app.view import count_text, guard, number_text, plain
 from lbllm.microscope.address import Address
 from lbllm.microscope.layer import TILES, LayerView
@@ -51,37 +51,27 @@ def _show_whole(scope: Microscope, shown: Map | None) -> None:
         st.markdown("Choose a layer on the map to see its weights.")
         return
     with st.container():
-        (_largest if shown.filling.done else _largest_so_far)(shown)
+        runs_alone(_largest, shown, every=1.0)(shown)
     st.caption(plain(sentence_of(shown.about)) + " Choose a layer on the map to see its weights, down to a single bit.")
 
 
 def _largest(shown: Map) -> None:
     """The layers with the largest values."""
-    ranked = sorted(shown.known().items(), key=lambda item: -item[1])[:_FIRST]
-    if ranked:
-        st.markdown(f"**{plain(shown.colour.label)}: the largest{'' if shown.filling.done else ' so far'}**")
-        rows = [Address(block, layer) for (block, layer), _ in ranked]
-        _ranks(shown, rows, [state.place_words(row) for row in rows], "inspect_first")
-
-
-@st.fragment(run_every=1.0)
-def _largest_so_far(shown: Map) -> None:
     with guard():
         state.follow()
-        _largest(shown)
+        ranked = sorted(shown.known().items(), key=lambda item: -item[1])[:_FIRST]
+        if ranked:
+            st.markdown(f"**{plain(shown.colour.label)}: the largest{'' if shown.filling.done else ' so far'}**")
+            rows = [Address(block, layer) for (block, layer), _ in ranked]
+            _ranks(shown, rows, [state.place_words(row) for row in rows], "inspect_first")
 
 
 def _of_block(shown: Map, block: int) -> None:
     """The layers of a block with their values."""
-    names = list(shown.scope.shapes[block])
-    _ranks(shown, [Address(block, name) for name in names], names, "inspect_block")
-
-
-@st.fragment(run_every=1.0)
-def _of_block_so_far(shown: Map, block: int) -> None:
     with guard():
         state.follow()
-        _of_block(shown, block)
+        names = list(shown.scope.shapes[block])
+        _ranks(shown, [Address(block, name) for name in names], names, "inspect_block")
 
 
 def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
@@ -89,7 +79,7 @@ def _show_block(scope: Microscope, block: int, shown: Map | None) -> None:
         st.markdown("Choose a layer of this block on the map.")
         return
     st.markdown(f"**{plain(shown.colour.label)} of its layers**")
-    (_of_block if shown.filling.done else _of_block_so_far)(shown, block)
+    runs_alone(_of_block, shown, every=1.0)(shown, block)
     st.caption(plain(sentence_of(shown.about)))
 
 
